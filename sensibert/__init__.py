@@ -1,0 +1,1 @@
+"""Sensitivity-driven trimming of BERT-family models while fine-tuning."""
