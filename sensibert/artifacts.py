@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks of (block_rows, block_cols) over a weight [N, K]; 0 stands for the whole axis, the last block may be short."""
+    """Blocks of (block_rows, block_cols) over a weight [N, K]; 0 = the whole axis, the last may be short."""
 
     block_rows: int
     block_cols: int
@@ -113,7 +113,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter's share in a site: of each of `parts` equal sections of axis `dim`, unit j owns [j*span, (j+1)*span)."""
+    """A parameter's share in a site: unit j owns [j*span, (j+1)*span) in each of `parts` sections of axis `dim`."""
 
     parameter: str
     dim: int
@@ -134,7 +134,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Flops:
-    """2 x multiply-adds of a forward pass: per token, per pair of tokens, per sequence, and per pass whatever the batch."""
+    """2 x multiply-adds of a forward pass: per token, pair of tokens, sequence, and per pass whatever the batch."""
 
     token: int = 0
     pair: int = 0
@@ -163,6 +163,7 @@ class Site:
     consumer: Member  # the member whose columns read the unit's activation: gates and gate gradients live there
     params: int
     flops: Flops
+    minimum: int = 0  # units the family's code cannot do without
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,10 @@ class Layout:
         raise KeyError(name)
 
 
+_SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+SCOPES = ("encoder", "model")
+
+
 @dataclass(frozen=True)
 class Budget:
     """An upper bound on parameters or FLOPs of the encoder or the model, as a share of the dense one or absolute."""
@@ -195,14 +200,11 @@ class Budget:
     scope: str = "encoder"
     length: int = 128  # tokens a sequence, for FLOPs
 
-    SCOPES = ("encoder", "model")
-    _SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-
     @classmethod
     def parse(cls, text: str, scope: str = "encoder", length: int = 128) -> Budget:
         """`50%params`, `30%flops`, `5.3Mparams`, `1.2Gflops`, `8ms`. SensibertError says what is wrong."""
         wanted = "want for example 50%params, 30%flops, 5.3Mparams or 1.2Gflops"
-        if scope not in cls.SCOPES:
+        if scope not in SCOPES:
             raise SensibertError(f"budget: scope is {scope!r}, want encoder or model")
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGT]?)\s*(params|flops|ms)\s*", text)
         if not found or (found[3] == "ms" and found[2]):
@@ -211,14 +213,14 @@ class Budget:
         relative = unit == "%"
         if number <= 0 or (relative and number > 100):
             raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {wanted}")
-        return cls(number / 100 if relative else number * cls._SCALE[unit], kind, relative, scope, length)
+        return cls(number / 100 if relative else number * _SCALE[unit], kind, relative, scope, length)
 
     def __str__(self) -> str:
         if self.relative:
             return f"{self.value * 100:g}%{self.kind}"
         for unit in ("T", "G", "M", "K"):
-            if self.kind != "ms" and self.value >= self._SCALE[unit]:
-                return f"{self.value / self._SCALE[unit]:.12g}{unit}{self.kind}"
+            if self.kind != "ms" and self.value >= _SCALE[unit]:
+                return f"{self.value / _SCALE[unit]:.12g}{unit}{self.kind}"
         return f"{self.value:.12g}{self.kind}"
 
 
@@ -330,7 +332,8 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error})") from None
     if metadata.get("format") != f"sensibert.{kind}":
         raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")
-    if int(metadata["version"]) > FORMAT_VERSION:
-        raise SensibertError(f"{path}: format version {metadata['version']}, this sensibert reads up to {FORMAT_VERSION}")
+    version = int(metadata["version"])
+    if version > FORMAT_VERSION:
+        raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
     facts = json.loads(metadata["facts"])
     return tensors, {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}

@@ -1,0 +1,203 @@
+"""The table a model family fills in, and what is read off a model with it.
+
+A family says where its trimmable axes live: which linear layers produce a unit's activation (rows) and which one
+consumes it (columns). Everything else (sites, costs, surgery, export) follows from the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+import torch
+from torch import nn
+
+from ..artifacts import Flops, Layout, Member, Site
+from ..errors import SensibertError
+
+PREFIX = "sensibert_"  # model_type of a trimmed folder: this prefix and the family's own model type
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One trimmable axis of a layer, as module paths inside the layer."""
+
+    produces: tuple[str, ...]  # linear layers whose output rows are the units; absent ones are skipped
+    consumes: str  # the linear layer whose input columns read them
+    parts: int = 1  # equal sections of the produced rows (fused q|k|v: 3, gated input: 2)
+    counts: tuple[str, ...] = ()  # attributes that hold the number of units
+    widths: tuple[str, ...] = ()  # attributes that hold units * span
+    minimum: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one model family keeps its trimmable axes. Paths are inside the base model; `*` matches a list index."""
+
+    model_type: str
+    layers: str
+    head: Axis
+    ffn: Axis
+    head_dim: str  # attribute of a layer
+    encoder: str = "encoder"
+    repeats: tuple[str, str] | None = None  # config names whose quotient says how often a shared layer runs
+    relative_flops: Callable[[object, int], Flops] | None = None  # extra FLOPs of a head, from (config, head_dim)
+    position_bias: str = ""  # attention module whose `position_bias` [B, H, S, S] must follow the kept heads
+    aliases: tuple[str, ...] = field(default=())  # other model types with the very same modules
+
+
+@cache
+def families() -> dict[str, Family]:
+    """model_type -> Family, from every module of this package that defines FAMILY."""
+    package = __name__.rpartition(".")[0]
+    table: dict[str, Family] = {}
+    for module in iter_modules(import_module(package).__path__):
+        family = getattr(import_module(f"{package}.{module.name}"), "FAMILY", None)
+        if family is not None:
+            table.update(dict.fromkeys((family.model_type, *family.aliases), family))
+    return table
+
+
+def base_type(model_type: str) -> str:
+    """`sensibert_bert` and `bert` are both `bert`."""
+    return model_type.removeprefix(PREFIX)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The table of a transformers model, or a SensibertError that says what is supported."""
+    config = getattr(model, "config", None)
+    model_type = base_type(getattr(config, "model_type", type(model).__name__))
+    if model_type not in families():
+        raise SensibertError(
+            f"model: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise SensibertError(f"model: {model_type} is configured as a decoder, want an encoder (is_decoder=False)")
+    return families()[model_type]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its task head; member names are relative to it."""
+    return getattr(model, "base_model", model)
+
+
+def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules at a dotted path whose `*` stands for every index of a module list."""
+    found = [("", root)]
+    for part in pattern.split("."):
+        nested = []
+        for name, module in found:
+            children = module.named_children() if part == "*" else [(part, getattr(module, part))]
+            nested += [(f"{name}.{child}" if name else child, value) for child, value in children]
+        found = nested
+    yield from found
+
+
+def attribute(root: object, path: str) -> object:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path in the base model, layer module) of every transformer layer, in order."""
+    return list(walk(base_of(model), family_of(model).layers))
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
+    try:
+        found = attribute(layer, path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Linear) else None
+
+
+def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: nn.Module, config: object) -> Site:
+    span = int(attribute(layer, family.head_dim)) if kind == "head" else 1
+    consumer = _linear(layer, axis.consumes)
+    units = consumer.in_features // span
+    repeats = 1
+    if family.repeats:
+        repeats = getattr(config, family.repeats[0]) // getattr(config, family.repeats[1])
+    members, params, token = [], 0, 0
+    for name in axis.produces:
+        linear = _linear(layer, name)
+        if linear is None:
+            continue
+        members.append(Member(f"{path}.{name}.weight", 0, span, axis.parts))
+        params += axis.parts * span * linear.in_features
+        token += 2 * axis.parts * span * linear.in_features
+        if linear.bias is not None:
+            members.append(Member(f"{path}.{name}.bias", 0, span, axis.parts))
+            params += axis.parts * span
+    reads = Member(f"{path}.{axis.consumes}.weight", 1, span)
+    members.append(reads)
+    params += span * consumer.out_features
+    token += 2 * span * consumer.out_features
+    flops = Flops(token=token, pair=4 * span if kind == "head" else 0)
+    if kind == "head" and family.relative_flops:
+        flops = flops + family.relative_flops(config, span)
+    name = f"layer.{number}.{kind}"
+    return Site(name, kind, number, units, tuple(members), reads, params, flops * repeats, axis.minimum)
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every trimmable axis: per layer its heads, then its FFN neurons. Names do not depend on the task head."""
+    family, config = family_of(model), model.config
+    found = []
+    for number, (path, layer) in enumerate(layers(model)):
+        for kind, axis in (("head", family.head), ("ffn", family.ffn)):
+            found.append(_site(family, axis, kind, number, path, layer, config))
+    return tuple(found)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
+    """FLOPs of the linear layers no site owns: (inside the encoder, in the whole model)."""
+    family, base = family_of(model), base_of(model)
+    encoder_prefix, encoder, rest = family.encoder + ".", Flops(), Flops()
+    sequence_head = not any(word in type(model).__name__ for word in ("TokenClassification", "QuestionAnswering", "LM"))
+    prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
+    for name, module in model.named_modules():
+        inside = name.startswith(prefix)
+        local = name.removeprefix(prefix) if inside else name
+        if not isinstance(module, nn.Linear) or (inside and f"{local}.weight" in owned):
+            continue
+        cost = 2 * module.in_features * module.out_features
+        in_encoder = inside and local.startswith(encoder_prefix)
+        once = (not inside and sequence_head) or "pooler" in local
+        flops = Flops(sequence=cost) if once else Flops(token=cost)
+        rest = rest + flops
+        encoder = encoder + flops if in_encoder else encoder
+    return encoder, rest
+
+
+def describe(model: nn.Module) -> Layout:
+    """Sites and costs of a model as it is now (a trimmed model is described with its current sizes)."""
+    family, base = family_of(model), base_of(model)
+    found = sites(model)
+    encoder_rest, model_rest = _rest(model, {m.parameter for site in found for m in site.members})
+    state = dict(base.named_parameters())
+    digest = hashlib.sha256(json.dumps([asdict(site) for site in found]).encode())
+    for site in found:
+        weight = state[site.consumer.parameter].detach().flatten()
+        digest.update(weight[:: max(1, weight.numel() // 64)].to("cpu", torch.float32).numpy().tobytes())
+    return Layout(
+        family=family.model_type,
+        digest=digest.hexdigest()[:16],
+        sites=found,
+        hidden=int(model.config.hidden_size),
+        encoder_params=_numel(attribute(base, family.encoder)),
+        total_params=_numel(model),
+        encoder_rest=encoder_rest,
+        model_rest=model_rest,
+    )

@@ -1,0 +1,54 @@
+"""What a trimmed model remembers: which units of its base model are left. Carried by the model object itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .base import sites
+
+_ATTRIBUTE = "sensibert_structure"
+
+
+def structure_of(model: nn.Module) -> dict[str, Tensor]:
+    """site name -> numbers of the base model's units that are left, int64 ascending; all of them if never trimmed."""
+    known = getattr(model, _ATTRIBUTE, None)
+    if known is not None:
+        return dict(known)
+    return {site.name: torch.arange(site.units) for site in sites(model)}
+
+
+def set_structure(model: nn.Module, structure: dict[str, Tensor]) -> None:
+    setattr(model, _ATTRIBUTE, dict(structure))
+
+
+def is_trimmed(model: nn.Module) -> bool:
+    return getattr(model, _ATTRIBUTE, None) is not None
+
+
+class PickHeads:
+    """Forward pre-hook of an attention module: of `position_bias` [B, H, S, S] only the kept heads go in."""
+
+    def __init__(self, kept: Tensor):
+        self.kept = kept
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def pick(bias: Tensor | None) -> Tensor | None:
+            return None if bias is None else bias[:, self.kept.to(bias.device)]
+
+        if len(args) > 2:  # (hidden_states, attention_mask, position_bias)
+            args = (*args[:2], pick(args[2]), *args[3:])
+        if "position_bias" in kwargs:
+            kwargs = {**kwargs, "position_bias": pick(kwargs["position_bias"])}
+        return args, kwargs
+
+    @classmethod
+    def attach(cls, attention: nn.Module, kept: Tensor) -> Callable[[], None]:
+        """Install, or narrow what is installed; returns the undo."""
+        for hook in attention._forward_pre_hooks.values():
+            if isinstance(hook, cls):
+                old, hook.kept = hook.kept, hook.kept[kept]
+                return lambda: setattr(hook, "kept", old)
+        return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove

@@ -1,0 +1,177 @@
+"""Model and plan -> smaller model. Physical trimming cuts the tensors; masked trimming silences the same units.
+
+Both are the same function of the input, and trimming proves it: one batch goes through the masked and the trimmed
+encoder, and if they differ the model is put back as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Member, Plan, Site
+from ..errors import SensibertError
+from ..models import base_of, describe, family_of, layers
+from ..models.base import Axis, attribute
+from ..models.structure import PickHeads, set_structure, structure_of
+from ..optim import slice_state
+
+CHECK_TOKENS = 12
+
+
+@contextmanager
+def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Inside, dropped units contribute nothing: the consuming layer reads zeros in their columns."""
+    handles = []
+    for site in plan.layout.sites:
+        consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
+        gate = plan.keep[site.name].repeat_interleave(site.consumer.span)
+
+        def zero(module: nn.Module, args: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
+            return (args[0].masked_fill(~gate.to(args[0].device), 0), *args[1:])
+
+        handles.append(consumer.register_forward_pre_hook(zero))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> Tensor:
+    """Last hidden states of two fixed sequences of random tokens, the second one padded. [2, S, hidden]"""
+    base = base_of(model)
+    generator = torch.Generator().manual_seed(0)
+    high = model.config.vocab_size
+    ids = torch.randint(min(10, high - 1), high, (2, CHECK_TOKENS), generator=generator)
+    attend = torch.ones_like(ids)
+    attend[1, CHECK_TOKENS - 4 :] = 0
+    device = next(base.parameters()).device
+    was_training, _ = base.training, base.eval()
+    try:
+        hidden = base(input_ids=ids.to(device), attention_mask=attend.to(device))[0]
+    finally:
+        base.train(was_training)
+    return hidden[attend.to(device).bool()].float()
+
+
+def _cut(parameter: nn.Parameter, member: Member, kept: Tensor, units: int) -> tuple[nn.Parameter, dict[int, Tensor]]:
+    index = member.index(kept.to(parameter.device), units)
+    new = nn.Parameter(parameter.detach().index_select(member.dim, index).clone(), parameter.requires_grad)
+    if parameter.grad is not None:
+        new.grad = parameter.grad.index_select(member.dim, index)
+    return new, {member.dim: index}
+
+
+class _Undo(list):
+    """Callables that put back what was changed, newest last."""
+
+    def run(self) -> None:
+        while self:
+            self.pop()()
+
+
+def _assign(owner: object, name: str, value: object, undo: _Undo) -> None:
+    old = getattr(owner, name)
+    undo.append(lambda: setattr(owner, name, old))
+    setattr(owner, name, value)
+
+
+def _cut_site(model: nn.Module, site: Site, kept: Tensor, on_cut: Callable, undo: _Undo) -> None:
+    base = base_of(model)
+    for member in site.members:
+        path, _, name = member.parameter.rpartition(".")
+        linear = attribute(base, path)
+        old = getattr(linear, name)
+        new, index = _cut(old, member, kept, site.units)
+        _assign(linear, name, new, undo)
+        if name == "weight":
+            _assign(linear, "in_features" if member.dim else "out_features", new.shape[member.dim], undo)
+        on_cut(old, new, index)
+
+
+def _set_attributes(layer: nn.Module, axis: Axis, count: int, span: int, undo: _Undo) -> None:
+    for names, value in ((axis.counts, count), (axis.widths, count * span)):
+        for path in names:
+            owner, _, name = path.rpartition(".")
+            _assign(attribute(layer, owner) if owner else layer, name, value, undo)
+
+
+def _close(masked: Tensor, trimmed: Tensor, dtype: torch.dtype) -> float | None:
+    """None if both agree to rounding, else the largest difference relative to the largest value."""
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    error = float((masked - trimmed).abs().max() / masked.abs().max().clamp_min(1e-12))
+    return None if error <= tolerance else error
+
+
+def trim(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: object | None = None,
+    copy_model: bool = False,
+    check: bool = True,
+) -> nn.Module:
+    """Remove the plan's dropped units from the tensors of a transformers model, in place, and return it.
+
+    optimizer: its parameters and state are cut along. copy_model: leave `model` alone and trim a copy. check: compare
+    masked and trimmed hidden states of one batch. SensibertError if the plan is of another model or the check fails;
+    the model is then as it was before."""
+    layout = describe(model)
+    if [(s.name, s.units) for s in layout.sites] != [(s.name, s.units) for s in plan.layout.sites]:
+        raise SensibertError(
+            f"trim: the plan was made for another model ({plan.layout.family}, {len(plan.layout.sites)} sites, "
+            f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "
+            f"sites, {layout.encoder_params:,}"
+        )
+    if copy_model:
+        model = copy.deepcopy(model)
+    family, structure, undo, cuts = family_of(model), structure_of(model), _Undo(), []
+    expected = None
+    if check:
+        with silenced(model, plan):
+            expected = _probe(model)
+    try:
+        layer_of = [layer for _, layer in layers(model)]
+        for site in plan.layout.sites:
+            kept, layer = plan.kept(site.name), layer_of[site.layer]
+            if len(kept) == site.units:
+                continue
+            _cut_site(model, site, kept, lambda *cut: cuts.append(cut), undo)
+            axis = family.head if site.kind == "head" else family.ffn
+            _set_attributes(layer, axis, len(kept), site.consumer.span, undo)
+            if site.kind == "head" and family.position_bias:
+                undo.append(PickHeads.attach(attribute(layer, family.position_bias), kept))
+            structure[site.name] = structure[site.name][kept]
+        if expected is not None:
+            dtype = next(model.parameters()).dtype
+            error = _close(expected, _probe(model), dtype)
+            if error is not None:
+                raise SensibertError(
+                    f"trim: masked and trimmed {layout.family} differ by {error:.1e} (relative), want rounding only; "
+                    "the model is left as it was. Is its table in sensibert/models/ complete?"
+                )
+        if optimizer is not None:
+            for old, new, index in cuts:
+                slice_state(optimizer, old, new, index)
+    except BaseException:
+        undo.run()
+        raise
+    set_structure(model, structure)
+    return model
+
+
+def burn(model: nn.Module, plan: Plan) -> nn.Module:
+    """Masked trimming in place: zero the dropped units in every member, so that any loader reads the same function."""
+    state: Mapping[str, nn.Parameter] = dict(base_of(model).named_parameters())
+    with torch.no_grad():
+        for site in plan.layout.sites:
+            dropped = (~plan.keep[site.name]).nonzero().flatten()
+            for member in site.members:
+                parameter = state[member.parameter]
+                parameter.index_fill_(member.dim, member.index(dropped.to(parameter.device), site.units), 0)
+    return model
