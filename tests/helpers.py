@@ -1,4 +1,4 @@
-"""What several test files share: the error bound, dtype names, tiny models. Import as `from tests.helpers import ...`."""
+"""What several test files share (`from tests.helpers import ...`): the error bound, dtype names, tiny models."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0, label: str = "result") -> None:
-    """Our largest error against `exact` (float64) may be at most `factor` times that of `plain`, the same mathematics in
-    plain PyTorch at the same dtype, plus one rounding of the largest value."""
+    """Our largest error against `exact` (float64) may be at most `factor` times that of `plain`, the same mathematics
+    in plain PyTorch at the same dtype, plus one rounding of the largest value."""
     assert ours.shape == plain.shape == exact.shape, f"{label}: {ours.shape}, {plain.shape}, {exact.shape}"
     assert ours.dtype == plain.dtype, f"{label}: ours is {ours.dtype}, plain is {plain.dtype}"
     assert exact.dtype == torch.float64, f"{label}: the truth is {exact.dtype}, want float64"
@@ -23,25 +23,27 @@ def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, factor: float = 
     assert mine <= factor * theirs + floor, f"{label}: error {mine:.3g}, plain {theirs:.3g}, rounding {floor:.3g}"
 
 
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
+TINY |= {"pad_token_id": 0, "embedding_size": 32}
+TINY |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+TINY_OWN_NAMES = {
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 64, "pad_token_id": 0}
+    | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "qa_dropout": 0.0},
+    "modernbert": TINY
+    | {"local_attention": 8, "attn_implementation": "eager"}
+    | {"bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2},
+}
+
+
 def tiny_config(model_type: str = "bert", **overrides):
     """A config of that family: 2 layers, hidden 32, 4 heads, FFN 64, 64 words, no dropout."""
     from transformers import AutoConfig
 
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64)
-    names = {"distilbert": dict(hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads",
-                                intermediate_size="hidden_dim")}.get(model_type, {})  # fmt: skip
-    sizes = {names.get(name, name): size for name, size in sizes.items()}
-    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0, embedding_size=32)
-    if model_type == "distilbert":
-        dropout = dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, qa_dropout=0.0)
-    if model_type == "modernbert":
-        tokens = dict(bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2)
-        dropout = dict(classifier_dropout=0.0, local_attention=8, attn_implementation="eager", **tokens)
-    return AutoConfig.for_model(model_type, **{**sizes, **dropout, "pad_token_id": 0, **overrides})
+    return AutoConfig.for_model(model_type, **(TINY_OWN_NAMES.get(model_type, TINY) | overrides))
 
 
 def tiny_model(model_type: str = "bert", head: str = "SequenceClassification", seed: int = 0, **overrides):
-    """A model of that family with random weights in eval mode; `head` names the AutoModel class ("" for the encoder)."""
+    """A model of that family, random weights, eval mode; `head` names the AutoModel class ("" for the encoder)."""
     import transformers
 
     torch.manual_seed(seed)
