@@ -1,0 +1,150 @@
+"""One number per block of every weight: a reduction of weight and gradient over the block, for all tensors at once.
+
+The gate gradient of a unit is sum(w * g) over its block of the consuming weight (docs/design.md), so `fisher` is
+reduce="signed", finish="square"; `taylor` is "signed", "abs"; `saliency` is "abs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from ..artifacts import Grid
+
+OP = "sensibert::block_sensitivity_"
+define(
+    OP,
+    "(Tensor(a!)[] out, Tensor[] weight, Tensor[] grad, int[] blocks, str reduce, str finish, float decay, float scale)"
+    " -> ()",
+)
+REDUCES = ("signed", "abs", "square", "grad_square", "weight_square")
+FINISHES = ("none", "square", "abs")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def block_sensitivity(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grids: Sequence[Grid] | Grid,
+    reduce: str = "abs",
+    finish: str = "none",
+    out: Sequence[Tensor] | None = None,
+    decay: float = 1.0,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """out[t] = decay * out[t] + scale * finish(reduce over each block of weights[t], grads[t]); returns out.
+
+    weights[t], grads[t] [N, K] or [N] (taken as [N, 1]), fp32, bf16, fp16 or fp64, mixed freely; grids: one a tensor, or
+    one for all; out[t] fp32 [ceil(N / bn), ceil(K / bk)], None starts from 0; with decay 0 what was in out is not read.
+    reduce: signed sum(w g) | abs sum|w g| | square sum (w g)^2 | grad_square sum g^2 | weight_square sum w^2 (grads may
+    then be empty). finish, of a block's total: none | square | abs. Accumulates in fp32 (fp64 where an input is fp64) in
+    an order fixed by the shapes. ValueError names the argument that does not fit."""
+    grids = [grids] * len(weights) if isinstance(grids, Grid) else grids
+    shapes = _check(weights, grads, grids, reduce, finish)
+    if out is None:
+        out, decay = [w.new_empty(shape, dtype=torch.float32) for w, shape in zip(weights, shapes)], 0.0
+    _check_out(out, weights, shapes)
+    blocks = [size for grid in grids for size in (grid.block_rows, grid.block_cols)]
+    torch.ops.sensibert.block_sensitivity_(
+        list(out), list(weights), list(grads), blocks, reduce, finish, float(decay), float(scale)
+    )
+    return list(out)
+
+
+def reference(
+    out: list[Tensor],
+    weight: list[Tensor],
+    grad: list[Tensor],
+    blocks: list[int],
+    reduce: str,
+    finish: str,
+    decay: float,
+    scale: float,
+) -> None:
+    with torch.no_grad():  # the op has no gradient, but torch would record these lines
+        for t, total in enumerate(out):
+            terms = _terms(weight[t], grad[t] if grad else None, reduce)
+            sums = _block_sums(terms if terms.dim() == 2 else terms[:, None], *blocks[2 * t : 2 * t + 2])
+            sums = {"none": sums, "square": sums.square(), "abs": sums.abs()}[finish].float()
+            if decay:
+                total.mul_(decay).add_(sums, alpha=scale)
+            else:
+                torch.mul(sums, scale, out=total)
+
+
+impl(OP, "default", reference)
+
+
+@register_fake(OP)
+def _(out, weight, grad, blocks, reduce, finish, decay, scale):
+    return None
+
+
+def _terms(w: Tensor, g: Tensor | None, reduce: str) -> Tensor:
+    """What is summed, one value an element, in fp32 or fp64."""
+    exact = torch.float64 if torch.float64 in (w.dtype, w.dtype if g is None else g.dtype) else torch.float32
+    if reduce == "weight_square":
+        return w.to(exact).square()
+    if reduce == "grad_square":
+        return g.to(exact).square()
+    product = w.to(exact) * g.to(exact)
+    return product if reduce == "signed" else product.abs_() if reduce == "abs" else product.square_()
+
+
+def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """terms [N, K] -> [ceil(N / bn), ceil(K / bk)]. Whole axes first: they leave the least for the second sum."""
+    order = [(0, block_rows), (1, block_cols)]
+    for dim, size in order if block_rows == 0 else order[::-1]:
+        length = terms.shape[dim]
+        if length == 0 or size == 1:
+            continue
+        whole = length // size * size if size else 0
+        if whole == 0:
+            terms = terms.sum(dim, keepdim=True)
+            continue
+        tail = terms.narrow(dim, whole, length - whole)
+        terms = terms.narrow(dim, 0, whole).unflatten(dim, (-1, size)).sum(dim + 1)
+        if tail.shape[dim]:
+            terms = torch.cat([terms, tail.sum(dim, keepdim=True)], dim)
+    return terms
+
+
+def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, int]]:
+    """Raise for the first argument that does not fit, else return the shape of each out."""
+    if reduce not in REDUCES:
+        raise ValueError(f"block_sensitivity: reduce is {reduce!r}, want one of {', '.join(REDUCES)}")
+    if finish not in FINISHES:
+        raise ValueError(f"block_sensitivity: finish is {finish!r}, want one of {', '.join(FINISHES)}")
+    if len(grids) != len(weights):
+        raise ValueError(f"block_sensitivity: grids are {len(grids)}, want one for each of {len(weights)} weights")
+    if len(grads) != len(weights) and not (reduce == "weight_square" and not grads):
+        raise ValueError(f"block_sensitivity: grads are {len(grads)}, want one for each of {len(weights)} weights")
+    for name, tensors in (("weights", weights), ("grads", grads)):
+        for t, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"block_sensitivity: {name}[{t}] is {type(tensor).__name__}, want a tensor")
+            if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+                said = f"{tensor.dtype}, {tensor.layout}"
+                raise ValueError(f"block_sensitivity: {name}[{t}] is {said}, want dense float32, bfloat16, float16, float64")
+            if tensor.device != weights[0].device:
+                raise ValueError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
+    for t, w in enumerate(weights):
+        if w.dim() not in (1, 2):
+            raise ValueError(f"block_sensitivity: weights[{t}] is {tuple(w.shape)}, want [N, K] or [N]")
+        if grads and grads[t].shape != w.shape:
+            raise ValueError(f"block_sensitivity: grads[{t}] is {tuple(grads[t].shape)}, want {tuple(w.shape)}")
+    return [grid.shape(w.shape[0], w.shape[1] if w.dim() == 2 else 1) for w, grid in zip(weights, grids)]
+
+
+def _check_out(out, weights, shapes) -> None:
+    if len(out) != len(weights):
+        raise ValueError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
+    for t, (total, w, shape) in enumerate(zip(out, weights, shapes)):
+        if total.dtype != torch.float32 or tuple(total.shape) != shape or not total.is_contiguous():
+            said = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
+            raise ValueError(f"block_sensitivity: out[{t}] is {said}, want contiguous torch.float32 {shape}")
+        if total.device != w.device:
+            raise ValueError(f"block_sensitivity: out[{t}] is on {total.device}, want {w.device}")
