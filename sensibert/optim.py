@@ -1,32 +1,161 @@
-"""Optimizer state under trimming: slicing it along with a parameter that shrinks."""
+"""AdamW that keeps dropped weights at zero, and optimizer state that follows a parameter when it shrinks."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-
-def _unwrap(optimizer) -> torch.optim.Optimizer:
-    """accelerate's AcceleratedOptimizer (and its like) hold the real one in `.optimizer`."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+from .artifacts import Grid
+from .ops.masked_adamw import masked_adamw, matrix_shape
 
 
-def _take(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
-    for dim, kept in index.items():
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
-    return tensor
+class MaskedAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
+
+    set_keep names the blocks of a parameter that survive: the others, and their moments, are exactly 0 after every step.
+    set_shadow has a bf16 copy of a parameter rewritten by every step, track has sensitivities accumulated in it.
+    `grad_factor`, a float32 scalar tensor or None, multiplies every gradient on the way (clipping, inverse loss scale).
+    A group's lr may be a tensor: then a captured step reads it anew at each replay. Without masks: torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        if float(lr) < 0 or eps < 0 or weight_decay < 0:
+            raise ValueError(f"MaskedAdamW: lr, eps, weight_decay are {lr}, {eps}, {weight_decay}, want 0 or more")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"MaskedAdamW: betas are {betas}, want each in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.grad_factor: Tensor | None = None
+        self._lr: dict[torch.device, tuple[list[float], Tensor]] = {}
+        self._shadows: dict[Tensor, Tensor] = {}
+        self._scores: dict[Tensor, tuple[Tensor, Grid]] = {}
+        self._statistic: dict = {}
+
+    def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
+        """From the next step on: keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]. Part of state_dict."""
+        self._want_held(param)
+        shape = grid.shape(*matrix_shape(param))
+        if keep.dtype != torch.bool or tuple(keep.shape) != shape:
+            raise ValueError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape} (grid {grid})")
+        self.state[param]["keep"] = keep.to(param.device).contiguous()
+        self.state[param]["keep_grid"] = (grid.block_rows, grid.block_cols)
+
+    def clear_keep(self, param: Tensor) -> None:
+        """All of param trains again, what was dropped from 0."""
+        self._want_held(param)
+        self.state[param].pop("keep", None)
+        self.state[param].pop("keep_grid", None)
+
+    def set_shadow(self, param: Tensor, shadow: Tensor | None) -> None:
+        """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved."""
+        self._want_held(param)
+        self._shadows.pop(param, None)
+        if shadow is not None:
+            self._shadows[param] = shadow
+
+    def track(
+        self,
+        scores: Mapping[Tensor, tuple[Tensor, Grid]],
+        reduce: str = "abs",
+        finish: str = "none",
+        decay: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        """From the next step on, add the sensitivity of each param in scores to its fp32 tensor, as `block_sensitivity`
+        does, from the weight before the step and the gradient after grad_factor; survivors only. {} ends it. Not saved."""
+        for param in scores:
+            self._want_held(param)
+        self._scores = dict(scores)
+        self._statistic = {"reduce": reduce, "finish": finish, "decay": decay, "scale": scale}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = defaultdict(list)
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param.grad is not None:
+                    held[param.device].append((param, number))
+        for device, entries in held.items():
+            self._step_on(device, [param for param, _ in entries], [number for _, number in entries])
+        return loss
+
+    def _step_on(self, device: torch.device, params: list[Tensor], groups: list[int]) -> None:
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            if param.grad.layout != torch.strided:
+                raise ValueError(f"MaskedAdamW: a gradient is {param.grad.layout}, want a dense one")
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        masked_adamw(
+            params,
+            [param.grad for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            steps,
+            self._lr_on(device),
+            groups,
+            betas=[group["betas"] for group in self.param_groups],
+            eps=[group["eps"] for group in self.param_groups],
+            weight_decay=[group["weight_decay"] for group in self.param_groups],
+            grad_factor=self.grad_factor,
+            keeps={t: (s["keep"], Grid(*s["keep_grid"])) for t, s in enumerate(states) if "keep" in s},
+            shadows={t: self._shadows[p] for t, p in enumerate(params) if p in self._shadows},
+            scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
+            **self._statistic,
+        )
+        torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
+
+    def _lr_on(self, device: torch.device) -> Tensor:
+        """One learning rate a group [G]; copied to the device only when one has changed."""
+        rates = [group["lr"] for group in self.param_groups]
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        if any(isinstance(rate, Tensor) for rate in rates):
+            return torch.stack([torch.as_tensor(rate, dtype=dtype, device=device) for rate in rates])
+        if device not in self._lr or self._lr[device][0] != rates:
+            self._lr[device] = rates, torch.tensor(rates, dtype=dtype, device=device)
+        return self._lr[device][1]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Also takes the state of a torch.optim.AdamW."""
+        super().load_state_dict(state_dict)  # casts what it loads to the dtype of the parameter
+        for param, state in self.state.items():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
+            if "keep" in state:
+                state["keep"] = state["keep"].to(param.device, torch.bool)
+
+    def _want_held(self, param: Tensor) -> None:
+        if not any(param is p for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")
 
 
-def slice_state(optimizer, old: Tensor, new: Tensor, index: dict[int, Tensor]) -> None:
+def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]) -> None:
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the shape
-    of `old` is cut, all others (step counts) are carried over. Any torch optimizer, also one wrapped by accelerate.
-    ValueError if `old` is not held, or if `new` has not the shape that index leaves.
+    of `old` is cut, and so is a keep of MaskedAdamW; all else (step counts) is carried over, a shadow or score of `old` is
+    let go. Any torch optimizer, also one wrapped by accelerate (`.optimizer`). ValueError if `old` is not held, or if
+    `new` has not the shape that index leaves.
     """
-    optimizer = _unwrap(optimizer)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     shape = list(old.shape)
     for dim, kept in index.items():
         shape[dim] = len(kept)
@@ -37,9 +166,24 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: dict[int, Tensor]) -
         raise ValueError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
     for params, i in places:
         params[i] = new
-    if old in optimizer.state:
-        state = optimizer.state.pop(old)
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old.shape and value.ndim:
-                state[name] = _take(value, index)
-        optimizer.state[new] = state
+    if isinstance(optimizer, MaskedAdamW):
+        optimizer._shadows.pop(old, None)
+        optimizer._scores.pop(old, None)
+    if old not in optimizer.state:
+        return
+    state = optimizer.state.pop(old)
+    if "keep" in state:  # its blocks need not survive the cut as blocks: single elements do
+        keep = Grid(*state.pop("keep_grid")).expand(state.pop("keep"), *matrix_shape(old))
+        keep = _take(keep.reshape(old.shape), index).reshape(matrix_shape(new))
+        if not keep.all():
+            state["keep"], state["keep_grid"] = keep, (1, 1)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == old.shape and name not in ("step", "keep"):
+            state[name] = _take(value, index)
+    optimizer.state[new] = state
+
+
+def _take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
+    for dim, kept in index.items():
+        tensor = tensor.index_select(dim, kept.to(tensor.device))
+    return tensor

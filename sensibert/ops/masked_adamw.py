@@ -1,0 +1,195 @@
+"""One AdamW step over all tensors of all groups, with masks, a bf16 shadow and the sensitivity in the same pass.
+
+    g = grad * grad_factor
+    w = w * (1 - lr * weight_decay)
+    m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
+    w = w - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)        Loshchilov and Hutter, 1711.05101
+    w, m, v = 0 wherever keep is False;   shadow = bf16(w)
+    score = decay * score + scale * finish(sum over the block of reduce(w before the step, g)), survivors only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..artifacts import Grid
+from .block_sensitivity import FINISHES, REDUCES
+
+OP = "sensibert::masked_adamw_"
+torch.library.define(
+    OP,
+    "(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, Tensor lr, "
+    "int[] group, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, Tensor? grad_factor, "
+    "Tensor[] keep, int[] keep_of, int[] keep_blocks, Tensor(d!)[] shadow, int[] shadow_of, "
+    "Tensor(e!)[] score, int[] score_of, int[] score_blocks, str reduce, str finish, float decay, float scale) -> ()",
+)
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """[N, ...] seen as [N, K]; a vector is [N, 1], a scalar [1, 1]."""
+    num_rows = tensor.shape[0] if tensor.ndim else 1
+    return num_rows, tensor.shape[1:].numel() if tensor.ndim else 1
+
+
+def masked_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    groups: Sequence[int],
+    betas: Sequence[tuple[float, float]],
+    eps: Sequence[float],
+    weight_decay: Sequence[float],
+    *,
+    grad_factor: Tensor | None = None,
+    keeps: Mapping[int, tuple[Tensor, Grid]] | None = None,
+    shadows: Mapping[int, Tensor] | None = None,
+    scores: Mapping[int, tuple[Tensor, Grid]] | None = None,
+    reduce: str = "abs",
+    finish: str = "none",
+    decay: float = 1.0,
+    scale: float = 1.0,
+) -> None:
+    """Update params, exp_avgs and exp_avg_sqs (fp32, fp64, bf16 or fp16; one dtype a tensor) in place.
+
+    steps: the number of this step, 1 for the first, fp32 scalar a tensor. lr [G]; groups: the group of each tensor;
+    betas, eps, weight_decay: one entry a group. grad_factor: scalar tensor (clipping times inverse loss scale).
+    keeps, shadows, scores: by position in params; keep bool and score fp32 in the shape of their grid, shadow bf16 in
+    that of its param. Everything on one device, nothing is read back. Deterministic. ValueError names what does not fit.
+    """
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
+    if reduce not in REDUCES or finish not in FINISHES:
+        raise ValueError(f"masked_adamw: reduce, finish are {reduce!r}, {finish!r}, want one of {REDUCES}, {FINISHES}")
+    if grad_factor is not None and (grad_factor.numel() != 1 or grad_factor.dtype != torch.float32):
+        raise ValueError(f"masked_adamw: grad_factor is {_named(grad_factor)}, want one float32")
+    keeps, shadows, scores = keeps or {}, shadows or {}, scores or {}
+    _check_blocks("keep", keeps, torch.bool, params)
+    _check_blocks("score", scores, torch.float32, params)
+    for t, shadow in shadows.items():
+        if shadow.dtype != torch.bfloat16 or shadow.shape != params[t].shape:
+            raise ValueError(f"masked_adamw: shadow[{t}] is {_named(shadow)}, want bfloat16 {tuple(params[t].shape)}")
+    mutated = [*params, *exp_avgs, *exp_avg_sqs, *shadows.values(), *(score for score, _ in scores.values())]
+    packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
+    tensors = iter(packed)
+    torch.ops.sensibert.masked_adamw_(
+        [next(tensors) for _ in params],
+        [grad.contiguous() for grad in grads],
+        [next(tensors) for _ in params],
+        [next(tensors) for _ in params],
+        list(steps),
+        lr,
+        list(groups),
+        [beta[0] for beta in betas],
+        [beta[1] for beta in betas],
+        list(eps),
+        list(weight_decay),
+        grad_factor,
+        [keep.contiguous() for keep, _ in keeps.values()],
+        list(keeps),
+        [size for _, grid in keeps.values() for size in (grid.block_rows, grid.block_cols)],
+        [next(tensors) for _ in shadows],
+        list(shadows),
+        [next(tensors) for _ in scores],
+        list(scores),
+        [size for _, grid in scores.values() for size in (grid.block_rows, grid.block_cols)],
+        reduce,
+        finish,
+        decay,
+        scale,
+    )
+    for tensor, copy in zip(mutated, packed, strict=True):
+        if tensor is not copy:
+            tensor.copy_(copy)
+
+
+def _named(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay) -> None:
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"masked_adamw: {name} has {len(values)} entries, want {len(params)} as params")
+    for name, values in {"betas": betas, "eps": eps, "weight_decay": weight_decay}.items():
+        if lr.ndim != 1 or len(values) != len(lr):
+            raise ValueError(f"masked_adamw: {name} has {len(values)} entries, lr is {tuple(lr.shape)}, want one a group")
+    for t, param in enumerate(params):
+        if not param.is_floating_point():
+            raise ValueError(f"masked_adamw: params[{t}] is {_named(param)}, want a floating type")
+        for name in ("grads", "exp_avgs", "exp_avg_sqs"):
+            other = lists[name][t]
+            if other.shape != param.shape or other.dtype != param.dtype or other.device != param.device:
+                raise ValueError(f"masked_adamw: {name}[{t}] is {_named(other)}, want {_named(param)}")
+        if param.device != lr.device or steps[t].device != lr.device:
+            raise ValueError(f"masked_adamw: params[{t}], steps[{t}] are not on {lr.device}, where lr is")
+        if steps[t].numel() != 1 or steps[t].dtype != torch.float32:
+            raise ValueError(f"masked_adamw: steps[{t}] is {_named(steps[t])}, want one float32")
+        if not 0 <= groups[t] < len(lr):
+            raise ValueError(f"masked_adamw: groups[{t}] is {groups[t]}, want 0 to {len(lr) - 1}")
+
+
+def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: torch.dtype, params) -> None:
+    for t, (value, grid) in entries.items():
+        if not 0 <= t < len(params):
+            raise ValueError(f"masked_adamw: {name} is for params[{t}], of {len(params)}")
+        shape = grid.shape(*matrix_shape(params[t]))
+        if value.dtype != dtype or tuple(value.shape) != shape or value.device != params[t].device:
+            wanted = f"{str(dtype).removeprefix('torch.')} {shape} on {params[t].device}"
+            raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {wanted} (grid {grid})")
+
+
+def dropped_elements(keep: Tensor, block_rows: int, block_cols: int, like: Tensor) -> Tensor:
+    """keep, one bool a block -> True for every element of `like` that is dropped, broadcastable to it."""
+    num_rows, num_cols = matrix_shape(like)
+    return ~Grid(block_rows, block_cols).expand(keep, num_rows, num_cols).view(like.shape)
+
+
+@torch.no_grad()
+def reference(
+    param, grad, exp_avg, exp_avg_sq, step, lr, group, beta1, beta2, eps, weight_decay, grad_factor,
+    keep, keep_of, keep_blocks, shadow, shadow_of, score, score_of, score_blocks, reduce, finish, decay, scale,
+) -> None:  # fmt: skip
+    if grad_factor is not None:  # multiplied in fp32: a factor of 1 / 65536 is nothing in half precision
+        grad = [(g * grad_factor.view(()) if g.itemsize > 2 else (g.float() * grad_factor).to(g.dtype)) for g in grad]
+    dropped = {
+        t: dropped_elements(keep[i], keep_blocks[2 * i], keep_blocks[2 * i + 1], param[t])
+        for i, t in enumerate(keep_of)
+    }
+    if score:
+        survivors = lambda tensor, t: tensor.masked_fill(dropped[t], 0) if t in dropped else tensor  # noqa: E731
+        weights = [survivors(param[t], t).view(matrix_shape(param[t])) for t in score_of]
+        grads = [survivors(grad[t], t).view(matrix_shape(param[t])) for t in score_of]
+        torch.ops.sensibert.block_sensitivity_(score, weights, grads, score_blocks, reduce, finish, decay, scale)
+    for g in range(len(beta1)):
+        for dtype in {p.dtype for p in param}:
+            chosen = [t for t, p in enumerate(param) if group[t] == g and p.dtype == dtype and p.numel()]
+            if chosen:
+                lists = [[tensors[t] for t in chosen] for tensors in (param, grad, exp_avg, exp_avg_sq, step)]
+                _step(*lists, lr[g], beta1[g], beta2[g], eps[g], weight_decay[g])
+    for t, where in dropped.items():
+        for tensor in (param[t], exp_avg[t], exp_avg_sq[t]):
+            tensor.masked_fill_(where, 0)  # not a product: what was NaN has to go too
+    for copy, t in zip(shadow, shadow_of, strict=True):
+        copy.copy_(param[t])
+
+
+def _step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:
+    """Torch's own kernel: one pass instead of a dozen, in fp32 whatever the dtype."""
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps,
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+torch.library.register_kernel(OP, "default", reference)  # not as a decorator: it would bind the name to None
+
+
+@torch.library.register_fake(OP)
+def _fake(*args) -> None:
+    return None
