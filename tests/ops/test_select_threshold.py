@@ -1,0 +1,207 @@
+"""Exactly k survive, the right k, and every layout of the answer says the same."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
+
+from sensibert.ops.select_threshold import OP, select_threshold
+from tests.helpers import DTYPES, dtype_id
+
+AWKWARD = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3.4e38, 5.9e-8, 2.5]
+SHAPES = [(3, 9), (), (0, 4), (5,), (16, 8), (2, 0), (2, 3, 4), (1, 65)]
+
+
+def truth(scores, k):
+    """keep, threshold and number of NaN by sorting (score, tensor, index) in Python's own order."""
+    order = []
+    for t, s in enumerate(scores):
+        for i, x in enumerate(s.flatten().tolist()):
+            order.append(((1, 0.0) if math.isnan(x) else (0, -x), t, i, x))
+    order.sort(key=lambda e: e[:3])
+    keep = [torch.zeros(s.numel(), dtype=torch.bool) for s in scores]
+    for _, t, i, _ in order[:k]:
+        keep[t][i] = True
+    threshold = order[k - 1][3] if k else math.inf
+    return [m.view(s.shape) for m, s in zip(keep, scores)], threshold, sum(math.isnan(e[3]) for e in order)
+
+
+def make_scores(dtype, device, shapes=SHAPES):
+    """Normal values rounded to quarters, so ties abound within and between tensors, and every awkward value."""
+    scores = [(torch.randn(shape) * 4).round().div(4) for shape in shapes]
+    for s in scores:
+        spots = torch.rand(s.shape) < 0.2
+        s[spots] = torch.tensor(AWKWARD)[torch.randint(len(AWKWARD), (int(spots.sum()),))]
+    return [s.to(dtype).to(device) for s in scores]
+
+
+def assert_true(selection, scores, k):
+    keep, threshold, num_nan = truth([s.cpu().float() for s in scores], k)
+    for t, (ours, want) in enumerate(zip(selection.keep, keep, strict=True)):
+        assert ours.dtype == torch.bool and torch.equal(ours.cpu(), want), f"keep[{t}]"
+    assert sum(int(m.sum()) for m in selection.keep) == k
+    assert selection.threshold.item() == threshold or math.isnan(selection.threshold) and math.isnan(threshold)
+    assert math.copysign(1, selection.threshold) == 1 or selection.threshold != 0, "a threshold of -0.0"
+    assert selection.num_nan.item() == num_nan and selection.num_nan.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_exactly_k_are_kept_largest_first_then_by_tensor_and_index(share, dtype, device):
+    scores = make_scores(dtype, device)
+    k = round(share * sum(s.numel() for s in scores))
+    assert_true(select_threshold(scores, k), scores, k)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_k_of_a_list_of_mixed_dtypes(device):
+    scores = [s.to(DTYPES[i % 3]) for i, s in enumerate(make_scores(torch.float32, device, [(3, 3), (4,), (2, 5)]))]
+    for k in range(24):
+        assert_true(select_threshold(scores, k), scores, k)
+
+
+value = st.one_of(st.sampled_from(AWKWARD), st.floats(width=32), st.integers(-2, 2).map(float))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(value, max_size=12), max_size=5), st.data())
+def test_any_values_give_the_sorted_answer(lists, data):
+    scores = [torch.tensor(x) for x in lists]
+    k = data.draw(st.integers(0, sum(map(len, lists))))
+    assert_true(select_threshold(scores, k), scores, k)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_bits_and_tiles_tell_what_keep_tells(N, K, rows, cols, data):
+    k = data.draw(st.integers(0, N * K))
+    got = select_threshold([torch.randn(N, K)], k, bits=True, tile=(rows, cols))
+    assert_layouts(got, rows, cols)
+
+
+def assert_layouts(got, rows, cols):
+    for keep, bits, occupancy in zip(got.keep, got.bits, got.occupancy, strict=True):
+        mask = keep.cpu().reshape((*keep.shape, 1, 1)[:2])
+        N, K = mask.shape
+        assert bits.dtype == occupancy.dtype == torch.uint8
+        assert bits.shape == (N, math.ceil(K / 8)) and occupancy.shape == (math.ceil(N / rows), math.ceil(K / cols))
+        for n in range(N):
+            packed = b"".join(int(b).to_bytes(1, "little") for b in bits[n])
+            want = sum(1 << i for i in range(K) if mask[n, i])  # lowest bit first, padding 0
+            assert int.from_bytes(packed, "little") == want, f"row {n}"
+        for i in range(occupancy.shape[0]):
+            for j in range(occupancy.shape[1]):
+                block = mask[i * rows : (i + 1) * rows, j * cols : (j + 1) * cols]
+                assert occupancy[i, j] == (2 if block.all() else 1 if block.any() else 0), f"tile {i}, {j}"
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("tile", [(1, 1), (2, 4), (64, 64), (3, 5)])
+def test_ragged_tiles_vectors_scalars_and_empty_tensors_have_layouts_too(tile, device):
+    scores = make_scores(torch.float32, device, [(7, 11), (5,), (), (0, 4), (3, 0), (64, 64), (130, 66)])
+    for k in (0, 40, sum(s.numel() for s in scores)):
+        got = select_threshold(scores, k, bits=True, tile=tile)
+        assert_true(got, scores, k)
+        assert_layouts(got, *tile)
+
+
+def test_ties_go_to_the_earlier_tensor_then_the_lower_index():
+    a, b = torch.tensor([1.0, 5.0, 1.0]), torch.tensor([1.0, 1.0])
+    assert [m.tolist() for m in select_threshold([a, b], 3).keep] == [[True, True, True], [False, False]]
+    assert [m.tolist() for m in select_threshold([b, a], 2).keep] == [[True, False], [False, True, False]]
+
+
+def test_minus_zero_ties_with_zero():
+    assert select_threshold([torch.tensor([-0.0, 0.0, -0.0])], 2).keep[0].tolist() == [True, True, False]
+    assert math.copysign(1, select_threshold([torch.tensor([-0.0])], 1).threshold) == 1
+
+
+def test_nan_is_counted_and_kept_only_when_nothing_else_is_left():
+    scores = [torch.tensor([math.nan, -math.inf, 2.0, -math.nan])]
+    assert select_threshold(scores, 2).keep[0].tolist() == [False, True, True, False]
+    last = select_threshold(scores, 3)
+    assert last.keep[0].tolist() == [True, True, True, False]
+    assert math.isnan(last.threshold) and last.num_nan == 2
+
+
+def test_nothing_to_select_from_is_a_selection_too(device):
+    assert select_threshold([], 0) == ([], math.inf, 0, [], [])
+    got = select_threshold([torch.empty(0, 3, device=device)], 0, bits=True, tile=(2, 2))
+    assert got.keep[0].shape == (0, 3) and got.bits[0].shape == (0, 1) and got.occupancy[0].shape == (0, 2)
+
+
+def test_strided_and_shifted_views_are_read_as_they_look(device):
+    base = make_scores(torch.float32, device, [(40, 50)])[0]
+    views = [base.t(), base[1::3, ::2], base.flatten()[1:], base[:1].expand(5, -1)]
+    got = select_threshold(views, 1000, bits=True, tile=(8, 8))
+    assert_true(got, views, 1000)
+    assert_layouts(got, 8, 8)
+
+
+def test_scores_with_a_gradient_are_selected_without_one():
+    got = select_threshold([torch.nn.Parameter(torch.randn(4, 4))], 5)
+    assert not got.threshold.requires_grad and int(got.keep[0].sum()) == 5
+
+
+def test_registration(device):
+    scores = make_scores(torch.float32, device, [(3, 9), (5,)])
+    got = select_threshold(scores, 7, bits=True, tile=(2, 4))
+    args = (got.keep, got.bits, got.occupancy, got.threshold, got.num_nan, scores, 7, 2, 4)
+    torch.library.opcheck(torch.ops.sensibert.select_threshold_, args)
+
+
+def test_compiles_without_a_graph_break(device):
+    def step(scores):
+        got = select_threshold([s * 2 for s in scores], 9, bits=True, tile=(2, 4))
+        return [s * m for s, m in zip(scores, got.keep)], got
+
+    scores = [torch.randn(3, 9, device=device), torch.randn(5, device=device)]
+    ours, plain = torch.compile(step, fullgraph=True, backend="aot_eager")(scores), step(scores)
+    for got, want in zip(tree_leaves(ours), tree_leaves(plain), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "scores, k, options, message",
+    [
+        ([torch.zeros(3)], 4, {}, r"k is 4, want an int in \[0, 3\]"),
+        ([torch.zeros(3)], -1, {}, r"k is -1, want an int in \[0, 3\]"),
+        ([torch.zeros(3)], 1.0, {}, r"k is 1.0, want an int"),
+        ([torch.zeros(3)], True, {}, r"k is True, want an int"),
+        ([], 1, {}, r"k is 1, want an int in \[0, 0\]"),
+        ([torch.zeros(3), torch.zeros(3).double()], 1, {}, r"scores\[1\] is torch.float64, want float32, bfloat16 or"),
+        ([torch.zeros(3, dtype=torch.int32)], 1, {}, r"scores\[0\] is torch.int32"),
+        ([torch.zeros(3), torch.zeros(3, device="meta")], 1, {}, r"scores\[1\] is on meta, want cpu like scores\[0\]"),
+        ([torch.zeros(2, 2, 2)], 1, {"bits": True}, r"scores\[0\] is \(2, 2, 2\), want at most 2 axes"),
+        ([torch.zeros(2, 2)], 1, {"tile": (0, 4)}, r"tile is \(0, 4\), want two sizes of at least 1"),
+        ([torch.zeros(2, 2)], 1, {"tile": (4,)}, r"tile is \(4,\), want two sizes"),
+    ],
+)
+def test_a_wrong_argument_is_named(scores, k, options, message):
+    with pytest.raises(ValueError, match="select_threshold: " + message):
+        select_threshold(scores, k, **options)
+
+
+def test_more_scores_than_an_int32_can_count_are_counted():
+    with pytest.raises(ValueError, match=r"\[0, 6442450944\]"):
+        select_threshold([torch.empty(3, 2**31, device="meta")], 2**33)
+
+
+@pytest.mark.gpu
+def test_the_kernel_agrees_with_the_reference_bitwise_and_with_itself():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CUDA"), "the reference serves CUDA tensors"
+    scores = make_scores(torch.float32, "cuda", [(768, 3072), (3072, 768), (768,), (30522, 64)])
+    scores.append(scores[0].bfloat16())
+    total = sum(s.numel() for s in scores)
+    for k in (1, total // 3, total // 2, total - 1):
+        want = select_threshold([s.cpu() for s in scores], k, bits=True, tile=(64, 64))
+        for _ in range(3):
+            got = select_threshold(scores, k, bits=True, tile=(64, 64))
+            for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+                assert torch.equal(a.cpu().nan_to_num(7), b.nan_to_num(7))
