@@ -29,7 +29,7 @@ bench: $(VENV)/.installed
 
 kernels: $(VENV)/.installed
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	$(BIN)/python -c "from sensibert import _native; print(_native.describe())"
+	$(BIN)/python -c "from sensibert import _native; print(_native.status())"
 
 install: $(VENV)/.installed
 
