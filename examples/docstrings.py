@@ -81,15 +81,13 @@ def collect(label: str, folder: Path, cap: int = CAP) -> dict[str, list[str]]:
 
 
 def build(folder: Path, libraries: dict[str, Path] | None = None, cap: int = CAP) -> dict[str, int]:
-    """Write train.csv and validation.csv (columns sentence, label) and labels.txt; return the rows of each file."""
+    """Write train.csv and validation.csv (columns sentence, label) into folder; return the rows of each file."""
     libraries = sources() if libraries is None else libraries
-    labels = sorted(libraries)
-    texts = [collect(label, libraries[label], cap) for label in labels]
+    texts = {label: collect(label, source, cap) for label, source in sorted(libraries.items())}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     counts, taken = {}, set()
     for side in ("train", "validation"):
-        rows = [(text, label) for label, found in enumerate(texts) for text in found[side] if text not in taken]
+        rows = [(text, label) for label, found in texts.items() for text in found[side] if text not in taken]
         rows.sort(key=lambda row: share(row[0]))  # mixed, the same way everywhere
         taken |= {text for text, _ in rows}
         with open(folder / f"{side}.csv", "w", newline="", encoding="utf-8") as file:
