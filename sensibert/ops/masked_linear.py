@@ -1,0 +1,194 @@
+"""y = x (W * keep)^T + b for any grid of W, with gradients to x, W and b (and to their gradients in turn).
+
+Three ops, so that a traced backward is two calls the compiler knows: masked_linear (NT), masked_linear_dx (NN) and
+masked_linear_dweight (TN). Each is linear in both float inputs, and the derivative of any one is the other two.
+Accumulation is that of torch's matmul for the dtype (fp32 for fp16 and bf16); deterministic where that is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import define, impl, register_autograd, register_fake
+
+from ..artifacts import Grid
+from . import masked_linear_path as paths
+from .masked_linear_live import Live, live, published
+
+OP = "sensibert::masked_linear"
+define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor keep, int block_rows, int block_cols) -> Tensor")
+define(OP + "_dx", "(Tensor dy, Tensor weight, Tensor keep, int block_rows, int block_cols) -> Tensor")
+define(OP + "_dweight", "(Tensor dy, Tensor x, Tensor keep, int block_rows, int block_cols) -> Tensor")
+ops = torch.ops.sensibert
+
+
+def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, grid: Grid) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None, keep bool grid.shape(N, K), True survives -> y [..., N].
+
+    What a dropped block of W holds, NaN included, reaches neither y nor a gradient; dweight is exactly 0 there. Columns
+    of x (rows of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. One dtype for x,
+    weight and bias; under autocast x is cast to its dtype, and of the weight only the kept part. ValueError names the
+    argument that does not fit."""
+    if weight.dim() != 2:
+        raise ValueError(f"masked_linear: weight is {tuple(weight.shape)}, want [N, K]")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"masked_linear: x is {tuple(x.shape)}, want [..., {K}] for a weight {(N, K)}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"masked_linear: bias is {tuple(bias.shape)}, want ({N},)")
+    if keep.dtype != torch.bool or tuple(keep.shape) != grid.shape(N, K):
+        want = f"torch.bool {grid.shape(N, K)} for the grid {grid}"
+        raise ValueError(f"masked_linear: keep is {keep.dtype} {tuple(keep.shape)}, want {want}")
+    for name, other in (("weight", weight), ("bias", bias), ("keep", keep)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"masked_linear: {name} is on {other.device}, want {x.device} as x")
+        if name != "keep" and other is not None and other.dtype != x.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"masked_linear: {name} is {other.dtype}, want {x.dtype} as x (or autocast)")
+    return ops.masked_linear(x, weight, bias, keep, grid.block_rows, grid.block_cols)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """The formula at full size: the oracle of the tests, and the path "reference"."""
+    wide = Grid(block_rows, block_cols).expand(keep, *weight.shape)  # [N, K]
+    x = x.masked_fill(~wide.any(0), 0)
+    return F.linear(x, weight.to(x.dtype).masked_fill(~wide, 0), None if bias is None else bias.to(x.dtype))
+
+
+def _forward(x, weight, bias, keep, block_rows, block_cols):
+    path, kept = _plan(x, weight.shape, keep, Grid(block_rows, block_cols))
+    if path == "reference":
+        return reference(x, weight, bias, keep, block_rows, block_cols)
+    w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
+    if rows is not None:
+        blank = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
+        y = blank.expand(len(y), len(weight)).clone(memory_format=torch.contiguous_format).index_copy_(1, rows, y)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _dx(dy, weight, keep, block_rows, block_cols):
+    """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
+    path, kept = _plan(dy, weight.shape, keep, Grid(block_rows, block_cols))
+    w = _weight(path, weight, keep, kept, dy.dtype)
+    dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
+    return dx.view(*dy.shape[:-1], weight.shape[1])
+
+
+def _dweight(dy, x, keep, block_rows, block_cols):
+    """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
+    shape = (dy.shape[-1], x.shape[-1])
+    rows, cols, holes, *_ = live(keep, Grid(block_rows, block_cols), *shape)  # the paths differ in W, not read here
+    dweight = _take(_flat(dy), rows).T @ _take(_flat(x), cols)
+    if holes is not None:
+        dweight.masked_fill_(holes, 0)
+    dweight = _place(dweight, cols, shape[1])
+    return dweight if rows is None else dweight.new_zeros(shape).index_copy_(0, rows, dweight)
+
+
+def _plan(x: Tensor, shape: tuple[int, int], keep: Tensor, grid: Grid) -> tuple[str, Live]:
+    kept = live(keep, grid, *shape)
+    num_tokens = x.shape[:-1].numel()
+    where = paths.architecture(x.device)
+    return paths.resolve(paths.Problem(num_tokens, *shape, x.dtype, grid, kept.density, kept.share, where)).path, kept
+
+
+def _weight(path: str, weight: Tensor, keep: Tensor, kept: Live, dtype: torch.dtype) -> Tensor:
+    """The matrix [n, k] to multiply with: as published, or gathered, cast and masked here."""
+    if path == "dense":
+        return weight.to(dtype)
+    w = published(weight, keep, dtype)
+    if w is None:
+        w = _take(_take(weight, kept.rows, 0), kept.cols).to(dtype)
+        w = w if kept.holes is None else w.masked_fill(kept.holes, 0)
+    return w
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _take(t: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
+    return t if index is None else t.index_select(dim, index)
+
+
+def _place(t: Tensor, cols: Tensor | None, width: int) -> Tensor:
+    """t [M, k] -> [M, width] with t at cols and 0 elsewhere."""
+    return t if cols is None else t.new_zeros(len(t), width).index_copy_(1, cols, t)
+
+
+for _name, _kernel in (("", _forward), ("_dx", _dx), ("_dweight", _dweight)):
+    impl(OP + _name, "default", _kernel)
+
+
+@register_fake(OP)
+def _(x, weight, bias, keep, block_rows, block_cols):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_fake(OP + "_dx")
+def _(dy, weight, keep, block_rows, block_cols):
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
+
+
+@register_fake(OP + "_dweight")
+def _(dy, x, keep, block_rows, block_cols):
+    return x.new_empty(dy.shape[-1], x.shape[-1])
+
+
+def _save(ctx, inputs, output):
+    """Both matrices of the product, each only if the other's gradient is wanted, and the keep grid."""
+    first, second, *bias, keep, block_rows, block_cols = inputs
+    need_first, need_second = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(first if need_second else None, second if need_first else None, keep)
+    ctx.blocks, ctx.dtypes = (block_rows, block_cols), [None if t is None else t.dtype for t in (second, *bias)]
+
+
+def _backward(ctx, dy):  # y = x (W * keep)^T + b
+    x, weight, keep = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    dx = ops.masked_linear_dx(dy, weight, keep, *ctx.blocks) if need_x else None
+    dweight = ops.masked_linear_dweight(dy, x, keep, *ctx.blocks).to(ctx.dtypes[0]) if need_weight else None
+    dbias = _flat(dy).sum(0).to(ctx.dtypes[1]) if need_bias else None
+    return dx, dweight, dbias, None, None, None
+
+
+def _backward_dx(ctx, g):  # dx = dy (W * keep)
+    dy, weight, keep = ctx.saved_tensors
+    need_dy, need_weight, *_ = ctx.needs_input_grad
+    ddy = ops.masked_linear(g, weight, None, keep, *ctx.blocks) if need_dy else None
+    dweight = ops.masked_linear_dweight(dy, g, keep, *ctx.blocks).to(ctx.dtypes[0]) if need_weight else None
+    return ddy, dweight, None, None, None
+
+
+def _backward_dweight(ctx, g):  # dweight = (dy^T x) * keep
+    dy, x, keep = ctx.saved_tensors
+    need_dy, need_x, *_ = ctx.needs_input_grad
+    ddy = ops.masked_linear(x, g, None, keep, *ctx.blocks) if need_dy else None
+    dx = ops.masked_linear_dx(dy, g, keep, *ctx.blocks) if need_x else None
+    return ddy, dx, None, None, None
+
+
+for _name, _rule in (("", _backward), ("_dx", _backward_dx), ("_dweight", _backward_dweight)):
+    register_autograd(OP + _name, _rule, setup_context=_save)
+
+
+def _autocast(device_type: str):
+    """x goes to the autocast dtype (float64 stays, as in torch); W and b are cast inside, only what is kept of W."""
+
+    def cast(x, weight, bias, keep, block_rows, block_cols):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return ops.masked_linear(x.to(dtype), weight, bias, keep, block_rows, block_cols)
+
+    return cast
+
+
+_library = torch.library.Library("sensibert", "FRAGMENT")  # register_autocast knows one fixed dtype, users have two
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("masked_linear", _autocast(_device_type), _key)
+
+masked_linear.force = paths.force  # where sensibert.ops.masked_linear is the function, not the module
+force = paths.force

@@ -1,0 +1,77 @@
+"""What a keep grid leaves of a weight: the rows and columns that still hold a kept block, and the holes among them.
+
+Found once per value of `keep` and remembered, so that a call on a GPU neither waits for the device nor breaks a graph
+capture. Remembered means: until the tensor dies or its version counter moves, as for tensors autograd saves. So change
+keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..artifacts import Grid
+
+
+class Live(NamedTuple):
+    """The compact matrix of a weight [N, K]: its n kept rows and k kept columns."""
+
+    rows: Tensor | None  # [n] int64, ascending; None: all N
+    cols: Tensor | None  # [k] int64, ascending; None: all K
+    holes: Tensor | None  # [n, k] bool, True where a block of the compact matrix is dropped; None: nowhere
+    density: float  # kept weights / (N * K); 1 for an empty weight
+    share: float  # n * k / (N * K): what is left for a matmul that skips empty rows and columns
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # keep -> (version, grid, N, K, Live)
+
+
+def live(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
+    """keep bool grid.shape(N, K) -> Live."""
+    if keep.is_inference():  # has no version counter
+        return _find(keep, grid, num_rows, num_cols)
+    stamp = (keep._version, grid, num_rows, num_cols)
+    known = _known.get(keep)
+    if known is None or known[0] != stamp:
+        known = _known[keep] = (stamp, _find(keep, grid, num_rows, num_cols))
+    return known[1]
+
+
+def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
+    if num_rows * num_cols == 0:
+        return Live(None, None, None, 1.0, 1.0)
+    sizes = grid.block_size(num_rows, num_cols)
+    row_block = torch.arange(num_rows, device=keep.device) // sizes[0]  # [N] block number of each row
+    col_block = torch.arange(num_cols, device=keep.device) // sizes[1]  # [K]
+    rows = keep.any(1)[row_block].nonzero()[:, 0]
+    cols = keep.any(0)[col_block].nonzero()[:, 0]
+    # Counted in strips: an element grid would cost a float64 copy of the weight otherwise.
+    block_cols = torch.bincount(col_block, minlength=keep.shape[1]).double()
+    block_rows = torch.bincount(row_block, minlength=keep.shape[0]).double()
+    per_row = torch.cat([part.double().mv(block_cols) for part in keep.split(256)])
+    kept = float(per_row.dot(block_rows))
+    size = num_rows * num_cols
+    holes = None if kept == len(rows) * len(cols) else ~keep[row_block[rows]][:, col_block[cols]]
+    full = (len(rows) == num_rows, len(cols) == num_cols)
+    return Live(None if full[0] else rows, None if full[1] else cols, holes, kept / size, len(rows) * len(cols) / size)
+
+
+_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (versions, compact masked weight)
+
+
+def publish(weight: Tensor, keep: Tensor, prepared: Tensor) -> None:
+    """Promise that prepared [n, k] is the compact masked weight (Live.rows, Live.cols, holes 0) in the compute dtype.
+
+    For an optimizer that writes it beside the weight, so that no call has to gather. It is used until weight or keep is
+    changed by anyone else, as their version counters tell; the optimizer publishes again after each step."""
+    _published[weight] = (weight._version, keep._version, prepared)
+
+
+def published(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
+    known = _published.get(weight)
+    if known is None or known[:2] != (weight._version, keep._version) or known[2].dtype != dtype:
+        return None
+    return known[2]
