@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..artifacts import write_atomically
+from ..errors import SensibertError
 from .base import sites
 
 _ATTRIBUTE = "sensibert_structure"
@@ -26,6 +31,19 @@ def set_structure(model: nn.Module, structure: dict[str, Tensor]) -> None:
 
 def is_trimmed(model: nn.Module) -> bool:
     return getattr(model, _ATTRIBUTE, None) is not None
+
+
+def save_structure(model: nn.Module, path: str | Path) -> None:
+    """Kept units of the base model, int32, one tensor a site: what it takes to rebuild the shapes."""
+    tensors = {name: kept.to(torch.int32) for name, kept in structure_of(model).items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": "sensibert.structure"}))
+
+
+def read_structure(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return {name: kept.long() for name, kept in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise SensibertError(f"{path}: not a readable structure file ({error})") from None
 
 
 class PickHeads:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Member, Plan, Site
+from ..artifacts import Budget, Member, Plan, Site
 from ..errors import SensibertError
 from ..models import base_of, describe, family_of, layers
 from ..models.base import Axis, attribute
@@ -175,3 +175,13 @@ def burn(model: nn.Module, plan: Plan) -> nn.Module:
                 parameter = state[member.parameter]
                 parameter.index_fill_(member.dim, member.index(dropped.to(parameter.device), site.units), 0)
     return model
+
+
+def restructure(model: nn.Module, structure: Mapping[str, Tensor]) -> nn.Module:
+    """Cut a model to the shapes of a stored structure (kept units of the base model); its weights are to be loaded next."""
+    have, layout = structure_of(model), describe(model)
+    missing = [name for name in have if name not in structure or not torch.isin(structure[name], have[name]).all()]
+    if missing or len(structure) != len(have):
+        raise SensibertError(f"structure: does not fit this {layout.family} model (at {(missing or ['its sites'])[0]})")
+    keep = {name: torch.isin(have[name], structure[name]) for name in have}
+    return trim(model, Plan(layout, keep, Budget(1.0, "params", True), "structure"), check=False)

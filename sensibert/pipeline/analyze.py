@@ -1,0 +1,220 @@
+"""Model and micro-batches -> sensitivity: one score for every unit that could be trimmed.
+
+With a gate m_j = 1 on unit j's activation, dL/dm_j = sum of W * dL/dW over the block of the consuming weight that reads
+the unit (its columns). So one call of `block_sensitivity` on weights and gradients gives every gate gradient g_j:
+
+    fisher     S_j += g_j^2, labels sampled from the model's own prediction (does not vanish with the loss)
+    taylor     S_j += |g_j|, given labels
+    saliency   S_j += sum of |w * g| over all members of the unit, given labels
+    magnitude  sum of w^2 over all members; random: a coin. Controls that need no data.
+    paper      our reading of the Sensi-BERT abstract: soft gates m_j, learned with an L1 penalty in a short run
+
+Michel et al., arXiv 1905.10650 (gates); Kwon et al., arXiv 2204.09656 (Fisher of masks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Layout, Member, Sensitivity, Site
+from ..errors import SensibertError
+from ..models import base_of, describe
+from ..models.base import attribute
+from ..ops import block_sensitivity
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[object, Batch, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """How a score comes about: from which labels, which members, and by which reduction of w and g."""
+
+    reduce: str
+    finish: str = "none"
+    data: bool = True
+    sampled: bool = False  # labels drawn from the model's prediction
+    all_members: bool = False  # else only the consuming weight
+
+
+STATISTICS = {
+    "fisher": Statistic("signed", "square", sampled=True),
+    "taylor": Statistic("signed", "abs"),
+    "saliency": Statistic("abs", all_members=True),
+    "magnitude": Statistic("weight_square", data=False, all_members=True),
+    "random": Statistic("random", data=False),
+    "paper": Statistic("gates"),
+}
+GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
+
+
+def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The loss the model itself computed from the labels in the batch."""
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise SensibertError(f"analyze: the model gave no loss, want labels in the batch (it has {sorted(batch)})")
+    return loss
+
+
+def _sections(member: Member, parameter: Tensor, units: int) -> list[Tensor]:
+    """The parts of a parameter, each with one block a unit."""
+    return list(parameter.chunk(member.parts, member.dim)) if member.parts > 1 else [parameter]
+
+
+def _blocks(layout: Layout, statistic: Statistic) -> list[tuple[Site, Member]]:
+    chosen = [(site, site.members if statistic.all_members else (site.consumer,)) for site in layout.sites]
+    return [(site, member) for site, members in chosen for member in members]
+
+
+def _reduce(
+    blocks: list[tuple[Site, Member]],
+    weights: list[Tensor],
+    grads: list[Tensor] | None,
+    statistic: Statistic,
+    out: list[Tensor] | None,
+) -> list[Tensor]:
+    """One op call over all weights; out holds one [1, units] or [units, 1] tensor per section."""
+    parts, part_grads, grids = [], [], []
+    for number, (site, member) in enumerate(blocks):
+        sections = _sections(member, weights[number], site.units)
+        parts += sections
+        part_grads += _sections(member, grads[number], site.units) if grads is not None else []
+        grids += [member.grid] * len(sections)
+    return block_sensitivity(parts, part_grads, grids, statistic.reduce, statistic.finish, out=out)
+
+
+def _collect(layout: Layout, blocks: list[tuple[Site, Member]], out: list[Tensor]) -> dict[str, Tensor]:
+    """Sum the sections and members of each site: site name -> [units] fp32."""
+    scores = {site.name: torch.zeros(site.units) for site in layout.sites}
+    rest = iter(out)
+    for site, member in blocks:
+        for _ in range(member.parts):
+            scores[site.name] += next(rest).flatten().float().cpu()
+    return scores
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, autocast: torch.dtype | None):
+    """Dropout off, gradients on, training mode restored; mixed precision if asked for."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    try:
+        with torch.enable_grad(), precision:
+            yield device
+    finally:
+        model.train(was_training)
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _require_finite(loss: Tensor, samples: int) -> None:
+    if not torch.isfinite(loss):
+        raise SensibertError(f"analyze: the loss after {samples} samples is {float(loss)}, want a finite number")
+
+
+def _gradient_scores(
+    model: nn.Module, layout: Layout, batches: Iterable[Batch], statistic: Statistic, loss: Loss, seed: int, autocast
+) -> tuple[dict[str, Tensor], int]:
+    blocks = _blocks(layout, statistic)
+    state = dict(base_of(model).named_parameters())
+    names = [member.parameter for _, member in blocks]
+    weights = [state[name] for name in names]
+    frozen = [p for p in weights if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    generator, out, samples = torch.Generator().manual_seed(seed), None, 0
+    try:
+        with _evaluating(model, autocast) as device:
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                value = loss(model(**batch), batch, generator)
+                # Asking for these gradients alone skips the embeddings and leaves every .grad as it is.
+                grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+                _require_finite(value, samples)
+                out = _reduce(blocks, [w.detach() for w in weights], list(grads), statistic, out)
+                samples += _size(batch)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if out is None:
+        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+    return _collect(layout, blocks, out), samples
+
+
+def _gate_scores(
+    model: nn.Module, layout: Layout, batches: Iterable[Batch], loss: Loss, seed: int, autocast
+) -> tuple[dict[str, Tensor], int]:
+    """|m_j| after a short run of Adam on the gates alone: loss + penalty * mean |m|, weights fixed."""
+    base, device = base_of(model), next(model.parameters()).device
+    gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in layout.sites}
+    handles = []
+    for site in layout.sites:
+        consumer = attribute(base, site.consumer.parameter.removesuffix(".weight"))
+
+        def gated(module: nn.Module, args: tuple, gate: Tensor = gates[site.name], span: int = site.consumer.span):
+            return (args[0] * gate.repeat_interleave(span).to(args[0].dtype), *args[1:])
+
+        handles.append(consumer.register_forward_pre_hook(gated))
+    used = [gate for gate in gates.values() if gate.numel()]
+    optimizer = torch.optim.Adam(used, lr=GATE_RATE)
+    generator, samples = torch.Generator().manual_seed(seed), 0
+    try:
+        with _evaluating(model, autocast):
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                value = loss(model(**batch), batch, generator)
+                total = value + GATE_PENALTY * torch.cat(used).abs().mean()
+                _require_finite(total, samples)
+                for gate, grad in zip(used, torch.autograd.grad(total, used), strict=True):
+                    gate.grad = grad
+                optimizer.step()
+                samples += _size(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not samples:
+        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+    return {name: gate.detach().abs().cpu() for name, gate in gates.items()}, samples
+
+
+def analyze(
+    model: nn.Module,
+    batches: Iterable[Batch] = (),
+    statistic: str = "fisher",
+    sampled_loss: Loss | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Sensitivity:
+    """Score every unit of a transformers model; weights, gradients, mode and random state stay as they are.
+
+    batches: micro-batches as the model takes them (1 to 8 samples each; the square is taken per micro-batch); not read
+    by magnitude and random. sampled_loss: (outputs, batch, generator) -> loss with labels drawn from the prediction,
+    needed by fisher (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass.
+    SensibertError for an unknown statistic, no data, or a loss that is not finite."""
+    if statistic not in STATISTICS:
+        raise SensibertError(f"analyze: statistic is {statistic!r}, want one of {', '.join(STATISTICS)}")
+    rule, layout, samples = STATISTICS[statistic], describe(model), 0
+    if rule.sampled and sampled_loss is None:
+        raise SensibertError(f"analyze: {statistic} samples labels, want sampled_loss (see sensibert.tasks)")
+    loss = sampled_loss if rule.sampled else given_loss
+    if statistic == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scores = {site.name: torch.rand(site.units, generator=generator) for site in layout.sites}
+    elif not rule.data:
+        state, blocks = dict(base_of(model).named_parameters()), _blocks(layout, rule)
+        weights = [state[member.parameter].detach() for _, member in blocks]
+        scores = _collect(layout, blocks, _reduce(blocks, weights, None, rule, None))
+    elif statistic == "paper":
+        scores, samples = _gate_scores(model, layout, batches, loss, seed, autocast)
+    else:
+        scores, samples = _gradient_scores(model, layout, batches, rule, loss, seed, autocast)
+    return Sensitivity(layout, scores, statistic, samples, seed)

@@ -1,0 +1,227 @@
+"""Model and data -> tuned model: a thin layer over transformers.Trainer.
+
+What it adds: a learning rate that re-warms after the cut, batches of equal length, distillation, a loss that is checked
+at every step, and checkpoints that can be trusted (a manifest says when one is whole) and that carry the structure.
+What happens *between* the steps is a callback handed in from above.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..artifacts import write_atomically
+from ..errors import SensibertError
+from ..models.structure import is_trimmed, read_structure, save_structure
+
+MANIFEST = "sensibert_manifest.json"
+STRUCTURE = "structure.safetensors"
+
+
+class LengthSampler(Sampler[int]):
+    """Batches of similar length in an order that depends on (seed, epoch) alone, so that a resumed run sees the same."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of softened predictions, mean over samples (Hinton et al., arXiv 1503.02531).
+
+    Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead."""
+    losses = []
+    for name, target in teacher.items():
+        if not name.endswith("logits"):
+            continue
+        student, target = logits[name].float(), target.float()
+        if target.shape[-1] == 1:
+            losses.append(F.mse_loss(student, target))
+            continue
+        classes = target.shape[-1]
+        losses.append(
+            F.kl_div(
+                F.log_softmax(student.reshape(-1, classes) / temperature, -1),
+                F.log_softmax(target.reshape(-1, classes) / temperature, -1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            * temperature**2
+        )
+    return torch.stack(losses).mean()
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+
+
+def seal(checkpoint: str | Path, model: nn.Module) -> None:
+    """Add the structure to a checkpoint folder and mark it as whole: names and sizes of its files, written last."""
+    folder = Path(checkpoint)
+    if is_trimmed(model):
+        save_structure(model, folder / STRUCTURE)
+    manifest = json.dumps(_files(folder))
+    write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """SensibertError if the folder is not a whole checkpoint of ours."""
+    folder = Path(checkpoint)
+    try:
+        wanted = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise SensibertError(f"{folder}: not a whole checkpoint ({MANIFEST} is missing or unreadable)") from None
+    found = _files(folder)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint; None where none was begun; SensibertError if all of them are damaged."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    last: SensibertError | None = None
+    for checkpoint in found:
+        try:
+            check_checkpoint(checkpoint)
+        except SensibertError as error:
+            last = last or error
+        else:
+            return checkpoint
+    if last is not None:
+        raise last
+    return None
+
+
+class TrimTrainer(Trainer):
+    """transformers.Trainer that survives a model whose tensors shrink on the way.
+
+    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher, distil, temperature: with a teacher the
+    loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units) cuts a fresh model to the
+    shapes of a checkpoint. The train set may offer `.lengths`, then batches are of similar length."""
+
+    def __init__(
+        self,
+        *args,
+        lr_shape: Callable[[int, int], float] | None = None,
+        teacher: nn.Module | None = None,
+        distil: float = 0.0,
+        temperature: float = 2.0,
+        restructure: Callable[[nn.Module, dict[str, Tensor]], object] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.args.world_size > 1:
+            raise SensibertError(
+                f"finetune: trimming while training runs in one process, {self.args.world_size} were started; "
+                "trim first (sensibert trim), then train the smaller model in as many as you like"
+            )
+        self.lr_shape, self.restructure = lr_shape, restructure
+        self.teacher, self.distil, self.temperature = teacher, distil, temperature
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_shape is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        shape = self.lr_shape
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: shape(step, num_training_steps)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            target = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" and not k.endswith("positions")})
+        loss = (1 - self.distil) * loss + self.distil * distillation_loss(outputs, target, self.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise SensibertError(
+                f"finetune: the loss is {float(loss)} at step {self.state.global_step + 1}; "
+                "try a smaller learning rate, more warm-up, or --precision fp32"
+            )
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        seal(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}", self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_checkpoint(resume_from_checkpoint)
+        structure = Path(resume_from_checkpoint) / STRUCTURE
+        if structure.exists() and self.restructure is not None:
+            self.restructure(self.model if model is None else model, read_structure(structure))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
+) -> tuple[object, object]:
+    """(predictions, labels) as numpy arrays in the order of `data`; batches are sorted by length, so little is padded.
+
+    predictions: logits [n, C]; [n, S, C] padded with -100 to the longest; or (start, end) logits for answers."""
+    lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
+    order = np.argsort(lengths, kind="stable")[::-1]
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    rows: dict[int, tuple] = {}
+    try:
+        for begin in range(0, len(order), batch_size):
+            chosen = [int(i) for i in order[begin : begin + batch_size]]
+            batch = {k: v.to(device) for k, v in collator([data[i] for i in chosen]).items()}
+            labels = {k: batch.pop(k) for k in ("labels", "start_positions", "end_positions") if k in batch}
+            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                outputs = model(**batch)
+            names = [k for k in ("logits", "start_logits", "end_logits") if k in outputs]
+            logits = [outputs[k].float().cpu().numpy() for k in names]
+            wanted = [value.cpu().numpy() for value in labels.values()]
+            for place, number in enumerate(chosen):
+                rows[number] = ([x[place] for x in logits], [x[place] for x in wanted])
+    finally:
+        model.train(was_training)
+    return _columns([rows[i][0] for i in range(len(rows))]), _columns([rows[i][1] for i in range(len(rows))])
+
+
+def _columns(rows: list[list[np.ndarray]]) -> object:
+    """Row-wise lists of arrays -> one array, a tuple of arrays, or None where there were none."""
+    columns = [_stack(list(column)) for column in zip(*rows, strict=True)]
+    return columns[0] if len(columns) == 1 else tuple(columns) or None
+
+
+def _stack(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of different length are padded with -100 along their first axis."""
+    if rows[0].ndim == 0:
+        return np.stack(rows)
+    longest = max(len(row) for row in rows)
+    pad = [(0, 0)] * (rows[0].ndim - 1)
+    return np.stack([np.pad(row, [(0, longest - len(row)), *pad], constant_values=-100) for row in rows])
