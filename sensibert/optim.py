@@ -15,7 +15,7 @@ from .ops.masked_adamw import masked_adamw, matrix_shape
 class MaskedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
 
-    set_keep names the blocks of a parameter that survive: the others, and their moments, are exactly 0 after every step.
+    set_keep names the blocks of a parameter that survive: the others and their moments are exactly 0 after every step.
     set_shadow has a bf16 copy of a parameter rewritten by every step, track has sensitivities accumulated in it.
     `grad_factor`, a float32 scalar tensor or None, multiplies every gradient on the way (clipping, inverse loss scale).
     A group's lr may be a tensor: then a captured step reads it anew at each replay. Without masks: torch.optim.AdamW.
@@ -41,11 +41,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._statistic: dict = {}
 
     def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
-        """From the next step on: keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]. Part of state_dict."""
+        """From the next step on. keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]; saved."""
         self._want_held(param)
         shape = grid.shape(*matrix_shape(param))
         if keep.dtype != torch.bool or tuple(keep.shape) != shape:
-            raise ValueError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape} (grid {grid})")
+            raise ValueError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape}")
         self.state[param]["keep"] = keep.to(param.device).contiguous()
         self.state[param]["keep_grid"] = (grid.block_rows, grid.block_cols)
 
@@ -71,7 +71,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         scale: float = 1.0,
     ) -> None:
         """From the next step on, add the sensitivity of each param in scores to its fp32 tensor, as `block_sensitivity`
-        does, from the weight before the step and the gradient after grad_factor; survivors only. {} ends it. Not saved."""
+        does, from the weight before the step and the gradient times grad_factor; survivors only. {} ends it. Not saved.
+        """
         for param in scores:
             self._want_held(param)
         self._scores = dict(scores)
@@ -149,10 +150,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]) -> None:
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
-    index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the shape
-    of `old` is cut, and so is a keep of MaskedAdamW; all else (step counts) is carried over, a shadow or score of `old` is
-    let go. Any torch optimizer, also one wrapped by accelerate (`.optimizer`). ValueError if `old` is not held, or if
-    `new` has not the shape that index leaves.
+    index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
+    shape of `old` is cut, and so is a keep of MaskedAdamW; all else (step counts) is carried over; a shadow or score of
+    `old` is let go. Any torch optimizer, also one wrapped by accelerate (`.optimizer`). ValueError if `old` is not
+    held, or if `new` has not the shape that index leaves.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
