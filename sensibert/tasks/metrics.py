@@ -1,0 +1,100 @@
+"""Metrics in plain numpy. Everything is a fraction (accuracy, f1, em in [0, 1]; correlations in [-1, 1])."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
+    """predicted, wanted [B] class ids -> accuracy, and with two classes f1 of class 1 (0 if nothing is right)."""
+    metrics = {"accuracy": float(np.mean(predicted == wanted))}
+    if num_labels == 2:
+        hits = int(np.sum((predicted == 1) & (wanted == 1)))
+        metrics["f1"] = _f1(hits, int(np.sum(predicted == 1)), int(np.sum(wanted == 1)))
+    return metrics
+
+
+def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """predicted, wanted [B] -> pearson and spearman (ties share their mean rank); 0 where a side is constant."""
+    return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}
+
+
+def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SQuAD em and f1: the best over the gold answers of a question; no gold answer means '' is right."""
+    em, f1 = [], []
+    for text, golds in zip(predicted, wanted):
+        golds = golds or [""]
+        em.append(max(normalize_answer(text) == normalize_answer(gold) for gold in golds))
+        f1.append(max(answer_f1(text, gold) for gold in golds))
+    return {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation and articles, single spaces: the rule of the SQuAD evaluation script."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(text: str, gold: str) -> float:
+    """F1 over the bags of normalised words; where one side has none, 1 if both have none (SQuAD 2.0)."""
+    words, gold_words = normalize_answer(text).split(), normalize_answer(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    return _f1(sum((Counter(words) & Counter(gold_words)).values()), len(words), len(gold_words))
+
+
+def tagging_metrics(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Tags of each sentence -> f1, precision, recall over whole entities (as conlleval and seqeval), tag accuracy."""
+    hits = num_predicted = num_wanted = 0
+    for tags, gold_tags in zip(predicted, wanted):
+        found, gold = set(entities(tags)), set(entities(gold_tags))
+        hits, num_predicted, num_wanted = hits + len(found & gold), num_predicted + len(found), num_wanted + len(gold)
+    pairs = [tag == gold for tags, gold_tags in zip(predicted, wanted) for tag, gold in zip(tags, gold_tags)]
+    return {
+        "f1": _f1(hits, num_predicted, num_wanted),
+        "precision": hits / num_predicted if num_predicted else 0.0,
+        "recall": hits / num_wanted if num_wanted else 0.0,
+        "accuracy": float(np.mean(pairs)) if pairs else 0.0,
+    }
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """[(type, first, last)] of BIO or IOBES tags, read as conlleval does: an I- that continues nothing begins one.
+
+    'O' and '0' are outside. A tag without prefix is its own type, and equal neighbours are one entity."""
+    found, start = [], 0
+    last_prefix, last_type = "O", None
+    for i, tag in enumerate([*tags, "O"]):
+        prefix, kind = ("O", None) if tag in ("O", "0") else _split_tag(tag)
+        begins = prefix in "BS" or last_prefix in "OES" or kind != last_type
+        if last_prefix != "O" and begins:
+            found.append((last_type, start, i - 1))
+        if prefix != "O" and begins:
+            start = i
+        last_prefix, last_type = prefix, kind
+    return found
+
+
+def _split_tag(tag: str) -> tuple[str, str]:
+    return (tag[0], tag[2:]) if re.match(r"[BIES]-", tag) else ("I", tag)
+
+
+def _f1(hits: int, num_predicted: int, num_wanted: int) -> float:
+    return 2 * hits / (num_predicted + num_wanted) if hits else 0.0
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / norm) if norm > 0 else 0.0
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

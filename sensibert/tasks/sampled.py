@@ -1,0 +1,41 @@
+"""The loss against labels drawn from the model's own prediction: its gradient gives the true Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    """Scalar loss of a model output with labels sampled from it; the kind is told by the shapes.
+
+    start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
+    logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
+    logits [B, S, C]: a class at every position whose label is not -100.
+    Equal generator states give equal labels."""
+    if "start_logits" in outputs:
+        padding = batch["attention_mask"] == 0
+        ends = [outputs[key].float().masked_fill(padding, -torch.inf) for key in ("start_logits", "end_logits")]
+        return sum(_drawn_cross_entropy(logits, generator) for logits in ends) / 2
+    logits = outputs["logits"].float()
+    if logits.dim() == 3:
+        return _drawn_cross_entropy(logits[batch["labels"] != -100], generator)
+    if logits.shape[-1] == 1 or batch["labels"].is_floating_point():
+        noise = _draw(logits, generator, torch.Tensor.normal_)
+        return 0.5 * (logits - (logits.detach() + noise)).square().sum(-1).mean()
+    return _drawn_cross_entropy(logits, generator)
+
+
+def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """logits [M, C]. Drawn by an exponential race: multinomial raises on NaN, here the loss is NaN and can be named."""
+    race = _draw(logits, generator, torch.Tensor.exponential_)
+    labels = (logits.detach().softmax(-1) / race).argmax(-1)
+    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+
+
+def _draw(like: Tensor, generator: torch.Generator | None, fill) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return fill(torch.empty(like.shape, device=device), generator=generator).to(like.device)
