@@ -1,0 +1,45 @@
+// What every binding needs: dtypes, the current stream, and launch errors as exceptions. LibTorch stable ABI only.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../kernels/element.h"
+
+namespace sensibert {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// fp32, bf16 or fp16 of `name`[index], or nothing: the kernels take no other dtype.
+inline DType dtype_of(const Tensor& t, const char* op, const char* name, size_t index) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::kFloat32;
+        case ScalarType::BFloat16: return DType::kBFloat16;
+        case ScalarType::Half: return DType::kFloat16;
+        default: break;
+    }
+    STD_TORCH_CHECK(false, op, ": ", name, "[", index, "] is of a dtype the CUDA kernel does not take, want float32, ",
+                    "bfloat16 or float16");
+    return DType::kFloat32;
+}
+
+inline cudaStream_t current_stream(int32_t device) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(cudaError_t error, const char* op) {
+    STD_TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace sensibert

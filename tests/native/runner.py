@@ -1,0 +1,57 @@
+"""Runs the real kernel sources on the CPU: g++ builds tests/native/<op>.cpp with cuda_on_cpu.h, plain or sanitized."""
+
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILDS = {
+    "plain": ["-O1"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g1", "-fsanitize=thread"],
+}
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DSENSIBERT_CUDA_ON_CPU"]
+INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc' / 'kernels'}"]
+
+
+class KernelFailed(AssertionError):
+    """The program ended with an error: a sanitizer's report, a barrier not all threads reached, a refused launch."""
+
+
+def build(source: Path, kind: str, folder: Path) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = folder / f"{source.stem}-{kind}"
+    command = [compiler, *FLAGS, *BUILDS[kind], *INCLUDES, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and kind != "plain" and ("cannot find" in done.stderr or "unsupported" in done.stderr):
+        pytest.skip(f"{compiler} has no {kind}")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def run(program: Path, *arrays: Tensor, **environment: str) -> list[Tensor]:
+    """The arrays after the program's run(), as new tensors of the same shapes. KernelFailed says what went wrong."""
+    raw = [a.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if a.numel() else b"" for a in arrays]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "arrays"
+        path.write_bytes(struct.pack("<q", len(raw)) + b"".join(struct.pack("<q", len(r)) + r for r in raw))
+        options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", **environment}
+        done = subprocess.run([program, path], capture_output=True, text=True, env={**os.environ, **options}, timeout=120)
+        if done.returncode:
+            raise KernelFailed(f"{program.name} ended with {done.returncode}\n{done.stderr[-6000:]}")
+        data, results, at = path.read_bytes(), [], 0
+        for array, r in zip(arrays, raw):
+            flat = torch.frombuffer(bytearray(data[at : at + len(r)]), dtype=torch.uint8) if r else torch.empty(0)
+            results.append(flat.view(array.dtype).view(array.shape) if r else array.clone())
+            at += len(r)
+        return results
