@@ -25,10 +25,11 @@ from ..models.structure import is_trimmed, read_structure, save_structure
 
 MANIFEST = "sensibert_manifest.json"
 STRUCTURE = "structure.safetensors"
+MEMORY = "sensibert_run.json"
 
 
 class LengthSampler(Sampler[int]):
-    """Batches of similar length in an order that depends on (seed, epoch) alone, so that a resumed run sees the same."""
+    """Batches of similar length; the order depends on (seed, epoch) alone, so a resumed run sees the same."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
@@ -73,11 +74,13 @@ def _files(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
 
 
-def seal(checkpoint: str | Path, model: nn.Module) -> None:
-    """Add the structure to a checkpoint folder and mark it as whole: names and sizes of its files, written last."""
+def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
+    """Add structure and memory (what the run must not forget) to a checkpoint, then mark it as whole, last of all."""
     folder = Path(checkpoint)
     if is_trimmed(model):
         save_structure(model, folder / STRUCTURE)
+    text = json.dumps(memory)
+    write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
     manifest = json.dumps(_files(folder))
     write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
 
@@ -158,7 +161,7 @@ class TrimTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
-            target = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" and not k.endswith("positions")})
+            target = self.teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
         loss = (1 - self.distil) * loss + self.distil * distillation_loss(outputs, target, self.temperature)
         return (loss, outputs) if return_outputs else loss
 
@@ -171,10 +174,6 @@ class TrimTrainer(Trainer):
             )
         return loss
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        seal(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}", self.model)
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
@@ -183,45 +182,40 @@ class TrimTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+LABELS = ("labels", "start_positions", "end_positions")
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
-) -> tuple[object, object]:
-    """(predictions, labels) as numpy arrays in the order of `data`; batches are sorted by length, so little is padded.
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    """Logits in the order of `data`, computed in batches of similar length, so little is padded.
 
-    predictions: logits [n, C]; [n, S, C] padded with -100 to the longest; or (start, end) logits for answers."""
+    [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]), padded with -100 to the longest."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    rows: dict[int, tuple] = {}
+    rows: list[list[np.ndarray]] = [[] for _ in range(len(data))]
     try:
         for begin in range(0, len(order), batch_size):
             chosen = [int(i) for i in order[begin : begin + batch_size]]
-            batch = {k: v.to(device) for k, v in collator([data[i] for i in chosen]).items()}
-            labels = {k: batch.pop(k) for k in ("labels", "start_positions", "end_positions") if k in batch}
+            batch = collator([data[i] for i in chosen])
+            batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
             with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
                 outputs = model(**batch)
-            names = [k for k in ("logits", "start_logits", "end_logits") if k in outputs]
-            logits = [outputs[k].float().cpu().numpy() for k in names]
-            wanted = [value.cpu().numpy() for value in labels.values()]
+            names = [name for name in ("logits", "start_logits", "end_logits") if name in outputs]
+            logits = [outputs[name].float().cpu().numpy() for name in names]
             for place, number in enumerate(chosen):
-                rows[number] = ([x[place] for x in logits], [x[place] for x in wanted])
+                rows[number] = [array[place] for array in logits]
     finally:
         model.train(was_training)
-    return _columns([rows[i][0] for i in range(len(rows))]), _columns([rows[i][1] for i in range(len(rows))])
-
-
-def _columns(rows: list[list[np.ndarray]]) -> object:
-    """Row-wise lists of arrays -> one array, a tuple of arrays, or None where there were none."""
     columns = [_stack(list(column)) for column in zip(*rows, strict=True)]
-    return columns[0] if len(columns) == 1 else tuple(columns) or None
+    return columns[0] if len(columns) == 1 else tuple(columns)
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of different length are padded with -100 along their first axis."""
-    if rows[0].ndim == 0:
-        return np.stack(rows)
+    """Rows of different length are padded with -100 at the end of their first axis."""
     longest = max(len(row) for row in rows)
     pad = [(0, 0)] * (rows[0].ndim - 1)
     return np.stack([np.pad(row, [(0, longest - len(row)), *pad], constant_values=-100) for row in rows])

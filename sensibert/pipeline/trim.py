@@ -178,7 +178,7 @@ def burn(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def restructure(model: nn.Module, structure: Mapping[str, Tensor]) -> nn.Module:
-    """Cut a model to the shapes of a stored structure (kept units of the base model); its weights are to be loaded next."""
+    """Cut a model to the shapes of a stored structure (kept units of the base model); its weights come next."""
     have, layout = structure_of(model), describe(model)
     missing = [name for name in have if name not in structure or not torch.isin(structure[name], have[name]).all()]
     if missing or len(structure) != len(have):

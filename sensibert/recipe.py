@@ -1,0 +1,336 @@
+"""The one file that knows the order of the verbs: fine-tune, and on the way analyze, allocate, trim; then export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from . import cost
+from .artifacts import Budget, Layout, Plan, Sensitivity, write_atomically
+from .errors import SensibertError
+from .models import describe
+from .options import PRECISIONS, Options, load_data, load_model, load_tokenizer
+from .pipeline.allocate import allocate
+from .pipeline.analyze import analyze
+from .pipeline.export import export
+from .pipeline.finetune import MEMORY, TrimTrainer, latest_checkpoint, predict, seal
+from .pipeline.trim import restructure, trim
+from .schedule import Schedule
+from .tasks import TaskData, sampled_loss
+
+SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
+
+
+@dataclass
+class Memory:
+    """What a run must not forget when it is resumed; kept in every checkpoint."""
+
+    layout_dense: int = 0  # the budget's cost of the dense model
+    params_before: tuple[int, int] = (0, 0)  # encoder, total
+    flops_before: int = 0
+    metrics_dense: dict[str, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class TrimCallback(TrainerCallback):
+    """Trims the model of a running Trainer at the steps of a schedule. For your own Trainer: add it, nothing else.
+
+    budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for method fisher.
+    before_cut: called with the dense model, once. Data and collator are those of the Trainer's train loader. A run that
+    may have to be resumed wants `TrimTrainer`: the stock Trainer cannot load a checkpoint of a trimmed model."""
+
+    def __init__(
+        self,
+        budget: Budget | str = "50%params",
+        method: str = "fisher",
+        schedule: Schedule | None = None,
+        samples: int = 1024,
+        micro_batch: int = 4,
+        step: int | None = None,
+        policy: str = "global",
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        loss: Callable = sampled_loss,
+        before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
+    ):
+        self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
+        self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
+        self.autocast, self.loss = autocast, loss
+        self.before_cut, self.memory = before_cut, Memory()
+        self.sensitivity: Sensitivity | None = None
+        self.plan: Plan | None = None
+        self._clock = time.perf_counter()
+
+    def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
+        """Note the costs of the dense model; with a checkpoint, take up its memory."""
+        layout = describe(model)
+        counts = cost.counts_of(layout)
+        if self.method != "dense":
+            cost.limit(layout, self.budget)
+        self.memory = Memory(
+            cost.spent(layout, counts, self.budget) if self.budget.kind != "ms" else 0,
+            (layout.encoder_params, layout.total_params),
+            cost.flops(layout, counts, self.budget.scope, 1, self.budget.length),
+        )
+        if checkpoint is not None:
+            kept = json.loads((Path(checkpoint) / MEMORY).read_text())
+            self.memory = Memory(**kept["memory"])
+            self.sensitivity = _load_if(Sensitivity, Path(checkpoint) / "sensitivity.safetensors")
+
+    def spend(self, phase: str) -> None:
+        """Book the seconds since the last booking on a phase."""
+        now = time.perf_counter()
+        self.memory.seconds[phase] = self.memory.seconds.get(phase, 0.0) + now - self._clock
+        self._clock = now
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not self.memory.layout_dense:
+            self.prepare(model)
+        self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
+        self._clock = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        if state.global_step not in self.cuts:
+            return
+        first = state.global_step == min(self.cuts)
+        self.spend("warm" if first else "trim")
+        if first and self.before_cut is not None:
+            self.memory.metrics_dense = self.before_cut(model)
+            self.spend("evaluate")
+        per_step = args.train_batch_size * args.gradient_accumulation_steps
+        allowed = max(16 * self.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
+        samples = min(self.samples, allowed) // len(self.cuts)
+        seed, data, collator = self.seed + state.global_step, train_dataloader.dataset, train_dataloader.collate_fn
+        batches = micro_batches(data, collator, samples, self.micro_batch, seed)
+        self.sensitivity = analyze(model, batches, self.method, self.loss, seed, self.autocast)
+        self.plan = allocate(self.sensitivity, self._target(self.cuts[state.global_step]), self.step, self.policy)
+        self.spend("analyze")
+        trim(model, self.plan, optimizer)
+        self.spend("cut")
+
+    def _target(self, progress: float) -> Budget:
+        """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
+        dense = self.memory.layout_dense
+        final = self.budget.value if self.budget.relative else self.budget.value / dense
+        value = int(dense * (self.schedule.ratio(progress, final) if progress < 1 else final))
+        return replace(self.budget, relative=False, value=float(value))
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is not None and model is not None and "loss" in logs:
+            logs["sensibert/encoder_params"] = describe(model).encoder_params
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.sensitivity is not None:
+            self.sensitivity.save(folder / "sensitivity.safetensors")
+        seal(folder, model, {"memory": asdict(self.memory)})
+        self.spend("save")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.spend("recover" if self.cuts else "train")
+
+
+def _load_if(kind: type, path: Path):
+    return kind.load(path) if path.exists() else None
+
+
+def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:
+    """`samples` rows drawn without replacement, by falling length so that little is padded, `size` at a time."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
+    for begin in range(0, len(order), size):
+        yield collator([data[row] for row in order[begin : begin + size]])
+
+
+def training_arguments(options: Options, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        weight_decay=options.weight_decay,
+        optim="adamw_torch_fused",
+        bf16=options.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=options.seed,
+        save_strategy="steps" if options.save_steps else "epoch",
+        save_steps=options.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=options.quiet,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def partial_folder(output: str | Path) -> Path:
+    """Where a run lives until it is finished: checkpoints, the teacher. `output` appears only when it is complete."""
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+def _prepare_output(options: Options) -> tuple[Path, Path | None]:
+    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way."""
+    output, partial = Path(options.output), partial_folder(options.output)
+    if output.exists() and not options.overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
+    checkpoint = None
+    if options.resume:
+        checkpoint = latest_checkpoint(partial)
+    elif partial.exists() and any(partial.glob("checkpoint-*")) and not options.overwrite:
+        raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / ".probe").write_text("")
+        (partial / ".probe").unlink()
+    except OSError as error:
+        raise SensibertError(f"output: cannot write to {partial} ({error.strerror})") from None
+    return partial, checkpoint
+
+
+def _teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
+    """The given teacher, or the snapshot a resumed run has made already; None until there is one."""
+    if options.teacher is None:
+        return None
+    source = options.teacher if options.teacher != "snapshot" else str(folder / "snapshot")
+    if options.teacher == "snapshot" and not Path(source).exists():
+        return None
+    teacher = load_model(source, data).eval().requires_grad_(False)
+    return teacher
+
+
+def finetune_and_trim(options: Options) -> dict:
+    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says."""
+    started = time.perf_counter()
+    options.check()
+    options = options.resolved()
+    folder, checkpoint = _prepare_output(options)
+    if options.quiet:
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    tokenizer = load_tokenizer(options.model)
+    data = load_data(options, tokenizer)
+    set_seed(options.seed)
+    model = load_model(options.model, data)
+    autocast = PRECISIONS[options.precision]
+
+    def score(model: nn.Module) -> dict[str, float] | None:
+        if data.validation is None:
+            return None
+        return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
+
+    trainer: TrimTrainer
+
+    def before_cut(model: nn.Module) -> dict[str, float] | None:
+        if options.teacher == "snapshot":
+            model.save_pretrained(folder / "snapshot.new")
+            tokenizer.save_pretrained(folder / "snapshot.new")
+            os.replace(folder / "snapshot.new", folder / "snapshot")
+            trainer.teacher = _teacher(options, data, folder).to(model.device)
+        return score(model)
+
+    callback = TrimCallback(
+        options.parsed_budget(),
+        options.method,
+        options.schedule,
+        options.samples,
+        options.micro_batch,
+        options.step,
+        options.policy,
+        options.seed,
+        autocast,
+        before_cut=before_cut,
+    )
+    callback.prepare(model, checkpoint)
+    trainer = TrimTrainer(
+        model=model,
+        args=training_arguments(options, folder),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        callbacks=[callback],
+        lr_shape=options.schedule.lr(dense=options.method == "dense"),
+        teacher=_teacher(options, data, folder),
+        distil=options.distil,
+        temperature=options.temperature,
+        restructure=restructure,
+    )
+    callback.spend("load")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = score(model)
+    callback.spend("evaluate")
+    result = _result(options, data, model, callback, trainer.state.global_step, metrics)
+    result["seconds"]["total"] = round(time.perf_counter() - started, 3)
+    _publish(options, folder, model, tokenizer, callback, result)
+    return result
+
+
+def _result(
+    options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
+) -> dict:
+    after: Layout = describe(model)
+    memory = callback.memory
+    return {
+        "task": data.task.name,
+        "model": options.model,
+        "method": options.method,
+        "budget": str(options.parsed_budget()) if options.method != "dense" else None,
+        "scope": options.scope,
+        "seed": options.seed,
+        "steps": steps,
+        "encoder_params_before": memory.params_before[0],
+        "encoder_params_after": after.encoder_params,
+        "total_params_before": memory.params_before[1],
+        "total_params_after": after.total_params,
+        "flops_before": memory.flops_before,
+        "flops_after": cost.flops(after, cost.counts_of(after), options.scope, 1, options.flops_length),
+        "flops_length": options.flops_length,
+        "metrics": metrics,
+        "metrics_dense": memory.metrics_dense,
+        "seconds": {phase: round(value, 3) for phase, value in memory.seconds.items()},
+        "output": options.output,
+    }
+
+
+def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCallback, result: dict) -> None:
+    """Build the finished folder beside the checkpoints, then move it into its place in one step."""
+    final, output = folder / "final", Path(options.output)
+    try:
+        info = {name: result[name] for name in ("task", "method", "budget", "seed")}
+        export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
+        text = json.dumps(result, indent=2)
+        write_atomically(final / "result.json", lambda path: Path(path).write_text(text + "\n"))
+        settings = json.dumps({f.name: _plain(getattr(options, f.name)) for f in fields(options)}, indent=2)
+        (final / "recipe.json").write_text(settings + "\n")
+        if callback.sensitivity is not None:
+            callback.sensitivity.save(final / "sensitivity.safetensors")
+        if callback.plan is not None:
+            callback.plan.save(final / "plan.safetensors")
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(final, output)
+    except OSError as error:
+        raise SensibertError(f"output: cannot write {output} ({error.strerror or error})") from None
+    if not options.keep_checkpoints:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(value: object) -> object:
+    return asdict(value) if isinstance(value, Schedule) else value

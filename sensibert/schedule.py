@@ -1,0 +1,73 @@
+"""When a run trims, and how fast it learns: pure functions of the step. Fractions are of all steps of the run.
+
+A  dense warm-up until `warm_share` · B analysis · C trim, at once or along a cubic over `trim_share` · D recover at a
+fixed structure, the learning rate re-warmed and then linear to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import SensibertError
+
+SHAPES = ("oneshot", "cubic")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes."""
+
+    shape: str = "oneshot"
+    warm_share: float = 1 / 3
+    trim_share: float = 0.2
+    milestones: int = 6
+    warmup: float = 0.06
+    rewarm: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise SensibertError(f"schedule: shape is {self.shape!r}, want one of {', '.join(SHAPES)}")
+        for name in ("warm_share", "trim_share", "warmup", "rewarm"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SensibertError(f"schedule: {name} is {getattr(self, name)}, want a fraction in [0, 1)")
+        if self.warm_share + (self.trim_share if self.shape == "cubic" else 0) >= 1:
+            raise SensibertError("schedule: warm_share + trim_share leave no steps to recover, want a sum below 1")
+        if self.milestones < 1:
+            raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
+
+    def cuts(self, total: int) -> dict[int, float]:
+        """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
+        first = min(max(1, round(self.warm_share * total)), total)
+        if self.shape == "oneshot":
+            return {first: 1.0}
+        length, found = self.trim_share * total, {}
+        for number in range(1, self.milestones + 1):
+            progress = number / self.milestones
+            found[min(total, first + round(length * (number - 1) / max(1, self.milestones - 1)))] = progress
+        return found
+
+    def ratio(self, progress: float, final: float) -> float:
+        """r = r_f + (1 - r_f) (1 - t)^3: the share of the cost that is left at progress t."""
+        return final + (1 - final) * (1 - progress) ** 3
+
+    def lr(self, dense: bool = False) -> Callable[[int, int], float]:
+        """(step, total) -> factor on the peak: warm-up then linear to 0; after the last cut once more from the top."""
+
+        def line(step: int, total: int) -> float:
+            return max(0.0, 1 - step / max(1, total))
+
+        def factor(step: int, total: int) -> float:
+            warm = max(1, round(self.warmup * total))
+            if step < warm:
+                return (step + 1) / warm
+            last = max(self.cuts(total)) if not dense else total
+            if step < last or dense:
+                return line(step, total)
+            again = max(1, round(self.rewarm * total))
+            begin = line(last, total)
+            if step < last + again:
+                return begin + (1 - begin) * (step - last + 1) / again
+            return max(0.0, (total - step) / max(1, total - last - again))
+
+        return factor
