@@ -1,0 +1,294 @@
+"""MaskedAdamW is torch.optim.AdamW plus masks, and its state survives save, load and physical trimming."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sensibert.artifacts import Grid
+from sensibert.ops import block_sensitivity
+from sensibert.optim import MaskedAdamW, slice_state
+from tests.helpers import DTYPES, dtype_id, tiny_batch, tiny_model
+
+SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def make_params(dtype=torch.float32, device="cpu", shapes=((6, 4), (5,), (), (3, 2, 2))):
+    rng = torch.Generator().manual_seed(3)
+    return [nn.Parameter(torch.randn(s, generator=rng, dtype=torch.float64).to(device, dtype)) for s in shapes]
+
+
+def train(optimizer, steps=5, seed=4):
+    """Some steps with gradients that depend on the seed and the step alone."""
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p)
+        optimizer.step()
+
+
+def in_two_groups(params):
+    return [{"params": params[:1], "weight_decay": 0.0, "lr": 3e-3, "betas": (0.5, 0.9)}, {"params": params[1:]}]
+
+
+def same_state(a, b):
+    return all(
+        torch.equal(torch.as_tensor(x), torch.as_tensor(b[name]))
+        and torch.as_tensor(x).dtype == torch.as_tensor(b[name]).dtype
+        for name, x in a.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=dtype_id)
+def test_without_masks_many_steps_are_those_of_adamw(dtype, device):
+    ours, theirs = make_params(dtype, device), make_params(dtype, device)
+    optimizer, plain = (
+        MaskedAdamW(in_two_groups(ours), **SETTINGS),
+        torch.optim.AdamW(in_two_groups(theirs), **SETTINGS),
+    )
+    for chosen in (optimizer, plain):
+        schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + step))
+        for i in range(20):
+            train(chosen, 1, seed=i)
+            schedule.step()
+    close = 40 * torch.finfo(dtype).eps
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=close, atol=close)
+        assert optimizer.state[p]["step"] == plain.state[q]["step"] == 20
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    first, second = make_params()[:2]
+    optimizer = MaskedAdamW([first, second], **SETTINGS)
+    before, first.grad = second.detach().clone(), torch.ones_like(first)
+    optimizer.step()
+    assert torch.equal(second, before) and not optimizer.state[second]
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    params = make_params()
+    optimizer = MaskedAdamW(params, **SETTINGS)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure) > 0
+
+
+@pytest.mark.parametrize("grid", [Grid.row(), Grid.columns(2), Grid.block(4, 3), Grid.element()], ids=str)
+def test_dropped_blocks_stay_zero_until_the_keep_is_cleared(grid, device):
+    weight = make_params(device=device)[0]
+    optimizer = MaskedAdamW([weight], **SETTINGS)
+    train(optimizer, 2)
+    keep = torch.rand(grid.shape(6, 4), device=device) < 0.5
+    optimizer.set_keep(weight, keep, grid)
+    train(optimizer, 3)
+    dropped, state = ~grid.expand(keep, 6, 4), optimizer.state[weight]
+    for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]):
+        assert (tensor[dropped] == 0).all() and (tensor[~dropped] != 0).all()
+    optimizer.clear_keep(weight)
+    train(optimizer, 1)
+    assert (weight != 0).all()
+
+
+def test_the_gradient_factor_clips_without_touching_the_gradient():
+    ours, theirs = make_params(), make_params()
+    optimizer, plain = MaskedAdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
+    for p, q in zip(ours, theirs):
+        p.grad, q.grad = torch.full_like(p, 100.0), torch.full_like(q, 100.0)
+    norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+    optimizer.grad_factor = 1.0 / (norm + 1e-6)
+    optimizer.step()
+    plain.step()
+    assert all(torch.equal(p.grad, torch.full_like(p, 100.0)) for p in ours)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_shadow_and_the_score_follow_every_step(device):
+    weight = make_params(device=device)[0]
+    optimizer = MaskedAdamW([weight], **SETTINGS)
+    shadow, score = torch.empty(6, 4, dtype=torch.bfloat16, device=device), torch.zeros(6, 1, device=device)
+    optimizer.set_shadow(weight, shadow)
+    optimizer.track({weight: (score, Grid.row())}, reduce="signed", finish="square")
+    wanted = torch.zeros(6, 1, device=device)
+    for i in range(3):
+        before = weight.detach().clone()
+        train(optimizer, 1, seed=i)
+        block_sensitivity([before], [weight.grad], Grid.row(), "signed", "square", out=[wanted])
+        assert torch.equal(shadow, weight.bfloat16())
+    torch.testing.assert_close(score, wanted)
+    optimizer.set_shadow(weight, None)
+    optimizer.track({})
+    train(optimizer, 1)
+    assert not torch.equal(shadow, weight.bfloat16())
+    torch.testing.assert_close(score, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_training_goes_on_from_a_saved_state_as_if_unbroken(dtype, tmp_path):
+    def start():
+        params = make_params(dtype)
+        optimizer = MaskedAdamW(in_two_groups(params), **SETTINGS)
+        optimizer.set_keep(params[0], torch.arange(6)[:, None] % 2 == 0, Grid.row())
+        return params, optimizer
+
+    unbroken, optimizer = start()
+    train(optimizer, 3)
+    torch.save({"optimizer": optimizer.state_dict(), "params": unbroken}, tmp_path / "state.pt")
+    train(optimizer, 3, seed=9)
+    saved = torch.load(tmp_path / "state.pt")
+    resumed = saved["params"]
+    other = MaskedAdamW(in_two_groups(resumed))
+    other.load_state_dict(saved["optimizer"])
+    train(other, 3, seed=9)
+    for p, q in zip(unbroken, resumed):
+        assert torch.equal(p, q) and same_state(optimizer.state[p], other.state[q])
+    assert (resumed[0][1::2] == 0).all()
+
+
+def test_the_state_of_a_torch_adamw_is_taken_over():
+    ours, theirs = make_params(), make_params()
+    plain = torch.optim.AdamW(theirs, **SETTINGS)
+    train(plain)
+    optimizer = MaskedAdamW(ours)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for p, q in zip(ours, theirs):
+        p.data.copy_(q)
+    train(optimizer)
+    train(plain)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_backward_pass_over_changed_weights_is_refused():
+    weight = nn.Parameter(torch.randn(3, 3))
+    loss = (weight * weight).sum()
+    optimizer = MaskedAdamW([weight])
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    ours, theirs = make_params(), make_params()
+    rate = torch.tensor(1e-2)
+    optimizer, plain = MaskedAdamW(ours, lr=rate), torch.optim.AdamW(theirs, lr=1e-2)
+    for lr in (1e-2, 1e-3):
+        rate.fill_(lr)
+        plain.param_groups[0]["lr"] = lr
+        train(optimizer)
+        train(plain)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "accelerate"])
+@pytest.mark.parametrize("kind", [MaskedAdamW, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_a_sliced_parameter_trains_on_like_the_rows_and_columns_it_keeps(kind, wrapped):
+    whole, small = make_params()[0], None
+    settings = {"lr": 1e-2, **({"momentum": 0.9} if kind is torch.optim.SGD else {})}
+    reference, optimizer = kind([whole], **settings), None
+    train(reference, 3)
+    small = nn.Parameter(whole.detach().clone())
+    optimizer = kind([{"params": [small]}], **settings)
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    optimizer = Accelerator(cpu=True).prepare(optimizer) if wrapped else optimizer
+    rows, cols = torch.tensor([4, 0, 1]), torch.tensor([3, 1])
+    new = nn.Parameter(small.detach()[rows][:, cols].clone())
+    slice_state(optimizer, small, new, {0: rows, 1: cols})
+    assert optimizer.param_groups[0]["params"][0] is new and list(optimizer.state) == [new]
+    whole.grad = torch.randn(6, 4)
+    new.grad = whole.grad[rows][:, cols]
+    reference.step()
+    optimizer.step()
+    torch.testing.assert_close(new, whole.detach()[rows][:, cols], rtol=1e-6, atol=1e-7)
+
+
+def test_a_mask_is_sliced_with_its_parameter_and_goes_when_it_drops_nothing():
+    weight, bias = make_params()[:2]
+    optimizer = MaskedAdamW([weight, bias])
+    optimizer.set_keep(weight, torch.tensor([[True, False], [True, True]]), Grid.block(3, 3))  # ragged: 3 + 3 by 3 + 1
+    optimizer.set_keep(bias, torch.arange(5)[:, None] != 2, Grid.row())
+    shadow = torch.zeros(6, 4, dtype=torch.bfloat16)
+    optimizer.set_shadow(weight, shadow)
+    train(optimizer, 2)
+    new_weight, new_bias = nn.Parameter(weight.detach()[2:5].clone()), nn.Parameter(bias.detach()[[0, 4]].clone())
+    slice_state(optimizer, weight, new_weight, {0: torch.arange(2, 5)})
+    slice_state(optimizer, bias, new_bias, {0: torch.tensor([0, 4])})
+    train(optimizer, 1)
+    assert new_weight.eq(0).nonzero().tolist() == [[0, 3]]
+    assert "keep" not in optimizer.state[new_bias]
+
+
+def test_slicing_before_the_first_step_only_swaps_the_parameter():
+    weight = make_params()[0]
+    optimizer = torch.optim.AdamW([weight])
+    new = nn.Parameter(weight.detach()[:2].clone())
+    slice_state(optimizer, weight, new, {0: torch.tensor([0, 1])})
+    assert optimizer.param_groups[0]["params"] == [new] and not optimizer.state
+
+
+def test_what_cannot_be_sliced_is_named():
+    weight, other = make_params()[:2]
+    optimizer = torch.optim.AdamW([weight])
+    with pytest.raises(ValueError, match=r"slice_state: old \(5,\) is in none of the optimizer's param_groups"):
+        slice_state(optimizer, other, other, {})
+    with pytest.raises(ValueError, match=r"slice_state: new is \(6, 4\), want \(2, 4\)"):
+        slice_state(optimizer, weight, weight, {0: torch.tensor([0, 1])})
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}], ids=str)
+def test_a_setting_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"MaskedAdamW: .*{next(iter(wrong))}"):
+        MaskedAdamW(make_params(), **wrong)
+
+
+def test_a_mask_that_does_not_fit_is_named():
+    weight, bias = make_params()[:2]
+    optimizer = MaskedAdamW([weight])
+    with pytest.raises(ValueError, match=r"set_keep: keep is torch.bool \(6, 4\), want torch.bool \(6, 1\)"):
+        optimizer.set_keep(weight, torch.ones(6, 4, dtype=torch.bool), Grid.row())
+    with pytest.raises(ValueError, match=r"param \(5,\) is in none of the optimizer's param_groups"):
+        optimizer.set_keep(bias, torch.ones(5, 1, dtype=torch.bool), Grid.row())
+
+
+def test_a_sparse_gradient_is_named():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="gradient is torch.sparse_coo, want a dense one"):
+        MaskedAdamW(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("given", ["instance", "class"])
+def test_trainer_trains_with_it_as_with_adamw(given, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    batch = tiny_batch()
+    rows = [{**{name: x[i] for name, x in batch.items()}, "labels": i % 2} for i in range(3)]
+    weights = []
+    for kind in (MaskedAdamW, torch.optim.AdamW):
+        model = tiny_model()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        if given == "instance":
+            options = {"optimizers": (kind(model.parameters(), lr=1e-2), None)}
+        else:
+            options = {"optimizer_cls_and_kwargs": (kind, {"lr": 1e-2})}
+        Trainer(model, arguments, train_dataset=rows, **options).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
