@@ -1,0 +1,47 @@
+"""Swap the linear layers of a model for masked ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..artifacts import Grid
+from .masked_linear import MaskedLinear, check_keep, describe, is_maskable
+
+
+def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | None = None) -> nn.Module:
+    """Turn nn.Linear layers of the model into MaskedLinear, in place, and return the model.
+
+    keep: {module name: (keep grid or None for all kept, Grid)}; None: every plain nn.Linear, all kept (not subclasses,
+    nor layers whose forward was replaced). Modules, parameters and hooks keep their identity, so an optimizer, tied
+    weights and DDP's reducer stay valid. A layer that is masked already gets the new masks, or with keep=None stays as
+    it is. Only forward knows the mask: code that reads layer.weight sees all of it (save after `restore`). ValueError
+    names a layer that does not exist or cannot be masked; the model is then unchanged."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if keep is None:
+        plain = (name for name, module in modules.items() if type(module) is nn.Linear and is_maskable(module))
+        keep = {name: (None, Grid.row()) for name in plain}
+    for name, (mask, grid) in keep.items():
+        if name not in modules:
+            raise ValueError(f"replace: keep names {name!r}, which the model does not have")
+        module = modules[name]
+        if not is_maskable(module):
+            raise ValueError(f"replace: {name!r} is {describe(module)}, want a plain nn.Linear")
+        try:
+            check_keep(module, mask, grid)
+        except ValueError as error:
+            raise ValueError(f"replace: {name!r}: {error}") from None
+    for name, (mask, grid) in keep.items():
+        MaskedLinear.from_linear(modules[name], mask, grid)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Turn every MaskedLinear of the model back into nn.Linear, dropped weights set to 0, in place; return the model.
+
+    Outputs stay the same up to the rounding of the matmul (a sum over kept columns alone may be grouped otherwise)."""
+    for module in list(model.modules()):
+        if isinstance(module, MaskedLinear):
+            module.to_linear()
+    return model

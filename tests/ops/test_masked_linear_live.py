@@ -1,0 +1,99 @@
+"""What a keep grid leaves: rows, columns, holes, shares; remembered as long as it is true and no longer."""
+
+import gc
+
+import pytest
+import torch
+
+from sensibert.artifacts import Grid
+from sensibert.ops import masked_linear_live as module
+from sensibert.ops.masked_linear import masked_linear
+from sensibert.ops.masked_linear_live import live, publish, published
+
+
+def bools(*rows):
+    return torch.tensor([[cell == "x" for cell in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "keep,grid,rows,cols,holes,density,share",
+    [
+        (bools("xx", "xx"), Grid.element(), None, None, None, 1, 1),
+        (bools("x.", "xx"), Grid.element(), None, None, bools(".x", ".."), 3 / 4, 1),
+        (bools("x.", "x."), Grid.element(), None, [0], None, 1 / 2, 1 / 2),
+        (bools("x.x", "...", "xxx"), Grid.element(), [0, 2], None, bools(".x.", "..."), 5 / 9, 2 / 3),
+        (bools(".", "x", "."), Grid.row(), [1], None, None, 1 / 3, 1 / 3),
+        (bools("x", "."), Grid.rows(2), [0, 1], None, None, 2 / 3, 2 / 3),  # the last band is short
+        (bools(".xx"), Grid.column(), None, [1, 2], None, 2 / 3, 2 / 3),
+        (bools(".x"), Grid.columns(2), None, [2], None, 1 / 3, 1 / 3),
+        (bools("x.", ".x"), Grid.block(2, 2), None, None, bools("..x", "..x", "xx."), 5 / 9, 1),
+        (bools("."), Grid.tensor(), [], [], None, 0, 0),
+    ],
+)
+def test_what_is_left(keep, grid, rows, cols, holes, density, share):
+    N, K = (3, 3) if grid != Grid.element() else keep.shape
+    found = live(keep, grid, N, K)
+    assert (found.rows if rows is None else found.rows.tolist()) == rows
+    assert (found.cols if cols is None else found.cols.tolist()) == cols
+    assert found.holes is holes if holes is None else torch.equal(found.holes, holes)
+    assert (found.density, found.share) == pytest.approx((density, share))
+
+
+def test_an_empty_weight_leaves_everything():
+    assert live(torch.ones(0, 1, dtype=torch.bool), Grid.row(), 0, 4) == (None, None, None, 1, 1)
+
+
+def test_it_agrees_with_the_expanded_mask():
+    for grid in (Grid.element(), Grid.block(3, 5), Grid.rows(4), Grid.column()):
+        keep = torch.rand(grid.shape(300, 11)) < 0.1
+        wide, found = grid.expand(keep, 300, 11), live(keep, grid, 300, 11)
+        again = torch.zeros(300, 11, dtype=torch.bool)
+        rows = torch.arange(300) if found.rows is None else found.rows
+        cols = torch.arange(11) if found.cols is None else found.cols
+        again[rows[:, None], cols] = True if found.holes is None else ~found.holes
+        assert torch.equal(again, wide)
+        assert found.density == pytest.approx(wide.double().mean().item())
+
+
+def test_it_is_found_once_until_keep_changes():
+    keep = torch.ones(4, 1, dtype=torch.bool)
+    first = live(keep, Grid.row(), 4, 6)
+    assert live(keep, Grid.row(), 4, 6) is first
+    assert live(keep, Grid.rows(1), 4, 8) is not first
+    keep[1] = False
+    assert live(keep, Grid.row(), 4, 6).rows.tolist() == [0, 2, 3]
+
+
+def test_it_is_forgotten_with_keep():
+    gc.collect()
+    before = len(module._known)
+    keep = torch.ones(4, 1, dtype=torch.bool)
+    live(keep, Grid.row(), 4, 6)
+    assert len(module._known) == before + 1
+    del keep
+    gc.collect()
+    assert len(module._known) == before
+
+
+def test_the_op_finds_it_once_for_forward_and_backward(monkeypatch):
+    calls, find = [], module._find
+    monkeypatch.setattr(module, "_find", lambda *args: calls.append(args) or find(*args))
+    x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    keep = torch.tensor([[True], [False], [True], [True]])
+    for _ in range(2):
+        masked_linear(x, weight, None, keep, Grid.row()).sum().backward()
+    assert len(calls) == 1
+
+
+def test_a_published_weight_is_used_until_weight_or_keep_changes():
+    x, weight = torch.eye(3), torch.ones(2, 3)
+    keep = torch.tensor([[True, False, True]])
+    prepared = torch.full((2, 2), 7.0)  # not what W holds: so we see who was asked
+    publish(weight, keep, prepared)
+    assert masked_linear(x, weight, None, keep, Grid.column())[0].tolist() == [7, 7]
+    assert published(weight, keep, torch.bfloat16) is None
+    weight.mul_(1)
+    assert masked_linear(x, weight, None, keep, Grid.column())[0].tolist() == [1, 1]
+    publish(weight, keep, prepared)
+    keep.copy_(keep.clone())
+    assert published(weight, keep, torch.float32) is None

@@ -1,0 +1,132 @@
+"""The choice of path is a pure function: every rule, its reason, and what force() may override."""
+
+import re
+
+import pytest
+import torch
+
+from sensibert.artifacts import Grid
+from sensibert.ops import masked_linear_path as paths
+from sensibert.ops.masked_linear import force, masked_linear
+from sensibert.ops.masked_linear_path import Problem, architecture, choose, refusal
+
+OWN = frozenset({"tiles", "bits"})
+FFN = Problem(4096, 3072, 768, torch.bfloat16, Grid.block(64, 64), density=0.5, share=1.0, architecture="sm_90")
+
+
+@pytest.mark.parametrize("architecture", ["cpu", "sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("measured", [frozenset(), OWN], ids=["unmeasured", "measured"])
+@pytest.mark.parametrize(
+    "grid,density,share,path",
+    [
+        (Grid.row(), 1.0, 1.0, "dense"),
+        (Grid.block(64, 64), 1.0, 1.0, "dense"),
+        (Grid.row(), 0.5, 0.5, "compact"),
+        (Grid.columns(64), 0.25, 0.25, "compact"),
+        (Grid.tensor(), 0.0, 0.0, "compact"),
+        (Grid.block(64, 64), 0.25, 0.25, "compact"),
+        (Grid.element(), 0.4, 0.9, "compact"),
+    ],
+    ids=str,
+)
+def test_whole_rows_and_columns_decide_alike_everywhere(grid, density, share, path, architecture, measured):
+    problem = FFN._replace(grid=grid, density=density, share=share, architecture=architecture)
+    choice = choose(problem, measured, built=measured)
+    assert choice.path == path and len(choice.reason) > 20
+
+
+@pytest.mark.parametrize("architecture", ["cpu", "sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("grid", [Grid.element(), Grid.block(64, 64), Grid.block(4, 4)], ids=str)
+def test_scattered_holes_take_the_shadow_until_a_kernel_has_proved_itself(grid, architecture):
+    problem = FFN._replace(grid=grid, architecture=architecture)
+    assert choose(problem).path == choose(problem, measured=frozenset(), built=OWN).path == "shadow"
+    assert choose(problem, measured=OWN, built=frozenset()).path == "shadow"
+
+
+def test_measured_kernels_are_chosen_where_they_run_and_nowhere_else():
+    def path(**change):
+        return choose(FFN._replace(**change), measured=OWN, built=OWN).path
+
+    assert path() == path(share=0.9) == path(dtype=torch.float16) == "tiles"
+    assert path(grid=Grid.element()) == path(grid=Grid.block(32, 64)) == "bits"
+    assert path(share=0.5) == "compact"  # the empty tiles are exactly the empty rows: cuBLAS on less
+    assert path(architecture="sm_80") == path(dtype=torch.float32) == path(num_cols=772) == "shadow"
+
+
+def test_nothing_is_a_default_before_a_bench_has_shown_that_it_wins():
+    assert paths.MEASURED <= paths.BUILT <= OWN
+
+
+@pytest.mark.parametrize(
+    "path,change,words",
+    [
+        ("compact", {}, None),
+        ("reference", {}, None),
+        ("shadow", {}, None),
+        ("tiles", {}, None),
+        ("bits", {"grid": Grid.element()}, None),
+        ("dense", {"density": 1.0}, None),
+        ("fast", {}, "unknown, want one of compact, shadow"),
+        ("dense", {}, "multiplies every weight, but 50% are dropped"),
+        ("shadow", {"share": 0.5}, "without empty rows or columns; here they leave 50%"),
+        ("tiles", {"architecture": "sm_80"}, "needs wgmma, which only sm_90 has; this is sm_80"),
+        ("bits", {"architecture": "cpu"}, "needs wgmma, which only sm_90 has; this is cpu"),
+        ("tiles", {"dtype": torch.float32}, "needs bfloat16 or float16; this is torch.float32"),
+        ("tiles", {"num_cols": 766}, r"multiples of 8 \(TMA strides\); W is \(3072, 766\)"),
+        ("tiles", {"grid": Grid.block(64, 32)}, "blocks that are multiples of 64; the grid is 64x32"),
+        ("tiles", {"grid": Grid.element()}, "blocks that are multiples of 64; the grid is element"),
+        ("tiles", {"grid": Grid.rows(64)}, None),
+        ("tiles", {"grid": Grid.columns(128)}, None),
+    ],
+)
+def test_a_path_says_why_it_cannot_run(path, change, words):
+    said = refusal(path, FFN._replace(**change), built=OWN)
+    assert said is None if words is None else re.search(words, said)
+
+
+@pytest.mark.parametrize("path", sorted(OWN - paths.BUILT))
+def test_a_kernel_that_was_not_built_is_refused(path):
+    assert refusal(path, FFN) == "needs a kernel that this installation does not have"
+
+
+def half_dropped():
+    keep = torch.tensor([[True], [False]])
+    return torch.ones(3, 2), torch.ones(2, 2), None, keep, Grid.row()
+
+
+def test_force_holds_within_its_block_and_nests():
+    problem = FFN._replace(share=0.5)
+    with force("reference"):
+        assert paths.resolve(problem) == ("reference", "forced")
+        with force("compact"):
+            assert paths.resolve(problem).path == "compact"
+        with force(None):
+            assert paths.resolve(problem) == choose(problem)
+        assert paths.resolve(problem).path == "reference"
+    assert paths.resolve(problem) == choose(problem)
+
+
+def test_force_ends_with_an_error_inside():
+    with pytest.raises(KeyError), force("reference"):
+        raise KeyError
+    assert paths.resolve(FFN) == choose(FFN)
+
+
+def test_an_unknown_path_is_refused_at_once():
+    with pytest.raises(ValueError, match="force: path is 'fast', want one of compact, shadow, bits"), force("fast"):
+        pass
+
+
+@pytest.mark.parametrize("path", ["dense", "shadow", "tiles", "bits"])
+def test_a_forced_path_that_cannot_run_is_an_error_at_the_call(path):
+    with force(path), pytest.raises(ValueError, match=f"masked_linear: path '{path}' was forced, but it "):
+        masked_linear(*half_dropped())
+
+
+def test_force_is_found_at_the_function_too():
+    assert masked_linear.force is force
+
+
+def test_the_architecture_of_this_machine(device):
+    name = architecture(device)
+    assert name == "cpu" if device.type == "cpu" else name.startswith("sm_")
