@@ -51,7 +51,7 @@ class MaskedLinear(nn.Linear):
             self.keep.fill_(True)
 
     def set_keep(self, keep: Tensor | None, grid: Grid | None = None) -> None:
-        """New masks: keep bool grid.shape(N, K), None for all True; grid None: as before. In place if the shape stays."""
+        """New masks: keep bool grid.shape(N, K), None for all True; grid None: as before. In place if it fits."""
         grid = self.grid if grid is None else grid
         check_keep(self, keep, grid)
         shape = grid.shape(self.out_features, self.in_features)
