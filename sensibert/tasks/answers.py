@@ -58,5 +58,8 @@ def _top(logits: np.ndarray, n: int) -> np.ndarray:
 
 
 def _distinct(answers: list[Answer], n: int) -> list[Answer]:
-    """Overlapping windows find the same span more than once."""
-    return list({(a.start, a.end): a for a in reversed(answers)}.values())[::-1][:n]
+    """The first of each span: overlapping windows find the same one more than once."""
+    first: dict[tuple[int, int], Answer] = {}
+    for answer in answers:
+        first.setdefault((answer.start, answer.end), answer)
+    return list(first.values())[:n]

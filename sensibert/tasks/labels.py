@@ -17,6 +17,7 @@ from .files import Examples
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 Place = tuple[int, Any]  # row, value
@@ -142,7 +143,7 @@ def numbers(column: Column) -> np.ndarray:
             found.append(float(value))
         except (TypeError, ValueError):
             raise column.error(row, f"is {show(value)}, want a number") from None
-        if not abs(found[-1]) <= np.finfo(np.float32).max:
+        if not abs(found[-1]) <= FLOAT32_MAX:
             raise column.error(row, f"is {show(value)}, want a finite number")
     return np.array(found, np.float32)
 
