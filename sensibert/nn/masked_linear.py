@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..artifacts import Grid
 from ..ops.block_sensitivity import block_sensitivity
 from ..ops.masked_linear import masked_linear
+from ..ops.masked_linear_live import publish
 
 
 class MaskedLinear(nn.Linear):
@@ -63,6 +64,23 @@ class MaskedLinear(nn.Linear):
         else:
             self.register_buffer("keep", keep.detach().to(self.weight.device, copy=True), persistent=False)
         self.grid = grid
+
+    def follow(self, optimizer) -> None:
+        """Let `optimizer`, a MaskedAdamW that holds the weight, keep dropped weights at 0 and write in its own pass the
+        bf16 masked copy that a call under bf16 autocast (or a bf16 layer) then multiplies with, instead of making it.
+
+        Ends when set_keep changes the shape of keep."""
+        keep, weight = self.keep, self.weight
+        shadow = weight.detach().bfloat16().masked_fill(~self.grid.expand(keep, *weight.shape), 0)
+        optimizer.set_keep(weight, keep, self.grid)
+        optimizer.set_shadow(weight, shadow)
+        publish(weight, keep, shadow)
+
+        def republish(*_) -> None:
+            if self.keep is keep and self.weight is weight:
+                publish(weight, keep, shadow)
+
+        optimizer.register_step_post_hook(republish)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         return masked_linear(x, self.weight, self.bias, self.keep, self.grid)

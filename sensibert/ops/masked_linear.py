@@ -96,14 +96,12 @@ def _plan(x: Tensor, shape: tuple[int, int], keep: Tensor, grid: Grid) -> tuple[
 
 
 def _weight(path: str, weight: Tensor, keep: Tensor, kept: Live, dtype: torch.dtype) -> Tensor:
-    """The matrix [n, k] to multiply with: as published, or gathered, cast and masked here."""
+    """The matrix [n, k] to multiply with: kept rows and columns, in the compute dtype, 0 in the holes."""
     if path == "dense":
         return weight.to(dtype)
-    w = published(weight, keep, dtype)
-    if w is None:
-        w = _take(_take(weight, kept.rows, 0), kept.cols).to(dtype)
-        w = w if kept.holes is None else w.masked_fill(kept.holes, 0)
-    return w
+    shadow = published(weight, keep, dtype)
+    w = _take(_take(weight if shadow is None else shadow, kept.rows, 0), kept.cols).to(dtype)
+    return w if kept.holes is None or shadow is not None else w.masked_fill(kept.holes, 0)
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -59,19 +59,19 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     return Live(None if full[0] else rows, None if full[1] else cols, holes, kept / size, len(rows) * len(cols) / size)
 
 
-_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (versions, compact masked weight)
+_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (versions, masked copy)
 
 
-def publish(weight: Tensor, keep: Tensor, prepared: Tensor) -> None:
-    """Promise that prepared [n, k] is the compact masked weight (Live.rows, Live.cols, holes 0) in the compute dtype.
+def publish(weight: Tensor, keep: Tensor, shadow: Tensor) -> None:
+    """Promise that shadow [N, K] is weight * keep in the compute dtype, so that no call has to cast or mask.
 
-    For an optimizer that writes it beside the weight, so that no call has to gather. It is used until weight or keep is
-    changed by anyone else, as their version counters tell; the optimizer publishes again after each step."""
-    _published[weight] = (weight._version, keep._version, prepared)
+    For an optimizer that writes it in its own pass. It is used until the version counter of weight or keep moves; who
+    publishes does so again after each step. torch's fused optimizers do not move it: they must not hold the weight."""
+    _published[weight] = (weight._version, keep._version, shadow)
 
 
 def published(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
-    known = _published.get(weight)
+    known = None if weight.is_inference() or keep.is_inference() else _published.get(weight)
     if known is None or known[:2] != (weight._version, keep._version) or known[2].dtype != dtype:
         return None
     return known[2]

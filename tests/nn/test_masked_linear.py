@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sensibert.artifacts import Grid
 from sensibert.nn import MaskedLinear
+from sensibert.ops.masked_linear_live import published
+from sensibert.optim import MaskedAdamW
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRIDS = [Grid.element(), Grid.row(), Grid.column(), Grid.rows(4), Grid.block(4, 4)]
@@ -209,6 +211,28 @@ def test_the_gate_gradient_is_that_of_a_gate_on_each_block(grid):
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.gate_gradient(), gates.grad)
     assert not layer.gate_gradient()[~layer.keep].any()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_following_the_optimizer_changes_no_result(grid):
+    layer, x = make_layer(grid), torch.randn(5, 12)
+    optimizer = MaskedAdamW(layer.parameters(), lr=0.1)
+    layer.follow(optimizer)
+    for number in range(3):
+        if number == 2:
+            layer.set_keep(torch.rand(layer.keep.shape) < 0.5)  # in place: the optimizer has the new masks too
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert torch.equal(y, copy.deepcopy(layer)(x))  # the copy has no shadow
+        shadow = published(layer.weight, layer.keep, torch.bfloat16)
+        assert (shadow is None) == (number == 2)
+        optimizer.zero_grad()
+        y.float().square().sum().backward()
+        optimizer.step()
+        assert not layer.weight[~grid.expand(layer.keep, 8, 12)].any()
+    layer.set_keep(None, Grid.tensor())
+    optimizer.step()
+    assert published(layer.weight, layer.keep, torch.bfloat16) is None
 
 
 def test_the_gate_gradient_needs_a_backward():

@@ -85,15 +85,17 @@ def test_the_op_finds_it_once_for_forward_and_backward(monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_published_weight_is_used_until_weight_or_keep_changes():
+@pytest.mark.parametrize("grid", [Grid.element(), Grid.column()], ids=str)
+def test_a_published_copy_is_used_until_weight_or_keep_changes(grid):
     x, weight = torch.eye(3), torch.ones(2, 3)
-    keep = torch.tensor([[True, False, True]])
-    prepared = torch.full((2, 2), 7.0)  # not what W holds: so we see who was asked
-    publish(weight, keep, prepared)
-    assert masked_linear(x, weight, None, keep, Grid.column())[0].tolist() == [7, 7]
+    keep = torch.tensor([[True, False, True]]).expand(grid.shape(2, 3)).clone()
+    shadow = torch.full((2, 3), 7.0)  # not what W holds: so we see who was asked
+    shadow[:, 1] = 0
+    publish(weight, keep, shadow)
+    assert masked_linear(x, weight, None, keep, grid)[:, 0].tolist() == [7, 0, 7]
     assert published(weight, keep, torch.bfloat16) is None
     weight.mul_(1)
-    assert masked_linear(x, weight, None, keep, Grid.column())[0].tolist() == [1, 1]
-    publish(weight, keep, prepared)
+    assert masked_linear(x, weight, None, keep, grid)[:, 0].tolist() == [1, 0, 1]
+    publish(weight, keep, shadow)
     keep.copy_(keep.clone())
     assert published(weight, keep, torch.float32) is None
