@@ -66,7 +66,7 @@ class TaskData:
             raise SensibertError("TaskData: train and validation are both None, want at least one")
         task = get_task(task_name or guess_task(data[0], text_column, label_column))
         inputs, label = _columns(task, data[0], text_column, label_column)
-        max_length = max_length or task.max_length
+        max_length = task.max_length if max_length is None else max_length
         doc_stride = min(128, max_length // 3) if doc_stride is None else doc_stride
         if tokenizer.pad_token_id is None:
             raise SensibertError(f"tokenizer {type(tokenizer).__name__} has no pad token")
@@ -172,10 +172,10 @@ def _columns(task: Task, examples: Examples, text: str | None, label: str | None
         wanted = " or ".join(", ".join(repr(c) for c in columns) for columns in task.input_columns)
         seen = ", ".join(repr(c) for c in examples.columns)
         raise SensibertError(f"{examples.name}: {task.name} wants the columns {wanted}; the columns are {seen}")
-    if task.name == "question-answering" and len(inputs) != 2:
-        raise SensibertError(f"text_column is '{text}', want 'question,context' columns")
-    if len(inputs) > (1 if task.name == "token-classification" else 2):
-        raise SensibertError(f"text_column is '{text}', {task.name} cannot take {len(inputs)} columns")
+    counts = {len(columns) for columns in task.input_columns}
+    if len(inputs) not in counts:
+        wanted = " or ".join(map(str, sorted(counts)))
+        raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, parted by commas")
     label = label or next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
     return inputs, label
 
