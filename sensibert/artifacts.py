@@ -239,6 +239,7 @@ class Sensitivity:
     statistic: str
     samples: int = 0
     seed: int = 0
+    tensors: dict[str, float] = field(default_factory=dict)  # parameter name -> mean |w * g| of its elements
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sensitivity) and _facts(self) == _facts(other) and _same(self.scores, other.scores)

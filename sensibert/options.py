@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .artifacts import Budget
 from .errors import SensibertError
@@ -61,7 +61,7 @@ class Options:
     def parsed_budget(self) -> Budget:
         return Budget.parse(self.budget, self.scope, self.flops_length)
 
-    def check(self) -> None:
+    def check(self, needs_data: bool = True) -> None:
         """SensibertError for what can be told without reading data or model."""
         if self.method not in METHODS:
             raise SensibertError(f"method is {self.method!r}, want one of {', '.join(METHODS)}")
@@ -74,7 +74,7 @@ class Options:
         if not 0 <= self.distil <= 1 or self.temperature <= 0:
             raise SensibertError(f"distil is {self.distil}, temperature {self.temperature}, want [0, 1] and above 0")
         self.parsed_budget()
-        if self.task not in PRESETS and self.train_file is None:
+        if needs_data and self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
 
     def resolved(self) -> Options:
@@ -117,8 +117,8 @@ def load_tokenizer(source: str):
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
 
 
-def load_model(source: str, data: TaskData) -> nn.Module:
-    """A pre-trained encoder with a head for the task. Unknown families are refused before any download."""
+def load_model(source: str, data: TaskData | None = None) -> nn.Module:
+    """A pre-trained encoder, with a head for the task if data is given. Unknown families are refused first."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -128,9 +128,9 @@ def load_model(source: str, data: TaskData) -> nn.Module:
             f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
             "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
         )
-    kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None}
+    kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
-        return data.auto_class().from_pretrained(source, **kwargs)
+        return (data.auto_class() if data else AutoModel).from_pretrained(source, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 

@@ -20,16 +20,20 @@ from . import cost
 from .artifacts import Budget, Layout, Plan, Sensitivity, write_atomically
 from .errors import SensibertError
 from .models import describe
+from .models.structure import structure_of
 from .options import PRECISIONS, Options, load_data, load_model, load_tokenizer
 from .pipeline.allocate import allocate
-from .pipeline.analyze import analyze
+from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.export import export
-from .pipeline.finetune import MEMORY, TrimTrainer, latest_checkpoint, predict, seal
+from .pipeline.finetune import MEMORY, STRUCTURE, finetune, latest_checkpoint, predict, seal
 from .pipeline.trim import restructure, trim
+from .report import write_report
 from .schedule import Schedule
 from .tasks import TaskData, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
+RESULT = "result.json"
+RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
 
 
 @dataclass
@@ -69,13 +73,13 @@ class TrimCallback(TrainerCallback):
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.memory = before_cut, Memory()
-        self.sensitivity: Sensitivity | None = None
-        self.plan: Plan | None = None
+        self.sensitivity: Sensitivity | None = None  # of the dense model
+        self.layout: Layout | None = None  # of the dense model
         self._clock = time.perf_counter()
 
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Note the costs of the dense model; with a checkpoint, take up its memory."""
-        layout = describe(model)
+        self.layout = layout = describe(model)
         counts = cost.counts_of(layout)
         if self.method != "dense":
             cost.limit(layout, self.budget)
@@ -114,10 +118,13 @@ class TrimCallback(TrainerCallback):
         samples = min(self.samples, allowed) // len(self.cuts)
         seed, data, collator = self.seed + state.global_step, train_dataloader.dataset, train_dataloader.collate_fn
         batches = micro_batches(data, collator, samples, self.micro_batch, seed)
-        self.sensitivity = analyze(model, batches, self.method, self.loss, seed, self.autocast)
-        self.plan = allocate(self.sensitivity, self._target(self.cuts[state.global_step]), self.step, self.policy)
+        found = analyze(model, batches, self.method, self.loss, seed, self.autocast)
+        if first:
+            few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
+            self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
+        plan = allocate(found, self._target(self.cuts[state.global_step]), self.step, self.policy)
         self.spend("analyze")
-        trim(model, self.plan, optimizer)
+        trim(model, plan, optimizer)
         self.spend("cut")
 
     def _target(self, progress: float) -> Budget:
@@ -126,6 +133,14 @@ class TrimCallback(TrainerCallback):
         final = self.budget.value if self.budget.relative else self.budget.value / dense
         value = int(dense * (self.schedule.ratio(progress, final) if progress < 1 else final))
         return replace(self.budget, relative=False, value=float(value))
+
+    def whole_plan(self, model: nn.Module) -> Plan:
+        """All cuts so far as one plan of the dense model."""
+        kept, layout = structure_of(model), self.layout
+        keep = {s.name: torch.isin(torch.arange(s.units), kept[s.name]) for s in layout.sites}
+        counts, budget = cost.counts_of(layout, keep), self.budget
+        sizes = cost.params(layout, counts, budget.scope), cost.flops(layout, counts, budget.scope, 1, budget.length)
+        return Plan(layout, keep, budget, self.method, *sizes)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and model is not None and "loss" in logs:
@@ -185,11 +200,17 @@ def partial_folder(output: str | Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def check_output(output: str | Path, overwrite: bool) -> None:
+    """SensibertError if something is there already."""
+    output = Path(output)
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
+
+
 def _prepare_output(options: Options) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way."""
-    output, partial = Path(options.output), partial_folder(options.output)
-    if output.exists() and not options.overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
+    partial = partial_folder(options.output)
+    check_output(options.output, options.overwrite)
     checkpoint = None
     if options.resume:
         checkpoint = latest_checkpoint(partial)
@@ -206,15 +227,26 @@ def _prepare_output(options: Options) -> tuple[Path, Path | None]:
     return partial, checkpoint
 
 
+SNAPSHOT = "snapshot"
+
+
+def _save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
+    """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
+    new = folder / f"{SNAPSHOT}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+    os.replace(new, folder / SNAPSHOT)
+
+
 def _teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
-    """The given teacher, or the snapshot a resumed run has made already; None until there is one."""
-    if options.teacher is None:
+    """The given teacher, or the snapshot this run has made already; None until there is one."""
+    if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
-    source = options.teacher if options.teacher != "snapshot" else str(folder / "snapshot")
-    if options.teacher == "snapshot" and not Path(source).exists():
-        return None
-    teacher = load_model(source, data).eval().requires_grad_(False)
-    return teacher
+    source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(source, data).eval().requires_grad_(False).to(device)
 
 
 def finetune_and_trim(options: Options) -> dict:
@@ -237,14 +269,15 @@ def finetune_and_trim(options: Options) -> dict:
             return None
         return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
 
-    trainer: TrimTrainer
+    if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
+        shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+    teacher = _teacher(options, data, folder)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
+        nonlocal teacher
         if options.teacher == "snapshot":
-            model.save_pretrained(folder / "snapshot.new")
-            tokenizer.save_pretrained(folder / "snapshot.new")
-            os.replace(folder / "snapshot.new", folder / "snapshot")
-            trainer.teacher = _teacher(options, data, folder).to(model.device)
+            _save_snapshot(model, tokenizer, folder)
+            teacher = _teacher(options, data, folder)
         return score(model)
 
     callback = TrimCallback(
@@ -260,20 +293,20 @@ def finetune_and_trim(options: Options) -> dict:
         before_cut=before_cut,
     )
     callback.prepare(model, checkpoint)
-    trainer = TrimTrainer(
-        model=model,
-        args=training_arguments(options, folder),
-        train_dataset=data.train,
-        data_collator=data.collator,
-        callbacks=[callback],
+    callback.spend("load")
+    trainer = finetune(
+        model,
+        data.train,
+        data.collator,
+        training_arguments(options, folder),
+        [callback],
+        checkpoint,
         lr_shape=options.schedule.lr(dense=options.method == "dense"),
-        teacher=_teacher(options, data, folder),
+        teacher=lambda: teacher,
         distil=options.distil,
         temperature=options.temperature,
         restructure=restructure,
     )
-    callback.spend("load")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = score(model)
     callback.spend("evaluate")
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
@@ -316,13 +349,14 @@ def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCal
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
         export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
         text = json.dumps(result, indent=2)
-        write_atomically(final / "result.json", lambda path: Path(path).write_text(text + "\n"))
+        plan = callback.whole_plan(model)
+        write_report(final / "report", result, callback.sensitivity, plan)
+        write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
         settings = json.dumps({f.name: _plain(getattr(options, f.name)) for f in fields(options)}, indent=2)
         (final / "recipe.json").write_text(settings + "\n")
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
-        if callback.plan is not None:
-            callback.plan.save(final / "plan.safetensors")
+        plan.save(final / "plan.safetensors")
         if output.exists():
             shutil.rmtree(output)
         os.replace(final, output)

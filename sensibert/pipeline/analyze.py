@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Layout, Member, Sensitivity, Site
+from ..artifacts import Grid, Layout, Member, Sensitivity, Site
 from ..errors import SensibertError
 from ..models import base_of, describe
 from ..models.base import attribute
@@ -218,3 +218,33 @@ def analyze(
     else:
         scores, samples = _gradient_scores(model, layout, batches, rule, loss, seed, autocast)
     return Sensitivity(layout, scores, statistic, samples, seed)
+
+
+def rank_tensors(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    sampled_loss: Loss | None = None,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Mean |w * g| of every trimmable weight matrix: the ranking of whole parameter tensors, most sensitive first.
+
+    The sum over the matrix is the first-order change of the loss if each weight went on its own; per element, so that
+    large tensors do not win by size. Arguments as for `analyze`; labels are sampled where `sampled_loss` is given."""
+    layout, state = describe(model), dict(base_of(model).named_parameters())
+    names = {m.parameter for site in layout.sites for m in site.members if state[m.parameter].dim() == 2}
+    used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]
+    weights, out = [state[name] for name in used], None
+    generator, samples = torch.Generator().manual_seed(seed), 0
+    with _evaluating(model, autocast) as device:
+        for batch in batches:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            value = (sampled_loss or given_loss)(model(**batch), batch, generator)
+            _require_finite(value, samples)
+            grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+            out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
+            samples += _size(batch)
+    if out is None:
+        raise SensibertError("rank_tensors: no batches came, want at least one micro-batch")
+    means = {name: float(o) / w.numel() / samples for name, w, o in zip(used, weights, out, strict=True)}
+    return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..artifacts import write_atomically
@@ -117,15 +117,15 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
-    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher, distil, temperature: with a teacher the
-    loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units) cuts a fresh model to the
-    shapes of a checkpoint. The train set may offer `.lengths`, then batches are of similar length."""
+    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
+    model, the loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units) cuts a fresh
+    model to the shapes of a checkpoint. A train set that offers `.lengths` is read in batches of similar length."""
 
     def __init__(
         self,
         *args,
         lr_shape: Callable[[int, int], float] | None = None,
-        teacher: nn.Module | None = None,
+        teacher: Callable[[], nn.Module | None] | None = None,
         distil: float = 0.0,
         temperature: float = 2.0,
         restructure: Callable[[nn.Module, dict[str, Tensor]], object] | None = None,
@@ -157,11 +157,12 @@ class TrimTrainer(Trainer):
         return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher is None or not model.training:
+        teacher = self.teacher() if self.teacher is not None and model.training else None
+        if teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
-            target = self.teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
+            target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
         loss = (1 - self.distil) * loss + self.distil * distillation_loss(outputs, target, self.temperature)
         return (loss, outputs) if return_outputs else loss
 
@@ -180,6 +181,31 @@ class TrimTrainer(Trainer):
         if structure.exists() and self.restructure is not None:
             self.restructure(self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def finetune(
+    model: nn.Module,
+    train: Dataset,
+    collator: Callable,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: str | Path | None = None,
+    **trainer_options,
+) -> TrimTrainer:
+    """Train a model in place, from a checkpoint of the same run if one is given; returns the trainer when it is done.
+
+    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil, temperature, restructure
+    of `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
+    trainer = TrimTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=list(callbacks),
+        **trainer_options,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
 
 
 LABELS = ("labels", "start_positions", "end_positions")

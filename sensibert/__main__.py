@@ -1,0 +1,5 @@
+"""python -m sensibert"""
+
+from .cli import main
+
+main()
