@@ -1,1 +1,40 @@
-"""Sensitivity-driven trimming of BERT-family models while fine-tuning."""
+"""Sensitivity-driven trimming of BERT-family models while fine-tuning.
+
+Importing this is enough for transformers to load trimmed folders. The names below come with their modules on first use.
+"""
+
+from importlib import import_module
+
+from ._register import register, version
+
+_HOME = {
+    "errors": ("SensibertError",),
+    "artifacts": ("Budget", "Grid", "Layout", "Plan", "Sensitivity", "Site"),
+    "ops": ("block_sensitivity", "masked_linear", "select_threshold"),
+    "nn": ("MaskedLinear", "replace", "restore"),
+    "models": ("describe", "families"),
+    "optim": ("MaskedAdamW", "slice_state"),
+    "pipeline.analyze": ("analyze",),
+    "pipeline.allocate": ("allocate",),
+    "pipeline.trim": ("trim",),
+    "pipeline.finetune": ("finetune",),
+    "pipeline.export": ("export", "load", "load_structure"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULE)]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version()
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

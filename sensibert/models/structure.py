@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from ..artifacts import write_atomically
 from ..errors import SensibertError
 from .base import sites
+from .modeling_sensibert import PickHeads
+
+__all__ = ["PickHeads", "is_trimmed", "read_structure", "save_structure", "set_structure", "structure_of"]
 
 _ATTRIBUTE = "sensibert_structure"
 
@@ -44,29 +46,3 @@ def read_structure(path: str | Path) -> dict[str, Tensor]:
         return {name: kept.long() for name, kept in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise SensibertError(f"{path}: not a readable structure file ({error})") from None
-
-
-class PickHeads:
-    """Forward pre-hook of an attention module: of `position_bias` [B, H, S, S] only the kept heads go in."""
-
-    def __init__(self, kept: Tensor):
-        self.kept = kept
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def pick(bias: Tensor | None) -> Tensor | None:
-            return None if bias is None else bias[:, self.kept.to(bias.device)]
-
-        if len(args) > 2:  # (hidden_states, attention_mask, position_bias)
-            args = (*args[:2], pick(args[2]), *args[3:])
-        if "position_bias" in kwargs:
-            kwargs = {**kwargs, "position_bias": pick(kwargs["position_bias"])}
-        return args, kwargs
-
-    @classmethod
-    def attach(cls, attention: nn.Module, kept: Tensor) -> Callable[[], None]:
-        """Install, or narrow what is installed; returns the undo."""
-        for hook in attention._forward_pre_hooks.values():
-            if isinstance(hook, cls):
-                old, hook.kept = hook.kept, hook.kept[kept]
-                return lambda: setattr(hook, "kept", old)
-        return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove

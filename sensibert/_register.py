@@ -1,0 +1,60 @@
+"""What `import sensibert` does: transformers' Auto classes learn to load trimmed folders without a flag.
+
+It costs nothing until they are imported; this file and the front door import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+
+AUTO = "transformers.models.auto.configuration_auto"
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("sensibert")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+source"
+
+
+def register_families() -> None:
+    """AutoConfig learns every `sensibert_<family>`; the model classes follow with the first config of that type."""
+    auto = importlib.import_module(AUTO)
+    code = importlib.import_module(f"{__package__}.models.modeling_sensibert")
+    for model_type in importlib.import_module(f"{__package__}.models").families():
+        if model_type in auto.CONFIG_MAPPING:  # an older transformers may lack an alias
+            config_class = getattr(code, f"Sensibert{auto.CONFIG_MAPPING[model_type].__name__}")
+            auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook on AUTO: load it as always, then register. Serves once."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> object:
+        if fullname != AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: object) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        register_families()
+
+
+def register() -> None:
+    """At once if transformers' Auto classes are there, else as soon as they are."""
+    if AUTO in sys.modules:
+        register_families()
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())

@@ -1,0 +1,99 @@
+"""A trimmed model as a model of its own class: same tensors, but it saves and loads like any other."""
+
+from __future__ import annotations
+
+import copy
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..errors import SensibertError
+from . import modeling_sensibert as code
+from .base import PREFIX, Axis, Family, attribute, base_type, family_of, layers
+from .structure import set_structure, structure_of
+
+FORMAT = 1
+CODE = code.__name__.rpartition(".")[2]
+
+
+def stock_class(model: nn.Module) -> type[PreTrainedModel]:
+    """The class of transformers that computes what this model computes; SensibertError if it is not one of its own."""
+    if not isinstance(model, PreTrainedModel):
+        raise SensibertError(f"model: {type(model).__name__} is not a transformers model; unwrap it first")
+    name = type(model).__name__.removeprefix("Sensibert")
+    found = getattr(transformers, name, None)
+    if found is None or not (type(model) is found or is_reloadable(model)):
+        raise SensibertError(
+            f"model: class {type(model).__name__} is not one of transformers' own, so no one could load it"
+        )
+    return found
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the base model: its own type, nothing of ours."""
+    facts = config.to_dict()
+    for name in ("sensibert", "auto_map", "model_type", "architectures", "transformers_version"):
+        facts.pop(name, None)
+    stock = AutoConfig.for_model(base_type(config.model_type), **facts)
+    stock._attn_implementation = config._attn_implementation
+    return stock
+
+
+def is_reloadable(model: nn.Module) -> bool:
+    return getattr(model.config, "model_type", "").startswith(PREFIX)
+
+
+def _axis(axis: Axis) -> dict[str, object]:
+    """As the modeling code reads it."""
+    produces = [*axis.produces, *axis.tables]
+    return {"produces": produces, "consumes": axis.consumes, "parts": axis.parts} | {
+        "counts": list(axis.counts),
+        "widths": list(axis.widths),
+    }
+
+
+def _table(family: Family) -> dict[str, object]:
+    axes = {"head": _axis(family.head), "ffn": _axis(family.ffn)}
+    return {"layers": family.layers, **axes, "position_bias": family.position_bias}
+
+
+def _auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
+    """Auto class -> our class, for every head transformers has for this config (encoders only)."""
+    found = {"AutoConfig": f"{CODE}.Sensibert{config_class.__name__}"}
+    for name in sorted(vars(modeling_auto)):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
+            model_class = mapping[config_class]
+            if not isinstance(model_class, tuple):
+                found[name] = f"{CODE}.Sensibert{model_class.__name__}"
+    return found
+
+
+def reloadable(model: nn.Module, info: dict | None = None) -> PreTrainedModel:
+    """A view of the model, of class `Sensibert<its class>` and with a config that says how it was cut; it shares all
+    modules with `model`, which is left as it is.
+
+    info: more facts for config.sensibert (budget, method, digest, ...)."""
+    family, stock = family_of(model), stock_class(model)
+    config, structure = stock_config(model.config), structure_of(model)
+    numbers = range(len(layers(model)))
+    entry = {
+        **getattr(model.config, "sensibert", {}),
+        "format": FORMAT,
+        "base_model_type": config.model_type,
+        "head_dim": int(attribute(layers(model)[0][1], family.head_dim)),
+        "heads": [len(structure[f"layer.{n}.head"]) for n in numbers],
+        "ffn": [len(structure[f"layer.{n}.ffn"]) for n in numbers],
+        "kept_heads": [structure[f"layer.{n}.head"].tolist() for n in numbers],
+        "table": _table(family),
+        **(info or {}),
+    }
+    own_config, own_class = (getattr(code, f"Sensibert{c.__name__}") for c in (type(config), stock))
+    own = own_config.from_dict(config.to_dict() | {"sensibert": entry, "auto_map": _auto_map(type(config))})
+    own._attn_implementation = config._attn_implementation
+    made = copy.copy(model)  # a second face of the same modules: nothing is built or copied
+    made.__class__, made.config = own_class, own
+    set_structure(made, structure)
+    return made

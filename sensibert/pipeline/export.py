@@ -1,0 +1,225 @@
+"""Model -> folder. It reloads exactly with `import sensibert`, and without it through `trust_remote_code=True`.
+
+A new folder is written beside its target and renamed: it is there whole or not at all. Into a folder that already
+holds something, files move one by one, config.json last: without it nothing loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from .._register import version
+from ..errors import SensibertError
+from ..models import base_of, describe, family_of, modeling_sensibert, sites
+from ..models.base import attribute
+from ..models.reloadable import reloadable, stock_class, stock_config
+from ..models.structure import is_trimmed, read_structure, structure_of
+from ..nn import MaskedLinear
+
+LAYOUTS = ("trimmed", "dense", "both")
+CONFIG, CARD, STRUCTURE = "config.json", "README.md", modeling_sensibert.STRUCTURE_FILE
+DENSE = "dense"  # subfolder of layout="both"
+
+
+def dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model of the base sizes that computes the same: what was cut away comes back as zeros."""
+    structure, wide = structure_of(model), {}
+    with torch.device("meta"):
+        made = stock_class(model)._from_config(stock_config(model.config))
+    narrow = dict(base_of(model).named_parameters())
+    for site in sites(made):
+        kept = structure[site.name]
+        for member in site.members:
+            old, shape = narrow[member.parameter].detach(), base_of(made).get_parameter(member.parameter).shape
+            index = member.index(kept.to(old.device), site.units)
+            wide[member.parameter] = old.new_zeros(shape).index_copy_(member.dim, index, old)
+    prefix = "" if base_of(model) is model else f"{model.base_model_prefix}."
+    state = model.state_dict() | {prefix + name: value for name, value in wide.items()}
+    made.load_state_dict(state, assign=True)
+    made.tie_weights()
+    return made
+
+
+_CARD = """---
+library_name: transformers
+tags: [sensibert, pruned]
+---
+# {name}
+
+`{head}` with a trimmed {family} encoder, made by sensibert {version}.
+
+| | this model | base model |
+|---|---|---|
+| encoder parameters | {encoder:,} | {base_encoder:,} ({share:.1%} left) |
+| all parameters | {total:,} | {base_total:,} |
+| heads by layer | {heads} | {base_heads} |
+| FFN neurons by layer | {ffn} | {base_ffn} |
+
+Budget: {budget}. Method: {method}.
+
+## Load
+
+```python
+import sensibert  # teaches transformers this kind of folder
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{name}")
+```
+
+Where sensibert is not installed, the folder brings its own code (`{code}`):
+
+```python
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+```
+
+`structure.safetensors` holds the numbers of the base model's units that are left.
+"""
+
+
+def _numbers(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
+
+
+def _card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
+    entry, encoder = view.config.sensibert, family_of(base).encoder
+    full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
+    base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())
+    head = type(view).__name__
+    return _CARD.format(
+        name=name,
+        head=type(base).__name__,
+        family=entry["base_model_type"],
+        version=entry["sensibert_version"],
+        encoder=entry["encoder_params"],
+        base_encoder=base_encoder,
+        share=entry["encoder_params"] / base_encoder,
+        total=sum(p.numel() for p in view.parameters()),
+        base_total=sum(p.numel() for p in base.parameters()),
+        heads=_numbers(entry["heads"]),
+        base_heads=_numbers(full["head"]),
+        ffn=_numbers(entry["ffn"]),
+        base_ffn=_numbers(full["ffn"]),
+        budget=entry["budget"] or "not noted",
+        method=entry["method"] or "not noted",
+        auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
+        code=Path(modeling_sensibert.__file__).name,
+    )
+
+
+def _facts(model: PreTrainedModel, info: dict | None) -> dict:
+    """What config.sensibert says beside the shapes; a re-exported model keeps what it knew of its origin."""
+    try:
+        json.dumps(info)
+    except (TypeError, ValueError) as error:
+        raise SensibertError(f"export: info does not fit into a JSON file ({error})") from None
+    known, layout = getattr(model.config, "sensibert", {}), describe(model)
+    origin = {name: known.get(name) for name in ("budget", "method")}
+    now = {"digest": layout.digest, "encoder_params": layout.encoder_params, "sensibert_version": version()}
+    return origin | now | (info or {})
+
+
+def _place(temporary: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not any(path.iterdir()):
+        os.replace(temporary, path)
+        return
+    (path / CONFIG).unlink(missing_ok=True)
+    for new in sorted(temporary.iterdir(), key=lambda new: new.name == CONFIG):
+        if new.is_dir():
+            shutil.rmtree(path / new.name, ignore_errors=True)
+        os.replace(new, path / new.name)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A new empty folder that becomes `path` (or moves into it) if all goes well, and else leaves nothing behind."""
+    anchor = next(parent for parent in path.parents if parent.exists())
+    temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            file.chmod(0o644)  # safetensors writes for its owner alone
+        _place(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise SensibertError(f"export: cannot write {path} ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool) -> None:
+    if layout not in LAYOUTS:
+        raise SensibertError(f"export: layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+    family_of(model), stock_class(model)
+    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
+    if masked:
+        raise SensibertError(
+            f"export: {len(masked)} masked layers ({masked[0]}, ...), want none: sensibert.restore first"
+        )
+    if path.exists() and not path.is_dir():
+        raise SensibertError(f"export: {path} is a file, want a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise SensibertError(f"export: {path} is not empty; pass overwrite=True to replace what is in it")
+
+
+def export(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layout: str = "trimmed",
+    overwrite: bool = False,
+    info: dict | None = None,
+) -> Path:
+    """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; returns the path.
+
+    layout: "trimmed" (as small as the model is), "dense" (a stock model of the base sizes with zeros where something
+    was cut: loads everywhere, to the same logits within rounding) or "both" (the dense one in a subfolder). A model
+    that was never trimmed is written as it is. info: more facts for the entry `sensibert` of config.json. overwrite:
+    files of the same names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
+    path = Path(path).expanduser().resolve()
+    _check(model, path, layout, overwrite)
+    base = dense(model)
+    with _whole(path) as folder:
+        if layout == "dense" or not is_trimmed(model):
+            base.save_pretrained(folder)
+        else:
+            view = reloadable(model, _facts(model, info))
+            view.save_pretrained(folder)
+            (folder / CARD).write_text(_card(path.name, view, base), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if layout == "both" and is_trimmed(model):
+            base.save_pretrained(folder / DENSE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / DENSE)
+    return path
+
+
+def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Model (with the head it was saved with, in eval mode) and tokenizer, if there is one, of an exported folder."""
+    try:
+        name = (AutoConfig.from_pretrained(path).architectures or [""])[0]
+        model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name)
+        model = model_class.from_pretrained(path)
+        tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+        return model, None if tokenized is None else AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise SensibertError(f"{path}: not a model folder that can be loaded ({str(error).splitlines()[0]})") from None
+
+
+def load_structure(path: str | Path) -> dict[str, Tensor]:
+    """Site name -> numbers of the base model's units that are left (int64, ascending), of a trimmed folder."""
+    return read_structure(Path(path) / STRUCTURE)
