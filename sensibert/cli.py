@@ -117,7 +117,12 @@ def finetune(
     seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
     layout: Annotated[str, typer.Option(help="trimmed, dense (zero-filled, loads everywhere) or both.")] = "trimmed",
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; an epoch if left out.")] = None,
-    keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints")] = False,
+    save_before_cut: Annotated[
+        bool, typer.Option("--save-before-cut", help="A checkpoint at the last dense step.")
+    ] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="In OUTPUT.partial, after the end.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,

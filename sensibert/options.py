@@ -53,6 +53,7 @@ class Options:
     seed: int = 0
     layout: str = "trimmed"
     save_steps: int | None = None  # None: at every epoch's end
+    save_before_cut: bool = False  # so that runs with other budgets or methods can start from there
     keep_checkpoints: bool = False
     resume: bool = False
     overwrite: bool = False

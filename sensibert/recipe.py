@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import cost
 from .artifacts import Budget, Layout, Plan, Sensitivity, write_atomically
+from .checkpoints import MEMORY, STRUCTURE, open_workspace, seal
 from .errors import SensibertError
 from .models import describe
 from .models.structure import structure_of
@@ -25,7 +26,7 @@ from .options import PRECISIONS, Options, load_data, load_model, load_tokenizer
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.export import export
-from .pipeline.finetune import MEMORY, STRUCTURE, finetune, latest_checkpoint, predict, seal
+from .pipeline.finetune import finetune, predict
 from .pipeline.trim import restructure, trim
 from .report import write_report
 from .schedule import Schedule
@@ -51,8 +52,9 @@ class TrimCallback(TrainerCallback):
     """Trims the model of a running Trainer at the steps of a schedule. For your own Trainer: add it, nothing else.
 
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for method fisher.
-    before_cut: called with the dense model, once. Data and collator are those of the Trainer's train loader. A run that
-    may have to be resumed wants `TrimTrainer`: the stock Trainer cannot load a checkpoint of a trimmed model."""
+    before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. Data and
+    collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`: the stock
+    Trainer cannot load a checkpoint of a trimmed model."""
 
     def __init__(
         self,
@@ -67,12 +69,13 @@ class TrimCallback(TrainerCallback):
         autocast: torch.dtype | None = None,
         loss: Callable = sampled_loss,
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
+        save_before_cut: bool = False,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.autocast, self.loss = autocast, loss
-        self.before_cut, self.memory = before_cut, Memory()
+        self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
         self._clock = time.perf_counter()
@@ -90,8 +93,13 @@ class TrimCallback(TrainerCallback):
         )
         if checkpoint is not None:
             kept = json.loads((Path(checkpoint) / MEMORY).read_text())
-            self.memory = Memory(**kept["memory"])
+            self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
             self.sensitivity = _load_if(Sensitivity, Path(checkpoint) / "sensitivity.safetensors")
+
+    def started(self, clock: float) -> None:
+        """Book what came before the training, since that reading of time.perf_counter()."""
+        self._clock = clock
+        self.spend("load")
 
     def spend(self, phase: str) -> None:
         """Book the seconds since the last booking on a phase."""
@@ -106,6 +114,8 @@ class TrimCallback(TrainerCallback):
         self._clock = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
+            control.should_save = True
         if state.global_step not in self.cuts:
             return
         first = state.global_step == min(self.cuts)
@@ -151,7 +161,7 @@ class TrimCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.sensitivity is not None:
             self.sensitivity.save(folder / "sensitivity.safetensors")
-        seal(folder, model, {"memory": asdict(self.memory)})
+        seal(folder, model, {"metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds})
         self.spend("save")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -194,39 +204,6 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
     )
 
 
-def partial_folder(output: str | Path) -> Path:
-    """Where a run lives until it is finished: checkpoints, the teacher. `output` appears only when it is complete."""
-    output = Path(output)
-    return output.with_name(output.name + ".partial")
-
-
-def check_output(output: str | Path, overwrite: bool) -> None:
-    """SensibertError if something is there already."""
-    output = Path(output)
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
-
-
-def _prepare_output(options: Options) -> tuple[Path, Path | None]:
-    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way."""
-    partial = partial_folder(options.output)
-    check_output(options.output, options.overwrite)
-    checkpoint = None
-    if options.resume:
-        checkpoint = latest_checkpoint(partial)
-    elif partial.exists() and any(partial.glob("checkpoint-*")) and not options.overwrite:
-        raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / ".probe").write_text("")
-        (partial / ".probe").unlink()
-    except OSError as error:
-        raise SensibertError(f"output: cannot write to {partial} ({error.strerror})") from None
-    return partial, checkpoint
-
-
 SNAPSHOT = "snapshot"
 
 
@@ -254,7 +231,7 @@ def finetune_and_trim(options: Options) -> dict:
     started = time.perf_counter()
     options.check()
     options = options.resolved()
-    folder, checkpoint = _prepare_output(options)
+    folder, checkpoint = open_workspace(options.output, options.resume, options.overwrite)
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -291,9 +268,10 @@ def finetune_and_trim(options: Options) -> dict:
         options.seed,
         autocast,
         before_cut=before_cut,
+        save_before_cut=options.save_before_cut,
     )
     callback.prepare(model, checkpoint)
-    callback.spend("load")
+    callback.started(started)
     trainer = finetune(
         model,
         data.train,
@@ -310,7 +288,6 @@ def finetune_and_trim(options: Options) -> dict:
     metrics = score(model)
     callback.spend("evaluate")
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
-    result["seconds"]["total"] = round(time.perf_counter() - started, 3)
     _publish(options, folder, model, tokenizer, callback, result)
     return result
 
@@ -319,7 +296,7 @@ def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
     after: Layout = describe(model)
-    memory = callback.memory
+    memory, seconds = callback.memory, callback.memory.seconds
     return {
         "task": data.task.name,
         "model": options.model,
@@ -337,7 +314,7 @@ def _result(
         "flops_length": options.flops_length,
         "metrics": metrics,
         "metrics_dense": memory.metrics_dense,
-        "seconds": {phase: round(value, 3) for phase, value in memory.seconds.items()},
+        "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }
 

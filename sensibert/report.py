@@ -100,10 +100,10 @@ def _draw_sensitivity(pyplot, path: Path, sensitivity: Sensitivity) -> None:
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in names.values()]
     figure, axis = pyplot.subplots(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(names)), layout="constrained")
     image = axis.imshow(grid, aspect="auto", cmap="viridis")
-    axis.set(title="sensitivity of each tensor: mean |w · gradient|", xlabel="layer")
+    axis.set(title="tensor sensitivity", xlabel="layer")
     axis.set_xticks(range(len(layers)), layers)
     axis.set_yticks(range(len(names)), list(names))
-    figure.colorbar(image, ax=axis)
+    figure.colorbar(image, ax=axis, label="mean |w · gradient|")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import cost
 from .artifacts import Budget, Layout, Plan, Sensitivity
+from .checkpoints import check_output
 from .errors import SensibertError
 from .models import base_of, describe
 from .models.structure import is_trimmed
@@ -21,7 +22,7 @@ from .pipeline.analyze import STATISTICS, analyze, rank_tensors
 from .pipeline.export import dense, export, load
 from .pipeline.finetune import predict
 from .pipeline.trim import trim
-from .recipe import RANKED_SAMPLES, RESULT, check_output, micro_batches
+from .recipe import RANKED_SAMPLES, RESULT, micro_batches
 from .tasks import TaskData, load_examples, sampled_loss
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}

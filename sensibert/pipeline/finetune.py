@@ -7,25 +7,21 @@ What happens *between* the steps is a callback handed in from above.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ..artifacts import write_atomically
+from ..checkpoints import STRUCTURE, check_checkpoint
 from ..errors import SensibertError
-from ..models.structure import is_trimmed, read_structure, save_structure
-
-MANIFEST = "sensibert_manifest.json"
-STRUCTURE = "structure.safetensors"
-MEMORY = "sensibert_run.json"
+from ..models.structure import read_structure
 
 
 class LengthSampler(Sampler[int]):
@@ -68,50 +64,6 @@ def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor
             * temperature**2
         )
     return torch.stack(losses).mean()
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
-
-
-def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
-    """Add structure and memory (what the run must not forget) to a checkpoint, then mark it as whole, last of all."""
-    folder = Path(checkpoint)
-    if is_trimmed(model):
-        save_structure(model, folder / STRUCTURE)
-    text = json.dumps(memory)
-    write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
-    manifest = json.dumps(_files(folder))
-    write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
-
-
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """SensibertError if the folder is not a whole checkpoint of ours."""
-    folder = Path(checkpoint)
-    try:
-        wanted = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise SensibertError(f"{folder}: not a whole checkpoint ({MANIFEST} is missing or unreadable)") from None
-    found = _files(folder)
-    for name, size in wanted.items():
-        if found.get(name) != size:
-            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint; None where none was begun; SensibertError if all of them are damaged."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    last: SensibertError | None = None
-    for checkpoint in found:
-        try:
-            check_checkpoint(checkpoint)
-        except SensibertError as error:
-            last = last or error
-        else:
-            return checkpoint
-    if last is not None:
-        raise last
-    return None
 
 
 class TrimTrainer(Trainer):
@@ -204,7 +156,15 @@ def finetune(
         callbacks=list(callbacks),
         **trainer_options,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise SensibertError(
+            f"finetune: cannot write a checkpoint to {arguments.output_dir} ({reason}); what is whole there can be resumed"
+        ) from None
     return trainer
 
 

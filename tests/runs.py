@@ -1,0 +1,70 @@
+"""A model, a tokenizer and data so small that a whole run takes a second or two (`from tests.runs import ...`)."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+from tests.helpers import tiny_model
+from tests.tasks.tiny import word_piece
+
+GOOD, BAD = "good great".split(), "bad dull".split()
+REST = "the a film was who wrote it lives in works".split()
+
+
+def model_folder(folder: Path, model_type: str = "bert", head: str = "", **config) -> str:
+    """A pre-trained model as users have it: weights, config and tokenizer in one folder. Dropout is on."""
+    tokenizer = word_piece()
+    config = {"vocab_size": len(tokenizer), "hidden_dropout_prob": 0.1} | config
+    tiny_model(model_type, head, **config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def sentences(rows: int, seed: int = 0) -> list[tuple[str, int]]:
+    """One telling word among others; the label is what it tells."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(rows):
+        label = rng.randint(0, 1)
+        words = rng.choices(REST, k=rng.randint(2, 7))
+        words.insert(rng.randint(0, len(words)), rng.choice((BAD, GOOD)[label]))
+        found.append((" ".join(words), label))
+    return found
+
+
+def sentence_file(path: Path, rows: int = 96, seed: int = 0, header=("sentence", "label")) -> str:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *sentences(rows, seed)])
+    return str(path)
+
+
+def question_file(path: Path, rows: int = 24, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for number in range(rows):
+            words = rng.choices(REST, k=12)
+            place = rng.randrange(12)
+            words[place] = "anna"
+            start = len(" ".join(words[:place])) + (place > 0)
+            answers = {"text": ["anna"], "answer_start": [start]}
+            row = {"id": str(number), "question": "who wrote it", "context": " ".join(words), "answers": answers}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def tag_file(path: Path, rows: int = 48, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(rows):
+            words = rng.choices([*REST, "anna", "paris"], k=6)
+            tags = [{"anna": "B-PER", "paris": "B-LOC"}.get(word, "O") for word in words]
+            file.write(json.dumps({"tokens": words, "tags": tags}) + "\n")
+    return str(path)
+
+
+def number_file(path: Path, rows: int = 48, seed: int = 0) -> str:
+    with open(path, "w", newline="") as file:
+        rows_ = [(text, label + 0.25) for text, label in sentences(rows, seed)]
+        csv.writer(file).writerows([("sentence", "label"), *rows_])
+    return str(path)
