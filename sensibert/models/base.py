@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -21,6 +21,8 @@ from ..artifacts import Flops, Layout, Member, Site
 from ..errors import SensibertError
 
 PREFIX = "sensibert_"  # model_type of a trimmed folder: this prefix and the family's own model type
+# Task heads that read one vector a sequence; all others read every token.
+SEQUENCE_HEADS = ("SequenceClassification", "MultipleChoice", "NextSentencePrediction")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Axis:
 
     produces: tuple[str, ...]  # linear layers whose output rows are the units; absent ones are skipped
     consumes: str  # the linear layer whose input columns read them
+    tables: tuple[str, ...] = ()  # further producers that run on a table of relative positions: once a pass, not per token
     parts: int = 1  # equal sections of the produced rows (fused q|k|v: 3, gated input: 2)
     counts: tuple[str, ...] = ()  # attributes that hold the number of units
     widths: tuple[str, ...] = ()  # attributes that hold units * span
@@ -48,7 +51,7 @@ class Family:
     repeats: tuple[str, str] | None = None  # config names whose quotient says how often a shared layer runs
     relative_flops: Callable[[object, int], Flops] | None = None  # extra FLOPs of a head, from (config, head_dim)
     position_bias: str = ""  # attention module whose `position_bias` [B, H, S, S] must follow the kept heads
-    aliases: tuple[str, ...] = field(default=())  # other model types with the very same modules
+    aliases: tuple[str, ...] = ()  # other model types with the very same modules
 
 
 @cache
@@ -118,21 +121,31 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
+def _repeats(family: Family, config: object, number: int, count: int) -> int:
+    """How often layer `number` of `count` runs in one pass; the depths are dealt out to the groups as ALBERT does."""
+    if not family.repeats:
+        return 1
+    depth, groups = (getattr(config, name) for name in family.repeats)
+    return sum(i * groups // depth == number * groups // count for i in range(depth))
+
+
 def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: nn.Module, config: object) -> Site:
     span = int(attribute(layer, family.head_dim)) if kind == "head" else 1
     consumer = _linear(layer, axis.consumes)
     units = consumer.in_features // span
-    repeats = 1
-    if family.repeats:
-        repeats = getattr(config, family.repeats[0]) // getattr(config, family.repeats[1])
     members, params, token = [], 0, 0
-    for name in axis.produces:
+    for name in (*axis.produces, *axis.tables):
         linear = _linear(layer, name)
         if linear is None:
             continue
+        if linear.out_features != axis.parts * units * span:
+            raise SensibertError(
+                f"model: {path}.{name} has {linear.out_features} outputs, want {axis.parts * units * span} ({units} units "
+                f"of {span} in {axis.parts} parts): grouped key and value heads are not supported"
+            )
         members.append(Member(f"{path}.{name}.weight", 0, span, axis.parts))
         params += axis.parts * span * linear.in_features
-        token += 2 * axis.parts * span * linear.in_features
+        token += 2 * axis.parts * span * linear.in_features if name in axis.produces else 0
         if linear.bias is not None:
             members.append(Member(f"{path}.{name}.bias", 0, span, axis.parts))
             params += axis.parts * span
@@ -144,16 +157,18 @@ def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: 
     if kind == "head" and family.relative_flops:
         flops = flops + family.relative_flops(config, span)
     name = f"layer.{number}.{kind}"
-    return Site(name, kind, number, units, tuple(members), reads, params, flops * repeats, axis.minimum)
+    return Site(name, kind, number, units, tuple(members), reads, params, flops, axis.minimum)
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
     """Every trimmable axis: per layer its heads, then its FFN neurons. Names do not depend on the task head."""
-    family, config = family_of(model), model.config
+    family, config, stack = family_of(model), model.config, layers(model)
     found = []
-    for number, (path, layer) in enumerate(layers(model)):
+    for number, (path, layer) in enumerate(stack):
+        repeats = _repeats(family, config, number, len(stack))
         for kind, axis in (("head", family.head), ("ffn", family.ffn)):
-            found.append(_site(family, axis, kind, number, path, layer, config))
+            site = _site(family, axis, kind, number, path, layer, config)
+            found.append(replace(site, flops=site.flops * repeats))
     return tuple(found)
 
 
@@ -161,23 +176,33 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _multiply_adds(module: nn.Module) -> int:
+    """Per position; 0 for what is no matrix product."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    if isinstance(module, nn.Conv1d):
+        return module.weight.numel()
+    return 0
+
+
 def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
     """FLOPs of the linear layers no site owns: (inside the encoder, in the whole model)."""
     family, base = family_of(model), base_of(model)
     encoder_prefix, encoder, rest = family.encoder + ".", Flops(), Flops()
-    sequence_head = not any(word in type(model).__name__ for word in ("TokenClassification", "QuestionAnswering", "LM"))
+    sequence_head = type(model).__name__.endswith(SEQUENCE_HEADS)
+    if getattr(model.config, "classifier_pooling", "") == "late":  # EuroBERT: every token is classified, then the mean
+        sequence_head = False
     prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
     for name, module in model.named_modules():
         inside = name.startswith(prefix)
         local = name.removeprefix(prefix) if inside else name
-        if not isinstance(module, nn.Linear) or (inside and f"{local}.weight" in owned):
+        cost = 2 * _multiply_adds(module)
+        if not cost or (inside and f"{local}.weight" in owned):
             continue
-        cost = 2 * module.in_features * module.out_features
-        in_encoder = inside and local.startswith(encoder_prefix)
-        once = (not inside and sequence_head) or "pooler" in local
+        once = "pooler" in local or (sequence_head and not inside)
         flops = Flops(sequence=cost) if once else Flops(token=cost)
         rest = rest + flops
-        encoder = encoder + flops if in_encoder else encoder
+        encoder = encoder + flops if inside and local.startswith(encoder_prefix) else encoder
     return encoder, rest
 
 

@@ -4,6 +4,7 @@ from .base import Axis, Family
 
 FAMILY = Family(
     model_type="bert",
+    aliases=("ernie", "roc_bert"),
     layers="encoder.layer.*",
     head=Axis(
         produces=("attention.self.query", "attention.self.key", "attention.self.value"),
