@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench kernels install clean
+.PHONY: demo test lint bench readme kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only -o python_files='bench_*.py' $(PYTEST_ARGS)
+
+readme:
+	$(PYTHON) docs/tables.py
 
 kernels: $(VENV)/.installed
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .

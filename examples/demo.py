@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sensibert  # noqa: F401  (lets the Auto classes load a trimmed folder)
+from sensibert.report import table
 
 MAX_LENGTH, BATCH = 32, 32
 LINES = (
@@ -80,14 +81,6 @@ def compare(base: str, result: dict) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    rows = [("", "dense", "trimmed", "ratio"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        print("  ".join((first, *rest)).rstrip())
-
-
 def classify(folder: str, validation: str) -> None:
     """What a user of the folder writes. Runs in a process of its own, so that nothing is left of the training run."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -143,7 +136,7 @@ def main() -> None:
         )
     )
     print("\nall-MiniLM-L6-v2, its encoder trimmed to half while it was fine-tuned\n")
-    print_table(compare(base, result))
+    print(table(("", "dense", "trimmed", "ratio"), compare(base, result)))
     print(
         f"\nOne run of {result['steps']} steps. The dense column is this run just before the cut, after a third of the"
         " steps; the\ntrimmed one is its end. So the trimmed model has seen more data, and a dense model trained to the"

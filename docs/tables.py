@@ -1,0 +1,89 @@
+"""bench/results/*.jsonl -> the tables of README.md, between their markers. Use: make readme
+
+One row of a file is one measurement; a later row of the same bench, case, metric and device replaces an earlier one.
+Nothing is typed by hand, and a table without rows says so.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTROLS = ("dense", "ours", "fisher", "taylor", "saliency", "paper", "magnitude", "random")
+KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
+NOTHING = "No rows yet."
+
+
+def load(folder: Path) -> list[dict]:
+    """The newest row of every (bench, case, metric, device), in the order of their first appearance."""
+    rows: dict[tuple, dict] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                rows[tuple(row[name] for name in ("bench", "case", "metric", "device"))] = row
+    return list(rows.values())
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return NOTHING
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def accuracy(rows: list[dict]) -> str:
+    """One line a task and budget, one column a method."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    methods = []
+    for row in rows:
+        if row["bench"] != "bench_accuracy" or row["metric"] != "score":
+            continue
+        task, budget, method = row["case"].split(maxsplit=2)
+        spread = f" ± {row['std']:.2f}" if row.get("std") is not None else ""
+        cells.setdefault((task, budget), {})[method] = f"{row['value']:.2f}{spread}"
+        methods += [method] if method not in methods else []
+    methods.sort(key=lambda method: CONTROLS.index(method) if method in CONTROLS else len(CONTROLS))
+    lines = [[task, budget, *(found.get(m, "-") for m in methods)] for (task, budget), found in cells.items()]
+    return markdown(["task", "budget", *methods], lines)
+
+
+def kernels(rows: list[dict]) -> str:
+    """Ours beside each rival; ratio above 1 means ours is better. Of the masked matmul the whole steps only."""
+    lines = []
+    for row in rows:
+        if row["bench"] not in KERNELS or (row["bench"] == KERNELS[-1] and not row["case"].endswith(" step")):
+            continue
+        ours = f"{number(row['value'])} {row['unit']}"
+        rival = f"{row['rival']}: {number(row['rival_value'])}" if row.get("rival") else "-"
+        lines.append([row["bench"].removeprefix("bench_"), row["case"], ours, rival, number(row.get("ratio"))])
+        lines[-1].append(row["device"])
+    return markdown(["op", "case", "ours", "rival", "ratio", "device"], lines)
+
+
+def finetune(rows: list[dict]) -> str:
+    chosen = [row for row in rows if row["bench"] == "bench_finetune"]
+    lines = [[r["case"], f"{number(r['value'])} {r['unit']}", number(r.get("ratio")), r["device"]] for r in chosen]
+    return markdown(["case", "ours", "ratio", "device"], lines)
+
+
+TABLES = {"accuracy": accuracy, "kernels": kernels, "finetune": finetune}
+
+
+def fill(text: str, rows: list[dict]) -> str:
+    """text with what stands between `<!-- table: NAME -->` and `<!-- end -->` replaced."""
+
+    def replace(found: re.Match) -> str:
+        return f"{found[1]}\n{TABLES[found[2]](rows)}\n{found[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), load(ROOT / "bench" / "results")), encoding="utf-8")

@@ -1,0 +1,60 @@
+"""README tables from rows of bench/results."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "docs" / "tables.py"
+README = "before\n<!-- table: accuracy -->\nold\n<!-- end -->\n<!-- table: kernels -->\n<!-- end -->\nafter"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(bench, case, value, metric="us", **more):
+    facts = {"unit": "us", "rival": None, "rival_value": None, "ratio": None, "device": "cpu"}
+    return {"bench": bench, "case": case, "metric": metric, "value": value, **facts, **more}
+
+
+def write(folder, *rows):
+    (folder / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "mrpc 50%params random", 70, "score"),
+            row("bench_accuracy", "mrpc 50%params ours", 79.944, "score", std=0.5),
+            row("bench_accuracy", "qnli 50%params ours", 82, "score"),
+            row("bench_accuracy", "qnli 50%params ours", 12, "seconds"),
+        )
+    )
+    assert tables.fill(README, rows).splitlines()[:7] == [
+        "before",
+        "<!-- table: accuracy -->",
+        "| task | budget | ours | random |",
+        "| --- | --- | --- | --- |",
+        "| mrpc | 50%params | 79.94 ± 0.50 | 70.00 |",
+        "| qnli | 50%params | 82.00 | - |",
+        "<!-- end -->",
+    ]
+
+
+def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
+    slow = row("bench_masked_adamw", "bert-base", 2000.0, rival="fused AdamW", rival_value=1000.0, ratio=0.5)
+    rows = tables.load(write(tmp_path, row("bench_masked_adamw", "bert-base", 1.0), slow))
+    assert "| masked_adamw | bert-base | 2,000 us | fused AdamW: 1,000 | 0.5 | cpu |" in tables.fill(README, rows)
+
+
+def test_a_table_without_rows_says_so(tables, tmp_path):
+    text = tables.fill(README, tables.load(tmp_path))
+    assert text.count(tables.NOTHING) == 2 and "old" not in text and text.endswith("after")
