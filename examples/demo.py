@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import docstrings
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 import sensibert  # noqa: F401  (lets the Auto classes load a trimmed folder)
 from sensibert.report import table
@@ -107,9 +108,10 @@ def classify(folder: str, validation: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="runs/demo", help="folder for the data and the trimmed model")
-    parser.add_argument("--epochs", type=float, default=1.6)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--classify", nargs=2, metavar=("FOLDER", "VALIDATION"), help="only reload and classify")
     args = parser.parse_args()
+    logging.disable_progress_bar()  # of loading weights; the training keeps its own
     if args.classify:
         return classify(*args.classify)
 
