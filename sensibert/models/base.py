@@ -31,7 +31,7 @@ class Axis:
 
     produces: tuple[str, ...]  # linear layers whose output rows are the units; absent ones are skipped
     consumes: str  # the linear layer whose input columns read them
-    tables: tuple[str, ...] = ()  # further producers that run on a table of relative positions: once a pass, not per token
+    tables: tuple[str, ...] = ()  # further producers, of a table of relative positions: they run once a pass
     parts: int = 1  # equal sections of the produced rows (fused q|k|v: 3, gated input: 2)
     counts: tuple[str, ...] = ()  # attributes that hold the number of units
     widths: tuple[str, ...] = ()  # attributes that hold units * span
@@ -132,6 +132,8 @@ def _repeats(family: Family, config: object, number: int, count: int) -> int:
 def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: nn.Module, config: object) -> Site:
     span = int(attribute(layer, family.head_dim)) if kind == "head" else 1
     consumer = _linear(layer, axis.consumes)
+    if consumer is None:
+        raise SensibertError(f"model: {path} has no linear layer {axis.consumes}, want a plain {family.model_type}")
     units = consumer.in_features // span
     members, params, token = [], 0, 0
     for name in (*axis.produces, *axis.tables):
@@ -140,8 +142,8 @@ def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: 
             continue
         if linear.out_features != axis.parts * units * span:
             raise SensibertError(
-                f"model: {path}.{name} has {linear.out_features} outputs, want {axis.parts * units * span} ({units} units "
-                f"of {span} in {axis.parts} parts): grouped key and value heads are not supported"
+                f"model: {path}.{name} has {linear.out_features} outputs, want {axis.parts} x {units} units of {span}; "
+                "key and value heads shared by several query heads are not supported"
             )
         members.append(Member(f"{path}.{name}.weight", 0, span, axis.parts))
         params += axis.parts * span * linear.in_features

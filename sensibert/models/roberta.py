@@ -4,4 +4,8 @@ from dataclasses import replace
 
 from .bert import FAMILY as BERT
 
-FAMILY = replace(BERT, model_type="roberta", aliases=("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"))
+FAMILY = replace(
+    BERT,
+    model_type="roberta",
+    aliases=("xlm-roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "roberta-prelayernorm"),
+)

@@ -44,20 +44,21 @@ def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> Tensor:
-    """Last hidden states of two fixed sequences of random tokens, the second one padded. [2, S, hidden]"""
-    base = base_of(model)
-    generator = torch.Generator().manual_seed(0)
-    high = model.config.vocab_size
-    ids = torch.randint(min(10, high - 1), high, (2, CHECK_TOKENS), generator=generator)
+    """Last hidden states of two fixed sequences of random tokens, the second one padded: [tokens, hidden] fp64."""
+    base, high = base_of(model), model.config.vocab_size
+    length = min(CHECK_TOKENS, getattr(model.config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
+    ids = torch.randint(min(10, high - 1), high, (2, length), generator=torch.Generator().manual_seed(0))
     attend = torch.ones_like(ids)
-    attend[1, CHECK_TOKENS - 4 :] = 0
+    attend[1, length - length // 3 :] = 0
     device = next(base.parameters()).device
-    was_training, _ = base.training, base.eval()
+    training = [module for module in base.modules() if module.training]
+    base.eval()
     try:
         hidden = base(input_ids=ids.to(device), attention_mask=attend.to(device))[0]
     finally:
-        base.train(was_training)
-    return hidden[attend.to(device).bool()].float()
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
+    return hidden[attend.to(device).bool()].double()
 
 
 def _cut(parameter: nn.Parameter, member: Member, kept: Tensor, units: int) -> tuple[nn.Parameter, dict[int, Tensor]]:
@@ -102,17 +103,61 @@ def _set_attributes(layer: nn.Module, axis: Axis, count: int, span: int, undo: _
             _assign(attribute(layer, owner) if owner else layer, name, value, undo)
 
 
-def _close(masked: Tensor, trimmed: Tensor, dtype: torch.dtype) -> float | None:
-    """None if both agree to rounding, else the largest difference relative to the largest value."""
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    error = float((masked - trimmed).abs().max() / masked.abs().max().clamp_min(1e-12))
-    return None if error <= tolerance else error
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a whole encoder, relative to its largest output."""
+    if dtype not in (torch.float32, torch.float64):
+        return 5e-2
+    return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+
+
+def _check(model: nn.Module, expected: Tensor) -> None:
+    """SensibertError unless the trimmed model computes what the masked one did."""
+    said = "the model is left as it was. Is its table in sensibert/models/ complete?"
+    family = family_of(model).model_type
+    try:
+        found = _probe(model)
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SensibertError(f"trim: the trimmed {family} does not run ({reason}); {said}") from error
+    error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not error <= _tolerance(next(model.parameters()).dtype):  # a NaN is an error too
+        raise SensibertError(
+            f"trim: masked and trimmed {family} differ by {error:.1e} (relative), want rounding; {said}"
+        )
+
+
+def _refuse(model: nn.Module, plan: Plan) -> None:
+    """SensibertError if the plan is of another model, or leaves less than the family's code can do without."""
+    layout = describe(model)
+    if layout.sites != plan.layout.sites:
+        raise SensibertError(
+            f"trim: the plan was made for another model ({plan.layout.family}, {len(plan.layout.sites)} sites, "
+            f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "
+            f"sites, {layout.encoder_params:,}"
+        )
+    for site in layout.sites:
+        keep = plan.keep[site.name]
+        if keep.shape != (site.units,) or int(keep.sum()) < site.minimum:
+            raise SensibertError(
+                f"trim: {site.name} keeps {int(keep.sum())} of {len(keep)} units, want at least {site.minimum} of "
+                f"{site.units} ({layout.family})"
+            )
+
+
+def _slice_optimizer(optimizer: torch.optim.Optimizer, cuts: list[tuple[Tensor, Tensor, dict[int, Tensor]]]) -> None:
+    """Parameters the optimizer never held (frozen ones) stay out of it; SensibertError if it held none of them."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ours = [cut for cut in cuts if id(cut[0]) in held]
+    if cuts and not ours:
+        raise SensibertError("trim: the optimizer holds none of the tensors to cut, want the optimizer of this model")
+    for cut in ours:
+        slice_state(optimizer, *cut)
 
 
 def trim(
     model: nn.Module,
     plan: Plan,
-    optimizer: object | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     copy_model: bool = False,
     check: bool = True,
 ) -> nn.Module:
@@ -121,13 +166,9 @@ def trim(
     optimizer: its parameters and state are cut along. copy_model: leave `model` alone and trim a copy. check: compare
     masked and trimmed hidden states of one batch. SensibertError if the plan is of another model or the check fails;
     the model is then as it was before."""
-    layout = describe(model)
-    if [(s.name, s.units) for s in layout.sites] != [(s.name, s.units) for s in plan.layout.sites]:
-        raise SensibertError(
-            f"trim: the plan was made for another model ({plan.layout.family}, {len(plan.layout.sites)} sites, "
-            f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "
-            f"sites, {layout.encoder_params:,}"
-        )
+    _refuse(model, plan)
+    if copy_model and optimizer is not None:
+        raise SensibertError("trim: copy_model cuts a copy, which no optimizer holds: want optimizer=None")
     if copy_model:
         model = copy.deepcopy(model)
     family, structure, undo, cuts = family_of(model), structure_of(model), _Undo(), []
@@ -135,6 +176,8 @@ def trim(
     if check:
         with silenced(model, plan):
             expected = _probe(model)
+        if not expected.isfinite().all():
+            raise SensibertError("trim: the model's hidden states are NaN or inf, so the cut cannot be checked")
     try:
         layer_of = [layer for _, layer in layers(model)]
         for site in plan.layout.sites:
@@ -148,16 +191,9 @@ def trim(
                 undo.append(PickHeads.attach(attribute(layer, family.position_bias), kept))
             structure[site.name] = structure[site.name][kept]
         if expected is not None:
-            dtype = next(model.parameters()).dtype
-            error = _close(expected, _probe(model), dtype)
-            if error is not None:
-                raise SensibertError(
-                    f"trim: masked and trimmed {layout.family} differ by {error:.1e} (relative), want rounding only; "
-                    "the model is left as it was. Is its table in sensibert/models/ complete?"
-                )
+            _check(model, expected)
         if optimizer is not None:
-            for old, new, index in cuts:
-                slice_state(optimizer, old, new, index)
+            _slice_optimizer(optimizer, cuts)
     except BaseException:
         undo.run()
         raise
