@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,7 +30,9 @@ bench: $(VENV)/.installed
 readme:
 	$(PYTHON) docs/tables.py
 
+# After a change below csrc/: every kernel for every architecture without a warning or a spill, then the extension anew.
 kernels: $(VENV)/.installed
+	$(BIN)/python csrc/check_kernels.py
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -c "from sensibert import _native; print(_native.status())"
 
