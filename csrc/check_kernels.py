@@ -1,6 +1,6 @@
 """Compiles every kernel for every architecture we ship and fails on a warning or a register spill. Needs nvcc, no GPU.
 
-    python csrc/check_kernels.py [name ...]     (or `make kernels`); without nvcc it says so and succeeds
+python csrc/check_kernels.py [name ...]     (or `make kernels`); without nvcc it says so and succeeds
 """
 
 import os
@@ -15,7 +15,9 @@ from pathlib import Path
 KERNELS = Path(__file__).resolve().parent / "kernels"
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ["-std=c++20", "-O3", "--Werror", "all-warnings", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
-USAGE = re.compile(r"Compiling entry function '(\S+)'.*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) reg", re.S)
+USAGE = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack.*?(\d+) bytes spill stores.*?Used (\d+) reg", re.S
+)
 
 
 def check(source: Path, architecture: str, folder: str) -> list[str]:

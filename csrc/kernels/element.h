@@ -11,6 +11,7 @@ struct TypeTag {
     using type = T;
 };
 
+#pragma nv_exec_check_disable
 // f(TypeTag<float | __nv_bfloat16 | __half>{}): a run-time dtype becomes a template argument.
 template <typename F>
 __host__ __device__ __forceinline__ void dispatch_dtype(DType dtype, F&& f) {

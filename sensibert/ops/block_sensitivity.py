@@ -128,7 +128,9 @@ def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, i
                 raise ValueError(f"block_sensitivity: {name}[{t}] is {type(tensor).__name__}, want a tensor")
             if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
                 said = f"{tensor.dtype}, {tensor.layout}"
-                raise ValueError(f"block_sensitivity: {name}[{t}] is {said}, want dense float32, bfloat16, float16, float64")
+                raise ValueError(
+                    f"block_sensitivity: {name}[{t}] is {said}, want dense float32, bfloat16, float16, float64"
+                )
             if tensor.device != weights[0].device:
                 raise ValueError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
     for t, w in enumerate(weights):

@@ -46,7 +46,9 @@ def run(program: Path, *arrays: Tensor, **environment: str) -> list[Tensor]:
         path = Path(folder) / "arrays"
         path.write_bytes(struct.pack("<q", len(raw)) + b"".join(struct.pack("<q", len(r)) + r for r in raw))
         options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", **environment}
-        done = subprocess.run([program, path], capture_output=True, text=True, env={**os.environ, **options}, timeout=120)
+        done = subprocess.run(
+            [program, path], capture_output=True, text=True, env={**os.environ, **options}, timeout=120
+        )
         if done.returncode:
             raise KernelFailed(f"{program.name} ended with {done.returncode}\n{done.stderr[-6000:]}")
         data, results, at = path.read_bytes(), [], 0

@@ -20,7 +20,9 @@ def machine(kernel):
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_row_sum_is_right_and_clean(machine, build, backward):
     rows = torch.randn(5, 301)
-    out = machine(build, ROW_SUM, rows, torch.full((5,), torch.nan), **({"CUDA_ON_CPU_BACKWARD": "1"} if backward else {}))
+    out = machine(
+        build, ROW_SUM, rows, torch.full((5,), torch.nan), **({"CUDA_ON_CPU_BACKWARD": "1"} if backward else {})
+    )
     torch.testing.assert_close(out[1], rows.double().sum(1).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -65,7 +67,9 @@ def test_warp_words_and_atomics(machine, build):
     assert torch.equal(down, torch.stack([warp[i + 1 if i % 8 < 7 else i] for i in range(32)]))
     assert torch.equal(upper, torch.tensor([0] * 16 + [int(warp[16:].sum())] * 16))
     assert clz.tolist() == [32 - len(bin(int(x) & 0xFFFFFFFF)[2:].lstrip("0")) for x in warp]
-    assert ffs.tolist() == [len(s) - len(s.rstrip("0")) + 1 if (s := bin(int(x) & 0xFFFFFFFF)[2:]) != "0" else 0 for x in warp]
+    assert ffs.tolist() == [
+        len(s) - len(s.rstrip("0")) + 1 if (s := bin(int(x) & 0xFFFFFFFF)[2:]) != "0" else 0 for x in warp
+    ]
 
 
 def test_16_bit_rounding_is_torchs(machine):
