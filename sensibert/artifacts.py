@@ -318,7 +318,7 @@ def write_atomically(path: str | Path, write) -> None:
 
 
 def _save(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
-    text = json.dumps({name: _encode(value) for name, value in facts.items()}, sort_keys=True)
+    text = json.dumps({name: _encode(value) for name, value in facts.items()})
     metadata = {"format": f"sensibert.{kind}", "version": str(FORMAT_VERSION), "facts": text}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -161,9 +161,9 @@ def finetune(
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
+        folder, reason = arguments.output_dir, str(error).splitlines()[0]
         raise SensibertError(
-            f"finetune: cannot write a checkpoint to {arguments.output_dir} ({reason}); what is whole there can be resumed"
+            f"finetune: cannot write a checkpoint to {folder} ({reason}); --resume goes on from the last whole one"
         ) from None
     return trainer
 
