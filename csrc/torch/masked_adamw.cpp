@@ -1,0 +1,126 @@
+// sensibert::masked_adamw_ on CUDA: checks what the kernel relies on, packs pointers, launches.
+#include "../kernels/masked_adamw.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "common.h"
+
+namespace sensibert {
+namespace {
+
+constexpr const char* kOp = "masked_adamw";
+
+// The place of `word` among `words`: the order of the enum that it becomes.
+template <typename Enum, size_t n>
+Enum enum_of(const std::string& word, const char* const (&words)[n], const char* name) {
+    const auto found = std::find(std::begin(words), std::end(words), word);
+    STD_TORCH_CHECK(found != std::end(words), kOp, ": ", name, " is ", word, ", want one of the documented words");
+    return Enum(found - std::begin(words));
+}
+
+void want(const Tensor& t, ScalarType dtype, int64_t numel, const Tensor& lr, const char* name, size_t index) {
+    const bool fits = t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous() && t.is_cuda() &&
+                      t.get_device_index() == lr.get_device_index();
+    STD_TORCH_CHECK(fits, kOp, ": ", name, "[", index, "] is not ", numel,
+                    " contiguous elements of the documented dtype on the device of lr (it has ", t.numel(), ")");
+}
+
+void want_entries(size_t count, const std::vector<int64_t>& of, const std::vector<int64_t>& blocks, size_t num_params,
+                  const char* name) {
+    STD_TORCH_CHECK(of.size() == count && blocks.size() == 2 * count, kOp, ": ", name, " has ", count,
+                    " entries, want as many positions and twice as many block sizes");
+    for (int64_t t : of)
+        STD_TORCH_CHECK(t >= 0 && size_t(t) < num_params, kOp, ": ", name, "_of holds ", t, ", of ", num_params);
+}
+
+int64_t num_blocks(const AdamWTensor& t, int64_t rows, int64_t cols) {
+    const auto along = [](int64_t axis, int64_t block) {
+        return block ? (axis + block - 1) / block : int64_t(axis > 0);
+    };
+    return along(t.N, rows) * along(t.K, cols);
+}
+
+void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<Tensor> exp_avg,
+                       std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor lr, std::vector<int64_t> group,
+                       std::vector<double> beta1, std::vector<double> beta2, std::vector<double> eps,
+                       std::vector<double> weight_decay, std::optional<Tensor> grad_factor, std::vector<Tensor> keep,
+                       std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks, std::vector<Tensor> shadow,
+                       std::vector<int64_t> shadow_of, std::vector<Tensor> score, std::vector<int64_t> score_of,
+                       std::vector<int64_t> score_blocks, std::string reduce, std::string finish, double decay,
+                       double scale) {
+    const size_t num_params = param.size(), num_groups = beta1.size();
+    for (size_t count : {grad.size(), exp_avg.size(), exp_avg_sq.size(), step.size(), group.size()})
+        STD_TORCH_CHECK(count == num_params, kOp, ": a list has ", count, " entries, want ", num_params, " as param");
+    for (size_t count : {beta2.size(), eps.size(), weight_decay.size()})
+        STD_TORCH_CHECK(count == num_groups, kOp, ": a setting has ", count, " entries, want ", num_groups,
+                        " as beta1");
+    STD_TORCH_CHECK(num_groups <= kAdamWMaxGroups, kOp, ": ", num_groups, " groups, want at most ", kAdamWMaxGroups);
+    want(lr, ScalarType::Float, int64_t(num_groups), lr, "lr", 0);
+    if (grad_factor) want(*grad_factor, ScalarType::Float, 1, lr, "grad_factor", 0);
+    want_entries(keep.size(), keep_of, keep_blocks, num_params, "keep");
+    want_entries(score.size(), score_of, score_blocks, num_params, "score");
+    want_entries(shadow.size(), shadow_of, std::vector<int64_t>(2 * shadow.size()), num_params, "shadow");
+
+    std::vector<AdamWGroup> groups;
+    for (size_t g = 0; g < num_groups; ++g) groups.push_back({beta1[g], beta2[g], eps[g], weight_decay[g]});
+    std::vector<AdamWTensor> tensors(num_params);
+    for (size_t t = 0; t < num_params; ++t) {
+        const ScalarType dtype = param[t].scalar_type();
+        const int64_t numel = param[t].numel();
+        want(param[t], dtype, numel, lr, "param", t);
+        want(grad[t], dtype, numel, lr, "grad", t);
+        want(exp_avg[t], dtype, numel, lr, "exp_avg", t);
+        want(exp_avg_sq[t], dtype, numel, lr, "exp_avg_sq", t);
+        want(step[t], ScalarType::Float, 1, lr, "step", t);
+        STD_TORCH_CHECK(group[t] >= 0 && size_t(group[t]) < num_groups, kOp, ": group[", t, "] is ", group[t]);
+        AdamWTensor& entry = tensors[t];
+        entry.param = param[t].mutable_data_ptr();
+        entry.grad = grad[t].const_data_ptr();
+        entry.exp_avg = exp_avg[t].mutable_data_ptr();
+        entry.exp_avg_sq = exp_avg_sq[t].mutable_data_ptr();
+        entry.step = static_cast<const float*>(step[t].const_data_ptr());
+        entry.N = param[t].dim() ? param[t].size(0) : 1;
+        entry.K = entry.N ? numel / entry.N : 0;
+        entry.dtype = dtype_of(param[t], kOp, "param", t);
+        entry.group = int(group[t]);
+    }
+    for (size_t i = 0; i < keep.size(); ++i) {
+        AdamWTensor& entry = tensors[keep_of[i]];
+        entry.keep_rows = keep_blocks[2 * i], entry.keep_cols = keep_blocks[2 * i + 1];
+        want(keep[i], ScalarType::Bool, num_blocks(entry, entry.keep_rows, entry.keep_cols), lr, "keep", i);
+        entry.keep = static_cast<const uint8_t*>(keep[i].const_data_ptr());
+    }
+    for (size_t i = 0; i < shadow.size(); ++i) {
+        want(shadow[i], ScalarType::BFloat16, param[shadow_of[i]].numel(), lr, "shadow", i);
+        tensors[shadow_of[i]].shadow = static_cast<__nv_bfloat16*>(shadow[i].mutable_data_ptr());
+    }
+    for (size_t i = 0; i < score.size(); ++i) {
+        AdamWTensor& entry = tensors[score_of[i]];
+        entry.score_rows = score_blocks[2 * i], entry.score_cols = score_blocks[2 * i + 1];
+        want(score[i], ScalarType::Float, num_blocks(entry, entry.score_rows, entry.score_cols), lr, "score", i);
+        entry.score = static_cast<float*>(score[i].mutable_data_ptr());
+    }
+    const AdamWProblem problem{
+        tensors.data(),
+        int64_t(num_params),
+        groups.data(),
+        int64_t(num_groups),
+        static_cast<const float*>(lr.const_data_ptr()),
+        grad_factor ? static_cast<const float*>(grad_factor->const_data_ptr()) : nullptr,
+        enum_of<Reduce>(reduce, {"signed", "abs", "square", "grad_square", "weight_square"}, "reduce"),
+        enum_of<Finish>(finish, {"none", "square", "abs"}, "finish"),
+        float(decay),
+        float(scale)};
+    const torch::stable::accelerator::DeviceGuard guard(lr.get_device_index());
+    const int64_t scratch_floats = int64_t(masked_adamw_scratch_bytes(problem) / sizeof(float));
+    const Tensor scratch = torch::stable::new_empty(lr, {scratch_floats}, ScalarType::Float);
+    check_launch(launch_masked_adamw(problem, static_cast<float*>(scratch.mutable_data_ptr()),
+                                     current_stream(lr.get_device_index())),
+                 kOp);
+}
+
+}  // namespace
+}  // namespace sensibert
+
+STABLE_TORCH_LIBRARY_IMPL(sensibert, CUDA, m) { m.impl("masked_adamw_", TORCH_BOX(&sensibert::masked_adamw_cuda)); }
