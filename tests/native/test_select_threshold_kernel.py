@@ -1,4 +1,4 @@
-"""The CUDA source of select_threshold, run on the CPU: bit by bit what the reference says, on every path it can take."""
+"""The CUDA source of select_threshold, run on the CPU: bit for bit the reference, on every path it can take."""
 
 import math
 

@@ -1,0 +1,504 @@
+// Exactly the k largest of many score tensors: larger first, then the earlier tensor, then the lower index, NaN last.
+//
+// A float becomes a 32-bit key of the same order, and an element's place (chunk after chunk, tensor after tensor) makes
+// it unique: value = key << place_bits | (last place - place). The k-th largest value is found digit by digit, from the
+// top: count the values that share the digits found so far by their next digit, step down from the largest bin until k
+// are passed, go on inside that bin. Integer counts in any order are the same counts: exact, deterministic, and never
+// more or fewer than k, however many scores tie.
+//
+//   scores  [chunk 0 | chunk 1 | ...]  a chunk is 16,384 scores of one tensor; block b takes chunks b, b + grid, ...
+//   sample    reads 1 in 128, guesses the first digit (13 bits: sign, exponent, 4 of the mantissa)
+//   pass 0    reads all, counts first digits; writes keep for bins above and below the guess, lists the values inside it
+//   pass 1..  counts the next digit among the listed values (a few percent of all); all scores again if the guess was
+//             wrong or its bin too full for the list, so data without luck costs time and never the answer
+//   apply     sets keep for listed values at or above the k-th; without a list, writes keep for all
+// Cost: with a right guess 4 or 2 bytes read and 1 written a score; each further pass over all, one more read.
+#include "select_threshold.h"
+
+#include <algorithm>
+
+#ifndef SENSIBERT_SELECT_THREADS
+#define SENSIBERT_SELECT_THREADS 512  // fewer in tests: the CPU machine plays them one after another
+#endif
+
+namespace sensibert {
+namespace {
+
+using Count = unsigned long long;  // the type that CUDA's 64-bit atomics take
+
+constexpr int kThreads = SENSIBERT_SELECT_THREADS, kBlocksPerSm = 2;
+constexpr int kChunkBits = 14, kChunk = 1 << kChunkBits;
+constexpr int kDigitBits = 13, kBins = 1 << kDigitBits;  // 32 KB of counters in shared memory
+constexpr int kBinsPerThread = kBins / kThreads;
+constexpr int kLowBits = 32 - kDigitBits;  // of the key, below its first digit
+constexpr int kMaxPlaceBits = 44;
+constexpr int kStratum = 128;         // scores per sampled one
+constexpr int kInFlight = 4;          // quads a thread loads before it looks at the first
+constexpr int64_t kMinRegion = 2048;  // list entries of a block
+constexpr int64_t kListShare = 8;     // the list holds one value in 8
+constexpr int kTableRows = 400;       // rows a launch can carry by value
+constexpr int64_t kPackBytes = 8192;  // bytes of bits a block packs at a time
+constexpr unsigned kZeroKey = 0x80000000u, kNoGuess = kBins;
+static_assert(kLowBits + kMaxPlaceBits < 64, "the part of a value below its first digit is shifted as 64 bits");
+static_assert(kBins % kThreads == 0, "each thread scans the same number of bins");
+
+struct Row {
+    SelectTensor tensor;
+    int64_t first_chunk, first_pack, first_tile;  // where its work starts, counted over all tensors
+};
+
+struct Table {
+    Row rows[kTableRows];
+};
+static_assert(sizeof(Table) <= 32764 - 32, "kernel parameters end at 32,764 bytes");
+
+struct State {
+    unsigned guess;   // of the first digit; kNoGuess: none worth a list
+    unsigned top;     // the first digit of the k-th largest value; kBins if nothing is kept
+    Count prefix;     // its further digits, as far as they are known
+    Count cut;        // the least kept value inside the bin `top`, without its first digit
+    Count rank;       // how many of the values that share all known digits are kept,
+    Count num_alike;  // of how many
+    unsigned listed;  // the list holds them all
+    unsigned done;    // rank == num_alike: the rest is decided
+    unsigned num_overflows, num_arrived;  // blocks whose list was too short; blocks at the end of this pass
+};
+
+struct Work {
+    const Row* rows;
+    int64_t num_rows, num_chunks, num_packs, num_tiles, num_scores;
+    int64_t k, tile_rows, tile_cols;
+    int place_bits;
+    State* state;
+    Count* hist;          // [kBins]
+    unsigned* num_listed;  // [num_blocks]
+    Count* list;          // [num_blocks, region]
+    int64_t region;
+    float* threshold;
+    int64_t* num_nan;
+};
+
+// Larger float, larger key; -0.0 as 0.0; any NaN 0, which is below -inf.
+__device__ __forceinline__ unsigned key_of(float x) {
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
+    if (bits == 0x80000000u) return kZeroKey;
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float float_of(unsigned key) {
+    return __uint_as_float(key == 0 ? 0x7fc00000u : key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// A value without its first digit.
+__device__ __forceinline__ Count rest_of(const Work& w, unsigned key, Count place) {
+    const Count last = (Count(1) << w.place_bits) - 1;
+    return Count(key & ((1u << kLowBits) - 1)) << w.place_bits | (last - place);
+}
+
+// The row that item i, counted over all tensors, belongs to.
+__device__ __forceinline__ const Row& row_of(const Work& w, int64_t Row::* first, int64_t i) {
+    int64_t low = 0, high = w.num_rows;  // rows[low].*first <= i < rows[high].*first
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (w.rows[middle].*first <= i ? low : high) = middle;
+    }
+    return w.rows[low];
+}
+
+// Calls visit(key, place) once for every score of the chunk; where `store`, keeps what it returns.
+template <typename Visit>
+__device__ __forceinline__ void visit_chunk(const Work& w, int64_t chunk, bool store, Visit&& visit) {
+    const Row& row = row_of(w, &Row::first_chunk, chunk);
+    const int64_t begin = (chunk - row.first_chunk) * kChunk;
+    const int count = int(min(row.tensor.N * row.tensor.K - begin, int64_t(kChunk)));
+    const Count place = Count(chunk) << kChunkBits;
+    uint8_t* const keep = row.tensor.keep + begin;
+    dispatch_dtype(row.tensor.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const T* const scores = static_cast<const T*>(row.tensor.scores) + begin;
+        const bool quads = quad_aligned(scores, row.tensor.dtype) && reinterpret_cast<uintptr_t>(keep) % kQuad == 0;
+        const int end = quads ? count / kQuad * kQuad : 0, step = kThreads * kQuad;
+        for (int at = threadIdx.x * kQuad; at < end; at += kInFlight * step) {
+            Quad quad[kInFlight] = {};
+#pragma unroll
+            for (int f = 0; f < kInFlight; ++f)
+                if (at + f * step < end) quad[f] = load_quad(scores + at + f * step);
+#pragma unroll
+            for (int f = 0; f < kInFlight; ++f) {
+                const int i = at + f * step;
+                if (i >= end) break;
+                unsigned kept = 0;
+#pragma unroll
+                for (int j = 0; j < kQuad; ++j) kept |= unsigned(visit(key_of(quad[f].x[j]), place + i + j)) << 8 * j;
+                if (store) *reinterpret_cast<unsigned*>(keep + i) = kept;
+            }
+        }
+        for (int i = end + threadIdx.x; i < count; i += kThreads) {
+            const bool kept = visit(key_of(to_float(scores[i])), place + i);
+            if (store) keep[i] = kept;
+        }
+    });
+}
+
+// Counts digits in shared memory. Equal neighbours are added up first: a constant tensor would make every thread wait
+// for the same counter.
+struct Tally {
+    unsigned* hist;  // [kBins]
+    unsigned digit = 0, run = 0;
+    __device__ __forceinline__ void add(unsigned d) {
+        if (d != digit) {
+            flush();
+            digit = d;
+            run = 0;
+        }
+        ++run;
+    }
+    __device__ __forceinline__ void flush() const {
+        if (run) atomicAdd(&hist[digit], run);
+    }
+};
+
+// Adds the block's counts to the total. True in the last block to come, whose threads then see every block's counts.
+__device__ bool arrive(const Work& w, const unsigned* hist) {
+    __shared__ bool last;
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads)
+        if (hist[bin]) atomicAdd(&w.hist[bin], Count(hist[bin]));
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&w.state->num_arrived, 1u) == gridDim.x - 1;
+    __syncthreads();
+    return last;
+}
+
+struct Pick {
+    unsigned bin;
+    Count above, inside;  // counts of the larger bins, and of this one
+};
+
+// Sums of the total counts, largest bin first: sums[t] ends with bin kBins - (t + 1) * kBinsPerThread.
+__device__ void scan_bins(const Work& w, Count* sums) {
+    const int t = threadIdx.x;
+    Count sum = 0;
+    for (int j = 0; j < kBinsPerThread; ++j) sum += atomicAdd(&w.hist[kBins - 1 - t * kBinsPerThread - j], Count(0));
+    sums[t] = sum;
+    for (int d = 1; d < kThreads; d *= 2) {
+        __syncthreads();
+        const Count left = t >= d ? sums[t - d] : 0;
+        __syncthreads();
+        sums[t] += left;
+    }
+    __syncthreads();
+}
+
+// The bin that holds the rank-th largest, 1 <= rank <= sums[kThreads - 1]; clears the counts for the next pass.
+__device__ Pick pick_bin(const Work& w, const Count* sums, Count rank) {
+    __shared__ Pick pick;
+    const int t = threadIdx.x, first = kBins - 1 - t * kBinsPerThread;
+    Count above = t ? sums[t - 1] : 0;
+    if (above < rank && rank <= sums[t]) {
+        for (int j = 0; j < kBinsPerThread; ++j) {
+            const Count inside = atomicAdd(&w.hist[first - j], Count(0));
+            if (rank <= above + inside) {
+                pick = {unsigned(first - j), above, inside};
+                break;
+            }
+            above += inside;
+        }
+    }
+    for (int j = 0; j < kBinsPerThread; ++j) w.hist[first - j] = 0;
+    __syncthreads();
+    return pick;
+}
+
+__global__ void select_threshold_table_kernel(const __grid_constant__ Table table, Row* rows, int num_rows) {
+    for (int r = threadIdx.x; r < num_rows; r += kThreads) rows[r] = table.rows[r];
+}
+
+// Guesses the first digit of the k-th largest from one score of every stratum, at a place that a hash chooses: a fixed
+// stride would see only some columns of a matrix.
+__global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const Work w) {
+    __shared__ unsigned hist[kBins];
+    __shared__ Count sums[kThreads];
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) hist[bin] = 0;
+    __syncthreads();
+    const int64_t num_strata = w.num_chunks * (kChunk / kStratum);
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < num_strata; i += int64_t(gridDim.x) * kThreads) {
+        const int64_t chunk = i / (kChunk / kStratum);
+        const Row& row = row_of(w, &Row::first_chunk, chunk);
+        const int64_t stratum = i - row.first_chunk * (kChunk / kStratum);
+        const int64_t at = stratum * kStratum + (unsigned(i) * 2654435761u >> 16) % kStratum;
+        if (at >= row.tensor.N * row.tensor.K) continue;
+        dispatch_dtype(row.tensor.dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            const unsigned key = key_of(to_float(static_cast<const T*>(row.tensor.scores)[at]));
+            atomicAdd(&hist[key >> kLowBits], 1u);
+        });
+    }
+    if (!arrive(w, hist)) return;
+    scan_bins(w, sums);
+    const double num_samples = double(sums[kThreads - 1]), share = num_samples / double(w.num_scores);
+    const bool any = num_samples > 0 && w.k > 0;
+    const Pick pick = pick_bin(w, sums, any ? Count((double(w.k) - 0.5) * share) + 1 : 1);
+    if (threadIdx.x != 0) return;
+    const double room = 0.75 * double(w.region) * gridDim.x;  // a sample errs, and blocks differ
+    w.state->guess = any && double(pick.inside) <= room * share ? pick.bin : kNoGuess;
+    w.state->num_arrived = 0;
+}
+
+// Pass 0 (kFirst) counts first digits; a later one, the digit [shift, high) of what lies below the first.
+template <bool kFirst>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_pass_kernel(const Work w, int high, int shift) {
+    __shared__ unsigned hist[kBins], num_listed;
+    __shared__ Count sums[kThreads];
+    if (!kFirst && w.state->done) return;
+    const unsigned guess = w.state->guess, known_top = w.state->top;
+    const Count prefix = w.state->prefix;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) hist[bin] = 0;
+    if (threadIdx.x == 0) num_listed = 0;
+    __syncthreads();
+
+    Count* const region = w.list + blockIdx.x * w.region;
+    const auto append = [&](Count rest) {
+        const unsigned slot = atomicAdd(&num_listed, 1u);
+        if (slot < w.region) region[slot] = rest;
+    };
+    const unsigned digit_mask = (1u << (high - shift)) - 1;
+    Tally tally{hist};
+    bool collect = false;
+    if constexpr (kFirst) {
+        collect = guess != kNoGuess;
+        unsigned num_zeros = 0;  // a mask's worth of exact zeros is common: not through one counter
+        for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
+            visit_chunk(w, chunk, collect, [&](unsigned key, Count place) {
+                const unsigned top = key >> kLowBits;
+                if (key == kZeroKey) {
+                    ++num_zeros;
+                } else {
+                    tally.add(top);
+                }
+                if (top == guess) append(rest_of(w, key, place));
+                return top > guess;
+            });
+        if (num_zeros) atomicAdd(&hist[kZeroKey >> kLowBits], num_zeros);
+    } else if (w.state->listed) {
+        for (unsigned i = threadIdx.x; i < w.num_listed[blockIdx.x]; i += kThreads)
+            if (region[i] >> high == prefix) tally.add(unsigned(region[i] >> shift) & digit_mask);
+    } else {
+        collect = w.state->num_alike <= Count(w.region) * gridDim.x;
+        for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
+            visit_chunk(w, chunk, collect, [&](unsigned key, Count place) {
+                const unsigned top = key >> kLowBits;
+                if (top != known_top) return top > known_top;
+                const Count rest = rest_of(w, key, place), head = rest >> high;
+                if (head == prefix) {
+                    tally.add(unsigned(rest >> shift) & digit_mask);
+                    if (collect) append(rest);
+                }
+                return head > prefix;
+            });
+    }
+    tally.flush();
+    __syncthreads();
+    if (collect && threadIdx.x == 0) {
+        w.num_listed[blockIdx.x] = num_listed;
+        if (num_listed > w.region) atomicAdd(&w.state->num_overflows, 1u);
+    }
+    if (!arrive(w, hist)) return;
+
+    scan_bins(w, sums);
+    if (kFirst && threadIdx.x == 0) *w.num_nan = int64_t(atomicAdd(&w.hist[0], Count(0)));  // only NaN has a key so low
+    __syncthreads();
+    const Count rank = kFirst ? Count(w.k) : w.state->rank;
+    const Pick pick = pick_bin(w, sums, rank);
+    if (threadIdx.x != 0) return;
+    State next = *w.state;
+    const bool fits = atomicAdd(&w.state->num_overflows, 0u) == 0;
+    next.num_overflows = next.num_arrived = 0;
+    if (rank == 0) {
+        next.top = kBins;
+        next.done = 1;
+        *w.threshold = __uint_as_float(0x7f800000u);  // +inf
+    } else {
+        next.rank = rank - pick.above;
+        next.num_alike = pick.inside;
+        if (collect) next.listed = fits && (!kFirst || pick.bin == guess);
+        if (kFirst) {
+            next.top = pick.bin;
+        } else {
+            next.prefix = prefix << (high - shift) | pick.bin;
+            next.cut = next.prefix << shift;
+        }
+        if (!kFirst && shift <= w.place_bits) {  // the key is complete
+            const unsigned low = unsigned(next.prefix >> (w.place_bits - shift));
+            *w.threshold = float_of(next.top << kLowBits | low);
+            next.done = next.rank == next.num_alike;
+        }
+    }
+    *w.state = next;
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_apply_kernel(const Work w) {
+    const State s = *w.state;
+    if (s.listed) {
+        const Count* const region = w.list + blockIdx.x * w.region;
+        for (unsigned i = threadIdx.x; i < w.num_listed[blockIdx.x]; i += kThreads) {
+            if (region[i] < s.cut) continue;
+            const Count last = (Count(1) << w.place_bits) - 1, place = last - (region[i] & last);
+            const Row& row = row_of(w, &Row::first_chunk, int64_t(place >> kChunkBits));
+            row.tensor.keep[int64_t(place) - (row.first_chunk << kChunkBits)] = 1;
+        }
+        return;
+    }
+    for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
+        visit_chunk(w, chunk, true, [&](unsigned key, Count place) {
+            const unsigned top = key >> kLowBits;
+            return top > s.top || (top == s.top && rest_of(w, key, place) >= s.cut);
+        });
+}
+
+// bits[n, j] = keep[n, 8j .. 8j + 7], the lowest bit first.
+__global__ void __launch_bounds__(kThreads) select_threshold_pack_kernel(const Work w) {
+    for (int64_t item = blockIdx.x; item < w.num_packs; item += gridDim.x) {
+        const Row& row = row_of(w, &Row::first_pack, item);
+        const SelectTensor& t = row.tensor;
+        const int64_t begin = (item - row.first_pack) * kPackBytes, row_bytes = (t.K + 7) / 8;
+        const int64_t end = min(begin + kPackBytes, t.N * row_bytes);
+        const bool whole = t.K % 8 == 0 && reinterpret_cast<uintptr_t>(t.keep) % 8 == 0;
+        for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+            if (whole) {
+                const uint2 v = *reinterpret_cast<const uint2*>(t.keep + i * 8);
+                // byte j of the word, 0 or 1, moves to bit 56 + j
+                t.bits[i] = uint8_t((Count(v.y) << 32 | v.x) * 0x0102040810204080ull >> 56);
+                continue;
+            }
+            const int64_t n = i / row_bytes, k = (i - n * row_bytes) * 8;
+            unsigned byte = 0;
+            for (int j = 0; j < 8 && k + j < t.K; ++j) byte |= unsigned(t.keep[n * t.K + k + j]) << j;
+            t.bits[i] = uint8_t(byte);
+        }
+    }
+}
+
+// A warp looks at one tile at a time. occupancy: 0 nothing kept, 1 some, 2 all that is there.
+__global__ void __launch_bounds__(kThreads) select_threshold_occupy_kernel(const Work w) {
+    const int lane = threadIdx.x % 32;
+    const int64_t num_warps = int64_t(gridDim.x) * (kThreads / 32);
+    for (int64_t item = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; item < w.num_tiles; item += num_warps) {
+        const Row& row = row_of(w, &Row::first_tile, item);
+        const SelectTensor& t = row.tensor;
+        const int64_t tile = item - row.first_tile, across = (t.K + w.tile_cols - 1) / w.tile_cols;
+        const int64_t n0 = tile / across * w.tile_rows, k0 = tile % across * w.tile_cols;
+        const int64_t rows = min(w.tile_rows, t.N - n0), cols = min(w.tile_cols, t.K - k0);
+        bool kept = false, dropped = false;
+        for (int64_t n = n0; n < n0 + rows; ++n)
+            for (int64_t k = k0 + lane; k < k0 + cols; k += 32) {
+                const bool one = t.keep[n * t.K + k];
+                kept = kept || one;
+                dropped = dropped || !one;
+            }
+        kept = __any_sync(0xffffffffu, kept);
+        dropped = __any_sync(0xffffffffu, dropped);
+        if (lane == 0) t.occupancy[tile] = uint8_t(kept ? (dropped ? 1 : 2) : 0);
+    }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sizes everything. Pointers into scratch are set from `scratch`; *bytes is where they end.
+cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blocks, size_t* bytes) {
+    Work w = {};
+    for (int64_t i = 0; i < p.num_tensors; ++i) {
+        const SelectTensor& t = p.tensors[i];
+        w.num_scores += t.N * t.K;
+        w.num_rows += t.N * t.K != 0;
+        w.num_chunks += ceil_div(t.N * t.K, kChunk);
+    }
+    w.k = p.k;
+    w.tile_rows = p.tile_rows;
+    w.tile_cols = p.tile_cols;
+    w.threshold = p.threshold;
+    w.num_nan = p.num_nan;
+    while ((int64_t(1) << w.place_bits) < w.num_chunks * kChunk && w.place_bits <= kMaxPlaceBits) ++w.place_bits;
+    if (w.k < 0 || w.k > w.num_scores || w.place_bits > kMaxPlaceBits) return cudaErrorInvalidValue;
+    auto* kernel = select_threshold_pass_kernel<true>;
+    if (cudaError_t error = resident_blocks(kernel, kThreads, 0, num_blocks)) return error;
+    *num_blocks = int(std::clamp<int64_t>(w.num_chunks, 1, *num_blocks));
+    w.region = std::max(kMinRegion, ceil_div(w.num_scores, kListShare * *num_blocks));
+
+    size_t at = 0;
+    const auto take = [&](auto*& pointer, int64_t count) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(scratch + at);
+        at += (count * sizeof *pointer + 15) / 16 * 16;
+    };
+    take(w.state, 1);
+    take(w.hist, kBins);  // right behind the state: cleared with it
+    take(w.num_listed, *num_blocks);
+    take(w.list, *num_blocks * w.region);
+    take(w.rows, w.num_rows);
+    *bytes = at;
+    *work = w;
+    return cudaSuccess;
+}
+
+// Copies the rows to the device as kernel parameters, which a CUDA graph keeps; a copy from the host would be read again
+// at replay. Counts packs and tiles on the way.
+cudaError_t write_table(const SelectProblem& p, Work* w, cudaStream_t stream) {
+    Table table;
+    int64_t chunk = 0, written = 0;
+    int filled = 0;
+    for (int64_t i = 0; i <= p.num_tensors; ++i) {
+        if (filled == kTableRows || (i == p.num_tensors && filled)) {
+            Row* const rows = const_cast<Row*>(w->rows) + written;
+            if (cudaError_t error = SENSIBERT_LAUNCH(select_threshold_table_kernel, dim3(1), dim3(kThreads), 0, stream,
+                                                     table, rows, filled))
+                return error;
+            written += filled;
+            filled = 0;
+        }
+        if (i == p.num_tensors || p.tensors[i].N * p.tensors[i].K == 0) continue;
+        const SelectTensor& t = p.tensors[i];
+        table.rows[filled++] = {t, chunk, w->num_packs, w->num_tiles};
+        chunk += ceil_div(t.N * t.K, kChunk);
+        if (t.bits) w->num_packs += ceil_div(t.N * ceil_div(t.K, 8), kPackBytes);
+        if (t.occupancy) w->num_tiles += ceil_div(t.N, w->tile_rows) * ceil_div(t.K, w->tile_cols);
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t select_threshold_scratch_bytes(const SelectProblem& problem, size_t* bytes) {
+    Work work;
+    int num_blocks;
+    return plan(problem, nullptr, &work, &num_blocks, bytes);
+}
+
+cudaError_t launch_select_threshold(const SelectProblem& problem, void* scratch, cudaStream_t stream) {
+    Work w;
+    int num_blocks;
+    size_t bytes;
+    if (cudaError_t error = plan(problem, static_cast<char*>(scratch), &w, &num_blocks, &bytes)) return error;
+    const size_t cleared = reinterpret_cast<char*>(w.hist + kBins) - reinterpret_cast<char*>(w.state);
+    if (cudaError_t error = cudaMemsetAsync(w.state, 0, cleared, stream)) return error;
+    if (cudaError_t error = write_table(problem, &w, stream)) return error;
+    const auto launch = [&](auto* kernel, int64_t num_items, auto... args) {
+        const dim3 grid(unsigned(std::min<int64_t>(num_blocks, num_items)));
+        return SENSIBERT_LAUNCH(kernel, grid, dim3(kThreads), 0, stream, w, args...);
+    };
+    if (cudaError_t error = launch(select_threshold_sample_kernel, num_blocks)) return error;
+    if (cudaError_t error = launch(select_threshold_pass_kernel<true>, num_blocks, kDigitBits, 0)) return error;
+    for (int high = kLowBits + w.place_bits; high > 0; high -= kDigitBits) {
+        const int shift = std::max(0, high - kDigitBits);
+        if (cudaError_t error = launch(select_threshold_pass_kernel<false>, num_blocks, high, shift)) return error;
+    }
+    if (cudaError_t error = launch(select_threshold_apply_kernel, num_blocks)) return error;
+    if (w.num_packs)
+        if (cudaError_t error = launch(select_threshold_pack_kernel, w.num_packs)) return error;
+    if (w.num_tiles)
+        if (cudaError_t error = launch(select_threshold_occupy_kernel, ceil_div(w.num_tiles, kThreads / 32))) return error;
+    return cudaSuccess;
+}
+
+}  // namespace sensibert
