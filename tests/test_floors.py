@@ -13,7 +13,22 @@ FLOORS = {
     "artifacts": 0.5,
     "_native": 2,
     "ops": 3,
-    **dict.fromkeys(("nn", "models", "cost", "optim", "tasks", "report", "schedule", "options", "checkpoints", "_register"), 4),
+    **dict.fromkeys(
+        (
+            "nn",
+            "models",
+            "cost",
+            "solver",
+            "optim",
+            "tasks",
+            "report",
+            "schedule",
+            "options",
+            "checkpoints",
+            "_register",
+        ),
+        4,
+    ),
     "pipeline": 5,
     "recipe": 6,
     "steps": 6.5,  # the verbs one at a time, on files

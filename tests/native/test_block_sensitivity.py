@@ -1,5 +1,5 @@
-"""The CUDA source of block_sensitivity, run on the CPU: against float64, under the sanitizers, bit for bit the same however
-many blocks run, in whichever order, at any alignment."""
+"""The CUDA source of block_sensitivity, run on the CPU: against float64, under the sanitizers, bit for bit the same
+however many blocks run, in whichever order, at any alignment."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from tests.helpers import DTYPES
 
 from .runner import BUILDS, KernelFailed
 
+DTYPE_PAIRS = [(0, 0), (1, 1), (0, 1), (2, 0)]
 EPS = torch.finfo(torch.float32).eps
 # (N, K, grid): each walk of the kernel, whole and ragged
 CASES = [
@@ -32,26 +33,14 @@ CASES = [
 ]
 
 
-def call(
-    kernel,
-    weights,
-    grads,
-    grids,
-    outs,
-    reduce="signed",
-    finish="none",
-    decay=0.0,
-    scale=1.0,
-    build="plain",
-    skip=0,
-    **env,
-):
+def call(kernel, problem, reduce="signed", finish="none", decay=0.0, scale=1.0, build="plain", skip=0, **env):
+    weights, grads, grids, outs = problem
     shapes, arrays = [], []
     for w, g, grid, out in zip(weights, grads, grids, outs):
         dtypes = [DTYPES.index(w.dtype), DTYPES.index(g.dtype)]
         shapes.append([*w.shape, grid.block_rows, grid.block_cols, *dtypes, skip, skip])
         arrays += [torch.cat([x.new_full((skip,), torch.nan), x.reshape(-1)]) for x in (w, g)] + [out]
-    words = torch.tensor([REDUCES.index(reduce), ("none", "square", "abs").index(finish)])
+    words = torch.tensor([REDUCES.index(reduce), FINISHES.index(finish)])
     run = kernel("block_sensitivity", build)
     return run(words, torch.tensor([decay, scale]), torch.tensor(shapes), *arrays, **env)[5::3]
 
@@ -72,12 +61,10 @@ def truth(weights, grads, grids, outs, reduce, finish, decay, scale):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize(
-    "w_dtype, g_dtype", [(0, 0), (1, 1), (0, 1), (2, 0)], ids=["fp32", "bf16", "fp32-bf16", "fp16-fp32"]
-)
+@pytest.mark.parametrize("w_dtype, g_dtype", DTYPE_PAIRS, ids=["fp32", "bf16", "fp32-bf16", "fp16-fp32"])
 def test_every_walk_is_right_and_clean(kernel, build, w_dtype, g_dtype):
     args = model((DTYPES[w_dtype], DTYPES[g_dtype]))
-    ours = call(kernel, *args, "abs", "none", 0.5, 2.0, build=build)
+    ours = call(kernel, args, "abs", "none", 0.5, 2.0, build=build)
     for case, mine, want in zip(CASES, ours, truth(*args, "abs", "none", 0.5, 2.0)):
         torch.testing.assert_close(mine, want, rtol=8 * EPS, atol=8 * EPS, msg=lambda m, case=case: f"{case}: {m}")
 
@@ -86,35 +73,35 @@ def test_every_walk_is_right_and_clean(kernel, build, w_dtype, g_dtype):
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_every_statistic(kernel, reduce, finish):
     args = model((torch.bfloat16, torch.float32))
-    ours = call(kernel, *args, reduce, finish, 1.0, 0.25)
+    ours = call(kernel, args, reduce, finish, 1.0, 0.25)
     for case, mine, want in zip(CASES, ours, truth(*args, reduce, finish, 1.0, 0.25)):
         torch.testing.assert_close(mine, want, rtol=2e-5, atol=2e-4, msg=lambda m, case=case: f"{case}: {m}")
 
 
 def test_the_result_is_the_same_for_any_blocks_order_and_alignment(kernel):
     args = model()
-    once = call(kernel, *args)
+    once = call(kernel, args)
     for how in ({"CUDA_ON_CPU_BLOCKS": "1"}, {"CUDA_ON_CPU_BLOCKS": "64"}, {"CUDA_ON_CPU_BACKWARD": "1"}, {"skip": 1}):
-        assert all(map(torch.equal, once, call(kernel, *args, **how))), how
+        assert all(map(torch.equal, once, call(kernel, args, **how))), how
 
 
 def test_with_decay_0_what_was_in_out_is_not_read(kernel):
     weights, grads, grids, outs = model()
     outs = [torch.full_like(o, torch.nan) for o in outs]
-    assert all(o.isfinite().all() for o in call(kernel, weights, grads, grids, outs, decay=0.0))
+    assert all(o.isfinite().all() for o in call(kernel, (weights, grads, grids, outs)))
 
 
 def test_empty_tensors_and_lists(kernel):
     grid = Grid.column()
-    assert call(kernel, [], [], [], []) == []
+    assert call(kernel, ([], [], [], [])) == []
     empty, full = torch.zeros(0, 5), torch.ones(2, 3)
-    ours = call(kernel, [empty, full], [empty, full], [grid] * 2, [torch.zeros(0, 5), torch.zeros(1, 3)])
+    ours = call(kernel, ([empty, full], [empty, full], [grid] * 2, [torch.zeros(0, 5), torch.zeros(1, 3)]))
     assert ours[0].shape == (0, 5) and torch.equal(ours[1], torch.full((1, 3), 2.0))
 
 
 def test_more_tensors_than_one_launch_holds(kernel):
     weights = [torch.full((1, 4), float(i)) for i in range(805)]
-    ours = call(kernel, weights, weights, [Grid.tensor()] * 805, [torch.zeros(1, 1)] * 805)
+    ours = call(kernel, (weights, weights, [Grid.tensor()] * 805, [torch.zeros(1, 1)] * 805))
     assert torch.cat(ours).view(-1).tolist() == [4.0 * i * i for i in range(805)]
 
 
@@ -122,7 +109,7 @@ def test_nan_stays_in_its_block(kernel):
     weights, grads, grids, outs = model()
     for w in weights:
         w[-1, -1] = torch.nan
-    for case, out in zip(CASES, call(kernel, weights, grads, grids, outs)):
+    for case, out in zip(CASES, call(kernel, (weights, grads, grids, outs))):
         assert out.isnan().sum() == 1 and out[-1, -1].isnan(), case
 
 

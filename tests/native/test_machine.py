@@ -6,6 +6,7 @@ import torch
 from .runner import BUILDS, KernelFailed
 
 ROW_SUM, NO_BARRIER, DIVERGENT, MISALIGNED, OVERRUN, WARP_PASS, NO_SYNCWARP, WORDS, ROUND, NO_GRID = range(10)
+BACKWARD = {"CUDA_ON_CPU_BACKWARD": "1"}
 
 
 @pytest.fixture
@@ -66,10 +67,9 @@ def test_warp_words_and_atomics(machine, build):
     assert torch.equal(same, (warp[:, None] == warp).sum(1))
     assert torch.equal(down, torch.stack([warp[i + 1 if i % 8 < 7 else i] for i in range(32)]))
     assert torch.equal(upper, torch.tensor([0] * 16 + [int(warp[16:].sum())] * 16))
-    assert clz.tolist() == [32 - len(bin(int(x) & 0xFFFFFFFF)[2:].lstrip("0")) for x in warp]
-    assert ffs.tolist() == [
-        len(s) - len(s.rstrip("0")) + 1 if (s := bin(int(x) & 0xFFFFFFFF)[2:]) != "0" else 0 for x in warp
-    ]
+    unsigned = [int(x) & 0xFFFFFFFF for x in warp]
+    assert clz.tolist() == [32 - x.bit_length() for x in unsigned]
+    assert ffs.tolist() == [(x & -x).bit_length() for x in unsigned]
 
 
 def test_16_bit_rounding_is_torchs(machine):
