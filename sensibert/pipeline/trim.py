@@ -18,6 +18,7 @@ from ..errors import SensibertError
 from ..models import base_of, describe, family_of, layers
 from ..models.base import Axis, attribute
 from ..models.structure import PickHeads, set_structure, structure_of
+from ..nn import MaskedLinear, replace, restore
 from ..optim import slice_state
 
 CHECK_TOKENS = 12
@@ -160,17 +161,23 @@ def trim(
     optimizer: torch.optim.Optimizer | None = None,
     copy_model: bool = False,
     check: bool = True,
+    masked: bool = False,
 ) -> nn.Module:
     """Remove the plan's dropped units from the tensors of a transformers model, in place, and return it.
 
     optimizer: its parameters and state are cut along. copy_model: leave `model` alone and trim a copy. check: compare
-    masked and trimmed hidden states of one batch. SensibertError if the plan is of another model or the check fails;
-    the model is then as it was before."""
+    masked and trimmed hidden states of one batch. masked: the tensors stay whole and the layers become MaskedLinear, so
+    that another plan can bring units back; `restore` or a physical trim ends it. SensibertError if the plan is of
+    another model or the check fails; the model is then as it was before."""
     _refuse(model, plan)
     if copy_model and optimizer is not None:
         raise SensibertError("trim: copy_model cuts a copy, which no optimizer holds: want optimizer=None")
     if copy_model:
         model = copy.deepcopy(model)
+    if masked:
+        return _mask(model, plan)
+    if any(isinstance(module, MaskedLinear) for module in model.modules()):
+        restore(model)
     family, structure, undo, cuts = family_of(model), structure_of(model), _Undo(), []
     expected = None
     if check:
@@ -201,15 +208,16 @@ def trim(
     return model
 
 
-def burn(model: nn.Module, plan: Plan) -> nn.Module:
-    """Masked trimming in place: zero the dropped units in every member, so that any loader reads the same function."""
-    state: Mapping[str, nn.Parameter] = dict(base_of(model).named_parameters())
-    with torch.no_grad():
-        for site in plan.layout.sites:
-            dropped = (~plan.keep[site.name]).nonzero().flatten()
-            for member in site.members:
-                parameter = state[member.parameter]
-                parameter.index_fill_(member.dim, member.index(dropped.to(parameter.device), site.units), 0)
+def _mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """The same function by masks: rows of the producing layers, columns of the consuming one, kept unit by unit."""
+    masks = {}
+    for site in plan.layout.sites:
+        for member in site.members:
+            path, _, name = member.parameter.rpartition(".")
+            if name == "weight":
+                keep = plan.keep[site.name].repeat(member.parts)
+                masks[path] = (keep[:, None] if member.dim == 0 else keep[None], member.grid)
+    replace(base_of(model), masks)
     return model
 
 
