@@ -286,6 +286,8 @@ def finetune_and_trim(options: Options) -> dict:
         restructure=restructure,
     )
     metrics = score(model)
+    dense = {f"dense_{name}": value for name, value in (callback.memory.metrics_dense or {}).items()}
+    trainer.log({f"sensibert/{name}": value for name, value in {**dense, **(metrics or {})}.items()})
     callback.spend("evaluate")
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     _publish(options, folder, model, tokenizer, callback, result)
