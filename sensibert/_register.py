@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 
 AUTO = "transformers.models.auto.configuration_auto"
+PREFIX = "sensibert_"
 
 
 def version() -> str:
@@ -32,8 +33,27 @@ def register_families() -> None:
             auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
+class _Known(dict):
+    """Config types that were registered from outside; ours come with the first question for one of them. Not sooner:
+    the classes behind them cannot be built while transformers itself is still being imported."""
+
+    waiting = True
+
+    def __contains__(self, model_type: object) -> bool:
+        if self.waiting and isinstance(model_type, str) and model_type.startswith(PREFIX):
+            self.waiting = False
+            register_families()
+        return super().__contains__(model_type)
+
+
+def _prepare(auto: ModuleType) -> None:
+    mapping = auto.CONFIG_MAPPING
+    if not isinstance(mapping._extra_content, _Known):
+        mapping._extra_content = _Known(mapping._extra_content)
+
+
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import hook on AUTO: load it as always, then register. Serves once."""
+    """Import hook on AUTO: load it as always, then prepare it. Serves once."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> object:
         if fullname != AUTO:
@@ -49,12 +69,12 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        register_families()
+        _prepare(module)
 
 
 def register() -> None:
     """At once if transformers' Auto classes are there, else as soon as they are."""
     if AUTO in sys.modules:
-        register_families()
+        _prepare(sys.modules[AUTO])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())

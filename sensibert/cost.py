@@ -7,6 +7,7 @@ flop_counter` with eager attention counts the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -54,6 +55,6 @@ def limit(layout: Layout, budget: Budget) -> int:
     if allowed < smallest:
         raise SensibertError(
             f"budget: {budget} of the {budget.scope} is {allowed:,} {budget.kind}, but {smallest:,} cannot be trimmed; "
-            f"the smallest reachable budget is {smallest}{budget.kind} ({100 * smallest / dense:.2f} %)"
+            f"the smallest reachable budget is {smallest}{budget.kind} ({math.ceil(1e4 * smallest / dense) / 100:g} %)"
         )
     return allowed

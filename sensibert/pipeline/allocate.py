@@ -7,6 +7,8 @@ fill what that freed with the best of the dropped, one head or one step of neuro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from ..errors import SensibertError
 # A gate value, or a coin, says nothing about cost: these compare units of different size as they are.
 RANKED_BY_SCORE = ("paper", "random")
 POLICIES = ("global", "uniform")
+# (site, count, size) -> how much the next `size` units of a site that keeps its best `count` are wanted
+Worth = Callable[[Site, int, int], float]
 
 
 def width_step(hidden: int) -> int:
@@ -60,19 +64,17 @@ def _step(site: Site, step: int, count: int) -> int:
 
 
 def _fill(
-    layout: Layout, ranks: dict[str, Tensor], budget: Budget, allowed: int, counts: dict[str, int], step: int
+    layout: Layout, worth: Worth, budget: Budget, allowed: int, counts: Mapping[str, int], step: int
 ) -> dict[str, int]:
-    """Enlarge sites by their best dropped units while anything fits; the best mean rank goes first."""
-    counts = dict(counts)
-    ordered = {name: rank[_order(rank)].nan_to_num(nan=-torch.inf) for name, rank in ranks.items()}
-    room = allowed - spent(layout, counts, budget)
+    """Enlarge sites by one head or step of neurons while anything fits; what is worth most goes first."""
+    counts, room = dict(counts), allowed - spent(layout, counts, budget)
     while True:
         options = []
         for number, site in enumerate(layout.sites):
             count = counts[site.name]
             size = _step(site, step, count)
             if size and size * unit_cost(site, budget) <= room:
-                options.append((float(ordered[site.name][count : count + size].mean()), -number, size))
+                options.append((worth(site, count, size), -number, size))
         if not options:
             return counts
         _, number, size = max(options)
@@ -97,17 +99,22 @@ def allocate(sensitivity: Sensitivity, budget: Budget, step: int | None = None, 
     allowed = limit(layout, budget)
     ranks = {}
     for site in layout.sites:
-        score = sensitivity.scores[site.name].double()
+        score = sensitivity.scores.get(site.name, torch.empty(0)).double()
+        if score.shape != (site.units,):
+            raise SensibertError(f"allocate: scores of {site.name} are {tuple(score.shape)}, want ({site.units},)")
         ranks[site.name] = score if sensitivity.statistic in RANKED_BY_SCORE else score / unit_cost(site, budget)
     if policy == "uniform":
         counts = _uniform(layout, budget, allowed)
+        worth: Worth = lambda site, count, size: -count / site.units  # noqa: E731
     else:
+        ordered = {name: rank[_order(rank)].nan_to_num(nan=-torch.inf) for name, rank in ranks.items()}
+        worth = lambda site, count, size: float(ordered[site.name][count : count + size].mean())  # noqa: E731
         smallest = {site.name: site.minimum for site in layout.sites}
         counts = _threshold(layout, ranks, budget, allowed - spent(layout, smallest, budget))
     for site in layout.sites:
         if site.kind == "ffn" and counts[site.name] < site.units:
             counts[site.name] = max(site.minimum, counts[site.name] // step * step)
-    counts = _fill(layout, ranks, budget, allowed, counts, step)
+    counts = _fill(layout, worth, budget, allowed, counts, step)
     keep = {}
     for site in layout.sites:
         keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
