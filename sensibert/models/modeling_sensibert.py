@@ -1,8 +1,8 @@
 """Transformers models whose layers kept fewer attention heads and feed-forward neurons than their config says.
 
-This file stands alone on torch and transformers (and the safetensors they bring): sensibert uses it as it is, and
-copies it into every trimmed folder, where `trust_remote_code=True` runs it. The classes are made on request: the name
-`SensibertX` is transformers' class `X`, cut at construction to what the config's entry `sensibert` says:
+It needs torch and transformers (and the safetensors it brings), no more: sensibert uses this file, and copies it into
+every trimmed folder for `trust_remote_code=True`. Classes are made on request: the name `SensibertX` is transformers'
+class `X`, cut at construction to what the config's entry `sensibert` says:
 
     table       where a layer keeps its axes: paths of the linear layers that produce and consume the units
     heads, ffn  units left, one number a layer (the config's own sizes stay those of the base model); head_dim: rows
@@ -29,14 +29,9 @@ class PickHeads:
         self.kept = kept
 
     def __call__(self, module, args, kwargs):
-        def pick(bias):
-            return None if bias is None else bias[:, self.kept.to(bias.device)]
-
-        if len(args) > 2:  # (hidden_states, attention_mask, position_bias)
-            args = (*args[:2], pick(args[2]), *args[3:])
-        if "position_bias" in kwargs:
-            kwargs = {**kwargs, "position_bias": pick(kwargs["position_bias"])}
-        return args, kwargs
+        bias = args[2] if len(args) > 2 else kwargs.get("position_bias")  # after hidden_states and attention_mask
+        bias = None if bias is None else bias[:, self.kept.to(bias.device)]
+        return ((*args[:2], bias, *args[3:]), kwargs) if len(args) > 2 else (args, kwargs | {"position_bias": bias})
 
     @classmethod
     def attach(cls, attention, kept):
@@ -46,12 +41,6 @@ class PickHeads:
                 old, hook.kept = hook.kept, hook.kept[kept]
                 return lambda: setattr(hook, "kept", old)
         return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
-
-
-def _get(root, path):
-    for part in path.split(".") if path else ():
-        root = getattr(root, part, None)
-    return root
 
 
 def _layers(base, pattern):
@@ -71,9 +60,9 @@ def _narrow(linear, name, dim, size, parts=1):
 
 def _cut(layer, axis, count, span):
     """Cut one axis of a layer to `count` units of `span` rows; does nothing where it has that size already."""
-    reader, size = _get(layer, axis["consumes"]), count * span
+    reader, size = layer.get_submodule(axis["consumes"]), count * span
     if reader.in_features != size:
-        for linear in filter(None, (_get(layer, path) for path in axis["produces"])):
+        for linear in map(layer.get_submodule, axis["produces"]):
             for name in ("weight", "bias") if linear.bias is not None else ("weight",):
                 _narrow(linear, name, 0, axis["parts"] * size, axis["parts"])
             linear.out_features = axis["parts"] * size
@@ -81,7 +70,7 @@ def _cut(layer, axis, count, span):
         reader.in_features = size
     for paths, value in ((axis["counts"], count), (axis["widths"], size)):
         for owner, _, name in (path.rpartition(".") for path in paths):
-            setattr(_get(layer, owner), name, value)
+            setattr(layer.get_submodule(owner), name, value)
 
 
 class _Trimmed:
@@ -102,57 +91,58 @@ class _Trimmed:
             _cut(layer, table["head"], len(heads), entry["head_dim"])
             _cut(layer, table["ffn"], len(neurons), 1)
             if table["position_bias"]:
-                PickHeads.attach(_get(layer, table["position_bias"]), heads)
+                PickHeads.attach(layer.get_submodule(table["position_bias"]), heads)
             self.sensibert_structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
-        loaded = super().from_pretrained(path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info
+    def from_pretrained(cls, path, *args, output_loading_info=False, **kwargs):
+        model, said = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        layers, lost = model.config.sensibert["table"]["layers"].partition("*")[0], {*said["missing_keys"]}
+        if lost := sorted(k for k in lost | {key for key, *_ in said["mismatched_keys"]} if layers in k):
+            raise ValueError(f"sensibert: {path} lacks {len(lost)} weights of its layers ({lost[0]}, ...)")
         if path is not None:
             where = kwargs.keys() & {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
             file = cached_file(path, STRUCTURE_FILE, **{name: kwargs[name] for name in where})
             model.sensibert_structure = {name: kept.long() for name, kept in load_file(file).items()}
-        return loaded
+        return (model, said) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As transformers does it, and what makes the folder load again: the kept units and this file."""
         structure = self.sensibert_structure
-        kept = {kind: [structure[f"layer.{n}.{kind}"] for n in range(len(structure) // 2)] for kind in ("head", "ffn")}
-        sizes = {"heads": [len(k) for k in kept["head"]], "ffn": [len(k) for k in kept["ffn"]]}
-        self.config.sensibert = self.config.sensibert | sizes | {"kept_heads": [k.tolist() for k in kept["head"]]}
+        heads, ffn = ([structure[f"layer.{n}.{kind}"] for n in range(len(structure) // 2)] for kind in ("head", "ffn"))
+        cut = {"heads": [len(kept) for kept in heads], "ffn": [len(kept) for kept in ffn]}
+        cut["kept_heads"] = [kept.tolist() for kept in heads]
+        if not cut.items() <= self.config.sensibert.items():  # trimmed since: these were counted before
+            cut |= {"encoder_params": None, "digest": None}
+        self.config.sensibert = self.config.sensibert | cut
         self.config.auto_map = {auto: name.split("--")[-1] for auto, name in self.config.auto_map.items()}
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
             save_file({name: kept.int() for name, kept in structure.items()}, Path(save_directory, STRUCTURE_FILE))
             shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        # The keys of this version of transformers: how older files were laid out does not fit the trimmed shapes.
+        super().save_pretrained(save_directory, is_main_process, **{"save_original_format": False} | kwargs)
 
 
-def _config_class(name, stock):
-    """Whoever holds such a config can load the model: the Auto classes learn its heads with the first instance."""
+def _made(name, stock):
+    if not issubclass(stock, transformers.PreTrainedConfig):
+        config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
+        return type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
 
-    def post_init(self, **kwargs):
+    def post_init(self, **kwargs):  # the Auto classes learn the heads of a family with the first config of its type
         stock.__post_init__(self, **kwargs)
         for auto, path in getattr(self, "auto_map", {}).items():
             if auto != "AutoConfig":
-                model_class = __getattr__(path.rpartition(".")[2])
-                getattr(transformers, auto).register(type(self), model_class, exist_ok=True)
+                getattr(transformers, auto).register(made, __getattr__(path.rpartition(".")[2]), exist_ok=True)
 
     members = {"model_type": f"sensibert_{stock.model_type}", "__post_init__": post_init}
-    return type(name, (stock,), {"__module__": __name__, **members})
+    made = type(name, (stock,), {"__module__": __name__, **members})
+    return made
 
 
 def __getattr__(name):
     """`SensibertX` -> a subclass of transformers' config or model class X, made once; AttributeError for the rest."""
-    if name in globals():
-        return globals()[name]
     stock = getattr(transformers, name.removeprefix("Sensibert"), None) if name.startswith("Sensibert") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if issubclass(stock, transformers.PreTrainedConfig):
-        made = _config_class(name, stock)
-    else:
-        config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
-        made = type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
-    return globals().setdefault(name, made)
+    return globals().get(name) or globals().setdefault(name, _made(name, stock))

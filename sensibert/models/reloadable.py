@@ -25,9 +25,7 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     name = type(model).__name__.removeprefix("Sensibert")
     found = getattr(transformers, name, None)
     if found is None or not (type(model) is found or is_reloadable(model)):
-        raise SensibertError(
-            f"model: class {type(model).__name__} is not one of transformers' own, so no one could load it"
-        )
+        raise SensibertError(f"model: class {type(model).__name__} is not transformers' own, so nobody could load it")
     return found
 
 
@@ -45,17 +43,20 @@ def is_reloadable(model: nn.Module) -> bool:
     return getattr(model.config, "model_type", "").startswith(PREFIX)
 
 
-def _axis(axis: Axis) -> dict[str, object]:
-    """As the modeling code reads it."""
-    produces = [*axis.produces, *axis.tables]
-    return {"produces": produces, "consumes": axis.consumes, "parts": axis.parts} | {
+def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
+    """As the modeling code reads it: only the linear layers that are there."""
+    names = dict(layer.named_modules())
+    return {
+        "produces": [path for path in (*axis.produces, *axis.tables) if isinstance(names.get(path), nn.Linear)],
+        "consumes": axis.consumes,
+        "parts": axis.parts,
         "counts": list(axis.counts),
         "widths": list(axis.widths),
     }
 
 
-def _table(family: Family) -> dict[str, object]:
-    axes = {"head": _axis(family.head), "ffn": _axis(family.ffn)}
+def _table(family: Family, layer: nn.Module) -> dict[str, object]:
+    axes = {"head": _axis(family.head, layer), "ffn": _axis(family.ffn, layer)}
     return {"layers": family.layers, **axes, "position_bias": family.position_bias}
 
 
@@ -78,16 +79,17 @@ def reloadable(model: nn.Module, info: dict | None = None) -> PreTrainedModel:
     info: more facts for config.sensibert (budget, method, digest, ...)."""
     family, stock = family_of(model), stock_class(model)
     config, structure = stock_config(model.config), structure_of(model)
-    numbers = range(len(layers(model)))
+    stack = [layer for _, layer in layers(model)]
+    numbers = range(len(stack))
     entry = {
         **getattr(model.config, "sensibert", {}),
         "format": FORMAT,
         "base_model_type": config.model_type,
-        "head_dim": int(attribute(layers(model)[0][1], family.head_dim)),
+        "head_dim": int(attribute(stack[0], family.head_dim)),
         "heads": [len(structure[f"layer.{n}.head"]) for n in numbers],
         "ffn": [len(structure[f"layer.{n}.ffn"]) for n in numbers],
         "kept_heads": [structure[f"layer.{n}.head"].tolist() for n in numbers],
-        "table": _table(family),
+        "table": _table(family, stack[0]),
         **(info or {}),
     }
     own_config, own_class = (getattr(code, f"Sensibert{c.__name__}") for c in (type(config), stock))
