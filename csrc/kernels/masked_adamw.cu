@@ -19,16 +19,19 @@
 #include "masked_adamw.h"
 
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <utility>
 
 namespace sensibert {
 namespace {
 
 constexpr int kThreads = 256, kWarpSize = 32;
-constexpr int kTileBits = 12, kTile = 1 << kTileBits;     // elements
-constexpr int kWideBits = 7;                              // columns of a tile, where there are as many
-constexpr int kMaxTensors = 256, kMaxExtras = 240;        // entries of one launch; more tensors: more launches
-constexpr int kTilesPerLane = 32;                         // partial sums that a thread of the finishing kernel adds
+constexpr int kTileBits = 12, kTile = 1 << kTileBits;  // elements
+constexpr int kWideBits = 7;                           // columns of a tile, where there are as many
+constexpr int kMaxTensors = 256, kMaxExtras = 240;     // entries of one launch; more tensors: more launches
+constexpr int kMaxSettings = 64;   // different settings of one launch, however many groups share them
+constexpr int kTilesPerLane = 32;  // partial sums that a thread of the finishing kernel adds
 constexpr int64_t kMaxAxis = (int64_t(1) << 31) - kTile;  // so that row and column fit 32 bits inside a tile's reach
 static_assert(kTile % (kThreads * kQuad) == 0, "every thread moves the same number of quads");
 
@@ -42,7 +45,8 @@ struct Entry {
     uint32_t rows;
     uint32_t first_tile;  // counted over the tensors of this launch
     int16_t extra;        // index of its Extra, or -1
-    uint8_t group;
+    uint16_t group;
+    uint8_t settings;
     DType dtype;
     uint8_t col_bits;  // log2 of the tile's columns
     bool quads;        // whether full quads may be moved at once
@@ -60,7 +64,7 @@ struct Extra {
     uint16_t lanes;           // threads of the finishing kernel a score block
 };
 
-struct Group {
+struct Settings {
     float beta1, beta2, rest1, rest2;  // rest = 1 - beta
     float log_beta1, log_beta2;
     float eps, weight_decay;
@@ -69,19 +73,17 @@ struct Group {
 struct Args {
     Entry entries[kMaxTensors];
     Extra extras[kMaxExtras];
-    Group groups[kAdamWMaxGroups];
+    Settings settings[kMaxSettings];
     const float* lr;
     const float* grad_factor;
-    int num_entries, num_extras;
+    int num_entries, num_extras, num_settings;
     Reduce reduce;
     Finish finish;
     float decay, scale;
 };
 static_assert(sizeof(Args) <= 32764, "kernel parameters end at 32,764 bytes");
 
-__host__ __device__ __forceinline__ uint32_t ceil_div(int64_t a, int64_t b) {
-    return uint32_t((a + b - 1) / b);
-}
+__host__ __device__ __forceinline__ uint32_t ceil_div(int64_t a, int64_t b) { return uint32_t((a + b - 1) / b); }
 
 // Score blocks that a tile of `tile` elements along an axis can touch, whatever its place.
 __host__ __device__ __forceinline__ uint32_t blocks_in_tile(uint32_t block, uint32_t tile) {
@@ -89,20 +91,25 @@ __host__ __device__ __forceinline__ uint32_t blocks_in_tile(uint32_t block, uint
     return tile % block == 0 ? tile / block : (tile - 1) / block + 2;
 }
 
-__device__ __forceinline__ float score_term(Reduce reduce, float w, float g) {
+__device__ __forceinline__ Quad score_terms(Reduce reduce, const Quad& w, const Quad& g) {
+    Quad t;
+    for (int j = 0; j < kQuad; ++j) t.x[j] = w.x[j] * g.x[j];
     switch (reduce) {
-        case Reduce::kSigned:
-            return w * g;
+        case Reduce::kSigned: break;
         case Reduce::kAbs:
-            return fabsf(w * g);
+            for (int j = 0; j < kQuad; ++j) t.x[j] = fabsf(t.x[j]);
+            break;
         case Reduce::kSquare:
-            return (w * g) * (w * g);
+            for (int j = 0; j < kQuad; ++j) t.x[j] *= t.x[j];
+            break;
         case Reduce::kGradSquare:
-            return g * g;
+            for (int j = 0; j < kQuad; ++j) t.x[j] = g.x[j] * g.x[j];
+            break;
         case Reduce::kWeightSquare:
-            return w * w;
+            for (int j = 0; j < kQuad; ++j) t.x[j] = w.x[j] * w.x[j];
+            break;
     }
-    return 0.f;
+    return t;
 }
 
 __device__ __forceinline__ void write_score(const Args& args, float* score, float total) {
@@ -119,13 +126,13 @@ struct Rates {
 };
 
 __device__ __forceinline__ Rates rates_of(const Args& args, const Entry& e) {
-    const Group& group = args.groups[e.group];
+    const Settings& s = args.settings[e.settings];
     const float t = *e.step, lr = args.lr[e.group];
     Rates r;
-    r.beta1 = group.beta1, r.beta2 = group.beta2, r.rest1 = group.rest1, r.rest2 = group.rest2, r.eps = group.eps;
-    r.shrink = 1.f - lr * group.weight_decay;
-    r.step_size = lr / -expm1f(t * group.log_beta1);  // 1 - beta^t without the cancellation
-    r.root2 = 1.f / sqrtf(-expm1f(t * group.log_beta2));
+    r.beta1 = s.beta1, r.beta2 = s.beta2, r.rest1 = s.rest1, r.rest2 = s.rest2, r.eps = s.eps;
+    r.shrink = 1.f - lr * s.weight_decay;
+    r.step_size = lr / -expm1f(t * s.log_beta1);  // 1 - beta^t without the cancellation
+    r.root2 = 1.f / sqrtf(-expm1f(t * s.log_beta2));
     r.factor = args.grad_factor ? *args.grad_factor : 1.f;
     return r;
 }
@@ -136,18 +143,15 @@ __device__ __forceinline__ void adamw(const Rates& r, float g, float& w, float& 
     w = fmaf(-r.step_size, m / fmaf(sqrtf(v), r.root2, r.eps), w * r.shrink);
 }
 
-// n in [1, 4] elements; `whole` = 4 of them, aligned.
 template <typename T>
-__device__ __forceinline__ Quad load(const T* p, int n, bool whole) {
-    if (whole) return load_quad(p);
+__device__ __forceinline__ Quad load_some(const T* p, int n) {
     Quad q{};
     for (int j = 0; j < kQuad; ++j)
         if (j < n) q.x[j] = to_float(p[j]);
     return q;
 }
 template <typename T>
-__device__ __forceinline__ void store(T* p, const Quad& q, int n, bool whole) {
-    if (whole) return store_quad(p, q);
+__device__ __forceinline__ void store_some(T* p, const Quad& q, int n) {
     for (int j = 0; j < kQuad; ++j)
         if (j < n) p[j] = from_float<T>(q.x[j]);
 }
@@ -185,27 +189,35 @@ __device__ __forceinline__ void step_tile(const Args& args, const Entry& e, cons
         const bool whole = e.quads && n == kQuad;
         const int64_t at = int64_t(row) * e.cols + col;
         const unsigned alive = x && x->keep ? survivors(*x, e.cols, row, uint32_t(col), n) : 15u;
-        Quad w{}, m{}, v{}, score{};
+        T* const param = static_cast<T*>(e.param) + at;
+        const T* const grad = static_cast<const T*>(e.grad) + at;
+        T* const exp_avg = static_cast<T*>(e.exp_avg) + at;
+        T* const exp_avg_sq = static_cast<T*>(e.exp_avg_sq) + at;
+        Quad w{}, g{}, m{}, v{}, score{};
         if (alive) {
-            w = load(static_cast<const T*>(e.param) + at, n, whole);
-            const Quad g = load(static_cast<const T*>(e.grad) + at, n, whole);
-            m = load(static_cast<const T*>(e.exp_avg) + at, n, whole);
-            v = load(static_cast<const T*>(e.exp_avg_sq) + at, n, whole);
+            if (whole) {  // one branch: all four are under way before the first is used
+                w = load_quad(param), g = load_quad(grad), m = load_quad(exp_avg), v = load_quad(exp_avg_sq);
+            } else {
+                w = load_some(param, n), g = load_some(grad, n);
+                m = load_some(exp_avg, n), v = load_some(exp_avg_sq, n);
+            }
+            for (int j = 0; j < kQuad; ++j) g.x[j] *= r.factor;
+            if (term) score = score_terms(args.reduce, w, g);
             for (int j = 0; j < kQuad; ++j) {
-                const float scaled = g.x[j] * r.factor;
-                if (term && j < n) score.x[j] = score_term(args.reduce, w.x[j], scaled);
-                adamw(r, scaled, w.x[j], m.x[j], v.x[j]);
+                adamw(r, g.x[j], w.x[j], m.x[j], v.x[j]);
                 if (!(alive >> j & 1)) w.x[j] = m.x[j] = v.x[j] = score.x[j] = 0.f;
             }
         }
-        store(static_cast<T*>(e.param) + at, w, n, whole);
-        store(static_cast<T*>(e.exp_avg) + at, m, n, whole);
-        store(static_cast<T*>(e.exp_avg_sq) + at, v, n, whole);
         if (term) store_quad(term, score);
-        if (x && x->shadow) {
-            // of the weight as stored: two roundings of an fp16 weight, as a cast of the parameter gives
-            for (int j = 0; j < kQuad; ++j) w.x[j] = to_float(from_float<T>(w.x[j]));
-            store(x->shadow + at, w, n, whole);
+        __nv_bfloat16* const shadow = x && x->shadow ? x->shadow + at : nullptr;
+        Quad stored;  // an fp16 weight is rounded twice, as casting the parameter would
+        for (int j = 0; j < kQuad; ++j) stored.x[j] = to_float(from_float<T>(w.x[j]));
+        if (whole) {
+            store_quad(param, w), store_quad(exp_avg, m), store_quad(exp_avg_sq, v);
+            if (shadow) store_quad(shadow, stored);
+        } else {
+            store_some(param, w, n), store_some(exp_avg, m, n), store_some(exp_avg_sq, v, n);
+            if (shadow) store_some(shadow, stored, n);
         }
     }
 }
@@ -353,8 +365,9 @@ Planned plan(const AdamWTensor& t) {
     const auto size_of = [](int64_t block, int64_t axis) { return uint32_t(block && block < axis ? block : axis); };
 
     Entry& e = p.entry;
-    e = {t.param, t.grad, t.exp_avg,        t.exp_avg_sq, t.step, cols, uint32_t(rows),
-         0,       -1,     uint8_t(t.group), t.dtype,      0,      false};
+    e.param = t.param, e.grad = t.grad, e.exp_avg = t.exp_avg, e.exp_avg_sq = t.exp_avg_sq, e.step = t.step;
+    e.rows = uint32_t(rows), e.cols = cols;
+    e.extra = -1, e.group = uint16_t(t.group), e.dtype = t.dtype;
     e.col_bits = log2_up(cols, kWideBits) < 2 ? 2 : log2_up(cols, kWideBits);
     while (e.col_bits < kTileBits && (kTile >> e.col_bits) / 2 >= rows) ++e.col_bits;  // few rows: more columns
     e.quads = rows == 1 || cols % kQuad == 0;
@@ -385,6 +398,20 @@ Planned plan(const AdamWTensor& t) {
     return p;
 }
 
+Settings settings_of(const AdamWGroup& g) {
+    return {float(g.beta1),           float(g.beta2),           float(1 - g.beta1), float(1 - g.beta2),
+            float(std::log(g.beta1)), float(std::log(g.beta2)), float(g.eps),       float(g.weight_decay)};
+}
+
+// Where `settings` stands in the table, put there if it is new; -1: the table is full.
+int place_settings(Args& args, const Settings& settings) {
+    for (int i = 0; i < args.num_settings; ++i)
+        if (memcmp(&args.settings[i], &settings, sizeof settings) == 0) return i;
+    if (args.num_settings == kMaxSettings) return -1;
+    args.settings[args.num_settings] = settings;
+    return args.num_settings++;
+}
+
 cudaError_t launch(Args& args, int64_t num_tiles, int64_t num_finishers, cudaStream_t stream) {
     if (args.num_entries == 0) return cudaSuccess;
     auto* kernel = masked_adamw_kernel;
@@ -403,14 +430,8 @@ size_t masked_adamw_scratch_bytes(const AdamWProblem& problem) {
 }
 
 cudaError_t launch_masked_adamw(const AdamWProblem& problem, float* scratch, cudaStream_t stream) {
-    if (problem.num_groups > kAdamWMaxGroups) return cudaErrorInvalidValue;
+    if (problem.num_groups > std::numeric_limits<uint16_t>::max()) return cudaErrorInvalidValue;
     Args args{};
-    for (int64_t i = 0; i < problem.num_groups; ++i) {
-        const AdamWGroup& g = problem.groups[i];
-        args.groups[i] = {float(g.beta1),     float(g.beta2),           float(1 - g.beta1),
-                          float(1 - g.beta2), float(std::log(g.beta1)), float(std::log(g.beta2)),
-                          float(g.eps),       float(g.weight_decay)};
-    }
     args.lr = problem.lr, args.grad_factor = problem.grad_factor;
     args.reduce = problem.reduce, args.finish = problem.finish, args.decay = problem.decay, args.scale = problem.scale;
     int64_t num_tiles = 0, num_finishers = 0;
@@ -418,13 +439,16 @@ cudaError_t launch_masked_adamw(const AdamWProblem& problem, float* scratch, cud
         Planned p = plan(problem.tensors[t]);
         if (!p.fits) return cudaErrorInvalidValue;
         if (p.num_tiles == 0) continue;
+        const Settings settings = settings_of(problem.groups[p.entry.group]);
         const bool full = args.num_entries == kMaxTensors || args.num_extras + p.has_extra > kMaxExtras ||
-                          num_tiles + p.num_tiles >= kMaxAxis || num_finishers + p.num_finishers >= kMaxAxis;
+                          place_settings(args, settings) < 0 || num_tiles + p.num_tiles >= kMaxAxis ||
+                          num_finishers + p.num_finishers >= kMaxAxis;
         if (full) {
             if (cudaError_t error = launch(args, num_tiles, num_finishers, stream)) return error;
-            args.num_entries = args.num_extras = 0;
+            args.num_entries = args.num_extras = args.num_settings = 0;
             num_tiles = num_finishers = 0;
         }
+        p.entry.settings = uint8_t(place_settings(args, settings));
         p.entry.first_tile = uint32_t(num_tiles);
         if (p.has_extra) {
             p.entry.extra = int16_t(args.num_extras);

@@ -31,7 +31,7 @@ struct AdamWProblem {
     const AdamWTensor* tensors;  // [num_tensors], read before the launcher returns
     int64_t num_tensors;
     const AdamWGroup* groups;  // [num_groups], read before the launcher returns
-    int64_t num_groups;        // at most kAdamWMaxGroups
+    int64_t num_groups;        // below 2^16
     const float* lr;           // on the device, [num_groups]
     const float* grad_factor;  // on the device, 1; nullptr: 1
     Reduce reduce;
@@ -39,12 +39,10 @@ struct AdamWProblem {
     float decay, scale;
 };
 
-constexpr int kAdamWMaxGroups = 64;
-
 // Bytes of device memory that the launcher needs, not initialised: partial sums of the scores.
 size_t masked_adamw_scratch_bytes(const AdamWProblem& problem);
 
-// cudaErrorInvalidValue: too many groups, or a keep or score on an axis of 2^31.
+// cudaErrorInvalidValue: 2^16 groups, or a keep or score on an axis of 2^31.
 cudaError_t launch_masked_adamw(const AdamWProblem& problem, float* scratch, cudaStream_t stream);
 
 }  // namespace sensibert

@@ -55,7 +55,7 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
     for (size_t count : {beta2.size(), eps.size(), weight_decay.size()})
         STD_TORCH_CHECK(count == num_groups, kOp, ": a setting has ", count, " entries, want ", num_groups,
                         " as beta1");
-    STD_TORCH_CHECK(num_groups <= kAdamWMaxGroups, kOp, ": ", num_groups, " groups, want at most ", kAdamWMaxGroups);
+    STD_TORCH_CHECK(num_groups < 1 << 16, kOp, ": ", num_groups, " groups, want fewer than 65536");
     want(lr, ScalarType::Float, int64_t(num_groups), lr, "lr", 0);
     if (grad_factor) want(*grad_factor, ScalarType::Float, 1, lr, "grad_factor", 0);
     want_entries(keep.size(), keep_of, keep_blocks, num_params, "keep");

@@ -117,21 +117,20 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, 
         if len(values) != len(params):
             raise ValueError(f"masked_adamw: {name} has {len(values)} entries, want {len(params)} as params")
     for name, values in {"betas": betas, "eps": eps, "weight_decay": weight_decay}.items():
-        if lr.ndim != 1 or len(values) != len(lr):
+        if lr.ndim != 1 or len(values) != lr.shape[0]:
             raise ValueError(f"masked_adamw: {name} has {len(values)} entries, lr is {tuple(lr.shape)}: one a group")
-    for t, param in enumerate(params):
-        if not param.is_floating_point():
-            raise ValueError(f"masked_adamw: params[{t}] is {_named(param)}, want a floating type")
-        for name in ("grads", "exp_avgs", "exp_avg_sqs"):
-            other = lists[name][t]
-            if other.shape != param.shape or other.dtype != param.dtype or other.device != param.device:
+    num_groups, device = lr.shape[0], lr.device
+    for t, (param, grad, exp_avg, exp_avg_sq, step, group) in enumerate(zip(params, *lists.values(), strict=True)):
+        if not param.dtype.is_floating_point or param.device != device:
+            raise ValueError(f"masked_adamw: params[{t}] is {_named(param)}, want a floating type on {device} as lr")
+        kind = (param.shape, param.dtype, device)
+        for name, other in (("grads", grad), ("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
+            if (other.shape, other.dtype, other.device) != kind:
                 raise ValueError(f"masked_adamw: {name}[{t}] is {_named(other)}, want {_named(param)}")
-        if param.device != lr.device or steps[t].device != lr.device:
-            raise ValueError(f"masked_adamw: params[{t}], steps[{t}] are not on {lr.device}, where lr is")
-        if steps[t].numel() != 1 or steps[t].dtype != torch.float32:
-            raise ValueError(f"masked_adamw: steps[{t}] is {_named(steps[t])}, want one float32")
-        if not 0 <= groups[t] < len(lr):
-            raise ValueError(f"masked_adamw: groups[{t}] is {groups[t]}, want 0 to {len(lr) - 1}")
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
+            raise ValueError(f"masked_adamw: steps[{t}] is {_named(step)}, want one float32 on {device} as lr")
+        if not 0 <= group < num_groups:
+            raise ValueError(f"masked_adamw: groups[{t}] is {group}, want 0 to {num_groups - 1}")
 
 
 def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: torch.dtype, params) -> None:

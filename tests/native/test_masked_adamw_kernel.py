@@ -1,6 +1,6 @@
 """The CUDA source of masked_adamw, run on the CPU: against float64, sanitized, the same bits in any order."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def launch(program, cases, states, reduce="abs", finish="none", factor=None, dec
     for t, (case, state) in enumerate(zip(cases, states)):
         grids = [case.keep or Grid.tensor(), case.score or Grid.tensor()]
         blocks = [size for grid in grids for size in (grid.block_rows, grid.block_cols)]
-        arrays += [torch.tensor([*case.shape, CODES[case.dtype], t % 2, *blocks, case.skip]), *state.values()]
+        arrays += [torch.tensor([*case.shape, CODES[case.dtype], t % len(GROUPS), *blocks, case.skip]), *state.values()]
     results = program(*arrays, **env)[4:]
     return [dict(zip(state, results[9 * t + 1 : 9 * t + 9])) for t, state in enumerate(states)]
 
@@ -89,8 +89,8 @@ def check(program, cases, **options):
     states = [draw(case, seed) for seed, case in enumerate(cases)]
     after = launch(program, cases, states, **options)
     for t, (case, before, ours) in enumerate(zip(cases, states, after)):
-        exact = formula(case, before, t % 2, torch.float64, **options)
-        plain = formula(case, before, t % 2, case.dtype, **options)
+        exact = formula(case, before, t % len(GROUPS), torch.float64, **options)
+        plain = formula(case, before, t % len(GROUPS), case.dtype, **options)
         for name, theirs, truth in zip(("param", "exp_avg", "exp_avg_sq"), plain, exact):
             label = f"{name} of {case}"
             assert torch.equal(ours[name][: case.skip], before[name][: case.skip]), f"{label}: written before its start"
@@ -188,8 +188,15 @@ def test_bias_correction_is_exact_at_the_first_and_at_late_steps(kernel):
         torch.testing.assert_close(ours["param"].view(case.shape).double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_settings", [2, 100])
+def test_every_tensor_may_have_its_own_group(kernel, monkeypatch, num_settings):
+    groups = GROUPS[0] * torch.linspace(0.5, 1, num_settings)[:, None].double()
+    monkeypatch.setattr(f"{__name__}.GROUPS", groups.repeat(200 // num_settings, 1))
+    monkeypatch.setattr(f"{__name__}.LR", torch.linspace(1e-3, 1e-2, 200))
+    check(kernel("masked_adamw"), [Case((1, 5))] * 200)
+
+
 def test_too_many_groups_are_refused(kernel, monkeypatch):
-    monkeypatch.setattr("tests.native.test_masked_adamw_kernel.GROUPS", GROUPS[:1].expand(65, 4))
-    case = Case((2, 2))
+    monkeypatch.setattr(f"{__name__}.GROUPS", GROUPS[:1].expand(1 << 16, 4))
     with pytest.raises(KernelFailed, match="launch failed with error 1"):
-        launch(kernel("masked_adamw"), [case], [draw(replace(case), 0)])
+        launch(kernel("masked_adamw"), [Case((2, 2))], [draw(Case((2, 2)), 0)])
