@@ -1,0 +1,37 @@
+"""Plans drawn by chance, and a way to run any model on the batch its task head wants."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sensibert.artifacts import Budget, Layout, Plan
+from tests.helpers import tiny_batch
+
+
+def random_plan(layout: Layout, seed: int = 0, empty: Iterable[str] = (), share: float = 0.5) -> Plan:
+    """Every unit stays with probability `share`; sites in `empty` go down to the least their family can do with."""
+    generator, keep = torch.Generator().manual_seed(seed), {}
+    for site in layout.sites:
+        kept = torch.rand(site.units, generator=generator) < share
+        if site.name in empty:
+            kept[:] = False
+        for unit in torch.randperm(site.units, generator=generator):
+            if int(kept.sum()) < site.minimum:
+                kept[unit] = True
+        keep[site.name] = kept
+    return Plan(layout, keep, Budget(1.0, "params", True), "random")
+
+
+def batch_for(model: nn.Module, choices: int = 2, **sizes) -> dict[str, Tensor]:
+    """tiny_batch, with an axis of choices where the task head reads one."""
+    batch = tiny_batch(**sizes)
+    if type(model).__name__.endswith("MultipleChoice"):
+        batch = {name: value[:, None].repeat(1, choices, 1) for name, value in batch.items()}
+    return batch
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """All outputs of a forward pass as one vector."""
+    return torch.cat([value.flatten() for value in model(**batch).values() if isinstance(value, Tensor)])
