@@ -292,3 +292,31 @@ def test_trainer_trains_with_it_as_with_adamw(given, tmp_path):
         Trainer(model, arguments, train_dataset=rows, **options).train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_step_replays_with_new_gradients_and_a_new_rate():
+    results = []
+    for captured in (False, True):
+        params, rate = make_params(device="cuda"), torch.tensor(1e-2, device="cuda")
+        optimizer = MaskedAdamW(params, lr=rate)
+        score = torch.zeros(6, 1, device="cuda")
+        optimizer.set_keep(params[0], torch.arange(6, device="cuda")[:, None] != 2, Grid.row())
+        optimizer.track({params[0]: (score, Grid.row())})
+        train(optimizer, 1)  # allocates the state
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            before = [p.detach().clone() for p in params]
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            assert all(torch.equal(p, q) for p, q in zip(params, before))  # captured, not run
+        for step in range(3):
+            rate.fill_(1e-2 / (1 + step))
+            for p in params:
+                p.grad.fill_(0.1 * (step + 1))
+            graph.replay() if captured else optimizer.step()
+        results.append([*(p.detach() for p in params), score])
+    for eager, replayed in zip(*results):
+        assert torch.equal(eager, replayed)

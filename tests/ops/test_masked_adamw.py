@@ -214,3 +214,34 @@ def test_what_does_not_fit_is_named(said):
     WRONG[said](state, options)
     with pytest.raises(ValueError, match=f"masked_adamw: .*{said}"):
         masked_adamw(*state, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_whole_model_on_the_gpu_matches_fused_adamw_and_repeats_bit_for_bit():
+    shapes = [(30522, 768), (512, 768), (768,), *[(768, 768), (768,), (3072, 768), (3072,), (768, 3072)] * 60]
+    lr, groups = torch.tensor([1e-3], device="cuda"), [0] * len(shapes)
+    settings = {"betas": [(0.9, 0.999)], "eps": [1e-8], "weight_decay": [0.01]}
+    outcomes = []
+    for _ in range(2):
+        params, grads, exp_avgs, exp_avg_sqs, steps, _, _ = make_state(device="cuda", shapes=shapes)
+        scores = {t: (torch.zeros(Grid.column().shape(*matrix_shape(p)), device="cuda"), Grid.column())
+                  for t, p in enumerate(params)}  # fmt: skip
+        masked_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, **settings, scores=scores)
+        outcomes.append([*params, *exp_avgs, *exp_avg_sqs, *(score for score, _ in scores.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+    theirs = make_state(device="cuda", shapes=shapes)
+    torch._fused_adamw_(*theirs[:4], [], theirs[4], lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8,
+                        amsgrad=False, maximize=False)  # fmt: skip
+    for ours, other in zip(outcomes[0], [*theirs[0], *theirs[2], *theirs[3]]):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_more_elements_than_32_bits_count():
+    size = 2**31 + 4099
+    state = [[torch.full((size,), value, dtype=torch.bfloat16, device="cuda")] for value in (1.0, 0.5, 0.0, 0.0)]
+    step, lr = torch.tensor(1.0, device="cuda"), torch.tensor([0.25], device="cuda")
+    masked_adamw(*state, [step], lr, [0], betas=[(0.9, 0.99)], eps=[0.0], weight_decay=[0.0])
+    assert (state[0][0] == 0.75).all()
