@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTROLS = ("dense", "ours", "fisher", "taylor", "saliency", "paper", "magnitude", "random")
+METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "magnitude", "random")  # the order of columns
 KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
 NOTHING = "No rows yet."
 
@@ -17,10 +17,10 @@ NOTHING = "No rows yet."
 def load(folder: Path) -> list[dict]:
     """The newest row of every (bench, case, metric, device), in the order of their first appearance."""
     rows: dict[tuple, dict] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("bench_*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
+            row = json.loads(line)
+            if "bench" in row:  # other lines are the single runs that a bench sums up
                 rows[tuple(row[name] for name in ("bench", "case", "metric", "device"))] = row
     return list(rows.values())
 
@@ -38,19 +38,27 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy(rows: list[dict]) -> str:
-    """One line a task and budget, one column a method."""
+    """One line a task and budget, one column a method; the dense control of a task stands in all its lines."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    methods = []
+    controls: dict[str, str] = {}
     for row in rows:
         if row["bench"] != "bench_accuracy" or row["metric"] != "score":
             continue
         task, budget, method = row["case"].split(maxsplit=2)
-        spread = f" ± {row['std']:.2f}" if row.get("std") is not None else ""
-        cells.setdefault((task, budget), {})[method] = f"{row['value']:.2f}{spread}"
-        methods += [method] if method not in methods else []
-    methods.sort(key=lambda method: CONTROLS.index(method) if method in CONTROLS else len(CONTROLS))
-    lines = [[task, budget, *(found.get(m, "-") for m in methods)] for (task, budget), found in cells.items()]
-    return markdown(["task", "budget", *methods], lines)
+        text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
+        if method == "dense":
+            controls[task] = text
+            continue
+        cell = cells.setdefault((task, budget), {})
+        cell["seeds"] = str(min(int(cell.get("seeds", 10**6)), row.get("seeds", 1)))
+        cell[method] = text + (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "")
+    found = {name for cell in cells.values() for name in cell if name != "seeds"}
+    methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
+    lines = [
+        [task, budget, controls.get(task, "-"), *(cell.get(m, "-") for m in methods), cell["seeds"]]
+        for (task, budget), cell in cells.items()
+    ]
+    return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
 
 def kernels(rows: list[dict]) -> str:
@@ -66,13 +74,19 @@ def kernels(rows: list[dict]) -> str:
     return markdown(["op", "case", "ours", "rival", "ratio", "device"], lines)
 
 
-def finetune(rows: list[dict]) -> str:
-    chosen = [row for row in rows if row["bench"] == "bench_finetune"]
-    lines = [[r["case"], f"{number(r['value'])} {r['unit']}", number(r.get("ratio")), r["device"]] for r in chosen]
-    return markdown(["case", "ours", "ratio", "device"], lines)
+def speed(rows: list[dict]) -> str:
+    """Whole models: fine-tuning throughput and forward passes."""
+    lines = []
+    for row in rows:
+        if row["bench"] in ("bench_finetune", "bench_forward"):
+            ours, rival = (f"{number(row.get(name))} {row['unit']}" for name in ("value", "rival_value"))
+            rival = f"{row['rival']}: {rival}" if row.get("rival") else "-"
+            lines.append([row["bench"].removeprefix("bench_"), row["case"], ours, rival, number(row.get("ratio"))])
+            lines[-1].append(row["device"])
+    return markdown(["", "case", "ours", "rival", "ratio", "device"], lines)
 
 
-TABLES = {"accuracy": accuracy, "kernels": kernels, "finetune": finetune}
+TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed}
 
 
 def fill(text: str, rows: list[dict]) -> str:

@@ -24,7 +24,8 @@ def row(bench, case, value, metric="us", **more):
 
 
 def write(folder, *rows):
-    (folder / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "bench_runs.jsonl").write_text('{"score": 1}\n')
+    (folder / "bench_x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
@@ -32,8 +33,9 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
     rows = tables.load(
         write(
             tmp_path,
-            row("bench_accuracy", "mrpc 50%params random", 70, "score"),
-            row("bench_accuracy", "mrpc 50%params ours", 79.944, "score", std=0.5),
+            row("bench_accuracy", "mrpc 50%params random", 70, "score", seeds=2),
+            row("bench_accuracy", "mrpc 50%params ours", 79.944, "score", std=0.5, seeds=3, ratio=0.994),
+            row("bench_accuracy", "mrpc 100%params dense", 80.4, "score"),
             row("bench_accuracy", "qnli 50%params ours", 82, "score"),
             row("bench_accuracy", "qnli 50%params ours", 12, "seconds"),
         )
@@ -41,10 +43,10 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
     assert tables.fill(README, rows).splitlines()[:7] == [
         "before",
         "<!-- table: accuracy -->",
-        "| task | budget | ours | random |",
-        "| --- | --- | --- | --- |",
-        "| mrpc | 50%params | 79.94 ± 0.50 | 70.00 |",
-        "| qnli | 50%params | 82.00 | - |",
+        "| task | budget | dense | ours | random | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| mrpc | 50%params | 80.40 | 79.94 ± 0.50 (99.4 %) | 70.00 | 2 |",
+        "| qnli | 50%params | - | 82.00 | - | 1 |",
         "<!-- end -->",
     ]
 
