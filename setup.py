@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = os.environ.get("SENSIBERT_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
 HOST_SOURCES = ["csrc/torch/module.cpp", "csrc/host/solver.cpp"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 
 
 def say(sentence: str) -> None:

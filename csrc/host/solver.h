@@ -1,5 +1,6 @@
 // The budget solver: one level a group, total cost within the capacity, largest total value.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
