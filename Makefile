@@ -30,16 +30,15 @@ bench: $(VENV)/.installed
 readme:
 	$(PYTHON) docs/tables.py
 
-# After a change below csrc/: every kernel for every architecture without a warning or a spill, then the extension anew.
+# Every kernel for every architecture, without a warning or a spill; then what this machine could build.
 kernels: $(VENV)/.installed
 	$(BIN)/python csrc/check_kernels.py
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -c "from sensibert import _native; print(_native.status())"
 
 install: $(VENV)/.installed
 
 # Without build isolation the extension is built against the torch just installed, and no second torch is downloaded.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard setup.py)
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH_INSTALL)
 	$(PIP) install --quiet --constraint constraints.txt setuptools pybind11 ninja
