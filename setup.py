@@ -5,6 +5,7 @@ nothing. `sensibert._native.status()` says which. SENSIBERT_CUDA_ARCHS="80;90a" 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,23 +31,32 @@ def commit() -> str:
         return "unknown"
 
 
+def cuda_home() -> Path | None:
+    """The toolkit: with its compiler and its headers, which a bare nvcc on the path may lack."""
+    on_path = Path(shutil.which("nvcc") or "").resolve().parents
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes = [*(Path(home) for home in named if home), *on_path[1:2], Path("/usr/local/cuda")]
+    return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime.h").exists()), None)
+
+
 def cuda_version() -> str | None:
     """The version of nvcc if `_C` can be built with CUDA here; otherwise None, and the reason has been said."""
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
         return say(
-            "no torch while building, so no CUDA kernels (pip install --no-build-isolation finds an installed torch)"
+            "no torch while building, so no CUDA kernels (pip install --no-build-isolation finds an installed one)"
         )
     if torch.version.cuda is None:
         return say("this torch is a CPU build, so no CUDA kernels")
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if not nvcc.exists():
-        return say("no nvcc, so no CUDA kernels")
-    found = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    home = cuda_home()
+    if home is None:
+        return say("no CUDA toolkit, so no CUDA kernels")
+    command = [home / "bin/nvcc", "--version"]
+    found = re.search(r"release (\d+\.\d+)", subprocess.run(command, capture_output=True, text=True).stdout)
     if not found or found[1].split(".")[0] != torch.version.cuda.split(".")[0]:
         return say(f"nvcc is {found and found[1]}, torch is for CUDA {torch.version.cuda}, so no CUDA kernels")
+    os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when it is imported
     return found[1]
 
 
