@@ -34,11 +34,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"MaskedAdamW: betas are {betas}, want each in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._start_unsaved()
+
+    def _start_unsaved(self) -> None:
         self.grad_factor: Tensor | None = None
         self._lr: dict[torch.device, tuple[list[float], Tensor]] = {}
         self._shadows: dict[Tensor, Tensor] = {}
         self._scores: dict[Tensor, tuple[Tensor, Grid]] = {}
         self._statistic: dict = {}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "grad_factor" not in self.__dict__:  # a copy or a pickle, not load_state_dict
+            self._start_unsaved()
 
     def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
         """From the next step on. keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]; saved."""
@@ -115,7 +123,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             betas=[group["betas"] for group in self.param_groups],
             eps=[group["eps"] for group in self.param_groups],
             weight_decay=[group["weight_decay"] for group in self.param_groups],
-            grad_factor=self.grad_factor,
+            grad_factor=None if self.grad_factor is None else self.grad_factor.to(device),
             keeps={t: (s["keep"], Grid(*s["keep_grid"])) for t, s in enumerate(states) if "keep" in s},
             shadows={t: self._shadows[p] for t, p in enumerate(params) if p in self._shadows},
             scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},

@@ -167,6 +167,18 @@ def test_the_state_of_a_torch_adamw_is_taken_over():
         torch.testing.assert_close(p, q)
 
 
+def test_a_copy_of_the_optimizer_trains_on_by_itself():
+    params = make_params()
+    optimizer = MaskedAdamW(params, **SETTINGS)
+    optimizer.set_keep(params[0], torch.arange(6)[:, None] != 1, Grid.row())
+    train(optimizer)
+    twin = copy.deepcopy(optimizer)
+    train(twin, seed=9)
+    train(optimizer, seed=9)
+    for p, q in zip(params, twin.param_groups[0]["params"]):
+        assert p is not q and torch.equal(p, q)
+
+
 def test_a_backward_pass_over_changed_weights_is_refused():
     weight = nn.Parameter(torch.randn(3, 3))
     loss = (weight * weight).sum()

@@ -65,13 +65,13 @@ def masked_adamw(
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
     if reduce not in REDUCES or finish not in FINISHES:
         raise ValueError(f"masked_adamw: reduce, finish are {reduce!r}, {finish!r}, want one of {REDUCES}, {FINISHES}")
-    if grad_factor is not None and (grad_factor.numel() != 1 or grad_factor.dtype != torch.float32):
-        raise ValueError(f"masked_adamw: grad_factor is {_named(grad_factor)}, want one float32")
+    if grad_factor is not None:
+        _check_scalar("grad_factor", grad_factor, lr.device)
     keeps, shadows, scores = keeps or {}, shadows or {}, scores or {}
     _check_blocks("keep", keeps, torch.bool, params)
     _check_blocks("score", scores, torch.float32, params)
     for t, shadow in shadows.items():
-        if shadow.dtype != torch.bfloat16 or shadow.shape != params[t].shape:
+        if (shadow.dtype, shadow.shape, shadow.device) != (torch.bfloat16, params[t].shape, params[t].device):
             raise ValueError(f"masked_adamw: shadow[{t}] is {_named(shadow)}, want bfloat16 {tuple(params[t].shape)}")
     mutated = [*params, *exp_avgs, *exp_avg_sqs, *shadows.values(), *(score for score, _ in scores.values())]
     packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
@@ -129,10 +129,14 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, 
         for name, other in (("grads", grad), ("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
             if (other.shape, other.dtype, other.device) != kind:
                 raise ValueError(f"masked_adamw: {name}[{t}] is {_named(other)}, want {_named(param)}")
-        if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
-            raise ValueError(f"masked_adamw: steps[{t}] is {_named(step)}, want one float32 on {device} as lr")
+        _check_scalar(f"steps[{t}]", step, device)
         if not 0 <= group < num_groups:
             raise ValueError(f"masked_adamw: groups[{t}] is {group}, want 0 to {num_groups - 1}")
+
+
+def _check_scalar(name: str, value: Tensor, device: torch.device) -> None:
+    if value.numel() != 1 or value.dtype != torch.float32 or value.device != device:
+        raise ValueError(f"masked_adamw: {name} is {_named(value)}, want one float32 on {device} as lr")
 
 
 def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: torch.dtype, params) -> None:
