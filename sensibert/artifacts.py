@@ -304,16 +304,21 @@ _DECODE = {"layout": _layout, "budget": lambda data: Budget(**data)}
 
 
 def write_atomically(path: str | Path, write) -> None:
-    """Call write(temporary path beside `path`), then rename: the file is there whole or not at all."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    """Call write(temporary path beside `path`), then rename: the file is there whole or not at all.
+
+    SensibertError where there is no room or no right to write."""
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
         write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise SensibertError(f"{path}: cannot be written ({error})") from error
         raise
 
 
@@ -333,8 +338,12 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error})") from None
     if metadata.get("format") != f"sensibert.{kind}":
         raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")
-    version = int(metadata["version"])
-    if version > FORMAT_VERSION:
-        raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
-    facts = json.loads(metadata["facts"])
-    return tensors, {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
+    try:
+        version = int(metadata["version"])
+        if version > FORMAT_VERSION:
+            raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
+        facts = json.loads(metadata["facts"])
+        facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
+        return {site.name: tensors[site.name] for site in facts["layout"].sites}, facts
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error!r})") from None
