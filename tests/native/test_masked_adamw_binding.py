@@ -1,0 +1,103 @@
+"""The binding of masked_adamw, run without a GPU: built for the CPU machine, registered for CPU tensors in a process of
+its own, and held against the Python reference through the dispatcher. What only a GPU has is replaced in its text."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .runner import HERE, ROOT
+
+RUNTIME = """
+#pragma once
+#include "cuda_on_cpu.h"
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU machine"; }
+"""
+STREAM = """
+#include "../kernels/masked_adamw.cu"
+extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
+"""
+OF_THE_GPU = {
+    "(sensibert, CUDA, m)": "(sensibert, CPU, m)",
+    "t.is_cuda()": "t.is_cpu()",
+    "const torch::stable::accelerator::DeviceGuard guard(lr.get_device_index());": "",
+}
+PROGRAM = """
+import sys, torch
+from sensibert.ops.masked_adamw import reference
+from tests.ops.test_masked_adamw import op_arguments
+op = torch.ops.sensibert.masked_adamw_
+torch.ops.load_library(sys.argv[1])
+
+def flat(arguments):
+    return [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+
+torch.manual_seed(0)
+start = op_arguments()
+clone = lambda: tuple([t.clone() if isinstance(t, torch.Tensor) else t for t in a] if isinstance(a, list)
+                      else a.clone() if isinstance(a, torch.Tensor) else a for a in start)
+ours, theirs = clone(), clone()
+op(*ours)
+reference(*theirs)
+for a, b in zip(flat(ours), flat(theirs)):
+    torch.testing.assert_close(a, b)
+assert any(not torch.equal(a, b) for a, b in zip(flat(ours), flat(start))), "nothing was written"
+torch.library.opcheck(op.default, clone())
+
+def refused(index, value, said):
+    arguments = list(clone())
+    arguments[index] = value(arguments[index])
+    try:
+        op(*arguments)
+    except RuntimeError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"not refused: {said}")
+
+refused(1, lambda grads: grads[1:], "a list has 5 entries, want 6")
+refused(1, lambda grads: [grads[0][:4], *grads[1:]], "grad[0] is not 35 contiguous elements")
+refused(2, lambda moments: [moments[0].t().contiguous().t(), *moments[1:]], "exp_avg[0] is not 35 contiguous elements")
+refused(4, lambda steps: [steps[0].double(), *steps[1:]], "step[0] is not 1 contiguous elements")
+refused(5, lambda lr: lr.double(), "lr[0] is not 2 contiguous elements of the documented dtype")
+refused(6, lambda groups: [7, *groups[1:]], "group[0] is 7")
+refused(12, lambda keep: [keep[0][1:]], "keep[0] is not 5 contiguous elements")
+refused(13, lambda of: [6], "keep_of holds 6, of 6")
+refused(20, lambda reduce: "sum", "reduce is sum")
+print("passed")
+"""
+
+
+def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    torch_home = Path(torch.__file__).parent
+    source = (ROOT / "csrc" / "torch" / "masked_adamw.cpp").read_text()
+    for old, new in OF_THE_GPU.items():
+        assert old in source, f"the binding no longer says {old}"
+        source = source.replace(old, new)
+    for folder in ("kernels", "torch"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+        for header in (ROOT / "csrc" / folder).glob("*.h"):
+            shutil.copy(header, tmp_path / "csrc" / folder)
+    shutil.copy(ROOT / "csrc" / "kernels" / "masked_adamw.cu", tmp_path / "csrc" / "kernels")
+    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
+    binding = tmp_path / "csrc" / "torch" / "masked_adamw.cpp"
+    binding.write_text(source + STREAM)
+    stable = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    first = [f"-include{header}" for header in ("torch/csrc/stable/library.h", "torch/csrc/stable/ops.h")]
+    command = [
+        compiler, "-std=c++20", "-O0", "-shared", "-fPIC", "-DSENSIBERT_CUDA_ON_CPU", *stable, f"-I{tmp_path}",
+        f"-I{HERE}",
+        f"-I{torch_home / 'include'}", *first, str(binding), "-o", str(tmp_path / "binding.so"),
+        f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu",
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-4000:]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "binding.so")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "passed", done.stdout + done.stderr[-4000:]
