@@ -8,7 +8,7 @@
 //
 //   scores  [chunk 0 | chunk 1 | ...]  a chunk is 16,384 scores of one tensor; block b takes chunks b, b + grid, ...
 //   sample    reads 1 in 128, guesses the first digit (13 bits: sign, exponent, 4 of the mantissa)
-//   pass 0    reads all, counts first digits; writes keep for bins above and below the guess, lists the values inside it
+//   pass 0    reads all, counts first digits; writes keep for bins above and below the guess, lists the values inside
 //   pass 1..  counts the next digit among the listed values (a few percent of all); all scores again if the guess was
 //             wrong or its bin too full for the list, so data without luck costs time and never the answer
 //   apply     sets keep for listed values at or above the k-th; without a list, writes keep for all
@@ -70,9 +70,9 @@ struct Work {
     int64_t k, tile_rows, tile_cols;
     int place_bits;
     State* state;
-    Count* hist;          // [kBins]
+    Count* hist;           // [kBins]
     unsigned* num_listed;  // [num_blocks]
-    Count* list;          // [num_blocks, region]
+    Count* list;           // [num_blocks, region]
     int64_t region;
     float* threshold;
     int64_t* num_nan;
@@ -218,7 +218,7 @@ __global__ void select_threshold_table_kernel(const __grid_constant__ Table tabl
 
 // Guesses the first digit of the k-th largest from one score of every stratum, at a place that a hash chooses: a fixed
 // stride would see only some columns of a matrix.
-__global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const Work w) {
+__global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const __grid_constant__ Work w) {
     __shared__ unsigned hist[kBins];
     __shared__ Count sums[kThreads];
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) hist[bin] = 0;
@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const
 
 // Pass 0 (kFirst) counts first digits; a later one, the digit [shift, high) of what lies below the first.
 template <bool kFirst>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_pass_kernel(const Work w, int high, int shift) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    select_threshold_pass_kernel(const __grid_constant__ Work w, int high, int shift) {
     __shared__ unsigned hist[kBins], num_listed;
     __shared__ Count sums[kThreads];
     if (!kFirst && w.state->done) return;
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_pass_
     *w.state = next;
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_apply_kernel(const Work w) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_apply_kernel(const __grid_constant__ Work w) {
     const State s = *w.state;
     if (s.listed) {
         const Count* const region = w.list + blockIdx.x * w.region;
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_apply
 }
 
 // bits[n, j] = keep[n, 8j .. 8j + 7], the lowest bit first.
-__global__ void __launch_bounds__(kThreads) select_threshold_pack_kernel(const Work w) {
+__global__ void __launch_bounds__(kThreads) select_threshold_pack_kernel(const __grid_constant__ Work w) {
     for (int64_t item = blockIdx.x; item < w.num_packs; item += gridDim.x) {
         const Row& row = row_of(w, &Row::first_pack, item);
         const SelectTensor& t = row.tensor;
@@ -382,10 +383,10 @@ __global__ void __launch_bounds__(kThreads) select_threshold_pack_kernel(const W
 }
 
 // A warp looks at one tile at a time. occupancy: 0 nothing kept, 1 some, 2 all that is there.
-__global__ void __launch_bounds__(kThreads) select_threshold_occupy_kernel(const Work w) {
+__global__ void __launch_bounds__(kThreads) select_threshold_occupy_kernel(const __grid_constant__ Work w) {
     const int lane = threadIdx.x % 32;
-    const int64_t num_warps = int64_t(gridDim.x) * (kThreads / 32);
-    for (int64_t item = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; item < w.num_tiles; item += num_warps) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32, num_warps = gridDim.x * (kThreads / 32);
+    for (int64_t item = first; item < w.num_tiles; item += num_warps) {
         const Row& row = row_of(w, &Row::first_tile, item);
         const SelectTensor& t = row.tensor;
         const int64_t tile = item - row.first_tile, across = (t.K + w.tile_cols - 1) / w.tile_cols;
@@ -442,8 +443,8 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
     return cudaSuccess;
 }
 
-// Copies the rows to the device as kernel parameters, which a CUDA graph keeps; a copy from the host would be read again
-// at replay. Counts packs and tiles on the way.
+// Copies the rows to the device as kernel parameters, which a CUDA graph keeps; host memory it would read at replay.
+// Counts packs and tiles on the way.
 cudaError_t write_table(const SelectProblem& p, Work* w, cudaStream_t stream) {
     Table table;
     int64_t chunk = 0, written = 0;
@@ -496,9 +497,7 @@ cudaError_t launch_select_threshold(const SelectProblem& problem, void* scratch,
     if (cudaError_t error = launch(select_threshold_apply_kernel, num_blocks)) return error;
     if (w.num_packs)
         if (cudaError_t error = launch(select_threshold_pack_kernel, w.num_packs)) return error;
-    if (w.num_tiles)
-        if (cudaError_t error = launch(select_threshold_occupy_kernel, ceil_div(w.num_tiles, kThreads / 32))) return error;
-    return cudaSuccess;
+    return w.num_tiles ? launch(select_threshold_occupy_kernel, ceil_div(w.num_tiles, kThreads / 32)) : cudaSuccess;
 }
 
 }  // namespace sensibert

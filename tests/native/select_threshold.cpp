@@ -1,5 +1,5 @@
-// Runs select_threshold.cu. arrays: options int64 {k, tile_rows, tile_cols, scores to skip in front}; shapes int64 [T, 3]
-// (N, K, dtype); threshold; num_nan; then scores, keep, bits, occupancy of each tensor (empty: not wanted).
+// Runs select_threshold.cu. arrays: options int64 {k, tile_rows, tile_cols, scores to skip in front}; shapes int64
+// [T, 3] (N, K, dtype); threshold; num_nan; then scores, keep, bits, occupancy of each tensor (empty: not wanted).
 #define SENSIBERT_SELECT_THREADS 64
 #include "../../csrc/kernels/select_threshold.cu"
 
