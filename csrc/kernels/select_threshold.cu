@@ -340,7 +340,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     *w.state = next;
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) select_threshold_apply_kernel(const __grid_constant__ Work w) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    select_threshold_apply_kernel(const __grid_constant__ Work w) {
     const State s = *w.state;
     if (s.listed) {
         const Count* const region = w.list + blockIdx.x * w.region;
