@@ -47,7 +47,7 @@ def packaged_model() -> str:
 
 def latencies_ms(models: list, batch: int, length: int, repeats: int) -> list[float]:
     """Median milliseconds of a forward pass of each model; they take turns, so that a busy moment hits all of them."""
-    ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(models[0].config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     seconds = [[] for _ in models]
     with torch.inference_mode():
         for turn in range(repeats + 1):
@@ -105,12 +105,12 @@ def classify(folder: str, validation: str) -> None:
         print(f"  {model.config.id2label[best]:>15}  {100 * float(scores[best]):3.0f} %  {text}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="runs/demo", help="folder for the data and the trimmed model")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--classify", nargs=2, metavar=("FOLDER", "VALIDATION"), help="only reload and classify")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()  # of loading weights; the training keeps its own
     if args.classify:
         return classify(*args.classify)

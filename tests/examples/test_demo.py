@@ -1,0 +1,42 @@
+"""The whole of examples/demo.py on a tiny model and two small libraries, with its second process."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import REST, model_folder
+
+EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """The module, with a tiny model in place of the packaged one, and two libraries in place of the installed ones."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import demo
+    import docstrings
+
+    libraries = {name: tmp_path / name for name in ("alpha", "beta")}
+    for name, telling in zip(libraries, ("good", "bad")):
+        libraries[name].mkdir()
+        for i in range(60):
+            words = [*REST[: i % 6], telling, *REST, str(i), telling]
+            (libraries[name] / f"m{i}.py").write_text(f'"""{" ".join(words)}"""')
+    base = model_folder(tmp_path / "base", head="SequenceClassification", max_position_embeddings=128)
+    monkeypatch.setattr(demo, "packaged_model", lambda: base)
+    monkeypatch.setattr(docstrings, "sources", lambda: libraries)
+    yield demo
+    for name in ("demo", "docstrings"):
+        sys.modules.pop(name)
+
+
+def test_it_trims_compares_and_reloads(demo, tmp_path, capfd):
+    demo.main(["--output", str(tmp_path / "out"), "--epochs", "2"])
+    said = capfd.readouterr().out
+    before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", said).groups()
+    assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
+    trimmed = re.search(r"accuracy on held-out docstrings +[\d.]+ % +([\d.]+) %", said)[1]
+    assert re.search(r"reloaded from .*: ([\d.]+) %", said)[1] == trimmed
+    assert len(re.findall(r"^ +(?:alpha|beta) +\d+ %  ", said, flags=re.MULTILINE)) == len(demo.LINES)
