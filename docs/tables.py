@@ -1,6 +1,6 @@
 """bench/results/*.jsonl -> the tables of README.md, between their markers. Use: make readme
 
-One row of a file is one measurement; a later row of the same bench, case, metric and device replaces an earlier one.
+One row of a file is one measurement; a later row of the same bench, case, metric, rival and device replaces an earlier.
 Nothing is typed by hand, and a table without rows says so.
 """
 
@@ -11,17 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "magnitude", "random")  # the order of columns
 KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
+KEY = ("bench", "case", "metric", "rival", "device")
 NOTHING = "No rows yet."
 
 
 def load(folder: Path) -> list[dict]:
-    """The newest row of every (bench, case, metric, device), in the order of their first appearance."""
+    """The newest row of every KEY, in the order of their first appearance."""
     rows: dict[tuple, dict] = {}
     for path in sorted(folder.glob("bench_*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if "bench" in row:  # other lines are the single runs that a bench sums up
-                rows[tuple(row[name] for name in ("bench", "case", "metric", "device"))] = row
+                rows[tuple(row.get(name) for name in KEY)] = row
     return list(rows.values())
 
 
@@ -61,28 +62,30 @@ def accuracy(rows: list[dict]) -> str:
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
 
+def against(row: dict) -> list[str]:
+    """case, ours, rival, ratio, device: the cells of a row that was measured beside a rival."""
+
+    def cell(value: float | None) -> str:
+        share = row["unit"] in ("1", "share")
+        return number(value) if value is None or share else f"{number(value)} {row['unit']}"
+
+    ours = cell(row["value"]) + (f" ({row['metric']})" if row["metric"] != row["unit"] else "")
+    rival = f"{row['rival']}: {cell(row.get('rival_value'))}" if row.get("rival") else "-"
+    return [row["case"], ours, rival, number(row.get("ratio")), row["device"]]
+
+
 def kernels(rows: list[dict]) -> str:
     """Ours beside each rival; ratio above 1 means ours is better. Of the masked matmul the whole steps only."""
-    lines = []
-    for row in rows:
-        if row["bench"] not in KERNELS or (row["bench"] == KERNELS[-1] and not row["case"].endswith(" step")):
-            continue
-        ours = f"{number(row['value'])} {row['unit']}"
-        rival = f"{row['rival']}: {number(row['rival_value'])}" if row.get("rival") else "-"
-        lines.append([row["bench"].removeprefix("bench_"), row["case"], ours, rival, number(row.get("ratio"))])
-        lines[-1].append(row["device"])
+    chosen = [r for r in rows if r["bench"] in KERNELS and r.get("rival")]
+    chosen = [r for r in chosen if r["bench"] != "bench_masked_linear" or r["case"].endswith(" step")]
+    lines = [[row["bench"].removeprefix("bench_"), *against(row)] for row in chosen]
     return markdown(["op", "case", "ours", "rival", "ratio", "device"], lines)
 
 
 def speed(rows: list[dict]) -> str:
     """Whole models: fine-tuning throughput and forward passes."""
-    lines = []
-    for row in rows:
-        if row["bench"] in ("bench_finetune", "bench_forward"):
-            ours, rival = (f"{number(row.get(name))} {row['unit']}" for name in ("value", "rival_value"))
-            rival = f"{row['rival']}: {rival}" if row.get("rival") else "-"
-            lines.append([row["bench"].removeprefix("bench_"), row["case"], ours, rival, number(row.get("ratio"))])
-            lines[-1].append(row["device"])
+    chosen = [row for row in rows if row["bench"] in ("bench_finetune", "bench_forward")]
+    lines = [[row["bench"].removeprefix("bench_"), *against(row)] for row in chosen]
     return markdown(["", "case", "ours", "rival", "ratio", "device"], lines)
 
 
