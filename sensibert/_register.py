@@ -6,10 +6,9 @@ It costs nothing until they are imported; this file and the front door import ne
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.metadata
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 AUTO = "transformers.models.auto.configuration_auto"
@@ -17,9 +16,11 @@ PREFIX = "sensibert_"
 
 
 def version() -> str:
+    from importlib import metadata  # slow to import, and rarely asked for
+
     try:
-        return importlib.metadata.version("sensibert")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return metadata.version("sensibert")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return "0+source"
 
 
@@ -52,10 +53,10 @@ def _prepare(auto: ModuleType) -> None:
         mapping._extra_content = _Known(mapping._extra_content)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _WhenImported:
     """Import hook on AUTO: load it as always, then prepare it. Serves once."""
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> object:
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname != AUTO:
             return None
         sys.meta_path.remove(self)
@@ -63,7 +64,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.loader, spec.loader = spec.loader, self
         return spec
 
-    def create_module(self, spec: object) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 
-import transformers
+import transformers  # by attribute below: `families()` reads this file too, and its heavy parts are not needed then
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..errors import SensibertError
 from . import modeling_sensibert as code
@@ -18,9 +16,9 @@ FORMAT = 1
 CODE = code.__name__.rpartition(".")[2]
 
 
-def stock_class(model: nn.Module) -> type[PreTrainedModel]:
+def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
     """The class of transformers that computes what this model computes; SensibertError if it is not one of its own."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise SensibertError(f"model: {type(model).__name__} is not a transformers model; unwrap it first")
     name = type(model).__name__.removeprefix("Sensibert")
     found = getattr(transformers, name, None)
@@ -29,12 +27,12 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     return found
 
 
-def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
     """The config of the base model: its own type, nothing of ours."""
     facts = config.to_dict()
     for name in ("sensibert", "auto_map", "model_type", "architectures", "transformers_version"):
         facts.pop(name, None)
-    stock = AutoConfig.for_model(base_type(config.model_type), **facts)
+    stock = transformers.AutoConfig.for_model(base_type(config.model_type), **facts)
     stock._attn_implementation = config._attn_implementation
     return stock
 
@@ -60,11 +58,12 @@ def _table(family: Family, layer: nn.Module) -> dict[str, object]:
     return {"layers": family.layers, **axes, "position_bias": family.position_bias}
 
 
-def _auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
+def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, str]:
     """Auto class -> our class, for every head transformers has for this config (encoders only)."""
+    auto = transformers.models.auto.modeling_auto
     found = {"AutoConfig": f"{CODE}.Sensibert{config_class.__name__}"}
-    for name in sorted(vars(modeling_auto)):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+    for name in sorted(vars(auto)):
+        mapping = getattr(getattr(auto, name), "_model_mapping", None)
         if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):
@@ -72,7 +71,7 @@ def _auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     return found
 
 
-def reloadable(model: nn.Module, info: dict | None = None) -> PreTrainedModel:
+def reloadable(model: nn.Module, info: dict | None = None) -> transformers.PreTrainedModel:
     """A view of the model, of class `Sensibert<its class>` and with a config that says how it was cut; it shares all
     modules with `model`, which is left as it is.
 

@@ -167,7 +167,7 @@ def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool) -> 
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
     if masked:
         raise SensibertError(
-            f"export: {len(masked)} masked layers ({masked[0]}, ...), want none: sensibert.restore first"
+            f"export: {len(masked)} layers are masked ({masked[0]}, ...), want none: restore() them first"
         )
     if path.exists() and not path.is_dir():
         raise SensibertError(f"export: {path} is a file, want a folder")
