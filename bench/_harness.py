@@ -121,10 +121,11 @@ def record(
     rival: str | None = None,
     rival_value: float | None = None,
 ) -> dict:
-    """Append a row to results/<bench>.jsonl and print it. The ratio is rival over ours: above 1, we are better."""
+    """Append a row to results/<bench>.jsonl and print it. Ratio above 1: we are better (less time, a larger share)."""
     row = {"bench": bench, "case": case, "metric": metric, "value": round(value, 4), "unit": unit, "rival": rival}
-    row["rival_value"] = None if rival_value is None else round(rival_value, 4)
-    row["ratio"] = None if rival_value is None else round(rival_value / value, 3)
+    row |= {"rival_value": None if rival_value is None else round(rival_value, 4), "ratio": None}
+    if rival_value is not None:
+        row["ratio"] = round(rival_value / value if unit == "us" else value / rival_value, 3)
     row |= machine()
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{bench}.jsonl").open("a") as file:
