@@ -1,6 +1,6 @@
 """Builds sensibert._C as far as this machine goes, and never fails an install over it:
 with CUDA where nvcc and a CUDA build of torch of the same major version are present, else the host solver alone, else
-nothing. `sensibert._native.status()` says which. SENSIBERT_CUDA_ARCHS="80;90a" builds for fewer cards."""
+nothing. `sensibert._native.status()` says which. SENSIBERT_CUDA_ARCHS="80;90a" builds for fewer cards, "" for none."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-ARCHITECTURES = os.environ.get("SENSIBERT_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
+ARCHITECTURES = re.findall(r"\w+", os.environ.get("SENSIBERT_CUDA_ARCHS", "80;90a;100"))
 HOST_SOURCES = ["csrc/torch/module.cpp", "csrc/host/solver.cpp"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 
@@ -41,6 +41,8 @@ def cuda_home() -> Path | None:
 
 def cuda_version() -> str | None:
     """The version of nvcc if `_C` can be built with CUDA here; otherwise None, and the reason has been said."""
+    if not ARCHITECTURES:
+        return say("SENSIBERT_CUDA_ARCHS is empty, so no CUDA kernels")
     try:
         import torch
     except ImportError:

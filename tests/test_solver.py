@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sensibert import _native
 from sensibert.errors import SensibertError
-from sensibert.solver import solve_budget, solve_levels
+from sensibert.solver import solve_budget
 
 
 def total(table, levels):
@@ -59,17 +58,6 @@ def test_no_groups_and_no_capacity():
     assert solve_budget([], [], 3) == []
     assert solve_budget([[0, 1]], [[0.0, 1.0]], 0) == [0]
     assert solve_budget([[0.0, 0.5]], [[0.0, 1.0]], 0.0) == [0]
-
-
-@pytest.mark.skipif(not _native.available, reason=_native.status())
-@pytest.mark.parametrize("seed", range(20))
-def test_cpp_and_numpy_choose_the_same_levels(seed):
-    rng = np.random.default_rng(seed)
-    costs, values = problem(seed, groups=6, levels=9)
-    noise = [rng.standard_normal(len(group)) for group in values]
-    values = [(n if seed % 2 else n.round()).tolist() for n in noise]  # rounded ones tie
-    for capacity in (0, 7, 60, 1000):
-        assert _native.module.solve_levels(costs, values, capacity) == solve_levels(costs, values, capacity)
 
 
 def test_an_impossible_budget_says_what_would_do():
