@@ -44,7 +44,8 @@ def block_sensitivity(
     or one for all; out[t] fp32 [ceil(N / bn), ceil(K / bk)], None starts from 0; decay 0 does not read what was there.
     reduce: signed sum(w g) | abs sum|w g| | square sum (w g)^2 | grad_square sum g^2 | weight_square sum w^2 (grads
     may then be empty). finish, of a block's total: none | square | abs. Accumulates in fp32 (fp64 where an input is
-    fp64) in an order fixed by the shapes: deterministic. ValueError names the argument that does not fit."""
+    fp64; the CUDA kernel refuses it) in an order fixed by the shapes: deterministic. ValueError names the argument
+    that does not fit."""
     grids = [grids] * len(weights) if isinstance(grids, Grid) else grids
     shapes = _check(weights, grads, grids, reduce, finish)
     if out is None:

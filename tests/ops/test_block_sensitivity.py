@@ -212,6 +212,64 @@ def test_a_held_plan_names_a_tensor_with_gaps():
         BlockSensitivity([p], Grid.row())()
 
 
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bit_for_bit(gpu):
+    weights, grads = make_inputs([(3072, 768), (768, 3072), (30522, 64), (768,)], torch.bfloat16, gpu)
+    for grid in GRIDS:
+        once = block_sensitivity(weights, grads, grid, "signed")
+        assert all(map(torch.equal, once, block_sensitivity(weights, grads, grid, "signed"))), str(grid)
+
+
+@pytest.mark.gpu
+def test_a_held_plan_can_be_captured_in_a_graph(gpu):
+    held = [torch.nn.Parameter(torch.randn(768, 300, device=gpu)) for _ in range(3)]
+    for p in held:
+        p.grad = torch.randn_like(p)
+    plan, graph = BlockSensitivity(held, Grid.column(), "signed", "square"), torch.cuda.CUDAGraph()
+    plan(0.0)
+    with torch.cuda.graph(graph):
+        plan(1.0)
+    for _ in range(2):
+        want = [o.clone() for o in plan.out]
+        for p in held:
+            p.grad.normal_()
+        block_sensitivity(held, [p.grad for p in held], Grid.column(), "signed", "square", want)
+        graph.replay()
+        assert all(map(torch.equal, plan.out, want))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_31_bits_count(gpu):
+    w = torch.ones(2**31 + 8, dtype=torch.float16, device=gpu)
+    assert block_sensitivity([w], [w], Grid.tensor())[0].item() == pytest.approx(2**31 + 8, rel=1e-6)
+    tall = w[: 2**31 + 8].view(-1, 8)
+    assert (block_sensitivity([tall], [tall], Grid.column())[0] == tall.shape[0]).all()
+
+
+@pytest.mark.gpu
+def test_more_tensors_than_one_launch_holds(gpu):
+    weights = [torch.full((3, 4), float(i), device=gpu) for i in range(805)]
+    assert torch.cat(block_sensitivity(weights, weights, Grid.tensor())).view(-1).tolist() == [
+        12.0 * i * i for i in range(805)
+    ]
+
+
+@pytest.mark.gpu
+def test_float64_on_a_gpu_is_named(gpu):
+    w = torch.ones(2, 2, dtype=torch.float64, device=gpu)
+    with pytest.raises(
+        RuntimeError, match=r"block_sensitivity: weights\[0\] is of a dtype the CUDA kernel does not take"
+    ):
+        block_sensitivity([w], [w], Grid.row())
+
+
 W, G = torch.zeros(2, 3), torch.zeros(2, 3)
 
 
