@@ -1,0 +1,71 @@
+"""What a trimmed model remembers of its base, and how MPNet's shared positions follow the heads that are left."""
+
+import pytest
+import torch
+from torch import nn
+
+from sensibert.errors import SensibertError
+from sensibert.models import sites
+from sensibert.models.structure import (
+    PickHeads,
+    is_trimmed,
+    read_structure,
+    save_structure,
+    set_structure,
+    structure_of,
+)
+from tests.helpers import tiny_model
+
+
+def test_a_model_that_was_never_trimmed_has_all_its_units():
+    model = tiny_model()
+    structure = structure_of(model)
+    assert not is_trimmed(model)
+    assert {name: kept.tolist() for name, kept in structure.items()} == {
+        s.name: [*range(s.units)] for s in sites(model)
+    }
+
+
+def test_the_structure_is_handed_out_as_a_copy():
+    model = tiny_model()
+    structure = {"layer.0.head": torch.tensor([1, 3])}
+    set_structure(model, structure)
+    structure["layer.0.head"] = structure_of(model)["layer.0.ffn"] = torch.tensor([0])
+    assert is_trimmed(model) and structure_of(model).keys() == {"layer.0.head"}
+    assert structure_of(model)["layer.0.head"].tolist() == [1, 3]
+
+
+def test_the_structure_survives_a_file(tmp_path):
+    model = tiny_model()
+    wanted = {"layer.0.head": torch.tensor([1, 3]), "layer.0.ffn": torch.tensor([], dtype=torch.int64)}
+    set_structure(model, wanted)
+    save_structure(model, tmp_path / "file")
+    found = read_structure(tmp_path / "file")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-1])
+    with pytest.raises(SensibertError, match="file: not a readable structure file"):
+        read_structure(tmp_path / "file")
+
+
+class Attention(nn.Module):
+    def forward(self, hidden, attention_mask=None, position_bias=None):
+        return position_bias
+
+
+@pytest.mark.parametrize("call", [lambda m, b: m(0, None, b), lambda m, b: m(0, position_bias=b)])
+def test_only_the_kept_heads_go_in_and_a_second_cut_narrows(call):
+    attention, bias = Attention(), torch.randn(2, 5, 3, 3)
+    undo_all = PickHeads.attach(attention, torch.tensor([0, 2, 4]))
+    assert torch.equal(call(attention, bias), bias[:, [0, 2, 4]])
+    undo_second = PickHeads.attach(attention, torch.tensor([1, 2]))
+    assert torch.equal(call(attention, bias), bias[:, [2, 4]])
+    undo_second()
+    assert torch.equal(call(attention, bias), bias[:, [0, 2, 4]])
+    undo_all()
+    assert torch.equal(call(attention, bias), bias)
+
+
+def test_no_positions_stay_no_positions():
+    attention = Attention()
+    PickHeads.attach(attention, torch.tensor([0]))
+    assert attention(0) is None and attention(0, None, None) is None and attention(0, position_bias=None) is None
