@@ -81,26 +81,39 @@ def _matrix_shape(s: Tensor) -> tuple[int, int]:
 
 def _key(s: Tensor) -> Tensor:
     """int32 [numel] in the order of the scores: a float's bits are sign and magnitude, so negatives are turned over."""
-    x = s.reshape(-1).float() + 0.0  # + 0.0 makes -0.0 into 0.0
-    b = x.view(torch.int32)
-    return torch.where(x.isnan(), NAN_KEY, b ^ ((b >> 31) & 0x7FFFFFFF))
+    x = s.reshape(-1).float() + 0.0  # a copy, in which -0.0 has become 0.0
+    nan, key = x.isnan(), x.view(torch.int32)
+    return key.bitwise_xor_((key >> 31) & 0x7FFFFFFF).masked_fill_(nan, NAN_KEY)
+
+
+def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
+    """The k-th largest key, k >= 1: count them by their upper 16 bits, then look only where the k-th must be."""
+    counts = sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys)
+    above = counts.flip(0).cumsum(0)  # of the largest bin, of the two largest, ...
+    place = int((above < k).sum())
+    rank = k - int(above[place - 1]) if place else k
+    inside = torch.cat([key[key >> 16 == 2**15 - 1 - place] for key in keys])
+    return inside.kthvalue(len(inside) - rank + 1).values
 
 
 def reference(keep, bits, occupancy, threshold, num_nan, scores, k, tile_rows, tile_cols) -> None:
     keys = [_key(s) for s in scores]
-    every = torch.cat([torch.empty(0, dtype=torch.int32, device=threshold.device), *keys])
-    num_nan.copy_((every == NAN_KEY).sum())
+    num_nan.copy_(sum((key == NAN_KEY).sum() for key in keys))
     if k == 0:
         threshold.fill_(torch.inf)
-        kept = torch.zeros_like(every, dtype=torch.bool)
+        for out in keep:
+            out.zero_()
     else:
-        cut = every.kthvalue(len(every) - k + 1).values
+        cut = _kth_largest(keys, k)
         threshold.copy_((cut ^ ((cut >> 31) & 0x7FFFFFFF)).view(torch.float32))  # a key turned back; NAN_KEY into a NaN
-        kept = every > cut
-        ties = (every == cut).nonzero()[:, 0]  # ascending: by tensor, then by index
-        kept[ties[: k - int(kept.sum())]] = True
-    for out, part in zip(keep, kept.split([len(key) for key in keys]), strict=True):
-        out.copy_(part.view_as(out))
+        above = [key > cut for key in keys]
+        left = k - sum(int(kept.sum()) for kept in above)  # of the scores that tie at the threshold
+        for out, key, kept in zip(keep, keys, above, strict=True):
+            if left:
+                ties = (key == cut).nonzero()[:left, 0]  # ascending
+                kept[ties] = True
+                left -= len(ties)
+            out.copy_(kept.view_as(out))
     for out, mask in zip(bits, keep, strict=False):
         _pack(out, mask)
     for out, mask in zip(occupancy, keep, strict=False):
