@@ -1,11 +1,15 @@
-"""Where a run lives until it is finished, and which of its checkpoints can be trusted."""
+"""Where a run lives until it is finished, what may be written where, and which checkpoints can be trusted."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .artifacts import write_atomically
@@ -45,19 +49,29 @@ def check_checkpoint(checkpoint: str | Path) -> None:
             raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
 
 
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>`, newest first, whole or not."""
+    found = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)]
+
+
+def _sealed(folder: str | Path) -> list[Path]:
+    """Without those whose writing was broken off: they never came to their manifest."""
+    return [checkpoint for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).exists()]
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint; None where none was begun; SensibertError if all of them are damaged."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    last: SensibertError | None = None
-    for checkpoint in found:
+    """The newest whole checkpoint; None where none was finished; SensibertError if all that were are damaged."""
+    newest: SensibertError | None = None
+    for checkpoint in _sealed(folder):
         try:
             check_checkpoint(checkpoint)
         except SensibertError as error:
-            last = last or error
+            newest = newest or error
         else:
             return checkpoint
-    if last is not None:
-        raise last
+    if newest is not None:
+        raise newest
     return None
 
 
@@ -68,27 +82,70 @@ def partial_folder(output: str | Path) -> Path:
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:
-    """SensibertError if something is there already."""
+    """SensibertError if something is in the place of a folder to be written."""
     output = Path(output)
+    if not output.name:
+        raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
 
 
-def open_workspace(output: str | Path, resume: bool, overwrite: bool) -> tuple[Path, Path | None]:
-    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way."""
+def check_file(path: str | Path, overwrite: bool) -> None:
+    """SensibertError if a file cannot be written there; told before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise SensibertError(f"output: {path} is a folder, want the name of a file")
+    if path.exists() and not overwrite:
+        raise SensibertError(f"output: {path} exists, want a new file or --overwrite")
+    if not path.parent.is_dir():
+        raise SensibertError(f"output: cannot write {path} (there is no folder {path.parent})")
+    if not os.access(path.parent, os.W_OK):
+        raise SensibertError(f"output: cannot write {path} (Permission denied)")
+
+
+@contextmanager
+def writing(path: str | Path, hint: str = "") -> Iterator[None]:
+    """The system's refusal to write, from whichever library it comes, as a SensibertError."""
+    try:
+        yield
+    except SensibertError:
+        raise
+    except Exception as error:
+        # tokenizers raises a bare Exception, torch.save a RuntimeError
+        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error).lower():
+            if "PytorchStreamWriter" not in str(error):
+                raise
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SensibertError(f"output: cannot write {path} ({reason}){hint}") from None
+
+
+@contextmanager
+def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
+    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way.
+
+    A run that fails leaves its whole checkpoints and nothing else; without one, no trace."""
     partial = partial_folder(output)
     check_output(output, overwrite)
     checkpoint = None
     if resume:
         checkpoint = latest_checkpoint(partial)
-    elif partial.exists() and any(partial.glob("checkpoint-*")) and not overwrite:
+    elif checkpoints(partial) and not overwrite:
         raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
     else:
         shutil.rmtree(partial, ignore_errors=True)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / ".probe").write_text("")
-        (partial / ".probe").unlink()
-    except OSError as error:
-        raise SensibertError(f"output: cannot write to {partial} ({error.strerror})") from None
-    return partial, checkpoint
+        with writing(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / ".probe").write_text("")
+            (partial / ".probe").unlink()
+        yield partial, checkpoint
+    except BaseException:
+        for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
+            shutil.rmtree(begun, ignore_errors=True)
+        if not checkpoints(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            for folder in made[1:]:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise

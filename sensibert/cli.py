@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from .errors import SensibertError
-from .options import METHODS, PRECISIONS, Options
+from .options import LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
 from .schedule import SHAPES, Schedule
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 _DEFAULT = Options(model="", output="")
 _SHAPE = Schedule()
+SIZES = ("encoder_params", "total_params", "flops")
 
 
 def _config(context: typer.Context, path: Path | None) -> Path | None:
@@ -33,36 +34,58 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SensibertError(f"config: cannot read {path} ({str(error).splitlines()[0]})") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise SensibertError(f"config: cannot read {path} ({reason})") from None
     if not isinstance(settings, dict):
         raise SensibertError(f"config: {path} holds a {type(settings).__name__}, want a mapping of option names")
+    places = {}  # option name -> parameter name: they differ for --json
+    for parameter in context.command.params:
+        names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")] or [parameter.name]
+        places |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    known = {parameter.name for parameter in context.command.params}
-    for name in settings:
-        if name not in known:
-            raise SensibertError(f"config: {path} names {name!r}, want one of {', '.join(sorted(known - {'config'}))}")
+    unknown = sorted(settings.keys() - places.keys())
+    if unknown:
+        known = ", ".join(sorted(places.keys() - {"config", "help"}))
+        raise SensibertError(f"config: {path} names {unknown[0]!r}, want one of {known}")
+    for name, value in settings.items():
+        if isinstance(value, list | dict):
+            raise SensibertError(f"config: {path}: {name} is a {type(value).__name__}, want one value")
+    settings = {places[name]: value for name, value in settings.items()}
     context.default_map = {**(context.default_map or {}), **settings}
     return path
 
 
 Config = Annotated[Path | None, typer.Option(help="YAML file of option names.", callback=_config, is_eager=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-DryRun = Annotated[bool, typer.Option(help="Say what would be done, read and write nothing more.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; nothing is written.")]
 Model = Annotated[str, typer.Option(help="Folder or hub name of a BERT-family model.")]
 Output = Annotated[str, typer.Option(help="Folder to write; it appears when the run is complete.")]
-Task = Annotated[str | None, typer.Option(help="Task or preset; guessed from the columns when left out.")]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="text-classification, regression, question-answering, token-classification, or a preset: mnli, qqp, qnli, "
+        "sst2, squad. Guessed from the columns, or the model, when left out."
+    ),
+]
 TrainFile = Annotated[str | None, typer.Option(help="csv, tsv, jsonl, json or parquet, also .gz, or a hub name.")]
 ValidationFile = Annotated[str | None, typer.Option(help="The same kinds of file.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens; 128, for questions 384.")]
+DocStride = Annotated[int | None, typer.Option(help="Tokens two windows of a long context share.")]
+Samples = Annotated[int, typer.Option(help="At most so many for the analysis.")]
+MicroBatch = Annotated[int, typer.Option(help="Samples whose gradient is squared at once.")]
+Precision = Annotated[str, typer.Option(help=" or ".join(PRECISIONS))]
+Seed = Annotated[int, typer.Option(help="Of everything drawn by chance.")]
+Layout = Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}. dense: zero-filled, loads everywhere.")]
 TextColumn = Annotated[str | None, typer.Option(help="Input column, or two: a,b.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label.")]
 BudgetText = Annotated[str, typer.Option(help="50%params, 30%flops, 5.3Mparams, 1.2Gflops: an upper bound.")]
-Scope = Annotated[str, typer.Option(help="What the budget counts: encoder or model.")]
+Scope = Annotated[str, typer.Option(help="What the budget counts: encoder, or model (with embeddings and head).")]
 FlopsLength = Annotated[int, typer.Option(help="Tokens a sequence, for FLOPs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
 Step = Annotated[int | None, typer.Option(help="FFN widths become multiples of it (64, small models 32).")]
-Policy = Annotated[str, typer.Option(help="global: one threshold for all layers; uniform: the same share in each.")]
+Policy = Annotated[str, typer.Option(help=f"{' or '.join(POLICIES)}: one threshold for all layers, or equal shares.")]
 
 
 def _given(kind: type, context: typer.Context) -> dict[str, Any]:
@@ -71,10 +94,24 @@ def _given(kind: type, context: typer.Context) -> dict[str, Any]:
 
 
 def _say(as_json: bool, result: dict, text: str) -> None:
-    if text:
-        print(text, flush=True)
+    print(text, flush=True)
     if as_json:
         print(json.dumps(result), flush=True)
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    """`name: value` a line; what is not known is left out."""
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items()}
+    return "\n".join(f"{name}: {value}" for name, value in shown.items() if value is not None)
+
+
+def _left(result: dict) -> str:
+    """Sizes before and after, in the words of result.json."""
+    from .report import share, table
+
+    pairs = [(name, result[f"{name}_before"], result[f"{name}_after"]) for name in SIZES]
+    rows = [(name, before, after, share(after, before)) for name, before, after in pairs]
+    return table(("", "before", "after", "left"), rows)
 
 
 @app.command()
@@ -91,18 +128,22 @@ def finetune(
     budget: BudgetText = _DEFAULT.budget,
     scope: Scope = _DEFAULT.scope,
     flops_length: FlopsLength = _DEFAULT.flops_length,
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}. dense: the control without a cut.")] = "fisher",
+    method: Annotated[
+        str, typer.Option(help=f"{', '.join(METHODS)}. dense: the control without a cut.")
+    ] = _DEFAULT.method,
     policy: Policy = _DEFAULT.policy,
     step: Step = None,
-    samples: Annotated[int, typer.Option(help="At most so many for the analysis.")] = _DEFAULT.samples,
-    micro_batch: Annotated[int, typer.Option(help="Samples whose gradient is squared at once.")] = _DEFAULT.micro_batch,
+    samples: Samples = _DEFAULT.samples,
+    micro_batch: MicroBatch = _DEFAULT.micro_batch,
     schedule: Annotated[str, typer.Option(help=f"{' or '.join(SHAPES)}: how the cut is spread.")] = _SHAPE.shape,
-    warm_share: Annotated[float, typer.Option(help="Share of the steps before the first cut.")] = _SHAPE.warm_share,
+    warm_share: Annotated[
+        float, typer.Option(help="Share of the steps before the first cut.", show_default="1/3")
+    ] = _SHAPE.warm_share,
     trim_share: Annotated[float, typer.Option(help="Share of the steps the cubic takes.")] = _SHAPE.trim_share,
     milestones: Annotated[int, typer.Option(help="Cuts the cubic takes.")] = _SHAPE.milestones,
     warmup: Annotated[float, typer.Option(help="Share of the steps of learning-rate warm-up.")] = _SHAPE.warmup,
     rewarm: Annotated[float, typer.Option(help="The same after the last cut.")] = _SHAPE.rewarm,
-    teacher: Annotated[str | None, typer.Option(help="Fine-tuned model to distil from, or 'snapshot'.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=f"Fine-tuned model to distil from, or {SNAPSHOT}.")] = None,
     distil: Annotated[float, typer.Option(help="Weight of the distillation loss.")] = _DEFAULT.distil,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = _DEFAULT.temperature,
     epochs: Annotated[float | None, typer.Option(help="3 unless the preset says otherwise.")] = None,
@@ -110,12 +151,12 @@ def finetune(
     learning_rate: Annotated[float | None, typer.Option(help="Peak; 1e-4 unless the preset says otherwise.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="32 unless the preset says otherwise.")] = None,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = _DEFAULT.gradient_accumulation,
-    weight_decay: Annotated[float, typer.Option()] = _DEFAULT.weight_decay,
-    max_length: Annotated[int | None, typer.Option(help="Tokens; 128, for questions 384.")] = None,
-    doc_stride: Annotated[int | None, typer.Option(help="Tokens two windows of a long context share.")] = None,
-    precision: Annotated[str, typer.Option(help=" or ".join(PRECISIONS))] = _DEFAULT.precision,
-    seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
-    layout: Annotated[str, typer.Option(help="trimmed, dense (zero-filled, loads everywhere) or both.")] = "trimmed",
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = _DEFAULT.weight_decay,
+    max_length: MaxLength = None,
+    doc_stride: DocStride = None,
+    precision: Precision = _DEFAULT.precision,
+    seed: Seed = _DEFAULT.seed,
+    layout: Layout = _DEFAULT.layout,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; an epoch if left out.")] = None,
     save_before_cut: Annotated[
         bool, typer.Option("--save-before-cut", help="A checkpoint at the last dense step.")
@@ -125,26 +166,33 @@ def finetune(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", help="No progress bars; nor are there any where standard error is not a terminal."),
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model on a task and trim it to a budget on the way.
 
-    sensibert finetune --model bert-base-uncased --train-file train.csv --validation-file dev.csv --output small
-
-    sensibert finetune --model roberta-base --task sst2 --budget 30%flops --output small --schedule cubic
+    \b
+    Examples:
+      sensibert finetune --model bert-base-uncased --train-file train.csv \\
+          --validation-file dev.csv --budget 50%params --output small
+      sensibert finetune --model roberta-base --task sst2 --budget 30%flops \\
+          --schedule cubic --output small
+      sensibert finetune --config recipe.yaml --seed 1 --output small-1
     """
     from .recipe import finetune_and_trim
     from .report import summary
     from .steps import outline
 
     shape = Schedule(shape=schedule, **_given(Schedule, context))
-    options = Options(**{**_given(Options, context), "schedule": shape})
+    quiet = quiet or not sys.stderr.isatty()
+    options = Options(**{**_given(Options, context), "schedule": shape, "quiet": quiet})
     if dry_run:
         result = outline(options)
-        _say(as_json, result, "\n".join(f"{name}: {value}" for name, value in result.items()))
-        return
+        return _say(as_json, result, _lines(result))
     result = finetune_and_trim(options)
     _say(as_json, result, f"{summary(result)}\n\nwritten to {result['output']} (pictures in {result['output']}/report)")
 
@@ -159,34 +207,29 @@ def analyze(
     task: Task = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS[:-1]))] = "fisher",
-    samples: Annotated[int, typer.Option()] = _DEFAULT.samples,
-    micro_batch: Annotated[int, typer.Option()] = _DEFAULT.micro_batch,
-    max_length: Annotated[int | None, typer.Option()] = None,
-    precision: Annotated[str, typer.Option()] = _DEFAULT.precision,
-    seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS[:-1]))] = _DEFAULT.method,
+    samples: Samples = _DEFAULT.samples,
+    micro_batch: MicroBatch = _DEFAULT.micro_batch,
+    max_length: MaxLength = None,
+    doc_stride: DocStride = None,
+    precision: Precision = _DEFAULT.precision,
+    seed: Seed = _DEFAULT.seed,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Score every head and FFN neuron of a fine-tuned model and write the scores.
 
-    sensibert analyze --model tuned --train-file train.csv --output tuned.sensitivity.safetensors
+    \b
+    Examples:
+      sensibert analyze --model tuned --train-file train.csv --output scores.safetensors
+      sensibert analyze --model tuned --method magnitude --output scores.safetensors
     """
     from .report import RANKING_HEADER, ranking_rows, table
     from .steps import analyze_file
 
-    _refuse_existing(output, overwrite)
-    sensitivity = analyze_file(Options(**_given(Options, context)))
+    result, sensitivity = analyze_file(Options(**_given(Options, context)))
     rows = ranking_rows(sensitivity)
-    text = table(RANKING_HEADER, rows[:10]) if rows else "no ranking of whole tensors: this statistic reads no data"
-    result = {
-        "model": model,
-        "method": method,
-        "samples": sensitivity.samples,
-        "seed": seed,
-        "tensors": sensitivity.tensors,
-        "output": output,
-    }
+    text = table(RANKING_HEADER, rows[:10]) if rows else f"no ranking of whole tensors: {method} reads no data"
     _say(as_json, result, f"{text}\n\nwritten to {output}")
 
 
@@ -206,24 +249,20 @@ def plan(
 ) -> None:
     """Choose what survives a budget; needs no model and no data.
 
-    sensibert plan --sensitivity tuned.sensitivity.safetensors --budget 30%flops --output tuned.plan.safetensors
+    \b
+    Examples:
+      sensibert plan --sensitivity scores.safetensors --budget 30%flops \\
+          --output plan.safetensors
+      sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
+    from .artifacts import Budget
     from .report import STRUCTURE_HEADER, structure_rows, table
-    from .steps import plan_file, plan_result, write
+    from .steps import plan_file
 
-    if output is None and not dry_run:
-        raise SensibertError("output is missing, want a file to write, or --dry-run")
-    if output is not None:
-        _refuse_existing(output, overwrite)
-    found = plan_file(sensitivity, budget, scope, flops_length, step, policy)
-    if output is not None and not dry_run:
-        write(found.save, output)
-    result = {**plan_result(found), "output": None if dry_run else output}
-    text = [table(STRUCTURE_HEADER, structure_rows(found.layout, found.keep))]
-    for name in ("encoder_params", "total_params", "flops"):
-        before, after = result[f"{name}_before"], result[f"{name}_after"]
-        text.append(f"{name}: {before:,} -> {after:,} ({100 * after / before:.1f} %)")
-    _say(as_json, result, "\n".join(text))
+    asked = Budget.parse(budget, scope, flops_length)
+    result, found = plan_file(sensitivity, output, asked, step, policy, overwrite, dry_run)
+    layers = table(STRUCTURE_HEADER, structure_rows(found.layout, found.keep))
+    _say(as_json, result, f"{layers}\n\n{_left(result)}{_written(result)}")
 
 
 @app.command()
@@ -232,38 +271,43 @@ def trim(
     output: Output,
     plan: Annotated[str, typer.Option(help="File of `sensibert plan`.")],
     config: Config = None,
-    layout: Annotated[str, typer.Option(help="trimmed, dense or both.")] = "trimmed",
+    layout: Layout = _DEFAULT.layout,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Cut a model by a plan, without training, and write the folder.
 
-    sensibert trim --model tuned --plan tuned.plan.safetensors --output small
+    \b
+    Example:
+      sensibert trim --model tuned --plan plan.safetensors --output small
     """
     from .steps import trim_folder
 
     result = trim_folder(model, plan, output, layout, overwrite, dry_run)
-    text = f"encoder parameters {result['encoder_params_before']:,} -> {result['encoder_params_after']:,}"
-    _say(as_json, result, text if dry_run else f"{text}\nwritten to {output}")
+    _say(as_json, result, f"{_left(result)}{_written(result)}")
 
 
 @app.command(name="eval")
 def evaluate(
     context: typer.Context,
     folder: Annotated[str, typer.Argument(help="A trimmed or any fine-tuned model.")],
-    validation_file: Annotated[str, typer.Option(help="Data to score on.")],
+    validation_file: ValidationFile = None,
     config: Config = None,
     task: Task = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    max_length: Annotated[int | None, typer.Option()] = None,
-    precision: Annotated[str, typer.Option()] = _DEFAULT.precision,
+    max_length: MaxLength = None,
+    doc_stride: DocStride = None,
+    precision: Precision = _DEFAULT.precision,
     as_json: AsJson = False,
 ) -> None:
     """Score a model on a file.
 
-    sensibert eval small --validation-file dev.csv --json
+    \b
+    Examples:
+      sensibert eval small --validation-file dev.csv --json
+      sensibert eval small --task sst2
     """
     from .steps import evaluate_folder
 
@@ -279,7 +323,9 @@ def inspect(
 ) -> None:
     """Show what is left of a trimmed model, layer by layer.
 
-    sensibert inspect small
+    \b
+    Example:
+      sensibert inspect small
     """
     from .report import STRUCTURE_HEADER, table
     from .steps import inspect_folder
@@ -287,28 +333,37 @@ def inspect(
     result = inspect_folder(folder)
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
-    facts = [f"{name}: {value}" for name, value in result.items() if name not in ("layers", "seconds")]
-    _say(as_json, result, "\n".join([table(STRUCTURE_HEADER, rows), "", *facts]))
+    facts = _lines({name: result[name] for name in ("model", "family", "task", "method", "budget", "seed", "steps")})
+    metrics = _lines(result["metrics"] or {})
+    parts = [facts, table(STRUCTURE_HEADER, rows), _left(result), metrics]
+    _say(as_json, result, "\n\n".join(filter(None, parts)))
 
 
-def _refuse_existing(path: str, overwrite: bool) -> None:
-    if Path(path).exists() and not overwrite:
-        raise SensibertError(f"output: {path} exists, want a new file or --overwrite")
+def _written(result: dict) -> str:
+    return f"\n\nwritten to {result['output']}" if result["output"] else ""
 
 
 def main() -> None:
-    """Entry point: errors of the user become one line and exit code 2."""
+    """Entry point: errors of the user and of the system become one line and exit code 2."""
+    # Read when transformers is imported: its warnings, and bars where no one watches, would bury that line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=False)
-    except SensibertError as error:
-        print(f"sensibert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except (SensibertError, OSError) as error:
+        _fail(str(error), 2)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
         # Click's own usage errors carry an exit code and know how to show themselves; anything else is our bug.
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
-            print(f"sensibert: error: {error.format_message()}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        raise
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), error.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    if message:  # empty where nothing was asked for and the help has been shown
+        print(f"sensibert: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,21 +1,31 @@
-"""What a run depends on, and how the model and the data that it names are read."""
+"""What a run depends on: names, defaults, and what can be told before anything is read. Nothing heavy is imported
+until it is needed, so that `sensibert --help` is quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-from .artifacts import Budget
 from .errors import SensibertError
-from .models import base_type, families
 from .schedule import Schedule
-from .tasks import PRESETS, TaskData, load_examples
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+    from .artifacts import Budget
+
+PRECISIONS = ("fp32", "bf16")
 METHODS = ("fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
+POLICIES = ("global", "uniform")
+LAYOUTS = ("trimmed", "dense", "both")
+SNAPSHOT = "snapshot"
+_CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
+_POSITIVE = (
+    *("epochs", "learning_rate", "batch_size", "gradient_accumulation", "samples", "micro_batch", "temperature"),
+    *("step", "save_steps", "flops_length", "max_length"),
+)
+_INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
 
 
 @dataclass(frozen=True)
@@ -60,81 +70,54 @@ class Options:
     quiet: bool = False
 
     def parsed_budget(self) -> Budget:
+        from .artifacts import Budget
+
         return Budget.parse(self.budget, self.scope, self.flops_length)
+
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of a mixed-precision forward pass."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else None
 
     def check(self, needs_data: bool = True) -> None:
         """SensibertError for what can be told without reading data or model."""
-        if self.method not in METHODS:
-            raise SensibertError(f"method is {self.method!r}, want one of {', '.join(METHODS)}")
-        if self.precision not in PRECISIONS:
-            raise SensibertError(f"precision is {self.precision!r}, want one of {', '.join(PRECISIONS)}")
-        for name in ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "samples", "micro_batch"):
+        from .tasks import PRESETS, get_task
+
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise SensibertError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(known)}")
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise SensibertError(f"{name} is {value}, want more than 0")
-        if not 0 <= self.distil <= 1 or self.temperature <= 0:
-            raise SensibertError(f"distil is {self.distil}, temperature {self.temperature}, want [0, 1] and above 0")
+        if not 0 <= self.distil <= 1:
+            raise SensibertError(f"distil is {self.distil}, want a weight in [0, 1]")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SensibertError(f"weight_decay is {self.weight_decay}, want at least 0")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise SensibertError(f"max_steps is {self.max_steps}, want at least 1, or -1 to count epochs")
+        if not 0 <= self.seed < 2**32:
+            raise SensibertError(f"seed is {self.seed}, want 0 to {2**32 - 1}")
+        if self.teacher == SNAPSHOT and self.method == "dense":
+            raise SensibertError("teacher is 'snapshot', the model before the cut, and method dense never cuts")
         self.parsed_budget()
+        if self.task is not None:
+            get_task(self.task)
         if needs_data and self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
 
     def resolved(self) -> Options:
         """With the preset's settings where nothing else was asked for."""
-        preset = PRESETS.get(self.task or "")
-        usual = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}
+        from .tasks import PRESETS
+
+        preset, usual = PRESETS.get(self.task or ""), {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
-            if self.train_file is None:
-                usual |= {"text_column": ",".join(preset.input_columns), "label_column": preset.label_column}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
-
-def load_data(options: Options, tokenizer, label_names: list[str] | None = None) -> TaskData:
-    """The files named by the options, or the preset's hub data, as features."""
-    preset = PRESETS.get(options.task or "")
-    if options.train_file is None and preset:
-        train = load_examples(preset.source, preset.train_split)
-        validation = load_examples(preset.source, preset.validation_split)
-    else:
-        train = load_examples(options.train_file)
-        validation = load_examples(options.validation_file) if options.validation_file else None
-    return TaskData.build(
-        options.task,
-        train,
-        validation,
-        tokenizer,
-        options.max_length,
-        options.doc_stride,
-        options.text_column,
-        options.label_column,
-        label_names,
-    )
-
-
-def load_tokenizer(source: str):
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
-
-
-def load_model(source: str, data: TaskData | None = None) -> nn.Module:
-    """A pre-trained encoder, with a head for the task if data is given. Unknown families are refused first."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise SensibertError(f"model: cannot read {source} ({first_line(error)})") from None
-    if base_type(config.model_type) not in families():
-        raise SensibertError(
-            f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
-            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
-        )
-    kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
-    try:
-        return (data.auto_class() if data else AutoModel).from_pretrained(source, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    def settings(self) -> dict:
+        """The run in the words of the command line, as --config reads them."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _INVOCATION}
+        shape = asdict(self.schedule)
+        return {**found, "schedule": shape.pop("shape"), **shape}

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from . import cost
 from .artifacts import Budget, Layout, Plan, Sensitivity, write_atomically
-from .checkpoints import MEMORY, STRUCTURE, open_workspace, seal
-from .errors import SensibertError
+from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
 from .models import describe
 from .models.structure import structure_of
-from .options import PRECISIONS, Options, load_data, load_model, load_tokenizer
+from .options import SNAPSHOT, Options
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.export import export
@@ -30,6 +29,7 @@ from .pipeline.finetune import finetune, predict
 from .pipeline.trim import restructure, trim
 from .report import write_report
 from .schedule import Schedule
+from .sources import check_family, load_data, load_model, load_tokenizer
 from .tasks import TaskData, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
@@ -204,9 +204,6 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
     )
 
 
-SNAPSHOT = "snapshot"
-
-
 def _save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
     """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
     new = folder / f"{SNAPSHOT}.new"
@@ -231,15 +228,20 @@ def finetune_and_trim(options: Options) -> dict:
     started = time.perf_counter()
     options.check()
     options = options.resolved()
-    folder, checkpoint = open_workspace(options.output, options.resume, options.overwrite)
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    with workspace(options.output, options.resume, options.overwrite) as (folder, checkpoint):
+        return _run(options, folder, checkpoint, started)
+
+
+def _run(options: Options, folder: Path, checkpoint: Path | None, started: float) -> dict:
+    check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
     set_seed(options.seed)
     model = load_model(options.model, data)
-    autocast = PRECISIONS[options.precision]
+    autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:
         if data.validation is None:
@@ -252,7 +254,7 @@ def finetune_and_trim(options: Options) -> dict:
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
-        if options.teacher == "snapshot":
+        if options.teacher == SNAPSHOT:
             _save_snapshot(model, tokenizer, folder)
             teacher = _teacher(options, data, folder)
         return score(model)
@@ -324,26 +326,19 @@ def _result(
 def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCallback, result: dict) -> None:
     """Build the finished folder beside the checkpoints, then move it into its place in one step."""
     final, output = folder / "final", Path(options.output)
-    try:
+    with writing(output, "; --resume goes on from the last whole checkpoint"):
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
         export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)
         write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
-        settings = json.dumps({f.name: _plain(getattr(options, f.name)) for f in fields(options)}, indent=2)
-        (final / "recipe.json").write_text(settings + "\n")
+        (final / "recipe.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
         if output.exists():
             shutil.rmtree(output)
         os.replace(final, output)
-    except OSError as error:
-        raise SensibertError(f"output: cannot write {output} ({error.strerror or error})") from None
     if not options.keep_checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _plain(value: object) -> object:
-    return asdict(value) if isinstance(value, Schedule) else value

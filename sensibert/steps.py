@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,41 +11,35 @@ from torch import nn
 
 from . import cost
 from .artifacts import Budget, Layout, Plan, Sensitivity
-from .checkpoints import check_output
+from .checkpoints import check_file, check_output, writing
 from .errors import SensibertError
 from .models import base_of, describe
 from .models.structure import is_trimmed
-from .options import PRECISIONS, Options, load_model, load_tokenizer
+from .options import LAYOUTS, Options
 from .pipeline.allocate import allocate
 from .pipeline.analyze import STATISTICS, analyze, rank_tensors
 from .pipeline.export import dense, export, load
 from .pipeline.finetune import predict
 from .pipeline.trim import trim
 from .recipe import RANKED_SAMPLES, RESULT, micro_batches
-from .tasks import TaskData, load_examples, sampled_loss
+from .sources import check_family, encode, load_model, load_tokenizer, training_examples, validation_examples
+from .tasks import PRESETS, TaskData, get_task, sampled_loss
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
-
-
-def write(save: Callable[[str], object], path: str) -> None:
-    """save(path), with the system's refusal as a SensibertError."""
-    try:
-        save(path)
-    except OSError as error:
-        raise SensibertError(f"output: cannot write {path} ({error.strerror or error})") from None
 
 
 def outline(options: Options) -> dict:
     """What a run would do, told from options and model alone: nothing is written, no data is read."""
     options.check()
     options = options.resolved()
+    check_output(options.output, options.overwrite)
     layout = describe(load_model(options.model))
     budget, counts = options.parsed_budget(), cost.counts_of(layout)
     return {
         "model": options.model,
         "family": layout.family,
         "method": options.method,
-        "budget": str(budget),
+        "budget": str(budget) if options.method != "dense" else None,
         "scope": options.scope,
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
@@ -61,29 +54,51 @@ def outline(options: Options) -> dict:
     }
 
 
-def analyze_file(options: Options) -> Sensitivity:
+def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     """Scores of a fine-tuned model on a file, written to options.output."""
-    options.check(needs_data=STATISTICS.get(options.method) is None or STATISTICS[options.method].data)
-    if options.method == "dense":
-        raise SensibertError(f"method is 'dense', want one of {', '.join(STATISTICS)}")
-    if not STATISTICS[options.method].data:
-        found = analyze(load_model(options.model), (), options.method, seed=options.seed)
-    else:
-        model, data = _model_and_data(options, options.train_file, "train")
-        autocast = PRECISIONS[options.precision]
+    rule = STATISTICS.get(options.method)
+    options.check(needs_data=rule is None or rule.data)
+    if rule is None:
+        raise SensibertError(f"method is {options.method!r}, want one of {', '.join(STATISTICS)}")
+    check_file(options.output, options.overwrite)
+    if rule.data:
+        model, data = _model_and_data(options, "train")
 
         def batches(samples: int):
             return micro_batches(data.train, data.collator, samples, options.micro_batch, options.seed)
 
-        found = analyze(model, batches(options.samples), options.method, sampled_loss, options.seed, autocast)
-        few = min(options.samples, RANKED_SAMPLES)
-        found = replace(found, tensors=rank_tensors(model, batches(few), sampled_loss, options.seed, autocast))
-    write(found.save, options.output)
-    return found
+        found = analyze(model, batches(options.samples), options.method, sampled_loss, options.seed, options.autocast())
+        few = batches(min(options.samples, RANKED_SAMPLES))
+        found = replace(found, tensors=rank_tensors(model, few, sampled_loss, options.seed, options.autocast()))
+    else:
+        check_family(options.model)
+        found = analyze(load(options.model)[0], (), options.method, seed=options.seed)
+    with writing(options.output):
+        found.save(options.output)
+    facts = {"task": data.task.name if rule.data else None, "model": options.model, "method": options.method}
+    sizes = {"seed": options.seed, "samples": found.samples, "encoder_params_before": found.layout.encoder_params}
+    return {**facts, **sizes, "tensors": found.tensors, "output": options.output}, found
 
 
-def plan_file(sensitivity: str, budget: str, scope: str, length: int, step: int | None, policy: str) -> Plan:
-    return allocate(Sensitivity.load(sensitivity), Budget.parse(budget, scope, length), step, policy)
+def plan_file(
+    sensitivity: str,
+    output: str | None,
+    budget: Budget,
+    step: int | None,
+    policy: str,
+    overwrite: bool,
+    dry_run: bool,
+) -> tuple[dict, Plan]:
+    """The plan that a sensitivity file gives for a budget, written to output; and the same in the words of a result."""
+    if output is None and not dry_run:
+        raise SensibertError("output is missing, want a file to write, or --dry-run")
+    if output is not None:
+        check_file(output, overwrite)
+    plan = allocate(Sensitivity.load(sensitivity), budget, step, policy)
+    if output is not None and not dry_run:
+        with writing(output):
+            plan.save(output)
+    return {**plan_result(plan), "output": None if dry_run else output}, plan
 
 
 def _sizes(layout: Layout, keep: dict | None, budget: Budget) -> dict:
@@ -105,16 +120,21 @@ def plan_result(plan: Plan) -> dict:
 
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
     """Cut the model in a folder by a plan file and export it. The plan must have been made for this very model."""
+    if layout not in LAYOUTS:
+        raise SensibertError(f"layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+    check_output(output, overwrite)
     chosen = Plan.load(plan)
-    if not dry_run:
-        check_output(output, overwrite)
+    check_family(model)
     found, tokenizer = load(model)
     if describe(found).digest != chosen.layout.digest:
-        raise SensibertError(f"plan: {plan} was made for another model than {model} (their weights or shapes differ)")
+        raise SensibertError(
+            f"plan: {plan} comes from the sensitivity of another model than {model} (their weights or shapes differ)"
+        )
     if not dry_run:
         trim(found, chosen)
         info = {"method": chosen.method, "budget": str(chosen.budget)}
-        export(found, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
+        with writing(output):
+            export(found, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
 
 
@@ -132,37 +152,34 @@ def _task_of(model: nn.Module, options: Options) -> str:
     return "regression" if model.config.num_labels == 1 else "text-classification"
 
 
-def _model_and_data(options: Options, file: str | None, role: str) -> tuple[nn.Module, TaskData]:
+def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
     """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels."""
-    if file is None:
-        raise SensibertError(f"{role}_file is missing, want a file to read")
-    examples = load_examples(file)
+    if role == "validation" and options.validation_file is None and options.task not in PRESETS:
+        raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+    examples = training_examples(options) if role == "train" else validation_examples(options)
+    check_family(options.model)
     model, tokenizer = load(options.model)
     if tokenizer is None:
         tokenizer = load_tokenizer(options.model)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    task = _task_of(model, options)
-    data = TaskData.build(
-        task,
-        examples if role == "train" else None,
-        examples if role == "validation" else None,
-        tokenizer,
-        options.max_length,
-        options.doc_stride,
-        options.text_column,
-        options.label_column,
-        names if task in ("text-classification", "token-classification") else None,
-    )
-    return model, data
+    options = replace(options.resolved(), task=_task_of(model, options))
+    task, names = get_task(options.task), [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
+        raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
+    if task.name == "regression" and len(names) != 1:
+        raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
+    classes = names if task.name in ("text-classification", "token-classification") else None
+    both = (examples, None) if role == "train" else (None, examples)
+    return model, encode(options, tokenizer, *both, classes)
 
 
 def evaluate_folder(options: Options) -> dict:
     """Metrics of a model folder on a file."""
     started = time.perf_counter()
-    model, data = _model_and_data(options, options.validation_file, "validation")
-    logits = predict(model, data.validation, data.collator, autocast=PRECISIONS[options.precision])
+    options.check(needs_data=False)
+    model, data = _model_and_data(options, "validation")
+    logits = predict(model, data.validation, data.collator, autocast=options.autocast())
     layout = describe(model)
     return {
         "task": data.task.name,
@@ -174,25 +191,35 @@ def evaluate_folder(options: Options) -> dict:
     }
 
 
+# What only the run itself knows; null where a folder was trimmed without one.
+_NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_dense", "seconds")
+
+
 def inspect_folder(folder: str) -> dict:
     """Sizes, origin and layers of a trimmed model folder, in the words of result.json."""
+    check_family(folder)
     model, _ = load(folder)
     layout = describe(model)
     before = describe(dense(model)) if is_trimmed(model) else layout
-    entry = getattr(model.config, "sensibert", None) or {}
-    result_file = Path(folder) / RESULT
-    known = json.loads(result_file.read_text()) if result_file.exists() else {}
+    entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
+    try:
+        known = json.loads(result_file.read_text()) if result_file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SensibertError(f"{result_file}: cannot be read ({str(error).splitlines()[0]})") from None
     rows: dict[int, dict] = {}
     for now, then in zip(layout.sites, before.sites, strict=True):
         row = rows.setdefault(now.layer, {"layer": now.layer})
         name = "heads" if now.kind == "head" else "ffn"
         row |= {name: now.units, f"{name}_of": then.units}
-    facts = {name: known.get(name, entry.get(name)) for name in ("task", "method", "budget", "seed")}
+    noted = {name: known.get(name, entry.get(name)) for name in _NOTED}
+    scope, length = noted["scope"] or "encoder", known.get("flops_length", Options.flops_length)
     sizes = {
         "encoder_params_before": before.encoder_params,
         "encoder_params_after": layout.encoder_params,
         "total_params_before": before.total_params,
         "total_params_after": layout.total_params,
+        "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
+        "flops_after": cost.flops(layout, cost.counts_of(layout), scope, 1, length),
+        "flops_length": length,
     }
-    facts = {"model": folder, "family": layout.family, **facts}
-    return {**facts, **sizes, "metrics": known.get("metrics"), "layers": list(rows.values())}
+    return {"model": folder, "family": layout.family, **noted, **sizes, "layers": list(rows.values())}

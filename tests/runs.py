@@ -1,9 +1,14 @@
 """A model, a tokenizer and data so small that a whole run takes a second or two (`from tests.runs import ...`)."""
 
+import contextlib
 import csv
+import io
 import json
 import random
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from tests.helpers import tiny_model
 from tests.tasks.tiny import word_piece
@@ -63,8 +68,58 @@ def tag_file(path: Path, rows: int = 48, seed: int = 0) -> str:
     return str(path)
 
 
+def pair_file(path: Path, rows: int = 48, seed: int = 0) -> str:
+    """Do both sentences tell the same?"""
+    first, second = sentences(rows, seed), sentences(rows, seed + 1000)
+    with open(path, "w", newline="") as file:
+        rows_ = [(a, b, ("differ", "same")[i == j]) for (a, i), (b, j) in zip(first, second, strict=True)]
+        csv.writer(file).writerows([("sentence1", "sentence2", "label"), *rows_])
+    return str(path)
+
+
 def number_file(path: Path, rows: int = 48, seed: int = 0) -> str:
     with open(path, "w", newline="") as file:
         rows_ = [(text, label + 0.25) for text, label in sentences(rows, seed)]
         csv.writer(file).writerows([("sentence", "label"), *rows_])
     return str(path)
+
+
+RESULT_KEYS = {
+    *("task", "model", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_dense", "seconds", "output"),
+    *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
+    *("flops_before", "flops_after", "flops_length"),
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        """The last line of standard output."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def command(*arguments: object) -> Finished:
+    """`sensibert ...` in this process, which has paid for its imports already."""
+    from sensibert import cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", ["sensibert", *map(str, arguments)]):
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its content (None for folders): what nobody may have touched."""
+    found = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in found}

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ..checkpoints import STRUCTURE, check_checkpoint
+from ..checkpoints import STRUCTURE, check_checkpoint, writing
 from ..errors import SensibertError
 from ..models.structure import read_structure
 
@@ -156,15 +155,8 @@ def finetune(
         callbacks=list(callbacks),
         **trainer_options,
     )
-    try:
+    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume goes on from the last whole checkpoint"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        folder, reason = arguments.output_dir, str(error).splitlines()[0]
-        raise SensibertError(
-            f"finetune: cannot write a checkpoint to {folder} ({reason}); --resume goes on from the last whole one"
-        ) from None
     return trainer
 
 

@@ -1,0 +1,84 @@
+"""How the model, the tokenizer and the data that options name are read. Every refusal says which of them it is."""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from .errors import SensibertError
+from .models import base_type, families
+from .options import Options
+from .tasks import PRESETS, Examples, TaskData, load_examples
+
+# What transformers raises for a folder that is missing, damaged, or of another kind.
+_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
+def training_examples(options: Options) -> Examples:
+    """The training file, or the preset's hub data."""
+    preset = PRESETS.get(options.task or "")
+    if options.train_file is not None:
+        return load_examples(options.train_file, preset.train_split if preset else "train")
+    if preset is None:
+        raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+    return load_examples(preset.source, preset.train_split)
+
+
+def validation_examples(options: Options) -> Examples | None:
+    """The validation file; for a preset whose training data comes from the hub, its split from there."""
+    preset = PRESETS.get(options.task or "")
+    if options.validation_file is not None:
+        return load_examples(options.validation_file, preset.validation_split if preset else "validation")
+    if preset is None or options.train_file is not None:
+        return None
+    return load_examples(preset.source, preset.validation_split)
+
+
+def load_data(options: Options, tokenizer) -> TaskData:
+    """Training and validation data as features."""
+    return encode(options, tokenizer, training_examples(options), validation_examples(options))
+
+
+def encode(
+    options: Options, tokenizer, train: Examples | None, validation: Examples | None, names: list[str] | None = None
+) -> TaskData:
+    """names: the classes of a model that exists; left out they come from the training data."""
+    columns = options.text_column, options.label_column
+    return TaskData.build(
+        options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
+    )
+
+
+def check_family(source: str) -> None:
+    """SensibertError unless source holds a model of a family we have a table for."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except _UNREADABLE as error:
+        raise SensibertError(f"model: cannot read {source} ({first_line(error)})") from None
+    if base_type(config.model_type) not in families():
+        raise SensibertError(
+            f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
+        )
+
+
+def load_tokenizer(source: str):
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except _UNREADABLE as error:
+        raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
+
+
+def load_model(source: str, data: TaskData | None = None) -> nn.Module:
+    """A pre-trained encoder, with a head for the task if data is given. Unknown families are refused first."""
+    check_family(source)
+    kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
+    try:
+        return (data.auto_class() if data else AutoModel).from_pretrained(source, **kwargs)
+    except _UNREADABLE as error:
+        raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
