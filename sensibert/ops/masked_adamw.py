@@ -10,6 +10,7 @@ score = decay * score + scale * finish(sum over the block of reduce(w before the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -157,7 +158,7 @@ def _keep_bits(keep: Tensor, block_rows: int, block_cols: int, like: Tensor) -> 
     for dim, block, length in zip((0, 1), (block_rows, block_cols), matrix_shape(like), strict=True):
         if block > 1:  # a whole axis (0) stays one entry
             keep = keep.repeat_interleave(block, dim).narrow(dim, 0, length)
-    return -keep.to(_INTEGER[like.itemsize])
+    return keep.to(_INTEGER[like.itemsize]).neg_()
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
@@ -170,32 +171,39 @@ def reference(
     param, grad, exp_avg, exp_avg_sq, step, lr, group, beta1, beta2, eps, weight_decay, grad_factor,
     keep, keep_of, keep_blocks, shadow, shadow_of, score, score_of, score_blocks, reduce, finish, decay, scale,
 ) -> None:  # fmt: skip
-    if grad_factor is not None:  # multiplied in fp32: a factor of 1 / 65536 is nothing in half precision
-        factor = grad_factor.view(())
-        grad = [g * factor if g.itemsize > 2 else (g.float() * factor).to(g.dtype) for g in grad]
-    bits = {t: _keep_bits(keep[i], *keep_blocks[2 * i : 2 * i + 2], param[t]) for i, t in enumerate(keep_of)}
-    if score:
+    settings = list(zip(lr.unbind(), beta1, beta2, eps, weight_decay, strict=True))
+    kept, scored, shadowed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, shadow_of))
+    plain = defaultdict(list)
+    for t, (w, g, m, v) in enumerate(zip(param, grad, exp_avg, exp_avg_sq, strict=True)):
+        if w.numel() == 0:
+            continue
+        if grad_factor is not None:  # multiplied in fp32: a factor of 1 / 65536 is nothing in half precision
+            factor = grad_factor.view(())
+            g = g * factor if g.itemsize > 2 else (g.float() * factor).to(g.dtype)
+        if t not in kept and t not in scored and t not in shadowed:
+            plain[group[t], w.dtype].append((w, g, m, v, step[t]))
+            continue
+        # One tensor after the other, so that it is still in a cache, and temporary memory is used again.
+        shape, i, j = matrix_shape(w), kept.get(t), scored.get(t)
+        bits = None if i is None else _keep_bits(keep[i], *keep_blocks[2 * i : 2 * i + 2], w)
+        if j is not None:
+            if bits is not None:  # the score is that of survivors
+                _as_bits(w).bitwise_and_(bits)
+                g = (_as_bits(g) & bits).view(g.dtype).view(g.shape)
+            out, blocks = [score[j]], score_blocks[2 * j : 2 * j + 2]
+            weight, gradient = [w.view(shape)], [g.view(shape)]
+            torch.ops.sensibert.block_sensitivity_(out, weight, gradient, blocks, reduce, finish, decay, scale)
+        _adamw([w], [g], [m], [v], [step[t]], *settings[group[t]])
+        if bits is not None:
+            for tensor in (w, m, v):
+                _as_bits(tensor).bitwise_and_(bits)
+        if t in shadowed:
+            shadow[shadowed[t]].copy_(w)
+    for (number, _), entries in plain.items():
+        _adamw(*map(list, zip(*entries, strict=True)), *settings[number])
 
-        def survivors(tensor: Tensor, t: int) -> Tensor:
-            kept = (_as_bits(tensor) & bits[t]).view(tensor.dtype) if t in bits else tensor
-            return kept.view(matrix_shape(tensor))
 
-        weights, grads = [survivors(param[t], t) for t in score_of], [survivors(grad[t], t) for t in score_of]
-        torch.ops.sensibert.block_sensitivity_(score, weights, grads, score_blocks, reduce, finish, decay, scale)
-    for g in range(len(beta1)):
-        for dtype in {p.dtype for p in param}:
-            chosen = [t for t, p in enumerate(param) if group[t] == g and p.dtype == dtype and p.numel()]
-            if chosen:
-                lists = [[tensors[t] for t in chosen] for tensors in (param, grad, exp_avg, exp_avg_sq, step)]
-                _step(*lists, lr[g], beta1[g], beta2[g], eps[g], weight_decay[g])
-    for t, survive in bits.items():
-        for tensor in (param[t], exp_avg[t], exp_avg_sq[t]):
-            _as_bits(tensor).bitwise_and_(survive)
-    for copy, t in zip(shadow, shadow_of, strict=True):
-        copy.copy_(param[t])
-
-
-def _step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:
+def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:
     """Torch's own kernel: one pass instead of a dozen, in fp32 whatever the dtype."""
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps,

@@ -1,0 +1,109 @@
+"""An optimizer step with masks, bf16 shadow and sensitivity in one pass, against the same as separate steps.
+
+python -m pytest bench/bench_masked_adamw.py --benchmark-only -o python_files='bench_*.py'
+
+Half of the weights of every layer are dropped, element by element; each has a shadow, and a score on its own grid. The
+rivals mask weights only, not moments, and by a product, which a NaN survives. On a CPU: two layers of the model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _harness import DEVICE, copy_us, host_us, measure, record, timed
+from problems import MODELS, bert, random_like
+
+from sensibert.artifacts import Grid
+from sensibert.ops import masked_adamw
+
+BENCH = "bench_masked_adamw"
+SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+SCALED = {"bert-base": bert(768, 2, 3072), "bert-large": bert(1024, 2, 4096)}
+CASES = MODELS if DEVICE == "cuda" else {f"{name} 2 layers": SCALED[name] for name in MODELS}
+
+
+class Problem:
+    """Weights, gradients and everything a step with extras touches."""
+
+    def __init__(self, case: str) -> None:
+        parameters = CASES[case]
+        self.params = [torch.nn.Parameter(w, requires_grad=False) for w in random_like(parameters, DEVICE)]
+        for p, g in zip(self.params, random_like(parameters, DEVICE, seed=1)):
+            p.grad = g
+        self.chosen = [t for t, p in enumerate(parameters) if p.name.startswith("layer.") and len(p.shape) == 2]
+        self.grids = [parameters[t].grid for t in self.chosen]
+        self.weights = [self.params[t] for t in self.chosen]
+        self.keeps = [torch.rand_like(w) < 0.5 for w in self.weights]
+        self.shadows = [torch.empty_like(w, dtype=torch.bfloat16) for w in self.weights]
+        self.scores = [torch.zeros(g.shape(*w.shape), device=DEVICE) for g, w in zip(self.grids, self.weights)]
+        for weight, keep in zip(self.weights, self.keeps):
+            weight.mul_(keep)
+            weight.grad.mul_(keep)
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = [torch.tensor(1.0, device=DEVICE) for _ in self.params]
+        self.lr = torch.tensor([SETTINGS["lr"]], device=DEVICE)
+
+    def one_pass(self, extras: bool = True) -> None:
+        by_place = {
+            "keeps": {t: (keep, Grid.element()) for t, keep in zip(self.chosen, self.keeps)},
+            "shadows": dict(zip(self.chosen, self.shadows)),
+            "scores": {t: (score, grid) for t, score, grid in zip(self.chosen, self.scores, self.grids)},
+        }
+        masked_adamw(
+            self.params, [p.grad for p in self.params], self.exp_avgs, self.exp_avg_sqs, self.steps, self.lr,
+            [0] * len(self.params), betas=[SETTINGS["betas"]], eps=[SETTINGS["eps"]],
+            weight_decay=[SETTINGS["weight_decay"]], **(by_place if extras else {}),
+        )  # fmt: skip
+
+    def separate(self, optimizer: torch.optim.Optimizer) -> None:
+        products = torch._foreach_mul(self.weights, [w.grad for w in self.weights])
+        torch._foreach_abs_(products)
+        for score, product, grid in zip(self.scores, products, self.grids):
+            rows, cols = grid.block_size(*product.shape)
+            score += product.view(len(product) // rows, rows, -1, cols).sum((1, 3))
+        optimizer.step()
+        torch._foreach_mul_(self.weights, self.keeps)
+        torch._foreach_copy_(self.shadows, self.weights)
+
+    def num_bytes(self, extras: bool) -> int:
+        masked = sum(w.numel() for w in self.weights)
+        return 28 * sum(p.numel() for p in self.params) + (3 * masked if extras else 0)
+
+
+def prove(case: str) -> None:
+    """Both ways from the same start give the same weights, shadows and scores."""
+    ours, theirs = (torch.manual_seed(0) and Problem(case) for _ in range(2))
+    ours.one_pass()
+    theirs.separate(torch.optim.AdamW(theirs.params, **SETTINGS))
+    for mine, other in zip([*ours.params, *ours.shadows], [*theirs.params, *theirs.shadows]):
+        torch.testing.assert_close(mine, other, rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    for mine, other in zip(ours.scores, theirs.scores):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_step_with_masks_shadow_and_score(case, benchmark):
+    prove(case)
+    problem = Problem(case)
+    ours = timed(benchmark, problem.one_pass, [()])  # the state of a model is many times L2
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.AdamW(problem.params, **SETTINGS, **{kind: True})
+        rival = measure(problem.separate, [(optimizer,)]).median
+        record(BENCH, case, "us", ours.median, "us", f"{kind} AdamW + mask + cast + score", rival)
+    if DEVICE == "cuda":
+        record(BENCH, case, "host_us", host_us(problem.one_pass, (), calls=20), "us")
+    copy = copy_us(problem.num_bytes(extras=True))
+    record(BENCH, case, "copy_share", copy / ours.median, "1", "copy of the same bytes", 1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_step_without_extras(case, benchmark):
+    problem = Problem(case)
+    ours = timed(benchmark, problem.one_pass, [(False,)])
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.AdamW(problem.params, **SETTINGS, **{kind: True})
+        record(BENCH, f"{case} plain", "us", ours.median, "us", f"{kind} AdamW", measure(optimizer.step, [()]).median)
+    copy = copy_us(problem.num_bytes(extras=False))
+    record(BENCH, f"{case} plain", "copy_share", copy / ours.median, "1", "copy of the same bytes", 1.0)
