@@ -16,7 +16,10 @@ SHAPES = ("oneshot", "cubic")
 
 @dataclass(frozen=True)
 class Schedule:
-    """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes."""
+    """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
+
+    warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut, where it
+    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on; a smaller model needs less."""
 
     shape: str = "oneshot"
     warm_share: float = 1 / 3
@@ -24,17 +27,21 @@ class Schedule:
     milestones: int = 6
     warmup: float = 0.06
     rewarm: float = 0.03
+    recover_peak: float = 1.0
+    recover_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise SensibertError(f"schedule: shape is {self.shape!r}, want one of {', '.join(SHAPES)}")
-        for name in ("warm_share", "trim_share", "warmup", "rewarm"):
+        for name in ("warm_share", "trim_share", "warmup", "rewarm", "recover_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SensibertError(f"schedule: {name} is {getattr(self, name)}, want a fraction in [0, 1)")
         if self.warm_share + (self.trim_share if self.shape == "cubic" else 0) >= 1:
             raise SensibertError("schedule: warm_share + trim_share leave no steps to recover, want a sum below 1")
         if self.milestones < 1:
             raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
+        if not self.recover_peak > 0:
+            raise SensibertError(f"schedule: recover_peak is {self.recover_peak}, want more than 0")
 
     def cuts(self, total: int) -> dict[int, float]:
         """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
@@ -67,7 +74,7 @@ class Schedule:
             again = max(1, round(self.rewarm * total))
             begin = line(last, total)
             if step < last + again:
-                return begin + (1 - begin) * (step - last + 1) / again
-            return max(0.0, (total - step) / max(1, total - last - again))
+                return begin + (self.recover_peak - begin) * (step - last + 1) / again
+            return self.recover_peak * max(0.0, (total - step) / max(1, total - last - again))
 
         return factor
