@@ -108,10 +108,11 @@ class _Trimmed:
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As transformers does it, and what makes the folder load again: the kept units and this file."""
+        if kwargs.get("push_to_hub"):  # it would upload what it wrote itself, and no more
+            raise ValueError("sensibert: push_to_hub is True, want save_pretrained(folder) or model.push_to_hub(name)")
         structure = self.sensibert_structure
         heads, ffn = ([structure[f"layer.{n}.{kind}"] for n in range(len(structure) // 2)] for kind in ("head", "ffn"))
-        cut = {"heads": [len(kept) for kept in heads], "ffn": [len(kept) for kept in ffn]}
-        cut["kept_heads"] = [kept.tolist() for kept in heads]
+        cut = {"heads": [*map(len, heads)], "ffn": [*map(len, ffn)], "kept_heads": [kept.tolist() for kept in heads]}
         if not cut.items() <= self.config.sensibert.items():  # trimmed since: these were counted before
             cut |= {"encoder_params": None, "digest": None}
         self.config.sensibert = self.config.sensibert | cut
@@ -132,12 +133,12 @@ def _made(name, stock):
     def post_init(self, **kwargs):  # the Auto classes learn the heads of a family with the first config of its type
         stock.__post_init__(self, **kwargs)
         for auto, path in getattr(self, "auto_map", {}).items():
-            if auto != "AutoConfig":
-                getattr(transformers, auto).register(made, __getattr__(path.rpartition(".")[2]), exist_ok=True)
+            head = path.rpartition(".")[2]  # a folder may name more than this version of transformers has
+            if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
+                getattr(transformers, auto).register(type(self), __getattr__(head), exist_ok=True)
 
     members = {"model_type": f"sensibert_{stock.model_type}", "__post_init__": post_init}
-    made = type(name, (stock,), {"__module__": __name__, **members})
-    return made
+    return type(name, (stock,), {"__module__": __name__, **members})
 
 
 def __getattr__(name):

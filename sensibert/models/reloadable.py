@@ -82,6 +82,7 @@ def reloadable(model: nn.Module, info: dict | None = None) -> transformers.PreTr
     numbers = range(len(stack))
     entry = {
         **getattr(model.config, "sensibert", {}),
+        **(info or {}),
         "format": FORMAT,
         "base_model_type": config.model_type,
         "head_dim": int(attribute(stack[0], family.head_dim)),
@@ -89,7 +90,6 @@ def reloadable(model: nn.Module, info: dict | None = None) -> transformers.PreTr
         "ffn": [len(structure[f"layer.{n}.ffn"]) for n in numbers],
         "kept_heads": [structure[f"layer.{n}.head"].tolist() for n in numbers],
         "table": _table(family, stack[0]),
-        **(info or {}),
     }
     own_config, own_class = (getattr(code, f"Sensibert{c.__name__}") for c in (type(config), stock))
     own = own_config.from_dict(config.to_dict() | {"sensibert": entry, "auto_map": _auto_map(type(config))})

@@ -30,7 +30,8 @@ from ..models.structure import is_trimmed, read_structure, structure_of
 from ..nn import MaskedLinear
 
 LAYOUTS = ("trimmed", "dense", "both")
-CONFIG, CARD, STRUCTURE = "config.json", "README.md", modeling_sensibert.STRUCTURE_FILE
+CONFIG, CARD = "config.json", "README.md"
+STRUCTURE, CODE = modeling_sensibert.STRUCTURE_FILE, Path(modeling_sensibert.__file__).name
 DENSE = "dense"  # subfolder of layout="both"
 
 
@@ -115,7 +116,7 @@ def _card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
         budget=entry["budget"] or "not noted",
         method=entry["method"] or "not noted",
         auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
-        code=Path(modeling_sensibert.__file__).name,
+        code=CODE,
     )
 
 
@@ -136,10 +137,11 @@ def _place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
-    (path / CONFIG).unlink(missing_ok=True)
+    for old in (CONFIG, STRUCTURE, CODE):  # of an earlier export; without a config.json nothing loads
+        (path / old).unlink(missing_ok=True)
+    if (path / DENSE / CONFIG).exists():
+        shutil.rmtree(path / DENSE)
     for new in sorted(temporary.iterdir(), key=lambda new: new.name == CONFIG):
-        if new.is_dir():
-            shutil.rmtree(path / new.name, ignore_errors=True)
         os.replace(new, path / new.name)
 
 
@@ -211,12 +213,14 @@ def export(
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Model (with the head it was saved with, in eval mode) and tokenizer, if there is one, of an exported folder."""
     try:
-        name = (AutoConfig.from_pretrained(path).architectures or [""])[0]
-        model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name)
+        name = (AutoConfig.from_pretrained(path).architectures or ["no architecture"])[0]
+        model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
+        if model_class is None:
+            raise ValueError(f"its config.json names {name}, want a model class of transformers")
         model = model_class.from_pretrained(path)
         tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
         return model, None if tokenized is None else AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SensibertError(f"{path}: not a model folder that can be loaded ({str(error).splitlines()[0]})") from None
 
 

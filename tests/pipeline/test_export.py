@@ -28,13 +28,13 @@ AutoClassifier = transformers.AutoModelForSequenceClassification
 
 
 def random_plan(model, seed=0):
-    """About half of every site, uneven over the layers; nothing at all of the first layer's heads where that may be."""
+    """About half of every site, and nothing at all of two where that may be: heads of layer 0, neurons of layer 1."""
     layout, rng = describe(model), torch.Generator().manual_seed(seed)
     keep = {site.name: torch.rand(site.units, generator=rng) < 0.5 for site in layout.sites}
     for site in layout.sites:
-        keep[site.name][: site.minimum or int(not (site.layer == 0 and site.kind == "head"))] = True
-        if site.layer == 0 and site.kind == "head" and not site.minimum and len(layout.sites) > 2:
-            keep[site.name][:] = False
+        whole = (site.layer, site.kind) in ((0, "head"), (1, "ffn")) and len(layout.sites) > 2
+        keep[site.name][: site.minimum or 1] = True
+        keep[site.name] &= not whole or site.minimum > 0
     return Plan(layout, keep, Budget.parse("50%params"), "random")
 
 
@@ -192,6 +192,22 @@ def test_a_folder_whose_layers_do_not_fit_its_config_is_refused_even_where_misma
         AutoClassifier.from_pretrained(path, ignore_mismatched_sizes=True)
 
 
+def test_facts_about_the_run_cannot_change_the_shapes_and_heads_of_newer_versions_do_no_harm(tmp_path):
+    model = trimmed()
+    path = export(model, tmp_path / "m", info={"heads": [9, 9], "format": 9, "seed": 3})
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"]["AutoModelForMindReading"] = "modeling_sensibert.SensibertBertForMindReading"
+    (path / "config.json").write_text(json.dumps(config))
+    again = AutoClassifier.from_pretrained(path)
+    assert torch.equal(output(again), output(model)) and again.config.sensibert["seed"] == 3
+
+
+def test_saving_straight_to_the_hub_names_the_way_that_takes_all_files_along(shelf, tmp_path):
+    with pytest.raises(ValueError, match="push_to_hub is True, want save_pretrained"):
+        AutoClassifier.from_pretrained(shelf["bert"][0]).save_pretrained(tmp_path / "m", push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_config_says_how_it_was_cut_and_keeps_the_base_sizes(shelf):
     path, _ = shelf["bert"]
     config, structure = json.loads((path / "config.json").read_text()), load_structure(path)
@@ -201,7 +217,7 @@ def test_the_config_says_how_it_was_cut_and_keeps_the_base_sizes(shelf):
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 64)
     assert entry["format"] == 1 and entry["base_model_type"] == "bert" and entry["head_dim"] == 8
     assert entry["heads"] == [len(structure[f"layer.{n}.head"]) for n in (0, 1)] and entry["heads"][0] == 0
-    assert entry["ffn"] == [len(structure[f"layer.{n}.ffn"]) for n in (0, 1)]
+    assert entry["ffn"] == [len(structure[f"layer.{n}.ffn"]) for n in (0, 1)] and entry["ffn"][1] == 0
     assert entry["kept_heads"][1] == structure["layer.1.head"].tolist()
     assert (entry["method"], entry["budget"]) == ("random", "50%params")
     assert entry["sensibert_version"] == sensibert.__version__
@@ -279,7 +295,6 @@ def test_a_reloaded_model_saves_itself_copies_itself_and_pickles(shelf, tmp_path
 def test_a_reloaded_model_is_trimmed_again_and_the_structure_composes(shelf, family, tmp_path):
     first, _ = load(shelf[family][0])
     before, plan = structure_of(first), random_plan(first, seed=1)
-    first.config.sensibert["kept_heads"] = first.config.sensibert["kept_heads"]
     trim(first, plan)
     for name, kept in structure_of(first).items():
         assert torch.equal(kept, before[name][plan.kept(name)])
@@ -348,6 +363,9 @@ def test_a_taken_folder_needs_overwrite_which_leaves_other_files_alone(tmp_path)
     export(model, path, layout="both", overwrite=True)
     assert torch.equal(output(load(path)[0]), output(model))
     assert (path / "notes.txt").read_text() == "mine"
+    export(model, path, layout="dense", overwrite=True)
+    assert type(load(path)[0]).__name__ == "BertForSequenceClassification"
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
