@@ -19,7 +19,7 @@ class Schedule:
     """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
 
     warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut, where it
-    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on; a smaller model needs less."""
+    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on."""
 
     shape: str = "oneshot"
     warm_share: float = 1 / 3
