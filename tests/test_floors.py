@@ -24,6 +24,7 @@ FLOORS = {
             "report",
             "schedule",
             "options",
+            "sources",
             "checkpoints",
             "_register",
         ),

@@ -102,14 +102,15 @@ def _collect(layout: Layout, blocks: list[tuple[Site, Member]], out: list[Tensor
 def _evaluating(model: nn.Module, autocast: torch.dtype | None):
     """Dropout off, gradients on, training mode restored; mixed precision if asked for."""
     device = next(model.parameters()).device
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     try:
         with torch.enable_grad(), precision:
             yield device
     finally:
-        model.train(was_training)
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
 
 
 def _size(batch: Batch) -> int:

@@ -172,7 +172,7 @@ def predict(
     [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]), padded with -100 to the longest."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
-    device, was_training = next(model.parameters()).device, model.training
+    device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     model.eval()
     rows: list[list[np.ndarray]] = [[] for _ in range(len(data))]
     try:
@@ -187,7 +187,8 @@ def predict(
             for place, number in enumerate(chosen):
                 rows[number] = [array[place] for array in logits]
     finally:
-        model.train(was_training)
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
     columns = [_stack(list(column)) for column in zip(*rows, strict=True)]
     return columns[0] if len(columns) == 1 else tuple(columns)
 
