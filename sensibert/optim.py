@@ -173,23 +173,24 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
     places = [(g["params"], i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old]
     if not places:
         raise ValueError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
-    for params, i in places:
-        params[i] = new
-    if isinstance(optimizer, MaskedAdamW):
-        optimizer._shadows.pop(old, None)
-        optimizer._scores.pop(old, None)
-    if old not in optimizer.state:
-        return
-    state = optimizer.state.pop(old)
-    if "keep" in state:  # its blocks need not survive the cut as blocks: single elements do
+    state = dict(optimizer.state[old]) if old in optimizer.state else None
+    if state is not None and "keep" in state:  # its blocks need not survive the cut as blocks: single elements do
         keep = Grid(*state.pop("keep_grid")).expand(state.pop("keep"), *matrix_shape(old))
         keep = _take(keep.reshape(old.shape), index).reshape(matrix_shape(new))
         if not keep.all():
             state["keep"], state["keep_grid"] = keep, (1, 1)
-    for name, value in state.items():
+    for name, value in (state or {}).items():
         if isinstance(value, Tensor) and value.shape == old.shape and name not in ("step", "keep"):
             state[name] = _take(value, index)
-    optimizer.state[new] = state
+    # Nothing has been changed so far: an error above leaves the optimizer as it was.
+    for params, i in places:
+        params[i] = new
+    if state is not None:
+        del optimizer.state[old]
+        optimizer.state[new] = state
+    if isinstance(optimizer, MaskedAdamW):
+        optimizer._shadows.pop(old, None)
+        optimizer._scores.pop(old, None)
 
 
 def _take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:

@@ -257,6 +257,17 @@ def test_what_cannot_be_sliced_is_named():
         slice_state(optimizer, weight, weight, {0: torch.tensor([0, 1])})
 
 
+def test_a_slice_that_fails_leaves_the_optimizer_as_it_was():
+    weight = make_params()[0]
+    optimizer = MaskedAdamW([weight])
+    train(optimizer)
+    before = copy.copy(optimizer.state[weight])
+    with pytest.raises(IndexError):
+        slice_state(optimizer, weight, nn.Parameter(torch.zeros(2, 4)), {0: torch.tensor([0, 6])})
+    assert optimizer.param_groups[0]["params"] == [weight]
+    assert all(optimizer.state[weight][name] is value for name, value in before.items())
+
+
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}], ids=str)
 def test_a_setting_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=f"MaskedAdamW: .*{next(iter(wrong))}"):
