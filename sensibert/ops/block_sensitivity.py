@@ -72,7 +72,8 @@ def reference(
         for t, total in enumerate(out):
             terms = _terms(weight[t], grad[t] if grad else None, reduce)
             sums = _block_sums(terms if terms.dim() == 2 else terms[:, None], *blocks[2 * t : 2 * t + 2])
-            sums = {"none": sums, "square": sums.square(), "abs": sums.abs()}[finish].float()
+            sums = sums.square() if finish == "square" else sums.abs() if finish == "abs" else sums
+            sums = sums.float()
             if decay:
                 total.mul_(decay).add_(sums, alpha=scale)
             else:
@@ -163,20 +164,17 @@ def _terms(w: Tensor, g: Tensor | None, reduce: str) -> Tensor:
 
 
 def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    """terms [N, K] -> [ceil(N / bn), ceil(K / bk)]. Whole axes first: they leave the least for the second sum."""
-    order = [(0, block_rows), (1, block_cols)]
-    for dim, size in order if block_rows == 0 else order[::-1]:
-        length = terms.shape[dim]
-        if length == 0 or size == 1:
-            continue
-        whole = length // size * size if size else 0
-        if whole == 0:
-            terms = terms.sum(dim, keepdim=True)
-            continue
-        tail = terms.narrow(dim, whole, length - whole)
-        terms = terms.narrow(dim, 0, whole).unflatten(dim, (-1, size)).sum(dim + 1)
-        if tail.shape[dim]:
-            terms = torch.cat([terms, tail.sum(dim, keepdim=True)], dim)
+    """terms [N, K] -> [ceil(N / bn), ceil(K / bk)]."""
+    rows, cols = terms.shape
+    bn, bk = block_rows or max(rows, 1), block_cols or max(cols, 1)
+    if rows % bn == 0 and cols % bk == 0:
+        return terms.view(rows // bn, bn, cols // bk, bk).sum((1, 3))
+    for dim, length, size in ((1, cols, bk), (0, rows, bn)):  # the short block at the end apart
+        whole = length // size * size
+        parts = [terms.narrow(dim, 0, whole).unflatten(dim, (whole // size, size)).sum(dim + 1)]
+        if whole < length:
+            parts.append(terms.narrow(dim, whole, length - whole).sum(dim, keepdim=True))
+        terms = torch.cat(parts, dim)
     return terms
 
 
