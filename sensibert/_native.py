@@ -9,6 +9,8 @@ import importlib
 import os
 from types import ModuleType
 
+import torch as _torch  # noqa: F401 (brings the libraries that a CUDA build of `_C` links to)
+
 module: ModuleType | None = None
 _why_not = ""
 
