@@ -191,17 +191,66 @@ def test_more_scores_than_an_int32_can_count_are_counted():
         select_threshold([torch.empty(3, 2**31, device="meta")], 2**33)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def assert_equal(got, want):
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        assert torch.equal(a.cpu().nan_to_num(7), b.cpu().nan_to_num(7))
+
+
 @pytest.mark.gpu
-def test_the_kernel_agrees_with_the_reference_bitwise_and_with_itself():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+@needs_gpu
+def test_a_cuda_kernel_is_registered():
     assert torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CUDA"), "the reference serves CUDA tensors"
-    scores = make_scores(torch.float32, "cuda", [(768, 3072), (3072, 768), (768,), (30522, 64)])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["awkward", "saliency", "half zeros", "constant", "one bin"])
+def test_a_model_on_the_gpu_is_selected_as_on_the_cpu_and_every_time_the_same(kind):
+    shapes = [(768, 3072), (3072, 768), (768,), (30522, 64), (1, 3)]
+    scores = {
+        "awkward": lambda: make_scores(torch.float32, "cpu", shapes),
+        "saliency": lambda: [(torch.randn(s) * torch.randn(s)).abs() for s in shapes],
+        "half zeros": lambda: [torch.randn(s).relu() for s in shapes],
+        "constant": lambda: [torch.ones(s) for s in shapes],
+        "one bin": lambda: [1 + torch.rand(s) * 1e-3 for s in shapes],
+    }[kind]()
     scores.append(scores[0].bfloat16())
-    total = sum(s.numel() for s in scores)
-    for k in (1, total // 3, total // 2, total - 1):
-        want = select_threshold([s.cpu() for s in scores], k, bits=True, tile=(64, 64))
+    total, on_gpu = sum(s.numel() for s in scores), [s.cuda() for s in scores]
+    for k in (1, total // 3, total // 2, total - 1, total):
+        want = select_threshold(scores, k, bits=True, tile=(64, 64))
         for _ in range(3):
-            got = select_threshold(scores, k, bits=True, tile=(64, 64))
-            for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-                assert torch.equal(a.cpu().nan_to_num(7), b.nan_to_num(7))
+            assert_equal(select_threshold(on_gpu, k, bits=True, tile=(64, 64)), want)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_selection_follows_new_scores():
+    scores = [torch.randn(300, 200, device="cuda"), torch.randn(501, device="cuda")]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        select_threshold(scores, 9999, bits=True, tile=(32, 32))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            held = select_threshold(scores, 9999, bits=True, tile=(32, 32))
+    for _ in range(3):
+        for s in scores:
+            s.normal_()
+        graph.replay()
+        assert_equal(held, select_threshold([s.cpu() for s in scores], 9999, bits=True, tile=(32, 32)))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_than_2_to_31_scores_are_selected():
+    if torch.cuda.get_device_properties(0).total_memory < 32 << 30:
+        pytest.skip("needs 32 GB")
+    scores = torch.zeros(2**31 + 99, dtype=torch.bfloat16, device="cuda")
+    largest = torch.tensor([5, 2**31 - 1, 2**31, 2**31 + 98], device="cuda")
+    scores[largest] = torch.tensor([1.0, 3.0, 2.0, 2.0], dtype=torch.bfloat16, device="cuda")
+    got = select_threshold([torch.ones(7, device="cuda"), scores], 3)
+    assert not got.keep[0].any() and got.threshold == 2 and got.keep[1].sum() == 3 and got.keep[1][largest[1:]].all()
+    got = select_threshold([scores], 2**31 + 50)  # the last 49 zeros are too many
+    assert got.keep[0].sum() == 2**31 + 50 and not got.keep[0][2**31 + 49 : 2**31 + 98].any()
