@@ -14,7 +14,8 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from ..artifacts import Grid
 from . import masked_linear_path as paths
-from .masked_linear_live import Live, live, published
+from .masked_linear_live import Live, live, published, remember
+from .masked_linear_tiles import tile_list
 
 OP = "sensibert::masked_linear"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor keep, int block_rows, int block_cols) -> Tensor")
@@ -60,8 +61,11 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
     path, kept = _plan(x, weight.shape, keep, Grid(block_rows, block_cols))
     if path == "reference":
         return reference(x, weight, bias, keep, block_rows, block_cols)
-    w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
     bias = None if bias is None else bias.to(x.dtype)
+    if path == "tiles":
+        tiles = remember(tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
+        return ops.masked_linear_tiles(x, weight.to(x.dtype), bias, *tiles)
+    w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
         blank = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias

@@ -7,7 +7,8 @@ keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +27,26 @@ class Live(NamedTuple):
     share: float  # n * k / (N * K): what is left for a matmul that skips empty rows and columns
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # keep -> (version, grid, N, K, Live)
+T = TypeVar("T")
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # keep -> (its version, {(find, grid, N, K): found})
+
+
+def remember(find: Callable[..., T], keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> T:
+    """find(keep, grid, N, K), asked once per value of keep."""
+    if keep.is_inference():  # has no version counter
+        return find(keep, grid, num_rows, num_cols)
+    known = _known.get(keep)
+    if known is None or known[0] != keep._version:
+        known = _known[keep] = (keep._version, {})
+    key = (find, grid, num_rows, num_cols)
+    if key not in known[1]:
+        known[1][key] = find(keep, grid, num_rows, num_cols)
+    return known[1][key]
 
 
 def live(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     """keep bool grid.shape(N, K) -> Live."""
-    if keep.is_inference():  # has no version counter
-        return _find(keep, grid, num_rows, num_cols)
-    stamp = (keep._version, grid, num_rows, num_cols)
-    known = _known.get(keep)
-    if known is None or known[0] != stamp:
-        known = _known[keep] = (stamp, _find(keep, grid, num_rows, num_cols))
-    return known[1]
+    return remember(_find, keep, grid, num_rows, num_cols)
 
 
 def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ..artifacts import Grid
 PATHS = ("compact", "shadow", "bits", "tiles", "dense", "reference")
 # Kernels of our own become a default only when a bench row on that card shows that they win; until then: force().
 MEASURED: frozenset[str] = frozenset()
-BUILT: frozenset[str] = frozenset()
+KERNELS = {"tiles": "sensibert::masked_linear_tiles"}  # path -> the op whose CUDA kernel it needs
 TILE = 64  # the k-step and the smallest skipped tile of the kernels
 HALF = (torch.bfloat16, torch.float16)
 
@@ -45,7 +46,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozenset[str] = BUILT) -> Choice:
+@cache
+def built() -> frozenset[str]:
+    """The paths whose kernel this installation has."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(path for path, op in KERNELS.items() if has_kernel(op, "CUDA"))
+
+
+def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozenset[str] = frozenset()) -> Choice:
     """The default path. `measured`: own kernels that have proved to win; `built`: those this installation has."""
     own = [path for path in ("tiles", "bits") if path in measured and refusal(path, problem, built) is None]
     if problem.density == 1:
@@ -59,7 +67,7 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
     return Choice("shadow", "no row or column is empty: the plain matmul at full size on a masked copy of W")
 
 
-def refusal(path: str, problem: Problem, built: frozenset[str] = BUILT) -> str | None:
+def refusal(path: str, problem: Problem, built: frozenset[str] = frozenset()) -> str | None:
     """Why this path cannot run this problem; None if it can."""
     if path not in PATHS:
         return f"unknown, want one of {', '.join(PATHS)}"
@@ -77,8 +85,7 @@ def refusal(path: str, problem: Problem, built: frozenset[str] = BUILT) -> str |
         return f"needs bfloat16 or float16; this is {problem.dtype}"
     if problem.num_rows % 8 or problem.num_cols % 8:
         return f"needs sizes that are multiples of 8 (TMA strides); W is ({problem.num_rows}, {problem.num_cols})"
-    rows, cols = problem.grid.block_size(problem.num_rows, problem.num_cols)
-    if path == "tiles" and (rows % TILE or cols % TILE):
+    if path == "tiles" and (problem.grid.block_rows % TILE or problem.grid.block_cols % TILE):
         return f"needs blocks that are multiples of {TILE}; the grid is {problem.grid}"
     return None
 
@@ -104,8 +111,8 @@ def force(path: str | None) -> Iterator[None]:
 def resolve(problem: Problem) -> Choice:
     """choose(), unless force() is in effect; ValueError if the forced path cannot run this problem."""
     if _forced is None:
-        return choose(problem)
-    why_not = refusal(_forced, problem)
+        return choose(problem, MEASURED, built())
+    why_not = refusal(_forced, problem, built())
     if why_not is not None:
         raise ValueError(f"masked_linear: path {_forced!r} was forced, but it {why_not}")
     return Choice(_forced, "forced")

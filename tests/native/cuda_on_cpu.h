@@ -64,7 +64,7 @@ namespace cuda_on_cpu {
 constexpr unsigned kWarp = 32, kFullMask = 0xffffffffu;
 constexpr size_t kStackBytes = 256 << 10, kSharedBytes = 227 << 10;
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };
+enum class State { kReady, kAtWarp, kAtBlock, kSpinning, kDone };
 
 struct Fiber {
     ucontext_t context;
@@ -95,6 +95,7 @@ struct Machine {
     size_t main_stack_bytes = 0;
     void* main_fake_stack = nullptr;
     bool backward = getenv("CUDA_ON_CPU_BACKWARD") != nullptr;
+    bool moved = false;  // something happened that a spinning thread may wait for (hopper_on_cpu.h)
 };
 inline Machine machine;
 
@@ -133,6 +134,7 @@ CUDA_ON_CPU_HIDDEN inline void resume(Fiber& f) {
         const Fiber& f = machine.fibers[t];
         if (f.state == State::kAtBlock) fprintf(stderr, "  thread %u waits at __syncthreads number %u\n", t, f.syncs);
         if (f.state == State::kAtWarp) fprintf(stderr, "  thread %u waits for the lanes 0x%08x of its warp\n", t, f.mask);
+        if (f.state == State::kSpinning) fprintf(stderr, "  thread %u waits for a barrier in shared memory\n", t);
         if (f.state == State::kDone) fprintf(stderr, "  thread %u has left the kernel\n", t);
     }
     abort();
@@ -196,6 +198,12 @@ CUDA_ON_CPU_HIDDEN inline void run_block(unsigned num_threads) {
             done += machine.fibers[t].state == State::kDone;
         }
         if (done == num_threads) break;
+        if (machine.moved) {
+            for (unsigned t = 0; t < num_threads; ++t)
+                if (machine.fibers[t].state == State::kSpinning) machine.fibers[t].state = State::kReady;
+            machine.moved = false;
+            continue;
+        }
         if (waiting != num_threads) stuck(num_threads);
         for (unsigned t = 0; t < num_threads; ++t) machine.fibers[t].state = State::kReady;
     }

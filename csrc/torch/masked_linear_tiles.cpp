@@ -1,0 +1,64 @@
+// sensibert::masked_linear_tiles for CUDA: checks, output, launch. The schema is in sensibert/ops/masked_linear_tiles.py.
+#include "../kernels/masked_linear_tiles.h"
+
+#include "common.h"
+
+namespace sensibert {
+
+// Absent where the build leaves Hopper out (SENSIBERT_CUDA_ARCHS): then nothing is registered.
+[[gnu::weak]] cudaError_t launch_masked_linear_tiles(const void*, int64_t, const void*, int64_t, const void*, void*, int64_t,
+                                                     int64_t, int64_t, int64_t, DType, const TileList&, cudaStream_t);
+
+namespace {
+
+constexpr const char* kOp = "masked_linear_tiles";
+
+// The rows of a matrix lie `stride` elements apart and are dense; TMA wants 16-byte aligned rows.
+Tensor aligned(const Tensor& t) {
+    const bool fits = t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
+                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    return fits ? t : torch::stable::contiguous(t);
+}
+
+const int32_t* list_of(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), kOp, ": ", name, " is not contiguous int32");
+    return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                const Tensor& offsets, const Tensor& entries, const Tensor& order, int64_t tile_cols) {
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const DType dtype = dtype_of(x, kOp, "x", 0);
+    STD_TORCH_CHECK(dtype != DType::kFloat32 && weight.scalar_type() == x.scalar_type(), kOp,
+                    ": x and weight must both be bfloat16, or both float16");
+    STD_TORCH_CHECK(tile_cols == 192 || tile_cols == 256, kOp, ": tile_cols is ", tile_cols, ", want 192 or 256");
+    STD_TORCH_CHECK(x.size(-1) == K, kOp, ": x has ", x.size(-1), " columns, want ", K, " as weight");
+    STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is (", N, ", ", K, "), want multiples of 8");
+    const int64_t num_tiles = (N + tile_cols - 1) / tile_cols;
+    STD_TORCH_CHECK(offsets.numel() == 2 * num_tiles + 1 && order.numel() == num_tiles, kOp,
+                    ": offsets and order are not those of ", num_tiles, " tiles");
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = N;
+    Tensor y = torch::stable::new_empty(x, shape);
+    const int64_t M = N ? y.numel() / N : 0;
+    if (M == 0) return y;
+    const Tensor rows = aligned(torch::stable::reshape(x, {M, K})), w = aligned(weight);
+    const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+    STD_TORCH_CHECK(!b || (b->scalar_type() == x.scalar_type() && b->numel() == N), kOp, ": bias does not fit weight");
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const TileList list = {list_of(offsets, "offsets"), list_of(entries, "entries"), list_of(order, "order"),
+                           int(tile_cols)};
+    check_launch(launch_masked_linear_tiles(rows.const_data_ptr(), rows.stride(0), w.const_data_ptr(), w.stride(0),
+                                            b ? b->const_data_ptr() : nullptr, y.mutable_data_ptr(), N, M, N, K, dtype,
+                                            list, current_stream(x.get_device_index())),
+                 kOp);
+    return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sensibert, CUDA, m) {
+    if (launch_masked_linear_tiles) m.impl("masked_linear_tiles", TORCH_BOX(&masked_linear_tiles_cuda));
+}
+
+}  // namespace sensibert

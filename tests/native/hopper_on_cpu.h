@@ -1,0 +1,185 @@
+// Plays the words of masked_linear_hopper.h on the CPU machine: what the PTX ISA says of mbarrier, cp.async.bulk.tensor
+// and wgmma, at the times that hurt most. A box copy writes shared memory at once, so a stage that is still being read is
+// spoilt; a matrix product reads its operands only when it is waited for, so a stage that is given back too early, too;
+// a box store reads its box only when it is waited for, and never if it is not. Descriptors, swizzle and fragment
+// layout are computed, not assumed. Not modelled: that a group of warps must act as one, registers given and taken.
+#pragma once
+#include "element.h"
+
+namespace sensibert::hopper {
+
+using cuda_on_cpu::machine;
+
+#define PLAY(condition)                                                                  \
+    if (!(condition)) {                                                                  \
+        fprintf(stderr, "hopper_on_cpu: %s does not hold, in %s\n", #condition, __func__); \
+        abort();                                                                         \
+    }
+
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const unsigned char*>(p) - cuda_on_cpu::dynamic_shared());
+}
+inline unsigned char* shared_at(uint32_t address) { return cuda_on_cpu::dynamic_shared() + address; }
+inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+// Until *word has left `value`. Not the business of ThreadSanitizer: barriers tell it what they order.
+CUDA_ON_CPU_HIDDEN inline void spin_while(const uint32_t* word, uint32_t value, uint32_t bits) {
+    while ((*word & bits) == value) cuda_on_cpu::to_scheduler(cuda_on_cpu::State::kSpinning);
+}
+
+// ---- Barriers
+struct Barrier {
+    uint32_t count, pending, phase;
+    int64_t num_bytes;  // expected and not come
+    char gate;          // for ThreadSanitizer
+};
+inline Barrier barriers[cuda_on_cpu::kSharedBytes / 8];  // by address
+CUDA_ON_CPU_HIDDEN inline Barrier& barrier_at(const uint64_t* barrier) {
+    PLAY(shared_address(barrier) % 8 == 0);
+    return barriers[shared_address(barrier) / 8];
+}
+CUDA_ON_CPU_HIDDEN inline void barrier_init(uint64_t* barrier, uint32_t count) {
+    barrier_at(barrier) = {count, count, 0, 0, 0};
+}
+inline void barrier_init_done() {}
+CUDA_ON_CPU_HIDDEN inline void barrier_update(uint64_t* barrier, uint32_t arrivals, int64_t num_bytes) {
+    Barrier& b = barrier_at(barrier);
+    CUDA_ON_CPU_TSAN(__tsan_release(&b.gate);)
+    PLAY(b.pending >= arrivals);
+    b.pending -= arrivals, b.num_bytes += num_bytes;
+    if (b.pending == 0 && b.num_bytes == 0) ++b.phase, b.pending = b.count;
+    machine.moved = true;
+}
+inline void barrier_arrive(uint64_t* barrier) { barrier_update(barrier, 1, 0); }
+inline void barrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) { barrier_update(barrier, 1, num_bytes); }
+CUDA_ON_CPU_HIDDEN inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    Barrier& b = barrier_at(barrier);
+    spin_while(&b.phase, parity, 1);
+    CUDA_ON_CPU_TSAN(__tsan_acquire(&b.gate);)
+}
+
+struct Group {
+    uint32_t arrived = 0, rounds = 0;
+    char gate[2];
+};
+inline Group groups[16];
+CUDA_ON_CPU_HIDDEN inline void group_sync(uint32_t id, uint32_t num_threads) {
+    PLAY(id < 16);
+    Group& g = groups[id];
+    const uint32_t round = g.rounds;
+    CUDA_ON_CPU_TSAN(__tsan_release(&g.gate[round % 2]);)
+    if (++g.arrived == num_threads) g.arrived = 0, ++g.rounds;
+    machine.moved = true;
+    spin_while(&g.rounds, round, ~0u);
+    CUDA_ON_CPU_TSAN(__tsan_acquire(&g.gate[round % 2]);)
+}
+
+// ---- Box copies
+struct TensorMap {
+    unsigned char* base = nullptr;
+    int64_t num_rows = 0, num_cols = 0, stride = 0;
+    int32_t box_rows = 0;
+};
+inline cudaError_t make_tensor_map(TensorMap* map, DType, const void* p, int64_t num_rows, int64_t num_cols,
+                                   int64_t stride, uint32_t box_rows) {
+    PLAY(uintptr_t(p) % 16 == 0 && stride % 8 == 0 && box_rows <= 256);
+    *map = {static_cast<unsigned char*>(const_cast<void*>(p)), num_rows, num_cols, stride, int32_t(box_rows)};
+    return cudaSuccess;
+}
+// f(element in shared memory, element in global memory or null)
+template <class F>
+void each_in_box(const TensorMap& map, uint32_t box, int32_t col, int32_t row, F f) {
+    PLAY(box % 1024 == 0);
+    for (int r = 0; r < map.box_rows; ++r)
+        for (int c = 0; c < 64; ++c) {
+            const int64_t from_row = int64_t(row) + r, from_col = int64_t(col) + c;
+            const bool inside = from_row >= 0 && from_row < map.num_rows && from_col >= 0 && from_col < map.num_cols;
+            f(reinterpret_cast<uint16_t*>(shared_at(swizzled(box + r * 128 + c * 2))),
+              inside ? reinterpret_cast<uint16_t*>(map.base) + from_row * map.stride + from_col : nullptr);
+        }
+}
+inline void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t col, int32_t row) {
+    each_in_box(*map, shared_address(box), col, row, [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
+    barrier_update(barrier, 0, -int64_t(map->box_rows) * 128);
+}
+inline void prefetch_map(const TensorMap*) {}
+
+// ---- What a thread has begun and not waited for, oldest first
+struct Begun {
+    std::vector<std::function<void()>> stores;
+    std::vector<std::vector<std::function<void()>>> products;  // by group
+    bool open = false;                                         // the last group takes more
+};
+inline Begun begun[1024];
+CUDA_ON_CPU_HIDDEN inline Begun& mine() { return begun[cuda_on_cpu::self().linear]; }
+
+inline void store_box(const TensorMap* map, const void* box, int32_t col, int32_t row) {
+    PLAY(row < map->num_rows && col < map->num_cols);
+    mine().stores.push_back([map = *map, from = shared_address(box), col, row] {
+        each_in_box(map, from, col, row, [](const uint16_t* value, uint16_t* to) { to ? void(*to = *value) : void(); });
+    });
+}
+template <int kPending>
+void store_wait_read() {
+    auto& stores = mine().stores;
+    while (stores.size() > kPending) stores.front()(), stores.erase(stores.begin());
+}
+inline void fence_shared_for_store() {}
+
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void give_registers() {}
+
+// ---- Matrix products
+inline void matmul_begin() { mine().products.emplace_back(), mine().open = true; }
+inline void matmul_commit() {
+    PLAY(mine().open);
+    mine().open = false;
+}
+template <int kPending>
+void matmul_wait() {
+    PLAY(!mine().open);
+    auto& products = mine().products;
+    while (products.size() > kPending) {
+        for (auto& product : products.front()) product();
+        products.erase(products.begin());
+    }
+    __syncwarp();  // .sync.aligned: a warp passes as one
+}
+template <int kSize>
+void pin_registers(float (&)[kSize]) {
+    PLAY(mine().products.empty());
+}
+inline uint64_t operand(const void* p) {
+    return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+           uint64_t(1) << 62;
+}
+// Element (row, k) of an operand: groups of 8 rows lie a stride apart, rows in a group 128 bytes; then the swizzle.
+template <typename T>
+T element(uint64_t descriptor, int row, int k) {
+    const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    return *reinterpret_cast<const T*>(shared_at(swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2)));
+}
+template <typename T, int kCols>
+void matmul(float* d, uint64_t a, uint64_t b) {
+    PLAY(mine().open && a >> 62 == 1 && b >> 62 == 1);
+    mine().products.back().push_back([d, a, b, t = int(threadIdx.x % 128)] {
+        for (int h = 0; h < 2; ++h) {
+            float x[16];
+            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, t / 32 * 16 + t % 32 / 4 + h * 8, k));
+            for (int c = 0; c < kCols / 8; ++c)
+                for (int i = 0; i < 2; ++i)
+                    for (int k = 0; k < 16; ++k)
+                        d[4 * c + 2 * h + i] += x[k] * to_float(element<T>(b, c * 8 + t % 4 * 2 + i, k));
+        }
+    });
+}
+
+template <typename Kernel>
+cudaError_t allow_shared_bytes(Kernel*, size_t) {
+    return cudaSuccess;
+}
+
+#undef PLAY
+}  // namespace sensibert::hopper

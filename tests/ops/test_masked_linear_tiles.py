@@ -1,0 +1,72 @@
+"""The tile list says exactly what is kept, in the order the kernel wants it; the reference reads it back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sensibert.artifacts import Grid
+from sensibert.ops import masked_linear
+from sensibert.ops import masked_linear_path as paths
+from sensibert.ops.masked_linear_tiles import reference, tile_list
+
+
+def bools(*rows):
+    return torch.tensor([[cell == "x" for cell in row] for row in rows])
+
+
+def test_a_list_by_hand():
+    #                    one tile of 192 features     the other, two bands of it
+    keep = bools("x.xx", "x.x.", "xxx.", "....", ".x..")
+    tiles = tile_list(keep, Grid.block(64, 64), 320, 256, 192)
+    assert [(e >> 4, e & 15) for e in tiles.entries.tolist()] == [(0, 7), (2, 7), (1, 4), (3, 1), (1, 2)]
+    assert tiles.offsets.tolist() == [0, 2, 4, 4, 5]
+    assert tiles.order.tolist() == [0, 1] and tiles.tile_cols == 192
+
+
+def test_the_longest_tile_comes_first_and_ties_keep_their_order():
+    keep = bools("x...", "xx..", "xxxx", "xx..").repeat_interleave(3, 0)
+    assert tile_list(keep, Grid.block(64, 64), 768, 256, 192).order.tolist() == [2, 1, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "grid,N,want",
+    [
+        (Grid.block(64, 64), 768, 192),  # both widths divide it: the one that can skip each block
+        (Grid.block(64, 64), 1024, 192),  # blocks of 64 rows differ: 256 would multiply them as zeros
+        (Grid.block(256, 64), 1024, 256),
+        (Grid.columns(64), 1024, 256),
+        (Grid.columns(64), 1000, 192),
+    ],
+    ids=str,
+)
+def test_the_width_loses_nothing(grid, N, want):
+    assert tile_list(torch.rand(grid.shape(N, 512)) < 0.5, grid, N, 512).tile_cols == want
+
+
+@pytest.mark.parametrize("tile_cols", [192, 256])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.1])
+@pytest.mark.parametrize("grid", [Grid.block(64, 128), Grid.rows(64), Grid.columns(128), Grid.tensor()], ids=str)
+def test_the_reference_reads_it_back(grid, kept, tile_cols):
+    x, weight, bias = torch.randn(2, 3, 200), torch.randn(328, 200), torch.randn(328)
+    keep = torch.rand(grid.shape(328, 200)) < kept
+    y = reference(x, weight, bias, *tile_list(keep, grid, 328, 200, tile_cols))
+    torch.testing.assert_close(y, F.linear(x, weight * grid.expand(keep, 328, 200), bias))
+
+
+def test_the_op_is_registered():
+    grid = Grid.block(64, 64)
+    tiles = tile_list(torch.ones(2, 1, dtype=torch.bool), grid, 128, 64)
+    args = torch.randn(2, 3, 64), torch.randn(128, 64), torch.randn(128)
+    torch.library.opcheck(torch.ops.sensibert.masked_linear_tiles.default, (*args, *tiles))
+
+
+def test_the_path_gives_what_the_others_give(monkeypatch):
+    monkeypatch.setattr(paths, "resolve", lambda problem: paths.Choice("tiles", "as if on sm_90"))
+    grid = Grid.block(64, 64)
+    x, weight, bias = (t.requires_grad_() for t in (torch.randn(5, 128), torch.randn(192, 128), torch.randn(192)))
+    keep = bools("x.", ".x", "x.")
+    y = masked_linear(x, weight, bias, keep, grid)
+    want = F.linear(x, weight * grid.expand(keep, 192, 128), bias)
+    torch.testing.assert_close(y, want)
+    for ours, theirs in zip(*(torch.autograd.grad(t.square().sum(), (x, weight, bias)) for t in (y, want))):
+        torch.testing.assert_close(ours, theirs)
