@@ -143,6 +143,12 @@ def finetune(
     milestones: Annotated[int, typer.Option(help="Cuts the cubic takes.")] = _SHAPE.milestones,
     warmup: Annotated[float, typer.Option(help="Share of the steps of learning-rate warm-up.")] = _SHAPE.warmup,
     rewarm: Annotated[float, typer.Option(help="The same after the last cut.")] = _SHAPE.rewarm,
+    recover_peak: Annotated[float, typer.Option(help="Peak after the last cut, times the learning rate.")] = (
+        _SHAPE.recover_peak
+    ),
+    recover_dropout: Annotated[float, typer.Option(help="The model's dropout after the last cut.")] = (
+        _SHAPE.recover_dropout
+    ),
     teacher: Annotated[str | None, typer.Option(help=f"Fine-tuned model to distil from, or {SNAPSHOT}.")] = None,
     distil: Annotated[float, typer.Option(help="Weight of the distillation loss.")] = _DEFAULT.distil,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = _DEFAULT.temperature,

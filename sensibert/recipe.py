@@ -78,6 +78,7 @@ class TrimCallback(TrainerCallback):
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
+        self._dropout: list[tuple[nn.Dropout, float]] = []  # what recovery has set aside
         self._clock = time.perf_counter()
 
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
@@ -111,6 +112,8 @@ class TrimCallback(TrainerCallback):
         if not self.memory.layout_dense:
             self.prepare(model)
         self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
+        if self.cuts and state.global_step >= max(self.cuts):
+            self._recover(model)
         self._clock = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
@@ -135,7 +138,14 @@ class TrimCallback(TrainerCallback):
         plan = allocate(found, self._target(self.cuts[state.global_step]), self.step, self.policy)
         self.spend("analyze")
         trim(model, plan, optimizer)
+        if state.global_step == max(self.cuts):
+            self._recover(model)
         self.spend("cut")
+
+    def _recover(self, model: nn.Module) -> None:
+        self._dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+        for module, _ in self._dropout:
+            module.p = self.schedule.recover_dropout
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
@@ -166,6 +176,8 @@ class TrimCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.spend("recover" if self.cuts else "train")
+        for module, p in self._dropout:
+            module.p = p
 
 
 def _load_if(kind: type, path: Path):

@@ -27,7 +27,7 @@ class Schedule:
     milestones: int = 6
     warmup: float = 0.06
     rewarm: float = 0.03
-    recover_peak: float = 1.0
+    recover_peak: float = 1.6
     recover_dropout: float = 0.0
 
     def __post_init__(self) -> None:
