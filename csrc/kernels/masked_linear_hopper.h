@@ -18,7 +18,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -31,7 +33,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
     asm volatile(
         "{\n.reg .pred done;\nwait_%=:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra wait_%=;\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+        "@!done bra wait_%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
 }
 // Among `num_threads` threads of the block; id 0 is __syncthreads.
 __device__ __forceinline__ void group_sync(uint32_t id, uint32_t num_threads) {
@@ -42,12 +46,15 @@ __device__ __forceinline__ void group_sync(uint32_t id, uint32_t num_threads) {
 // the matrix arrives as 0, and is not written back. `box` is 1024-byte aligned.
 __device__ __forceinline__ void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t col, int32_t row) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            shared_address(box)), "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(shared_address(box)),
+        "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row)
+        : "memory");
 }
 __device__ __forceinline__ void store_box(const TensorMap* map, const void* box, int32_t col, int32_t row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(shared_address(box)), "r"(col), "r"(row) : "memory");
+                 "r"(shared_address(box)), "r"(col), "r"(row)
+                 : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 // Until all but the last kPending stores of this thread have read their box.
@@ -56,7 +63,9 @@ __device__ __forceinline__ void store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 // Plain writes to shared memory become visible to store_box.
-__device__ __forceinline__ void fence_shared_for_store() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_shared_for_store() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -94,15 +103,17 @@ __device__ __forceinline__ uint64_t operand(const void* p) {
 }
 
 #define TEN(a) "%" #a "0,%" #a "1,%" #a "2,%" #a "3,%" #a "4,%" #a "5,%" #a "6,%" #a "7,%" #a "8,%" #a "9,"
-#define OUT8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OUT8(i)                                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 #define OUT32(i) OUT8(i), OUT8(i + 8), OUT8(i + 16), OUT8(i + 24)
 #define LIST32 TEN() TEN(1) TEN(2) "%30,%31"
 #define LIST64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63"
 #define LIST96 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90,%91,%92,%93,%94,%95"
-#define LIST128                                                                                     \
-    TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)            \
-    "%120,%121,%122,%123,%124,%125,%126,%127"
+#define LIST128                                                            \
+    TEN()                                                                  \
+    TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) \
+        TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
 #define MATMUL(shape, type, list, a_place, b_place, ...)                                                             \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, " a_place ", " b_place \
                  ", 1, 1, 1, 0, 0;"                                                                                  \
@@ -142,7 +153,8 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* p, i
                                    int64_t stride, uint32_t box_rows) {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result))
+    if (cudaError_t e =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result))
         return e;
     if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
     const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

@@ -23,9 +23,9 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kRows = 128;   // tokens of a tile: two consumer warpgroups of 64
-constexpr int kBand = 64;    // features that are kept or dropped together, and the width of a narrow wgmma
-constexpr int kDepth = 64;   // input features of a step: 128 bytes, one row of the swizzle
+constexpr int kRows = 128;  // tokens of a tile: two consumer warpgroups of 64
+constexpr int kBand = 64;   // features that are kept or dropped together, and the width of a narrow wgmma
+constexpr int kDepth = 64;  // input features of a step: 128 bytes, one row of the swizzle
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kBandBytes = kBand * kDepth * 2, kXBytes = kRows * kDepth * 2;
@@ -73,11 +73,11 @@ struct Place {
 
 template <typename T, int kCols, int kStages, int kStoreBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
-masked_linear_tiles_kernel(const __grid_constant__ TensorMap x_map,  // [M, K], boxes of kRows
-                           const __grid_constant__ TensorMap w_map,  // [N, K], boxes of kBand
-                           const __grid_constant__ TensorMap y_map,  // [M, N], boxes of 64
-                           const T* __restrict__ bias,               // [N] or null
-                           const __grid_constant__ Problem p) {
+    masked_linear_tiles_kernel(const __grid_constant__ TensorMap x_map,  // [M, K], boxes of kRows
+                               const __grid_constant__ TensorMap w_map,  // [N, K], boxes of kBand
+                               const __grid_constant__ TensorMap y_map,  // [M, N], boxes of 64
+                               const T* __restrict__ bias,               // [N] or null
+                               const __grid_constant__ Problem p) {
     using L = Layout<kCols, kStages, kStoreBoxes>;
     SENSIBERT_DYNAMIC_SHARED(unsigned char, raw);
     unsigned char* const shared = raw + (kAtom - shared_address(raw) % kAtom) % kAtom;
@@ -226,9 +226,9 @@ bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t strid
 
 }  // namespace
 
-cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
-                                       void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K, DType dtype,
-                                       const TileList& list, cudaStream_t stream) {
+cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
+                                       const void* bias, void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K,
+                                       DType dtype, const TileList& list, cudaStream_t stream) {
     if (M == 0 || N == 0) return cudaSuccess;
     const bool wide = list.tile_cols == 256, half = dtype == DType::kFloat16;
     if (!(wide || list.tile_cols == 192) || dtype == DType::kFloat32 || K == 0 || !fits_a_map(x, M, K, x_stride) ||

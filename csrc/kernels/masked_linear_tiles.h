@@ -18,8 +18,8 @@ struct TileList {
 // x [M, K], w [N, K], bias [N] or null, y [M, N], row-major, of one 16-bit dtype; rows x_stride, w_stride, y_stride
 // elements apart; pointers 16-byte aligned, K, N and strides multiples of 8. Accumulates in fp32, in one fixed order.
 // cudaErrorInvalidValue if an argument does not fit; cudaErrorNotSupported if the driver knows no tensor maps.
-cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
-                                       void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K, DType dtype,
-                                       const TileList& list, cudaStream_t stream);
+cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
+                                       const void* bias, void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K,
+                                       DType dtype, const TileList& list, cudaStream_t stream);
 
 }  // namespace sensibert

@@ -6,8 +6,9 @@
 namespace sensibert {
 
 // Absent where the build leaves Hopper out (SENSIBERT_CUDA_ARCHS): then nothing is registered.
-[[gnu::weak]] cudaError_t launch_masked_linear_tiles(const void*, int64_t, const void*, int64_t, const void*, void*, int64_t,
-                                                     int64_t, int64_t, int64_t, DType, const TileList&, cudaStream_t);
+[[gnu::weak]] cudaError_t launch_masked_linear_tiles(const void*, int64_t, const void*, int64_t, const void*, void*,
+                                                     int64_t, int64_t, int64_t, int64_t, DType, const TileList&,
+                                                     cudaStream_t);
 
 namespace {
 
@@ -21,7 +22,8 @@ Tensor aligned(const Tensor& t) {
 }
 
 const int32_t* list_of(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), kOp, ": ", name, " is not contiguous int32");
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), kOp, ": ", name,
+                    " is not contiguous int32");
     return static_cast<const int32_t*>(t.const_data_ptr());
 }
 

@@ -10,10 +10,10 @@ namespace sensibert::hopper {
 
 using cuda_on_cpu::machine;
 
-#define PLAY(condition)                                                                  \
-    if (!(condition)) {                                                                  \
+#define PLAY(condition)                                                                    \
+    if (!(condition)) {                                                                    \
         fprintf(stderr, "hopper_on_cpu: %s does not hold, in %s\n", #condition, __func__); \
-        abort();                                                                         \
+        abort();                                                                           \
     }
 
 inline uint32_t shared_address(const void* p) {
@@ -99,7 +99,8 @@ void each_in_box(const TensorMap& map, uint32_t box, int32_t col, int32_t row, F
         }
 }
 inline void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t col, int32_t row) {
-    each_in_box(*map, shared_address(box), col, row, [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
+    each_in_box(*map, shared_address(box), col, row,
+                [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
     barrier_update(barrier, 0, -int64_t(map->box_rows) * 128);
 }
 inline void prefetch_map(const TensorMap*) {}
