@@ -50,6 +50,8 @@ std::vector<BlockSensitivityTensor> describe(const std::vector<Tensor>& weight, 
                             g.get_device_index() == weight[0].get_device_index(),
                         kOp, ": weights[", t, "] and its gradient are not on the device of weights[0]");
         STD_TORCH_CHECK(w.is_contiguous() && g.is_contiguous(), kOp, ": weights[", t, "] or its gradient has gaps");
+        for (size_t i : {2 * t, 2 * t + 1})
+            STD_TORCH_CHECK(blocks[i] >= 0, kOp, ": blocks[", i, "] is ", blocks[i], ", want at least 0");
         tensors.push_back({w.const_data_ptr(), g.const_data_ptr(), nullptr, w.size(0), w.dim() == 2 ? w.size(1) : 1,
                            blocks[2 * t], blocks[2 * t + 1], dtype_of(w, kOp, "weights", t), dtype_of(g, kOp, "grads", t)});
     }
@@ -136,14 +138,18 @@ std::tuple<Tensor, Tensor> block_sensitivity_plan_cuda(Tensor out, std::vector<T
 
 void block_sensitivity_run_cuda(Tensor out, Tensor packed, Tensor scratch, double decay, double scale) {
     const size_t bytes = size_t(packed.numel());
-    STD_TORCH_CHECK(packed.is_cpu() && bytes % sizeof(BlockSensitivityPlan) == 0, kOp, ": plan is not one of this build");
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                        bytes % sizeof(BlockSensitivityPlan) == 0,
+                    kOp, ": plan is not one of this build");
     const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
     const char* plans = static_cast<const char*>(packed.const_data_ptr());
-    for (size_t at = 0; at < bytes; at += sizeof(BlockSensitivityPlan))
-        check_launch(launch_block_sensitivity(*reinterpret_cast<const BlockSensitivityPlan*>(plans + at),
-                                              static_cast<float*>(scratch.mutable_data_ptr()), float(decay), float(scale),
-                                              current_stream(out.get_device_index())),
+    for (size_t at = 0; at < bytes; at += sizeof(BlockSensitivityPlan)) {
+        const BlockSensitivityPlan& plan = *reinterpret_cast<const BlockSensitivityPlan*>(plans + at);
+        STD_TORCH_CHECK(scratch.numel() >= plan.num_partials, kOp, ": scratch is ", scratch.numel(), ", want ", plan.num_partials);
+        check_launch(launch_block_sensitivity(plan, static_cast<float*>(scratch.mutable_data_ptr()), float(decay),
+                                              float(scale), current_stream(out.get_device_index())),
                      kOp);
+    }
 }
 
 }  // namespace

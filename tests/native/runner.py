@@ -1,6 +1,7 @@
 """Runs the real kernel sources on the CPU: g++ builds tests/native/<op>.cpp with cuda_on_cpu.h, plain or sanitized."""
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -57,3 +58,42 @@ def run(program: Path, *arrays: Tensor, **environment: str) -> list[Tensor]:
             results.append(flat.view(array.dtype).view(array.shape) if r else array.clone())
             at += len(r)
         return results
+
+
+# What only a GPU has, in the text of a binding, and what stands for it on the CPU machine.
+OF_THE_GPU = [
+    (r"\(sensibert, CUDA, m\)", "(sensibert, CPU, m)"),
+    (r"\bis_cuda\(\)", "is_cpu()"),
+    (r"const torch::stable::accelerator::DeviceGuard guard\(.*\);", ""),
+]
+STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }'
+RUNTIME = """#pragma once
+#include "cuda_on_cpu.h"
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU machine"; }
+"""
+
+
+def build_binding(op: str, folder: Path) -> Path:
+    """csrc/torch/<op>.cpp with its kernel as a library for torch.ops.load_library that serves CPU tensors."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    include = Path(torch.__file__).parent / "include"
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("*.py", "*.md"))
+    (folder / "cuda_runtime.h").write_text(RUNTIME)
+    source = folder / "csrc" / "torch" / f"{op}.cpp"
+    text = source.read_text()
+    for old, new in OF_THE_GPU:
+        text, count = re.subn(old, new, text)
+        assert count, f"{source.name} no longer says {old}"
+    # torch's headers first: names of the CPU machine are macros that they use otherwise
+    first = "".join(f"#include <torch/csrc/stable/{name}.h>\n" for name in ("library", "tensor", "ops", "accelerator"))
+    source.write_text(first + text + f'#include "../kernels/{op}.cu"\n{STREAM}\n')
+    stable = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    library = folder / f"{op}.so"
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-DSENSIBERT_CUDA_ON_CPU", *stable, f"-I{folder}"]
+    command += [f"-I{HERE}", f"-I{include}", str(source), "-o", str(library)]
+    command += [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return library

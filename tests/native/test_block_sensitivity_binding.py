@@ -1,0 +1,76 @@
+"""The tests of the op once more, with the binding and the CUDA source in place of the reference, on CPU tensors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .runner import ROOT, build_binding
+
+
+@pytest.fixture(scope="module")
+def binding(tmp_path_factory):
+    return build_binding("block_sensitivity", tmp_path_factory.mktemp("binding"))
+
+
+def python(binding, *command):
+    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(binding), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_op_passes_its_tests_through_the_binding(binding):
+    # float64 is the reference's alone
+    wanted = ["tests/ops/test_block_sensitivity.py", "-k", "not float64", "-m", "not gpu"]
+    code, said = python(binding, "-m", "pytest", "-q", "-x", "-p", "tests.native.through_binding", *wanted)
+    assert code == 0 and " passed" in said, said[-6000:]
+
+
+PROGRAM = """
+import torch, sensibert.ops, tests.native.through_binding
+op, plan, run = (getattr(torch.ops.sensibert, f"block_sensitivity_{name}") for name in ("", "plan", "run_"))
+w, g, out = torch.ones(4, 6), torch.ones(4, 6), torch.zeros(4, 1)
+
+def refused(said, op, *args):
+    try:
+        op(*args)
+    except RuntimeError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"not refused: {said}")
+
+words = ("abs", "none")
+refused("grads are 0, want 1", op, [out], [w], [], [1, 0], *words, 1.0, 1.0)
+refused("blocks are 1, want 2", op, [out], [w], [g], [1], *words, 1.0, 1.0)
+refused("out has 0 tensors, want 1", op, [], [w], [g], [1, 0], *words, 1.0, 1.0)
+gaps = "out[0] is not contiguous float32 with one value a block"
+refused(gaps, op, [out[:3]], [w], [g], [1, 0], *words, 1.0, 1.0)
+refused(gaps, op, [out.double()], [w], [g], [1, 0], *words, 1.0, 1.0)
+refused("grads[0] is not of the shape of weights[0]", op, [out], [w], [g.T], [1, 0], *words, 1.0, 1.0)
+refused("weights[0] has 3 axes, want 1 or 2", op, [out], [w[None]], [g[None]], [1, 0], *words, 1.0, 1.0)
+dtype = "is of a dtype the CUDA kernel does not take"
+refused("weights[0] " + dtype, op, [out], [w.double()], [g], [1, 0], *words, 1.0, 1.0)
+refused("grads[0] " + dtype, op, [out], [w], [g.long()], [1, 0], *words, 1.0, 1.0)
+refused("blocks[0] is -1", op, [out], [w], [g], [-1, 0], *words, 1.0, 1.0)
+refused("reduce is sum", op, [out], [w], [g], [1, 0], "sum", "none", 1.0, 1.0)
+refused("finish is root", op, [out], [w], [g], [1, 0], "abs", "root", 1.0, 1.0)
+total = torch.zeros(4)
+refused("out has 3 values, want 4", plan, total[:3], [w], [g], [1, 0], *words)
+refused("weights[0] or its gradient has gaps", plan, total, [w.T], [g.T], [1, 0], *words)
+packed, scratch = plan(total, [w], [g], [1, 0], *words)
+refused("plan is not one of this build", run, total, packed[:-1], scratch, 1.0, 1.0)
+refused("plan is not one of this build", run, total, packed.float(), scratch, 1.0, 1.0)
+tall = torch.ones(300, 6)
+columns, _ = plan(torch.zeros(6), [tall], [tall], [0, 1], *words)
+refused("scratch is 0, want 18", run, torch.zeros(6), columns, scratch, 1.0, 1.0)
+run(total, packed, scratch, 1.0, 0.5)
+assert total.tolist() == [3.0] * 4
+torch.library.opcheck(op.default, ([out], [w], [g], [1, 0], *words, 1.0, 1.0))
+print("passed")
+"""
+
+
+def test_the_binding_refuses_what_would_read_out_of_bounds(binding):
+    code, said = python(binding, "-c", PROGRAM)
+    assert code == 0 and said.strip().endswith("passed"), said[-6000:]
