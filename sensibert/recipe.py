@@ -337,7 +337,8 @@ def _result(
 
 def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCallback, result: dict) -> None:
     """Build the finished folder beside the checkpoints, then move it into its place in one step."""
-    final, output = folder / "final", Path(options.output)
+    output = Path(options.output)
+    final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume goes on from the last whole checkpoint"):
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
         export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
