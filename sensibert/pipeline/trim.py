@@ -105,10 +105,13 @@ def _set_attributes(layer: nn.Module, axis: Axis, count: int, span: int, undo: _
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Rounding of a whole encoder, relative to its largest output."""
-    if dtype not in (torch.float32, torch.float64):
-        return 5e-2
-    return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+    """Rounding of a whole encoder, relative to its largest output: 24 wide fp32 layers reach 5e-6, and a toy DeBERTa
+    with its heads laid out wrongly is off by no more than 2e-5 to 4e-5."""
+    if dtype == torch.float64:
+        return 1e-6  # some families round to fp32 inside
+    if dtype == torch.float32:
+        return 2e-5 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+    return 5e-2
 
 
 def _check(model: nn.Module, expected: Tensor) -> None:
@@ -130,7 +133,7 @@ def _check(model: nn.Module, expected: Tensor) -> None:
 def _refuse(model: nn.Module, plan: Plan) -> None:
     """SensibertError if the plan is of another model, or leaves less than the family's code can do without."""
     layout = describe(model)
-    if layout.sites != plan.layout.sites:
+    if (layout.family, layout.sites) != (plan.layout.family, plan.layout.sites):
         raise SensibertError(
             f"trim: the plan was made for another model ({plan.layout.family}, {len(plan.layout.sites)} sites, "
             f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "

@@ -66,7 +66,7 @@ def problems(draw) -> tuple[Sensitivity, Budget, int]:
     return sensitivity, Budget.parse(text, draw(st.sampled_from(["encoder", "model"])), 4), draw(st.integers(1, 5))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150, derandomize=True)
 @given(problem=problems(), policy=st.sampled_from(["global", "uniform"]))
 def test_the_budget_is_met_from_below_by_less_than_the_cheapest_step(problem, policy):
     sensitivity, budget, step = problem
@@ -89,20 +89,6 @@ def test_the_budget_is_met_from_below_by_less_than_the_cheapest_step(problem, po
         if keep.any() and not keep.all():  # the kept are the best, the first of equals
             worst = min((float(score[i]), -i) for i in range(site.units) if keep[i])
             assert all((float(score[i]), -i) < worst for i in range(site.units) if not keep[i])
-
-
-@settings(deadline=None, max_examples=60)
-@given(problem=problems())
-def test_a_larger_budget_never_keeps_less(problem):
-    sensitivity, _, step = problem
-    spends = []
-    for percent in (40, 60, 80, 100):
-        budget = Budget.parse(f"{percent}%params")
-        try:
-            spends.append(allocate(sensitivity, budget, step).params)
-        except SensibertError:
-            assert not spends
-    assert spends == sorted(spends) and spends[-1] == sensitivity.layout.encoder_params
 
 
 def test_units_are_taken_by_score_per_cost():
