@@ -1,5 +1,5 @@
 // best[c] = the largest value of the groups so far at total cost exactly c. Time groups * levels * capacity, memory
-// groups * capacity * 4 bytes. sensibert/solver.py holds the same recurrence in numpy: same additions, same ties, same bits.
+// groups * capacity * 4 bytes. sensibert/solver.py has the same recurrence in numpy: same additions, ties and bits.
 #include "solver.h"
 
 #include <limits>

@@ -1,28 +1,29 @@
 // total[block] = sum over the block of w g | |w g| | (w g)^2 | g^2 | w^2;  out = decay out + scale finish(total).
 //
-// Every tensor is cut into chunks of about 16,384 elements, by its shape and grid alone, and the chunks of all tensors are
-// dealt to the resident blocks in turn:
+// Every tensor is cut into chunks of about 16,384 elements, by its shape and grid alone, and the chunks of all tensors
+// are dealt to the resident blocks in turn:
 //   element   block (1, 1):            a thread reads four elements and writes four totals
 //   segment   whole rows, contiguous:  a warp a segment up to 4,096 elements, above it a block a piece of 16,384
-//   tile      all other grids:         128 rows x 128 columns; a lane owns four columns and walks down the rows, its warp
-//                                      reads 512 bytes of a row at once; then warps, then the columns of a block are added
-// A block in several chunks leaves a partial sum a chunk, which a second launch adds up. Every sum has one order, given by
-// the shape: results are bitwise the same for any number of resident blocks and any alignment.
-// Cost: reads w and g once; bandwidth bound. About 9 instructions an element, a sixth of what the card issues meanwhile.
+//   tile      all other grids:         128 rows x 128 columns; a lane owns four columns and walks down the rows, its
+//                                      warp reads 512 bytes of a row at once; then the sums of the warps are added,
+//                                      then those of the columns of a block
+// A block in several chunks leaves a partial sum a chunk, which a second launch adds up. Every sum has one order, given
+// by the shape: results are bitwise the same for any number of resident blocks and any alignment.
+// Cost: reads w and g once; bandwidth bound, with about 9 instructions an element.
 #include "block_sensitivity.h"
 
 namespace sensibert {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kChunk = 16384;           // elements of a segment's piece
+constexpr int kChunk = 16384;  // elements of a segment's piece
 constexpr int kLongestWarpSegment = 4096;
 constexpr int kTileRows = 128, kTileCols = 32 * kQuad;
-constexpr int kSharedRows = 17;  // blocks of at least so many rows are read by all warps together, smaller ones by one warp
+constexpr int kSharedRows = 17;  // a block of so many rows is read by all warps together, a smaller one by one warp
 constexpr int kUnroll = 4;       // quads in flight a thread and operand
 constexpr unsigned kAll = 0xffffffffu;
 
-struct Geometry {  // the plan refuses what 32 bits do not count
+struct Geometry {                // the plan refuses what 32 bits do not count
     int block_rows, block_cols;  // number of blocks along the axes
     int row_pieces, col_pieces;  // pieces a block is cut into
     int strips, strip_blocks;    // tile: column strips of the tensor, blocks side by side in one
@@ -33,8 +34,8 @@ struct Geometry {  // the plan refuses what 32 bits do not count
 
 __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many blocks of the grid lie side by side in a strip of at most kTileCols columns; a multiple of four columns if some
-// number of blocks gives one, so that every strip starts aligned.
+// How many blocks of the grid lie side by side in a strip of at most kTileCols columns: together a multiple of four
+// columns if some number of blocks is, so that every strip starts aligned.
 __host__ __device__ __forceinline__ int blocks_in_strip(int64_t block_cols) {
     if (block_cols > kTileCols) return 1;
     const int most = kTileCols / int(block_cols), step = block_cols % 4 == 0 ? 1 : block_cols % 2 == 0 ? 2 : 4;
@@ -63,7 +64,8 @@ int64_t count_chunks(const BlockSensitivityEntry& e, const Geometry& g) {
         case Walk::kBlockSegment: return int64_t(g.block_rows) * g.row_pieces;
         default: break;
     }
-    return (e.block_rows >= kSharedRows ? int64_t(g.block_rows) * g.row_pieces : ceil_div(g.block_rows, kWarps)) * g.strips;
+    return (e.block_rows >= kSharedRows ? int64_t(g.block_rows) * g.row_pieces : ceil_div(g.block_rows, kWarps)) *
+           g.strips;
 }
 
 // Totals that one block of the finishing launch adds up: neighbours in scratch share a warp.
@@ -126,8 +128,8 @@ __device__ __noinline__ Quad add_elements(const BlockSensitivityEntry& e, int64_
     return acc;
 }
 
-__device__ __forceinline__ Quad add(const BlockSensitivityEntry& e, int64_t offset, int64_t stride, int count, int valid,
-                                 Reduce reduce, Quad acc) {
+__device__ __forceinline__ Quad add(const BlockSensitivityEntry& e, int64_t offset, int64_t stride, int count,
+                                    int valid, Reduce reduce, Quad acc) {
     if (count <= 0 || valid <= 0) return acc;
     if (!e.quads || valid < kQuad) return add_elements(e, offset, stride, count, valid, reduce, acc);
     const Term term(reduce);
@@ -224,7 +226,8 @@ __device__ __forceinline__ void block_segment_chunk(const BlockSensitivityEntry&
     const int s = chunk / g.row_pieces, piece = chunk % g.row_pieces;
     const Sink sink(e, g, scratch, s, 0, piece);
     const int64_t length = e.block_rows * e.cols, segment_end = min((s + 1) * length, e.rows * e.cols);
-    const int64_t begin = min(s * length + int64_t(piece) * kChunk, segment_end), end = min(begin + kChunk, segment_end);
+    const int64_t begin = min(s * length + int64_t(piece) * kChunk, segment_end);
+    const int64_t end = min(begin + kChunk, segment_end);
     const float sum = warp_sum(segment_sum(e, begin, end, threadIdx.x, kThreads, reduce));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
     __syncthreads();
@@ -236,8 +239,8 @@ __device__ __forceinline__ void block_segment_chunk(const BlockSensitivityEntry&
 }
 
 // row[0 .. width) summed in groups of block_cols neighbours by the threads `rank`, rank + team, ...
-__device__ __forceinline__ void put_groups(const float* row, int width, int block_cols, int num_blocks, int rank, int team,
-                                           const Sink& sink, Result result) {
+__device__ __forceinline__ void put_groups(const float* row, int width, int block_cols, int num_blocks, int rank,
+                                           int team, const Sink& sink, Result result) {
     for (int q = rank; q < num_blocks; q += team) {
         float total = 0.f;
         for (int c = q * block_cols; c < min((q + 1) * block_cols, width); ++c) total += row[c];
@@ -246,7 +249,8 @@ __device__ __forceinline__ void put_groups(const float* row, int width, int bloc
 }
 
 __device__ __forceinline__ void tile_chunk(const BlockSensitivityEntry& e, const Geometry& g, int chunk, Reduce reduce,
-                                           float* shared, float* scratch, Result result) {  // shared: [kWarps][kTileCols]
+                                           float* shared,  // [kWarps][kTileCols]
+                                           float* scratch, Result result) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool together = e.block_rows >= kSharedRows;
     const int strip = chunk % g.strips, row_chunk = chunk / g.strips;
@@ -298,7 +302,7 @@ __device__ __forceinline__ void tile_chunk(const BlockSensitivityEntry& e, const
 }
 
 // The tensor that owns item i; Ends is a member of the entry that counts items up to and including it.
-__device__ __forceinline__ int owner(const BlockSensitivityPlan& plan, int32_t BlockSensitivityEntry::*ends, int i) {
+__device__ __forceinline__ int owner(const BlockSensitivityPlan& plan, int32_t BlockSensitivityEntry::* ends, int i) {
     int low = 0, high = plan.num_tensors - 1;
     while (low < high) {
         const int middle = (low + high) / 2;
@@ -311,8 +315,8 @@ __device__ __forceinline__ int owner(const BlockSensitivityPlan& plan, int32_t B
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
-    block_sensitivity_kernel(const __grid_constant__ BlockSensitivityPlan plan, float* __restrict__ scratch, float decay,
-                             float scale) {
+    block_sensitivity_kernel(const __grid_constant__ BlockSensitivityPlan plan, float* __restrict__ scratch,
+                             float decay, float scale) {
     __shared__ __align__(16) float shared[kWarps * kTileCols];
     const Result result{plan.finish, decay, scale};
     for (int i = blockIdx.x; i < plan.num_chunks; i += gridDim.x) {
@@ -332,8 +336,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // A block adds the pieces of `width` totals: thread (x, y) those y, y + height, ... of total x, then the y by a tree.
 __global__ void __launch_bounds__(kThreads)
-    block_sensitivity_finish_kernel(const __grid_constant__ BlockSensitivityPlan plan, const float* __restrict__ scratch,
-                                    float decay, float scale) {
+    block_sensitivity_finish_kernel(const __grid_constant__ BlockSensitivityPlan plan,
+                                    const float* __restrict__ scratch, float decay, float scale) {
     __shared__ float shared[kThreads];
     const int t = owner(plan, &BlockSensitivityEntry::finish_end, blockIdx.x);
     const BlockSensitivityEntry& e = plan.entries[t];
@@ -396,7 +400,8 @@ int plan_block_sensitivity(const BlockSensitivityTensor* tensors, int count, Red
         e.block_cols = t.block_cols > 0 ? min(t.block_cols, t.cols) : t.cols;
         e.walk = walk_of(e);
         e.quads = starts_aligned(e);
-        const bool countable = e.walk == Walk::kElement || max(ceil_div(e.rows, e.block_rows), e.cols / e.block_cols) < INT32_MAX;
+        const bool countable =
+            e.walk == Walk::kElement || max(ceil_div(e.rows, e.block_rows), e.cols / e.block_cols) < INT32_MAX;
         const Geometry g = geometry(e);
         e.partial = plan->num_partials;
         if (g.pieces() > 1) {
@@ -420,11 +425,13 @@ cudaError_t launch_block_sensitivity(const BlockSensitivityPlan& plan, float* sc
     int resident = 0;
     if (cudaError_t e = resident_blocks(block_sensitivity_kernel, kThreads, 0, &resident)) return e;
     const dim3 grid(unsigned(min(plan.num_chunks, resident)));
-    if (cudaError_t e = SENSIBERT_LAUNCH(block_sensitivity_kernel, grid, dim3(kThreads), 0, stream, plan, scratch, decay, scale))
+    if (cudaError_t e =
+            SENSIBERT_LAUNCH(block_sensitivity_kernel, grid, dim3(kThreads), 0, stream, plan, scratch, decay, scale))
         return e;
     if (plan.num_finish == 0) return cudaSuccess;
     const dim3 finish_grid(unsigned(plan.num_finish));
-    return SENSIBERT_LAUNCH(block_sensitivity_finish_kernel, finish_grid, dim3(kThreads), 0, stream, plan, scratch, decay, scale);
+    return SENSIBERT_LAUNCH(block_sensitivity_finish_kernel, finish_grid, dim3(kThreads), 0, stream, plan, scratch,
+                            decay, scale);
 }
 
 }  // namespace sensibert

@@ -43,8 +43,8 @@ struct BlockSensitivityPlan {
 };
 static_assert(sizeof(BlockSensitivityPlan) + 64 <= 32764, "a plan travels by value, as a kernel parameter");
 
-// Fills `plan` with the first kBlockSensitivityMaxTensors of `tensors`, those without elements left out, and returns how
-// many it took; 0 where count > 0 means that the next has more blocks than 32 bits count.
+// Fills `plan` with the first kBlockSensitivityMaxTensors of `tensors`, those without elements left out, and returns
+// how many it took; 0 where count > 0 means that the next has more blocks than 32 bits count.
 int plan_block_sensitivity(const BlockSensitivityTensor* tensors, int count, Reduce reduce, Finish finish,
                            BlockSensitivityPlan* plan);
 

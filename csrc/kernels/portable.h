@@ -1,4 +1,4 @@
-// One source, two compilers: nvcc builds a kernel for the GPU; g++ -DSENSIBERT_CUDA_ON_CPU runs the same file under test.
+// One source, two compilers: nvcc builds it for the GPU, g++ -DSENSIBERT_CUDA_ON_CPU runs the same file under test.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Launches and evaluates to the cudaError_t. `kernel` is one identifier: name an instance first, auto* kernel = f<A, B>.
+// Launches, and is the cudaError_t. `kernel` is one identifier: name an instance first, auto* kernel = f<A, B>.
 #define SENSIBERT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     (kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__), cudaGetLastError())
 

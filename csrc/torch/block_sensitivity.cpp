@@ -29,16 +29,16 @@ Finish parse_finish(const std::string& word) { return parse<Finish>("finish", wo
 
 std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-int64_t num_blocks(int64_t size, int64_t block) {
-    return size == 0 ? 0 : block == 0 ? 1 : (size + block - 1) / block;
-}
+int64_t num_blocks(int64_t size, int64_t block) { return size == 0 ? 0 : block == 0 ? 1 : (size + block - 1) / block; }
 
-// Everything but `out`. Checks what would otherwise read or write out of bounds; sensibert.ops words the errors for users.
+// Everything but `out`. Checks what would otherwise read out of bounds; sensibert.ops words the errors for users.
 std::vector<BlockSensitivityTensor> describe(const std::vector<Tensor>& weight, const std::vector<Tensor>& grad,
                                              const std::vector<int64_t>& blocks, Reduce reduce) {
     const bool no_grad = grad.empty() && reduce == Reduce::kWeightSquare;
-    STD_TORCH_CHECK(no_grad || grad.size() == weight.size(), kOp, ": grads are ", grad.size(), ", want ", weight.size());
-    STD_TORCH_CHECK(blocks.size() == 2 * weight.size(), kOp, ": blocks are ", blocks.size(), ", want ", 2 * weight.size());
+    STD_TORCH_CHECK(no_grad || grad.size() == weight.size(), kOp, ": grads are ", grad.size(), ", want ",
+                    weight.size());
+    STD_TORCH_CHECK(blocks.size() == 2 * weight.size(), kOp, ": blocks are ", blocks.size(), ", want ",
+                    2 * weight.size());
     std::vector<BlockSensitivityTensor> tensors;
     tensors.reserve(weight.size());
     for (size_t t = 0; t < weight.size(); ++t) {
@@ -53,7 +53,8 @@ std::vector<BlockSensitivityTensor> describe(const std::vector<Tensor>& weight, 
         for (size_t i : {2 * t, 2 * t + 1})
             STD_TORCH_CHECK(blocks[i] >= 0, kOp, ": blocks[", i, "] is ", blocks[i], ", want at least 0");
         tensors.push_back({w.const_data_ptr(), g.const_data_ptr(), nullptr, w.size(0), w.dim() == 2 ? w.size(1) : 1,
-                           blocks[2 * t], blocks[2 * t + 1], dtype_of(w, kOp, "weights", t), dtype_of(g, kOp, "grads", t)});
+                           blocks[2 * t], blocks[2 * t + 1], dtype_of(w, kOp, "weights", t),
+                           dtype_of(g, kOp, "grads", t)});
     }
     return tensors;
 }
@@ -94,7 +95,8 @@ void block_sensitivity_cuda(std::vector<Tensor> out, std::vector<Tensor> weight,
         STD_TORCH_CHECK(out[t].scalar_type() == ScalarType::Float && out[t].is_contiguous() &&
                             out[t].numel() == num_totals(tensors[t]) && out[t].is_cuda() &&
                             out[t].get_device_index() == weight[0].get_device_index(),
-                        kOp, ": out[", t, "] is not contiguous float32 with one value a block, on the device of weights[0]");
+                        kOp, ": out[", t,
+                        "] is not contiguous float32 with one value a block, on the device of weights[0]");
         tensors[t].out = static_cast<float*>(out[t].mutable_data_ptr());
     }
     const int32_t device = weight[0].get_device_index();
@@ -107,14 +109,15 @@ void block_sensitivity_cuda(std::vector<Tensor> out, std::vector<Tensor> weight,
     });
 }
 
-// The tensors packed as kernel parameters, in host memory: out is one buffer, the totals of each tensor after those of the last.
+// The tensors packed as kernel parameters, in host memory. out is one buffer: the totals of tensor after tensor.
 // Returns (plans as bytes, scratch that serves each of them).
 std::tuple<Tensor, Tensor> block_sensitivity_plan_cuda(Tensor out, std::vector<Tensor> weight, std::vector<Tensor> grad,
                                                        std::vector<int64_t> blocks, std::string reduce_word,
                                                        std::string finish_word) {
     const Reduce reduce = parse_reduce(reduce_word);
     std::vector<BlockSensitivityTensor> tensors = describe(weight, grad, blocks, reduce);
-    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous(), kOp, ": out is not contiguous float32");
+    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous(), kOp,
+                    ": out is not contiguous float32");
     float* next = static_cast<float*>(out.mutable_data_ptr());
     int64_t room = out.numel();
     for (BlockSensitivityTensor& t : tensors) {
@@ -145,7 +148,8 @@ void block_sensitivity_run_cuda(Tensor out, Tensor packed, Tensor scratch, doubl
     const char* plans = static_cast<const char*>(packed.const_data_ptr());
     for (size_t at = 0; at < bytes; at += sizeof(BlockSensitivityPlan)) {
         const BlockSensitivityPlan& plan = *reinterpret_cast<const BlockSensitivityPlan*>(plans + at);
-        STD_TORCH_CHECK(scratch.numel() >= plan.num_partials, kOp, ": scratch is ", scratch.numel(), ", want ", plan.num_partials);
+        STD_TORCH_CHECK(scratch.numel() >= plan.num_partials, kOp, ": scratch is ", scratch.numel(), ", want ",
+                        plan.num_partials);
         check_launch(launch_block_sensitivity(plan, static_cast<float*>(scratch.mutable_data_ptr()), float(decay),
                                               float(scale), current_stream(out.get_device_index())),
                      kOp);

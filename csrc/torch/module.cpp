@@ -1,5 +1,5 @@
-// The pybind11 module sensibert._C: what was built, and the solvers that need no device. Importing it loads the library,
-// whose static initialisers register the CUDA kernels.
+// The pybind11 module sensibert._C: what was built, and the solver, which needs no device. Importing it loads the
+// library, whose static initialisers register the CUDA kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// arrays: reduce, finish (int64); decay, scale (float); shapes (int64: 8 a tensor: rows, cols, block rows, block cols, dtypes
-// of weight and grad, elements to skip at their front); then weight, grad, out of each tensor.
+// arrays: reduce, finish (int64); decay, scale (float); shapes (int64, 8 a tensor: rows, cols, block rows, block cols,
+// dtype of weight and grad, elements to skip at the front of each); then weight, grad, out of each tensor.
 #include "../../csrc/kernels/block_sensitivity.cu"
 
 #include "harness.h"
@@ -15,8 +15,8 @@ cudaError_t run(std::vector<Array>& a) {
         const int64_t* s = a[2].as<int64_t>() + 8 * t;
         const DType weight_dtype = DType(s[4]), grad_dtype = DType(s[5]);
         tensors.push_back({a[3 * t + 3].data + s[6] * element_size(weight_dtype),
-                           a[3 * t + 4].data + s[7] * element_size(grad_dtype), a[3 * t + 5].as<float>(), s[0], s[1], s[2], s[3],
-                           weight_dtype, grad_dtype});
+                           a[3 * t + 4].data + s[7] * element_size(grad_dtype), a[3 * t + 5].as<float>(), s[0], s[1],
+                           s[2], s[3], weight_dtype, grad_dtype});
     }
     int done = 0;
     while (done < int(tensors.size())) {

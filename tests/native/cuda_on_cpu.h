@@ -1,8 +1,8 @@
-// Runs CUDA kernels on the CPU, for tests at small sizes. The threads of a block are fibers of one host thread: they run
-// in a fixed order (forward, or backward with CUDA_ON_CPU_BACKWARD=1) and switch only at barriers and warp operations, so
-// a run is repeatable, a divergent barrier is an error instead of a hang, and a block costs microseconds. ThreadSanitizer
-// is told of each fiber and of exactly the order that __syncthreads and __syncwarp give, no more: it reports a missing
-// barrier although nothing runs in parallel. AddressSanitizer is told of the stacks.
+// Runs CUDA kernels on the CPU, for tests at small sizes. The threads of a block are fibers of one host thread: they
+// run in a fixed order (forward, or backward with CUDA_ON_CPU_BACKWARD=1) and switch only at barriers and warp
+// operations, so a run is repeatable, a divergent barrier is an error and no hang, and a block costs microseconds.
+// ThreadSanitizer is told of each fiber and of exactly the order that __syncthreads and __syncwarp give, no more: it
+// reports a missing barrier although nothing runs in parallel. AddressSanitizer is told of the stacks.
 // Serves: __shared__ static and dynamic, __syncthreads, __syncwarp, warp shuffles and votes, integer atomics, 16-byte
 // vectors, bf16 and fp16. Not: tensor cores, TMA, clusters, waiting for a block that comes later, order between blocks
 // beyond what running them backward shows.
@@ -77,7 +77,7 @@ struct Fiber {
     uint64_t seen[kWarp];     // the operands of its warp, once all have arrived
     unsigned syncs = 0;       // __syncthreads passed
     unsigned warp_syncs = 0;  // __syncwarp passed
-    char gate[2];             // of __syncwarp, by parity: a lane may arrive at the next one before all have left the last
+    char gate[2];             // of __syncwarp, by parity: a lane may reach the next before all have left the last
     void* tsan = nullptr;
     void* fake_stack = nullptr;
 };
@@ -104,8 +104,8 @@ CUDA_ON_CPU_HIDDEN inline Fiber& self() { return *machine.running; }
 CUDA_ON_CPU_HIDDEN inline void to_scheduler(State state) {
     Fiber& f = self();
     f.state = state;
-    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(state == State::kDone ? nullptr : &f.fake_stack,
-                                                    machine.main_stack, machine.main_stack_bytes);)
+    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(state == State::kDone ? nullptr : &f.fake_stack, machine.main_stack,
+                                                    machine.main_stack_bytes);)
     CUDA_ON_CPU_TSAN(__tsan_switch_to_fiber(machine.scheduler_tsan, __tsan_switch_to_fiber_no_sync);)
     swapcontext(&f.context, &machine.scheduler);
     CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);)
@@ -133,7 +133,7 @@ CUDA_ON_CPU_HIDDEN inline void resume(Fiber& f) {
     for (unsigned t = 0; t < num_threads; ++t) {
         const Fiber& f = machine.fibers[t];
         if (f.state == State::kAtBlock) fprintf(stderr, "  thread %u waits at __syncthreads number %u\n", t, f.syncs);
-        if (f.state == State::kAtWarp) fprintf(stderr, "  thread %u waits for the lanes 0x%08x of its warp\n", t, f.mask);
+        if (f.state == State::kAtWarp) fprintf(stderr, "  thread %u waits for lanes 0x%08x of its warp\n", t, f.mask);
         if (f.state == State::kSpinning) fprintf(stderr, "  thread %u waits for a barrier in shared memory\n", t);
         if (f.state == State::kDone) fprintf(stderr, "  thread %u has left the kernel\n", t);
     }
@@ -340,11 +340,11 @@ T __reduce_add_sync(unsigned mask, T v) {
 }
 
 // Atomics: integers only, since a float sum in arrival order differs from run to run. Relaxed, as on the GPU.
-#define CUDA_ON_CPU_ATOMIC(name, builtin)                                                                 \
-    template <class T>                                                                                    \
-    T name(T* p, std::type_identity_t<T> v) {                                                             \
+#define CUDA_ON_CPU_ATOMIC(name, builtin)                                                                  \
+    template <class T>                                                                                     \
+    T name(T* p, std::type_identity_t<T> v) {                                                              \
         static_assert(std::is_integral_v<T>, "float atomics are not deterministic, and not allowed here"); \
-        return builtin(p, v, __ATOMIC_RELAXED);                                                           \
+        return builtin(p, v, __ATOMIC_RELAXED);                                                            \
     }
 CUDA_ON_CPU_ATOMIC(atomicAdd, __atomic_fetch_add)
 CUDA_ON_CPU_ATOMIC(atomicSub, __atomic_fetch_sub)

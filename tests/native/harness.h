@@ -1,5 +1,5 @@
-// main() of a kernel test: reads arrays from a file, hands them to run(), writes them back. tests/native/runner.py is the
-// other end. Each array lies in its own allocation of exactly its size, so that ASan sees one byte too far.
+// main() of a kernel test: reads arrays from a file, hands them to run(), writes them back; tests/native/runner.py is
+// the other end. Each array lies in its own allocation of exactly its size, so that ASan sees one byte too far.
 #pragma once
 #include <cstdint>
 #include <cstdio>

@@ -19,9 +19,7 @@ __global__ void divergent_kernel(float* out) {
     out[threadIdx.x] = 1.f;
 }
 
-__global__ void misaligned_kernel(const float* in, float* out) {
-    out[0] = reinterpret_cast<const float4*>(in + 1)->x;
-}
+__global__ void misaligned_kernel(const float* in, float* out) { out[0] = reinterpret_cast<const float4*>(in + 1)->x; }
 
 __global__ void overrun_kernel(const float* in, float* out, int n) { out[threadIdx.x % n] = in[n + threadIdx.x / 128]; }
 
@@ -69,7 +67,8 @@ cudaError_t run(std::vector<Array>& a) {
     const int rows = int(a[2].count<float>()), n = int(a[1].count<float>());
     switch (what) {
         case 0:
-        case 1: return SENSIBERT_LAUNCH(row_sum_kernel, dim3(rows), dim3(128), 0, nullptr, in, out, n / rows, what == 0);
+        case 1:
+            return SENSIBERT_LAUNCH(row_sum_kernel, dim3(rows), dim3(128), 0, nullptr, in, out, n / rows, what == 0);
         case 2: return SENSIBERT_LAUNCH(divergent_kernel, dim3(1), dim3(64), 0, nullptr, out);
         case 3: return SENSIBERT_LAUNCH(misaligned_kernel, dim3(1), dim3(1), 0, nullptr, in, out);
         case 4: return SENSIBERT_LAUNCH(overrun_kernel, dim3(1), dim3(128), 0, nullptr, in, out, n);
