@@ -124,8 +124,8 @@ def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tup
     """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way.
 
     A run that fails leaves its whole checkpoints and nothing else; without one, no trace."""
-    partial = partial_folder(output)
     check_output(output, overwrite)
+    partial = partial_folder(output)
     checkpoint = None
     if resume:
         checkpoint = latest_checkpoint(partial)

@@ -1,13 +1,12 @@
 """Whole runs on a tiny model: what the recipe promises about budgets, resuming, teachers and files."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from sensibert.recipe import TrimCallback, finetune_and_trim
 from sensibert.schedule import Schedule
 from sensibert.tasks import TaskData, load_examples
 from tests import runs
+from tests.runs import RESULT_KEYS
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,6 @@ def options(here, output, **changed) -> Options:
     )
 
 
-RESULT_KEYS = {
-    *("task", "model", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_dense", "seconds", "output"),
-    *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
-    *("flops_before", "flops_after", "flops_length"),
-}
-
-
 def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, report):
     result = finetune_and_trim(options(here, tmp_path / "out", epochs=4))
     assert set(result) == RESULT_KEYS
@@ -86,8 +79,8 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
 
 @pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random", "paper", "dense"])
 def test_every_method_takes_the_same_steps_and_meets_the_same_budget(here, tmp_path, method):
-    result = finetune_and_trim(options(here, tmp_path / "out", method=method, epochs=1))
-    assert result["steps"] == 10
+    result = finetune_and_trim(options(here, tmp_path / "out", method=method, max_steps=4))
+    assert result["steps"] == 4
     share = result["encoder_params_after"] / result["encoder_params_before"]
     assert share == 1 if method == "dense" else 0.4 < share <= 0.5
     assert (result["metrics_dense"] is None) == (method == "dense")
@@ -95,7 +88,7 @@ def test_every_method_takes_the_same_steps_and_meets_the_same_budget(here, tmp_p
 
 @pytest.mark.parametrize("budget", ["30%flops", "9Kparams", "70%params"])
 def test_other_budgets_are_met_from_below(here, tmp_path, budget):
-    result = finetune_and_trim(options(here, tmp_path / "out", budget=budget, epochs=1, scope="encoder"))
+    result = finetune_and_trim(options(here, tmp_path / "out", budget=budget, max_steps=3))
     flops = result["flops_after"] / result["flops_before"]
     params = result["encoder_params_after"]
     wanted = {"30%flops": flops <= 0.3, "9Kparams": params <= 9000, "70%params": params <= 0.7 * 17088}
@@ -113,7 +106,7 @@ def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path)
 
     original, recipe.TrimCallback = recipe.TrimCallback, Watch
     try:
-        result = finetune_and_trim(options(here, tmp_path / "out", schedule=cubic, epochs=2))
+        result = finetune_and_trim(options(here, tmp_path / "out", schedule=cubic, epochs=1))
     finally:
         recipe.TrimCallback = original
     assert len(set(seen)) == 4 and seen == sorted(seen, reverse=True)  # dense and three cuts
@@ -132,12 +125,29 @@ class Killed(BaseException):
     """Not an Exception: nothing on the way may swallow it."""
 
 
-@pytest.mark.parametrize("step", [3, 7, 12, 17])
+def short(kind="oneshot", **changed) -> dict:
+    """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
+    shape = Schedule(kind, milestones=2)
+    return {"batch_size": 32, "save_steps": 2, "schedule": shape, "teacher": "snapshot"} | changed
+
+
+@pytest.fixture(scope="module")
+def whole(here, tmp_path_factory):
+    """kind of schedule -> folder of the unbroken run, made when first asked for."""
+    made = {}
+
+    def run(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("whole") / kind
+            finetune_and_trim(options(here, made[kind], **short(kind)))
+        return made[kind]
+
+    return run
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])  # from a dense checkpoint; between two cuts, mid-epoch; near the end
 @pytest.mark.parametrize("kind", ["oneshot", "cubic"])
-def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, step, kind, monkeypatch):
-    asked = {"save_steps": 2, "schedule": Schedule(kind, milestones=2), "teacher": "snapshot"}
-    whole = tmp_path / "whole"
-    finetune_and_trim(options(here, whole, **asked))
+def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, kind, monkeypatch):
     step_end = TrimCallback.on_step_end
 
     def dies(self, args, state, control, **kwargs):
@@ -147,71 +157,76 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, step, kind, mo
 
     monkeypatch.setattr(TrimCallback, "on_step_end", dies)
     with pytest.raises(Killed):
-        finetune_and_trim(options(here, tmp_path / "broken", **asked))
+        finetune_and_trim(options(here, tmp_path / "broken", **short(kind)))
     monkeypatch.undo()
+    monkeypatch.setattr(recipe, "write_report", lambda *args: [])
     assert not (tmp_path / "broken").exists()
     with pytest.raises(SensibertError, match="unfinished run, want --resume or --overwrite"):
-        finetune_and_trim(options(here, tmp_path / "broken", **asked))
-    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **asked))
+        finetune_and_trim(options(here, tmp_path / "broken", **short(kind)))
+    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **short(kind)))
     assert result["metrics_dense"] is not None
-    assert same_weights(whole, tmp_path / "broken")
+    assert same_weights(whole(kind), tmp_path / "broken")
 
 
-def test_a_run_killed_by_the_system_resumes_to_the_same_weights(here, tmp_path):
-    program = (
-        "import sys; from tests.test_recipe import options; from pathlib import Path\n"
-        "from sensibert.recipe import finetune_and_trim\n"
-        "finetune_and_trim(options(Path(sys.argv[1]), sys.argv[2], save_steps=1, resume=len(sys.argv) > 3))"
-    )
-    command = [sys.executable, "-c", program, str(here)]
-    victim = subprocess.Popen(
-        [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    partial = tmp_path / "killed.partial"
-    deadline = time.monotonic() + 120
-    while not any(partial.glob("checkpoint-[6-9]")) and victim.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert victim.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    finetune_and_trim(options(here, tmp_path / "whole", save_steps=1))
-    finetune_and_trim(options(here, tmp_path / "killed", save_steps=1, resume=True))
-    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use a CUDA context")
+def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, whole):
+    """Three times SIGKILL, each a little later in what is left of the run."""
+    asked, partial = short(save_steps=1), tmp_path / "killed.partial"
+    for number in (1, 4, 7):
+        victim = os.fork()
+        if victim == 0:  # forked: it need not import everything once more
+            with contextlib.suppress(BaseException):
+                finetune_and_trim(options(here, tmp_path / "killed", resume=True, **asked))
+            os._exit(1)
+        deadline = time.monotonic() + 120
+        while not (partial / f"checkpoint-{number}").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))  # somewhere: while a checkpoint is written, or in a step
+        os.kill(victim, signal.SIGKILL)
+        _, status = os.waitpid(victim, 0)
+        assert os.WIFSIGNALED(status) and not (tmp_path / "killed").exists()
+    result = finetune_and_trim(options(here, tmp_path / "killed", resume=True, **asked))
+    assert result["steps"] == 10
+    assert same_weights(whole("oneshot"), tmp_path / "killed")
 
 
 def test_runs_can_branch_from_the_last_dense_step(here, tmp_path):
     asked = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
-    finetune_and_trim(options(here, tmp_path / "first", **asked))
-    (saved,) = (tmp_path / "first.partial").glob("checkpoint-6")
-    finetune_and_trim(options(here, tmp_path / "alone", budget="30%params", method="magnitude"))
+    finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **asked))
+    (saved,) = (tmp_path / "first.partial").glob("checkpoint-2")
+    other = {"budget": "30%params", "method": "magnitude", "max_steps": 9}
+    finetune_and_trim(options(here, tmp_path / "alone", **other))
     (tmp_path / "branch.partial").mkdir()
     shutil.copytree(saved, tmp_path / "branch.partial" / saved.name)
-    branch = options(here, tmp_path / "branch", budget="30%params", method="magnitude", resume=True)
-    finetune_and_trim(branch)
+    finetune_and_trim(options(here, tmp_path / "branch", resume=True, **other))
     assert same_weights(tmp_path / "alone", tmp_path / "branch")
 
 
 def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
-    asked = {"save_steps": 5, "keep_checkpoints": True}
-    finetune_and_trim(options(here, tmp_path / "out", **asked))
-    newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (20, 15))
+    asked = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    first = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (6, 3))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     os.truncate(newest / "model.safetensors", 100)
-    finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
+    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
+    assert older.exists() and again["metrics"] == first["metrics"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         os.truncate(checkpoint / "optimizer.pt", 10)
     with pytest.raises(SensibertError, match="truncated checkpoint, optimizer.pt has 10 bytes, want"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
 
 
-@pytest.mark.parametrize("teacher", ["snapshot", "folder"])
-def test_distillation_changes_the_result_and_the_snapshot_is_the_dense_model(here, tmp_path, teacher):
-    plain = finetune_and_trim(options(here, tmp_path / "plain"))
-    if teacher == "folder":
-        finetune_and_trim(options(here, tmp_path / "teacher", method="dense"))
-        teacher = str(tmp_path / "teacher")
-    taught = finetune_and_trim(options(here, tmp_path / "taught", teacher=teacher, distil=0.9))
-    assert plain["encoder_params_after"] == taught["encoder_params_after"] or teacher != "snapshot"
-    assert not same_weights(tmp_path / "plain", tmp_path / "taught")
+def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
+    """The snapshot cannot change what is cut: it is made at the cut. A teacher from outside can."""
+    plain = finetune_and_trim(options(here, tmp_path / "plain", **short(teacher=None, save_steps=100)))
+    taught = json.loads((whole("oneshot") / "result.json").read_text())
+    assert plain["metrics_dense"] == taught["metrics_dense"]
+    assert plain["encoder_params_after"] == taught["encoder_params_after"]
+    assert not same_weights(tmp_path / "plain", whole("oneshot"))
+    outside = short(teacher=str(tmp_path / "plain"), distil=0.9, save_steps=100)
+    finetune_and_trim(options(here, tmp_path / "outside", **outside))
+    assert not same_weights(tmp_path / "plain", tmp_path / "outside")
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):
@@ -221,40 +236,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp
 
 
 def test_gradient_accumulation_and_bf16_run(here, tmp_path):
-    result = finetune_and_trim(options(here, tmp_path / "out", gradient_accumulation=2, precision="bf16"))
-    assert result["steps"] == 10 and result["encoder_params_after"] < result["encoder_params_before"]
-
-
-@pytest.mark.parametrize(
-    "changed, said",
-    [
-        ({"method": "best"}, "method is 'best', want one of fisher"),
-        ({"budget": "0%params"}, "outside"),
-        ({"budget": "120%params"}, "outside"),
-        ({"budget": "abc"}, "not a budget"),
-        ({"budget": "1%params"}, "smallest reachable budget is"),
-        ({"budget": "8ms"}, "measured table"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"train_file": None}, "train_file is missing"),
-        ({"train_file": "/nowhere.csv"}, "nowhere.csv"),
-        ({"model": "/nowhere"}, "model: no tokenizer in /nowhere|cannot read /nowhere"),
-        ({"label_column": "stars"}, "'stars'"),
-        ({"policy": "fair"}, "policy is 'fair'"),
-    ],
-)
-def test_bad_options_are_named_and_leave_nothing(here, tmp_path, changed, said):
-    with pytest.raises(SensibertError, match=said):
-        finetune_and_trim(replace(options(here, tmp_path / "out"), **changed))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_not_empty_is_kept(here, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
-        finetune_and_trim(options(here, tmp_path / "out"))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
+    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    assert result["steps"] == 5 and result["encoder_params_after"] < result["encoder_params_before"]
 
 
 def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):

@@ -119,7 +119,9 @@ def _size(batch: Batch) -> int:
 
 def _require_finite(loss: Tensor, samples: int) -> None:
     if not torch.isfinite(loss):
-        raise SensibertError(f"analyze: the loss after {samples} samples is {float(loss)}, want a finite number")
+        raise SensibertError(
+            f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
+        )
 
 
 def _gradient_scores(

@@ -126,6 +126,13 @@ class TrimTrainer(Trainer):
             )
         return loss
 
+    def _run_epoch(self, *args, **kwargs):
+        # From a checkpoint of the last step, in the midst of an epoch, Trainer would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
@@ -169,7 +176,7 @@ def predict(
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """Logits in the order of `data`, computed in batches of similar length, so little is padded.
 
-    [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]), padded with -100 to the longest."""
+    [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]). A row means nothing behind its tokens."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]

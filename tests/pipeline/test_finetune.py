@@ -1,0 +1,173 @@
+"""The layer over transformers.Trainer, part by part; whole runs are in tests/test_recipe.py."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from sensibert.checkpoints import MANIFEST
+from sensibert.errors import SensibertError
+from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, distillation_loss, finetune, predict
+from sensibert.tasks import Collator
+from tests.helpers import tiny_model
+
+
+class Rows(Dataset):
+    """Random tokens, 3 to 9 a row, and a label each."""
+
+    def __init__(self, count=20, labels=True):
+        rng = np.random.default_rng(0)
+        self.lengths = rng.integers(3, 10, count).tolist()
+        self.rows = [{"input_ids": rng.integers(5, 64, n).tolist(), "attention_mask": [1] * n} for n in self.lengths]
+        for place, row in enumerate(self.rows):
+            row |= {"labels": place % 2} if labels else {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.rows[place]
+
+
+def arguments(folder, **changed):
+    usual = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
+    return TrainingArguments(str(folder), **(usual | quiet | changed))
+
+
+def test_the_length_sampler_is_a_permutation_told_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 500).tolist()
+
+    def order(seed, epoch):
+        sampler = LengthSampler(lengths, 8, seed)
+        sampler.set_epoch(epoch)
+        torch.rand(1)  # nothing else may matter
+        return list(sampler)
+
+    assert len(LengthSampler(lengths, 8, 0)) == 500 and sorted(order(0, 0)) == list(range(500))
+    assert order(3, 1) == order(3, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    waste = [max(lengths[i] for i in batch) * 8 for batch in np.reshape(order(0, 0)[:496], (-1, 8))]
+    assert sum(waste) < 1.15 * sum(lengths)  # padded tokens; about 1.8 in random order
+
+
+def by_hand(student, teacher, temperature):
+    """T^2 sum_c p_t (log p_t - log p_s), mean over rows, in float64."""
+    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 6, 3)], ids=["classes", "tags"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_of_softened_predictions(shape, temperature):
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    loss = distillation_loss({"logits": student, "loss": torch.tensor(9.0)}, {"logits": teacher}, temperature)
+    torch.testing.assert_close(loss.double(), by_hand(student, teacher, temperature), rtol=1e-5, atol=1e-7)
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert float(distillation_loss({"logits": teacher}, {"logits": teacher}, temperature)) == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_of_answers_is_the_mean_of_both_ends_and_of_numbers_the_squared_error():
+    student, teacher = ({f"{end}_logits": torch.randn(4, 7) for end in ("start", "end")} for _ in range(2))
+    wanted = sum(by_hand(student[name], teacher[name], 2.0) for name in student) / 2
+    torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), wanted, rtol=1e-5, atol=1e-7)
+    a, b = torch.randn(5, 1), torch.randn(5, 1)
+    torch.testing.assert_close(distillation_loss({"logits": a}, {"logits": b}, 2.0), (a - b).square().mean())
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_predictions_come_in_the_order_of_the_data(head):
+    model, data = tiny_model(head=head).train(), Rows(11, labels=False)
+    found = predict(model, data, Collator(0), batch_size=4)
+    assert model.training
+    parts = found if isinstance(found, tuple) else (found,)
+    assert len(parts) == (2 if head == "QuestionAnswering" else 1)
+    model.eval()
+    for place, row in enumerate(data):
+        outputs = model(**{name: torch.tensor([values]) for name, values in row.items()})
+        alone = [
+            outputs[name][0].detach().numpy() for name in ("logits", "start_logits", "end_logits") if name in outputs
+        ]
+        for part, one in zip(parts, alone, strict=True):
+            if head != "SequenceClassification":
+                part = part[:, : len(one)]  # what follows is padding
+            np.testing.assert_allclose(part[place], one, rtol=1e-4, atol=1e-5)
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_the_shape_of_the_rate_reaches_the_optimizer(tmp_path):
+    rates = Rates()
+    trainer = finetune(
+        tiny_model(), Rows(), Collator(0), arguments(tmp_path), [rates], lr_shape=lambda step, total: (step + 1) / total
+    )
+    assert rates.seen == pytest.approx([1e-2 * (step + 1) / 4 for step in range(4)])
+    assert trainer.state.global_step == 4
+
+
+def test_data_with_lengths_is_read_in_batches_of_similar_length(tmp_path):
+    sampler = TrimTrainer(tiny_model(), arguments(tmp_path, seed=3), Collator(0), Rows())._get_train_sampler()
+    assert isinstance(sampler, LengthSampler) and (sampler.seed, sampler.batch_size) == (3, 4)
+    plain = TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows().rows)._get_train_sampler()
+    assert not isinstance(plain, LengthSampler)
+
+
+def test_a_teacher_is_mixed_into_the_training_loss_once_there_is_one(tmp_path):
+    student, teacher, there = tiny_model(seed=0), tiny_model(seed=1), []
+    trainer = TrimTrainer(
+        *(student, arguments(tmp_path), Collator(0), Rows()),
+        teacher=lambda: there[0] if there else None,
+        distil=0.75,
+        temperature=2.0,
+    )
+    batch = Collator(0)([Rows()[place] for place in range(4)])
+    outputs = student(**batch)
+    student.train()
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+    there.append(teacher)
+    wanted = 0.25 * outputs.loss + 0.75 * distillation_loss(outputs, teacher(**batch), 2.0)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), wanted)
+    student.eval()
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.classifier.bias.data[0] = float("nan")
+
+    with pytest.raises(SensibertError, match="the loss is nan at step 3; try a smaller learning rate"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), [Poison()])
+
+
+def test_a_finished_checkpoint_takes_no_further_step(tmp_path):
+    """5 steps an epoch, so that step 3 ends the run in the midst of one."""
+    first = finetune(
+        tiny_model(), Rows(), Collator(0), arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    )
+    saved = tmp_path / "checkpoint-3"
+    (saved / MANIFEST).write_text("{}")
+    again = finetune(tiny_model(seed=1), Rows(), Collator(0), arguments(tmp_path, max_steps=3), checkpoint=saved)
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_damaged_checkpoint_is_not_read(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(SensibertError, match="checkpoint-2: not a whole checkpoint"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), checkpoint=tmp_path / "checkpoint-2")
+
+
+def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
+        TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows())

@@ -1,0 +1,337 @@
+"""Every kind of bad input ends in exit code 2 and one line that says what to do, and leaves the disk as it was."""
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sensibert import recipe
+from tests import runs
+from tests.runs import command, tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "write_report", lambda *args: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A base model, two fine-tuned ones, their sensitivities and a plan of the first. Nobody may change it."""
+    folder = tmp_path_factory.mktemp("bad")
+    runs.model_folder(folder / "model")
+    runs.sentence_file(folder / "train.csv", 32, seed=1)
+    runs.sentence_file(folder / "dev.csv", 16, seed=2)
+    for name, seed in (("tuned", 0), ("other", 1)):
+        runs.model_folder(folder / name, head="SequenceClassification", seed=seed, num_labels=2)
+        scores = folder / f"{name}.safetensors"
+        assert command("analyze", "--model", folder / name, "--method", "random", "--output", scores).code == 0
+    asked = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
+    assert command(*asked).code == 0
+    return folder
+
+
+@contextmanager
+def untouched(*folders):
+    before = [tree(folder) for folder in folders]
+    yield
+    for folder, then in zip(folders, before, strict=True):
+        assert tree(folder).keys() == then.keys()
+        assert tree(folder) == then
+
+
+def refused(said: str, *arguments) -> str:
+    """Run a command that must be refused in one line that matches `said`; returns the line."""
+    done = command(*arguments)
+    lines = done.err.splitlines()
+    assert done.code == 2, done
+    assert len(lines) == 1 and lines[0].startswith("sensibert: error: ") and "Traceback" not in done.out, done
+    assert re.search(said, lines[0]), lines[0]
+    return lines[0]
+
+
+def finetune_arguments(here, output, **changed):
+    asked = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
+    asked |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "step": 4} | changed
+    return ["finetune", *(part for name, value in asked.items() for part in (f"--{name}", value))]
+
+
+def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
+    for kind, said in (
+        ("gpt2", r"family 'gpt2' is not supported, want one of albert, bert, .*CONTRIBUTING"),
+        ("zz", "zz"),
+    ):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+        with untouched(here, tmp_path):
+            refused(said, *finetune_arguments(here, tmp_path / "out", model=tmp_path / kind))
+            refused(said, "inspect", tmp_path / kind)
+            refused(said, "analyze", "--model", tmp_path / kind, "--method", "magnitude", "--output", tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "budget, said",
+    [
+        ("0%params", r"outside \(0 %, 100 %\]"),
+        ("120%params", r"outside \(0 %, 100 %\]"),
+        ("-5%params", "is not a budget"),
+        ("abc", "'abc' is not a budget, want for example 50%params"),
+        ("", "is not a budget"),
+        ("50", "is not a budget"),
+        ("8ms", "latency needs a measured table"),
+    ],
+)
+def test_a_budget_that_is_none(here, tmp_path, budget, said):
+    with untouched(here, tmp_path):
+        refused(said, *finetune_arguments(here, tmp_path / "out", budget=budget))
+        scores = here / "tuned.safetensors"
+        refused(said, "plan", "--sensitivity", scores, "--budget", budget, "--output", tmp_path / "plan")
+
+
+@pytest.mark.parametrize("budget, scope", [("1%params", "encoder"), ("0.01%flops", "model")])
+def test_a_budget_below_the_rest_names_the_smallest_and_that_one_works(here, tmp_path, budget, scope):
+    counted = ("--scope", scope, "--step", 4, "--dry-run", "--budget")
+    asked = ("plan", "--sensitivity", here / "other.safetensors", *counted)
+    with untouched(here, tmp_path):
+        line = refused("the smallest reachable budget is", *asked, budget)
+        refused("the smallest reachable budget is", *finetune_arguments(here, tmp_path / "out"), *counted, budget)
+        absolute, percent = re.search(r"budget is (\d+\w+) \(([\d.]+) %\)", line).groups()
+        kind = budget.partition("%")[2]
+        for reachable in (absolute, f"{percent}%{kind}"):
+            assert command(*asked, reachable).code == 0, reachable
+        done = command(*finetune_arguments(here, tmp_path / "out"), *counted, absolute)
+        assert done.code == 0, done
+
+
+BAD_FILES = {
+    "empty file": (b"", "is empty, want a header and rows"),
+    "header only": (b"sentence,label\n", "holds no rows"),
+    "missing label": (b"sentence,stars\ngood,1\nbad,0\n", r"no column 'label'.* the columns are 'sentence', 'stars'"),
+    "missing text": (b"words,label\ngood,1\nbad,0\n", "wants the columns"),
+    "gap in labels": (b"sentence,label\ngood,0\nbad,1\ndull,5\n", r"row 3, column 'label' is '5'.* without gaps"),
+    "negative label": (b"sentence,label\ngood,-1\nbad,1\n", r"row 1, column 'label' is '-1'"),
+    "mixed labels": (b"sentence,label\ngood,1\nbad,dull\n", "want numbers only or names only"),
+    "nan label": (b"sentence,label\ngood,nan\nbad,1\n", "row 1, column 'label' is 'nan'"),
+    "no label": (b"sentence,label\ngood,1\nbad,\n", "row 2, column 'label' is empty"),
+    "one class": (b"sentence,label\ngood,1\nbad,1\n", "only one class"),
+    "not utf-8": (b"sentence,label\ngood,1\nb\xe4d,0\n", "line 3: byte 0xe4 is not UTF-8"),
+    "ragged": (b"sentence,label\ngood,1\nbad\n", "line 3: 1 fields, want 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_data_is_named_by_file_row_and_column(here, tmp_path, case):
+    content, said = BAD_FILES[case]
+    (tmp_path / "bad.csv").write_bytes(content)
+    with untouched(here, tmp_path):
+        line = refused(
+            said, *finetune_arguments(here, tmp_path / "deep" / "out", **{"train-file": tmp_path / "bad.csv"})
+        )
+        assert "bad.csv" in line
+
+
+def test_a_missing_file_is_named(here, tmp_path):
+    gone = tmp_path / "gone.csv"
+    with untouched(here, tmp_path):
+        for role in ("train-file", "validation-file"):
+            refused("gone.csv: no such file", *finetune_arguments(here, tmp_path / "out", **{role: gone}))
+        refused("gone.csv: no such file", "eval", here / "tuned", "--validation-file", gone)
+        refused("gone.*: not a readable sensibert sensitivity", "plan", "--sensitivity", gone, "--dry-run")
+        refused("validation_file is missing", "eval", here / "tuned")
+        refused("train_file is missing", "analyze", "--model", here / "tuned", "--output", tmp_path / "s")
+        refused("cannot read", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "gone"))
+
+
+def test_a_validation_label_that_training_never_had(here, tmp_path):
+    (tmp_path / "dev.csv").write_text("sentence,label\ngood,1\nbad,2\n")
+    with untouched(here, tmp_path):
+        said = r"dev.csv: row 2, column 'label' is '2' \(str\), want one of the 2 classes"
+        refused(said, *finetune_arguments(here, tmp_path / "out", **{"validation-file": tmp_path / "dev.csv"}))
+        refused(r"row 2, column 'label'", "eval", here / "tuned", "--validation-file", tmp_path / "dev.csv")
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"method": "best"}, "method is 'best', want one of fisher"),
+        ({"layout": "tall"}, "layout is 'tall', want one of trimmed"),
+        ({"policy": "fair"}, "policy is 'fair', want one of global"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"scope": "head"}, "scope is 'head'"),
+        ({"task": "poetry"}, "task is 'poetry'"),
+        ({"schedule": "square"}, "shape is 'square', want one of oneshot, cubic"),
+        ({"warm-share": 1.5}, "warm_share is 1.5, want a fraction"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": "many"}, "'--epochs'"),
+        ({"max-steps": 0}, "max_steps is 0"),
+        ({"learning-rate": "nan"}, "learning_rate is nan"),
+        ({"batch-size": -2}, "batch_size is -2"),
+        ({"seed": -1}, "seed is -1"),
+        ({"step": 0}, "step is 0"),
+        ({"text-column": "words"}, "'words'"),
+        ({"max-length": 1}, "max_length"),
+        ({"distil": 2}, "distil is 2"),
+        ({"teacher": "snapshot", "method": "dense"}, "method dense never cuts"),
+        ({"output": ""}, "want the name of a new folder"),
+        ({"colour": "red"}, "--colour"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_setting_out_of_range_is_named_before_any_work(here, tmp_path, changed, said):
+    with untouched(here, tmp_path):
+        refused(said, *finetune_arguments(here, **{"output": tmp_path / "out"} | changed))
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(here, tmp_path):
+    with untouched(here, tmp_path):
+        asked = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "dense"})
+        refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *asked)
+
+
+def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["classifier.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with untouched(tmp_path):
+        asked = ("analyze", "--model", tmp_path / "nan", "--train-file", here / "train.csv")
+        refused("the loss after 0 samples is nan", *asked, "--output", tmp_path / "s")
+        refused("predictions are NaN", "eval", tmp_path / "nan", "--validation-file", here / "dev.csv")
+
+
+def test_files_of_another_model_or_kind(here, tmp_path):
+    plan = tmp_path / "plan"
+    assert command("plan", "--sensitivity", here / "other.safetensors", "--step", 4, "--output", plan).code == 0
+    with untouched(here, tmp_path):
+        trims = ("trim", "--model", here / "tuned", "--output", tmp_path / "small", "--plan")
+        refused("comes from the sensitivity of another model", *trims, plan)
+        refused("holds sensibert.sensitivity, want a sensibert plan", *trims, here / "tuned.safetensors")
+        refused("want a sensibert sensitivity", "plan", "--dry-run", "--sensitivity", plan)
+        refused("not a readable sensibert plan", *trims, here / "train.csv")
+        weights = here / "tuned" / "model.safetensors"
+        refused("want a sensibert sensitivity", "plan", "--dry-run", "--sensitivity", weights)
+
+
+def test_a_model_without_the_head_or_with_another(here, tmp_path):
+    dev = ("--validation-file", here / "dev.csv")
+    with untouched(here):
+        refused("has no task head, want a fine-tuned model", "eval", here / "model", *dev)
+        refused("task is 'token-classification', but", "eval", here / "tuned", *dev, "--task", "token-classification")
+        refused("2 classes, want 1 output", "eval", here / "tuned", *dev, "--task", "regression")
+
+
+def test_an_output_that_is_taken_is_kept(here, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    data = ("--train-file", here / "train.csv")
+    with untouched(here, tmp_path):
+        full, file = tmp_path / "out", tmp_path / "out" / "mine.txt"
+        refused("not empty, want a new folder or --overwrite", *finetune_arguments(here, full))
+        refused("not empty", *finetune_arguments(here, full), "--dry-run")
+        refused("not empty", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", full)
+        refused("exists, want a new file or --overwrite", "analyze", "--model", here / "tuned", "--output", file, *data)
+        refused("exists, want a new file", "plan", "--sensitivity", here / "tuned.safetensors", "--output", file)
+        refused("is a folder, want the name of a file", "plan", "--sensitivity", here / "plan", "--output", full)
+
+
+def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
+    checkpoint = tmp_path / "out.partial" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+    with untouched(here, tmp_path):
+        refused("holds an unfinished run, want --resume or --overwrite", *finetune_arguments(here, tmp_path / "out"))
+        said = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
+        refused(said, *finetune_arguments(here, tmp_path / "out"), "--resume")
+        (checkpoint / "sensibert_manifest.json").write_text("{")
+        refused("not a whole checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
+        (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+
+
+def test_a_truncated_model_is_named(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    with untouched(here, tmp_path):
+        refused("model: cannot load .*cut", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "cut"))
+        refused("cut: not a model folder that can be loaded", "inspect", tmp_path / "cut")
+
+
+def test_a_place_where_nothing_can_be_written(here, tmp_path):
+    (tmp_path / "file").write_text("")
+    with untouched(here, tmp_path):
+        for place in (tmp_path / "file" / "out", "/proc/nowhere/out"):
+            refused("cannot write", *finetune_arguments(here, place))
+            refused("cannot write", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", place)
+            scores = here / "tuned.safetensors"
+            refused("cannot write .*there is no folder", "plan", "--sensitivity", scores, "--output", place)
+            refused("cannot write", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
+
+
+@contextmanager
+def files_up_to(size: int):
+    """No file may grow beyond size: to whoever writes, the same refusal as that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_half_written(here, tmp_path):
+    trims = ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", tmp_path / "small")
+    scores = here / "tuned.safetensors"
+    with untouched(here, tmp_path):
+        with files_up_to(20_000):  # less than the weights
+            refused("cannot write a checkpoint to .*out.partial", *finetune_arguments(here, tmp_path / "out"))
+            refused("cannot write", *trims)
+        with files_up_to(1000):
+            refused("cannot be written|cannot write", "plan", "--sensitivity", scores, "--output", tmp_path / "plan")
+
+
+def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = finetune_arguments(here, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write_report", full)
+        said = r"cannot write .*out \(No space left on device\); --resume goes on from the last whole checkpoint"
+        refused(said, *asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-3"]
+    done = command(*asked, "--resume", "--json")
+    assert done.code == 0 and done.json["steps"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_config_that_cannot_be_meant(here, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    asked = [*finetune_arguments(here, tmp_path / "out"), "--config", file]
+    for content, said in (
+        ("budget: [50%params", "config: cannot read .*recipe.yaml .*line 1"),
+        ("- budget\n- 50%params", "holds a list, want a mapping of option names"),
+        ("just words", "holds a str, want a mapping"),
+        ("budgt: 50%params", "names 'budgt', want one of .*budget, "),
+        ("budget: [50%params, 30%params]", "budget is a list, want one value"),
+        ("samples: many", "samples"),
+    ):
+        file.write_text(content)
+        with untouched(here, tmp_path):
+            refused(said, *asked)
+    refused("config: cannot read .*No such file", *asked[:-1], tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("name", ["finetune", "analyze", "plan", "trim", "eval", "inspect"])
+def test_unknown_options_and_commands_are_one_line(name):
+    refused("--nonsense", name, "--nonsense", "1")
+    refused("Missing (option|argument)", name)
+    refused("No such command 'prune'", "prune")

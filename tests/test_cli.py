@@ -1,0 +1,226 @@
+"""The command line as its users meet it: six commands, their files, their tables and their JSON."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from sensibert import recipe
+from sensibert.models import describe
+from tests import runs
+from tests.runs import RESULT_KEYS, command, tree
+
+COMMANDS = ("finetune", "analyze", "plan", "trim", "eval", "inspect")
+SIZES = {f"{name}_{when}" for name in ("encoder_params", "total_params", "flops") for when in ("before", "after")}
+KEYS = {
+    "finetune": RESULT_KEYS,
+    "analyze": {"task", "model", "method", "seed", "samples", "encoder_params_before", "tensors", "output"},
+    "plan": {"method", "budget", "scope", *SIZES, "flops_length", "output"},
+    "trim": {"model", "method", "budget", "scope", *SIZES, "flops_length", "output"},
+    "eval": {"task", "model", "encoder_params_after", "total_params_after", "metrics", "seconds"},
+    "inspect": (RESULT_KEYS - {"output"}) | {"family", "layers"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than a tiny run; test_report.py and test_recipe.py look at what is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "write_report", lambda *args: [])
+        yield
+
+
+def finetune_arguments(here, output, train="train.csv", dev="dev.csv", steps=6):
+    files = ("--train-file", here / train, "--validation-file", here / dev)
+    speed = ("--max-steps", steps, "--batch-size", 16, "--learning-rate", 3e-3, "--step", 4)
+    return ("finetune", "--model", here / "model", "--output", output, *files, *speed)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    runs.model_folder(folder / "model")
+    runs.sentence_file(folder / "train.csv", 64, seed=1)
+    runs.sentence_file(folder / "dev.csv", 24, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(here):
+    """The six commands one after the other, each with --json: name -> Finished."""
+    scores, plan = here / "scores.safetensors", here / "plan.safetensors"
+    data = ("--train-file", here / "train.csv", "--samples", 32)
+    asked = {
+        "finetune": (*finetune_arguments(here, here / "tuned"), "--method", "dense"),
+        "analyze": ("analyze", "--model", here / "tuned", "--output", scores, *data),
+        "plan": ("plan", "--sensitivity", scores, "--budget", "40%flops", "--step", 4, "--output", plan),
+        "trim": ("trim", "--model", here / "tuned", "--plan", plan, "--output", here / "small"),
+        "eval": ("eval", here / "small", "--validation-file", here / "dev.csv"),
+        "inspect": ("inspect", here / "small"),
+    }
+    return {name: command(*arguments, "--json") for name, arguments in asked.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_is_the_last_line_and_has_the_documented_keys(chain, name):
+    done = chain[name]
+    assert (done.code, done.err) == (0, "")
+    assert set(done.json) == KEYS[name]
+    assert len(done.out.splitlines()) > 1  # for people, above it
+
+
+def test_one_name_means_one_thing_in_all_commands(chain):
+    planned, small = chain["plan"].json, {name: chain[name].json for name in ("trim", "eval", "inspect")}
+    for result in small.values():
+        for name in SIZES & set(result):
+            assert result[name] == planned[name], name
+    assert planned["encoder_params_before"] == chain["finetune"].json["encoder_params_after"]
+    assert planned["flops_after"] <= 0.4 * planned["flops_before"]
+    assert small["inspect"]["budget"] == small["trim"]["budget"] == "40%flops"
+    assert small["inspect"]["method"] == chain["analyze"].json["method"] == "fisher"
+
+
+def test_the_small_folder_is_what_the_commands_say(chain, here):
+    model, told = AutoModelForSequenceClassification.from_pretrained(here / "small"), chain["inspect"].json
+    layout = describe(model)
+    assert (layout.encoder_params, layout.total_params) == (told["encoder_params_after"], told["total_params_after"])
+    kept = {site.name: site.units for site in layout.sites}
+    for row in told["layers"]:
+        assert (row["heads"], row["ffn"]) == tuple(kept[f"layer.{row['layer']}.{kind}"] for kind in ("head", "ffn"))
+        assert (row["heads_of"], row["ffn_of"]) == (4, 64)
+
+
+def test_finetune_prints_what_it_writes_and_eval_finds_the_same(chain, here):
+    printed = chain["finetune"].json
+    assert json.loads((here / "tuned" / "result.json").read_text()) == printed
+    again = command("eval", here / "tuned", "--validation-file", here / "dev.csv", "--json").json
+    assert again["metrics"] == printed["metrics"]
+    told = command("inspect", here / "tuned", "--json").json
+    assert {name: told[name] for name in RESULT_KEYS - {"model", "output"}} == {
+        name: printed[name] for name in RESULT_KEYS - {"model", "output"}
+    }
+
+
+def test_people_get_tables(chain):
+    lines = {name: done.out.splitlines() for name, done in chain.items()}
+    assert any(line.split() == ["dense", "tuned", "left"] for line in lines["finetune"])
+    assert any(line.startswith("1  ") and "weight" in line for line in lines["analyze"])
+    assert any(line.startswith("layer 1") for line in lines["plan"])
+    assert any(line.startswith("flops") and line.endswith("%") for line in lines["trim"])
+    assert any(line.startswith("accuracy: 0.") or line == "accuracy: 1.0000" for line in lines["eval"])
+    assert "method: fisher" in lines["inspect"] and any(line.startswith("layer 0") for line in lines["inspect"])
+
+
+@pytest.mark.parametrize(
+    "write, metrics",
+    [
+        pytest.param(runs.pair_file, {"accuracy", "f1"}, id="pair"),
+        pytest.param(runs.number_file, {"pearson", "spearman"}, id="regression"),
+        pytest.param(runs.question_file, {"em", "f1"}, id="answers"),
+        pytest.param(runs.tag_file, {"f1", "precision", "recall", "accuracy"}, id="tags"),
+    ],
+)
+def test_every_task_is_guessed_tuned_trimmed_and_scored_alike(here, tmp_path, write, metrics):
+    suffix = "csv" if write in (runs.pair_file, runs.number_file) else "jsonl"
+    for role, seed in (("train", 1), ("dev", 2)):
+        write(tmp_path / f"{role}.{suffix}", rows=24, seed=seed)
+    (tmp_path / "model").symlink_to(here / "model")
+    asked = finetune_arguments(tmp_path, tmp_path / "out", f"train.{suffix}", f"dev.{suffix}", steps=3)
+    done = command(*asked, "--max-length", 48, "--json")
+    assert (done.code, done.err) == (0, "")
+    result = done.json
+    assert set(result["metrics"]) == set(result["metrics_dense"]) == metrics
+    assert result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
+    scored = command(
+        *("eval", tmp_path / "out", "--validation-file", tmp_path / f"dev.{suffix}", "--max-length", 48, "--json")
+    ).json
+    assert (scored["task"], scored["metrics"]) == (result["task"], result["metrics"])
+
+
+def test_a_config_gives_defaults_and_the_command_line_wins(here, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    settings = {"model": str(here / "model"), "train-file": str(here / "train.csv"), "budget": "40%flops", "json": True}
+    file.write_text(yaml.safe_dump({**settings, "learning_rate": "2e-5", "epochs": 7, "schedule": "cubic"}))
+    asked = ("finetune", "--config", file, "--output", tmp_path / "out", "--dry-run")
+    told = command(*asked, "--epochs", 2).json
+    assert (told["budget"], told["learning_rate"], told["schedule"]) == ("40%flops", 2e-5, "cubic")
+    assert told["epochs"] == 2
+    assert command(*asked[:-1], "--epochs", 1, "--budget", "50%params", "--dry-run").json["budget"] == "50%params"
+
+
+def test_every_command_reads_a_config(chain, here, tmp_path):
+    file = tmp_path / "eval.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(here / "small"), "json": True}))
+    assert command("inspect", "--config", file).json == chain["inspect"].json
+    file.write_text(yaml.safe_dump({"sensitivity": str(here / "scores.safetensors"), "dry_run": True, "step": 4}))
+    told = command("plan", "--config", file, "--budget", "40%flops", "--json").json
+    assert told == {**chain["plan"].json, "output": None}
+
+
+def test_the_recipe_of_a_run_is_a_config_that_repeats_it(chain, here, tmp_path):
+    written = here / "tuned" / "recipe.json"
+    done = command("finetune", "--config", written, "--output", tmp_path / "again", "--json")
+    first, again = chain["finetune"].json, done.json
+    same = RESULT_KEYS - {"seconds", "output"}
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (here / "tuned/model.safetensors").read_bytes()
+
+
+def test_a_dry_run_tells_and_writes_nothing(chain, here):
+    before = tree(here)
+    told = command(*finetune_arguments(here, here / "new" / "out"), "--budget", "9Kparams", "--dry-run", "--json")
+    assert (told.code, told.json["limit"], told.json["family"]) == (0, 9000, "bert")
+    planned = command("plan", "--sensitivity", here / "scores.safetensors", "--dry-run", "--json")
+    assert (planned.code, planned.json["output"]) == (0, None)
+    trimmed = command(
+        *("trim", "--model", here / "tuned", "--plan", here / "plan.safetensors", "--output", here / "new"),
+        *("--dry-run", "--json"),
+    )
+    assert (trimmed.code, trimmed.json) == (0, {**chain["trim"].json, "output": None})
+    assert tree(here) == before
+
+
+def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "old.txt").write_text("old")
+    (tmp_path / "plan.safetensors").write_text("old")
+    for name, arguments in {
+        "plan.safetensors": ("plan", "--sensitivity", here / "scores.safetensors", "--step", 4),
+        "small": ("trim", "--model", here / "tuned", "--plan", tmp_path / "plan.safetensors"),
+    }.items():
+        assert command(*arguments, "--output", tmp_path / name).code == 2
+        assert command(*arguments, "--output", tmp_path / name, "--overwrite").code == 0
+    assert command("inspect", tmp_path / "small").code == 0
+
+
+def test_scores_without_data_need_none(chain, here, tmp_path):
+    asked = ("analyze", "--model", here / "tuned", "--method", "magnitude", "--output", tmp_path / "m.safetensors")
+    done = command(*asked, "--json")
+    assert (done.code, done.json["samples"], done.json["tensors"]) == (0, 0, {})
+    assert "magnitude reads no data" in done.out
+    assert command("plan", "--sensitivity", tmp_path / "m.safetensors", "--step", 4, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name):
+    for flag in ("--help", "-h"):
+        done = command(name, flag)
+        assert (done.code, done.err) == (0, "")
+        assert f"  sensibert {name} " in done.out
+
+
+def test_without_arguments_there_is_help():
+    done = command()
+    assert all(name in done.out for name in COMMANDS) and done.err == ""
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    program = (
+        "import sys; sys.argv = ['sensibert', 'finetune', '--help']\nfrom sensibert.cli import main\n"
+        "try: main()\nfinally: print({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
