@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table(("", "dense", "trimmed", "ratio"), compare(base, result)))
     print(
         f"\nOne run of {result['steps']} steps. The dense column is this run just before the cut, after a third of the"
-        " steps; the\ntrimmed one is its end, so the trimmed model has seen more data. The fair control is a dense run of"
-        " the same\nlength: `sensibert finetune --method dense` with the same options.\n",
+        " steps; the\ntrimmed one is its end, so the trimmed model has seen more data. The fair control is a dense run"
+        " of the same\nlength: `sensibert finetune --method dense` with the same options.\n",
         flush=True,
     )
     command = [sys.executable, __file__, "--classify", result["output"], str(data / "validation.csv")]
