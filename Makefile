@@ -7,12 +7,13 @@ TORCH_INSTALL ?= torch
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+NATIVE_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing here may reach for a model hub: the demo's model is an installed package, the tests build theirs from a config.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench readme kernels install clean
+.PHONY: demo test lint format bench readme kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -22,7 +23,11 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only -o python_files='bench_*.py' $(PYTEST_ARGS)
@@ -38,7 +43,7 @@ kernels: $(VENV)/.installed
 install: $(VENV)/.installed
 
 # Without build isolation the extension is built against the torch just installed, and no second torch is downloaded.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH_INSTALL)
 	$(PIP) install --quiet --constraint constraints.txt setuptools pybind11 ninja
