@@ -110,10 +110,10 @@ __device__ __forceinline__ uint64_t operand(const void* p) {
 #define LIST32 TEN() TEN(1) TEN(2) "%30,%31"
 #define LIST64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63"
 #define LIST96 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90,%91,%92,%93,%94,%95"
-#define LIST128                                                            \
-    TEN()                                                                  \
-    TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) \
-        TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+#define LIST128 \
+    TEN()       \
+    TEN(1)      \
+    TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
 #define MATMUL(shape, type, list, a_place, b_place, ...)                                                             \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, " a_place ", " b_place \
                  ", 1, 1, 1, 0, 0;"                                                                                  \
