@@ -62,31 +62,29 @@ def accuracy(rows: list[dict]) -> str:
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
 
-def against(row: dict) -> list[str]:
-    """case, ours, rival, ratio, device: the cells of a row that was measured beside a rival."""
-
-    def cell(value: float | None) -> str:
-        share = row["unit"] in ("1", "share")
-        return number(value) if value is None or share else f"{number(value)} {row['unit']}"
-
-    ours = cell(row["value"]) + (f" ({row['metric']})" if row["metric"] != row["unit"] else "")
-    rival = f"{row['rival']}: {cell(row.get('rival_value'))}" if row.get("rival") else "-"
-    return [row["case"], ours, rival, number(row.get("ratio")), row["device"]]
+def grouped(rows: list[dict]) -> str:
+    """One line a case and metric: ours, then every rival with the factor by which ours is better (below 1: worse)."""
+    lines: dict[tuple, list[str]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("bench", "case", "metric", "device"))
+        unit = "" if row["unit"] in ("1", "share") else f" {row['unit']}"
+        what = "" if row["metric"] == row["unit"] else f" ({row['metric']})"
+        line = lines.setdefault(key, [row["bench"].removeprefix("bench_"), row["case"], "", "", row["device"]])
+        line[2] = f"{number(row['value'])}{unit}{what}"
+        rival = f"{row['rival']} {number(row['ratio'])}" if row.get("rival") else "-"
+        line[3] = f"{line[3]} · {rival}".removeprefix(" · ")
+    return markdown(["", "case", "ours", "times better than", "device"], list(lines.values()))
 
 
 def kernels(rows: list[dict]) -> str:
-    """Ours beside each rival; ratio above 1 means ours is better. Of the masked matmul the whole steps only."""
+    """What was measured beside a rival; of the masked matmul the whole steps only."""
     chosen = [r for r in rows if r["bench"] in KERNELS and r.get("rival")]
-    chosen = [r for r in chosen if r["bench"] != "bench_masked_linear" or r["case"].endswith(" step")]
-    lines = [[row["bench"].removeprefix("bench_"), *against(row)] for row in chosen]
-    return markdown(["op", "case", "ours", "rival", "ratio", "device"], lines)
+    return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r["case"].endswith(" step")])
 
 
 def speed(rows: list[dict]) -> str:
     """Whole models: fine-tuning throughput and forward passes."""
-    chosen = [row for row in rows if row["bench"] in ("bench_finetune", "bench_forward")]
-    lines = [[row["bench"].removeprefix("bench_"), *against(row)] for row in chosen]
-    return markdown(["", "case", "ours", "rival", "ratio", "device"], lines)
+    return grouped([row for row in rows if row["bench"] in ("bench_finetune", "bench_forward")])
 
 
 TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed}
