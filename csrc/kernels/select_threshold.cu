@@ -7,11 +7,12 @@
 // more or fewer than k, however many scores tie.
 //
 //   scores  [chunk 0 | chunk 1 | ...]  a chunk is 16,384 scores of one tensor; block b takes chunks b, b + grid, ...
-//   sample    reads 1 in 128, guesses the first digit (13 bits: sign, exponent, 4 of the mantissa)
-//   pass 0    reads all, counts first digits; writes keep for bins above and below the guess, lists the values inside
-//   pass 1..  counts the next digit among the listed values (a few percent of all); all scores again if the guess was
-//             wrong or its bin too full for the list, so data without luck costs time and never the answer
-//   apply     sets keep for listed values at or above the k-th; without a list, writes keep for all
+//   sample  reads 1 score in 128, guesses a narrow window of keys around the k-th largest
+//   split   reads all, writes keep for keys above and below the window, counts them, lists the values inside
+//   first   where the guess was wrong or its window too full: reads all, counts them by the upper 13 bits of the key
+//   next..  counts the next 13 bits of the listed values (a percent of all); of all scores while there is no list, and
+//           lists as soon as a list can hold them: data without luck costs time, never the answer
+//   apply   sets keep for listed values at or above the k-th; without a list, writes keep for all
 // Cost: with a right guess 4 or 2 bytes read and 1 written a score; each further pass over all, one more read.
 #include "select_threshold.h"
 
@@ -31,6 +32,7 @@ constexpr int kChunkBits = 14, kChunk = 1 << kChunkBits;
 constexpr int kDigitBits = 13, kBins = 1 << kDigitBits;  // 32 KB of counters in shared memory
 constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kLowBits = 32 - kDigitBits;  // of the key, below its first digit
+constexpr unsigned kGuessWidth = 1u << (kLowBits - 1);  // 1/32 of an octave: about a percent of usual scores
 constexpr int kMaxPlaceBits = 44;
 constexpr int kStratum = 128;         // scores per sampled one
 constexpr int kInFlight = 4;          // quads a thread loads before it looks at the first
@@ -38,8 +40,9 @@ constexpr int64_t kMinRegion = 2048;  // list entries of a block
 constexpr int64_t kListShare = 8;     // the list holds one value in 8
 constexpr int kTableRows = 400;       // rows a launch can carry by value
 constexpr int64_t kPackBytes = 8192;  // bytes of bits a block packs at a time
-constexpr unsigned kZeroKey = 0x80000000u, kNoGuess = kBins;
-static_assert(kLowBits + kMaxPlaceBits < 64, "the part of a value below its first digit is shifted as 64 bits");
+constexpr unsigned kZeroKey = 0x80000000u, kInfKey = 0xff800000u;
+static_assert(kLowBits + kMaxPlaceBits < 64, "a value inside its window of keys is shifted as 64 bits");
+static_assert(kInfKey < 0u - (1u << kLowBits), "the end of a window does not wrap around");
 static_assert(kBins % kThreads == 0, "each thread scans the same number of bins");
 
 struct Row {
@@ -52,16 +55,18 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764 - 32, "kernel parameters end at 32,764 bytes");
 
+// The values still in question: their keys lie in [base, base + width), and (key - base) << place_bits | (last place -
+// place) starts with the digits in `prefix`.
 struct State {
-    unsigned guess;   // of the first digit; kNoGuess: none worth a list
-    unsigned top;     // the first digit of the k-th largest value; kBins if nothing is kept
-    Count prefix;     // its further digits, as far as they are known
-    Count cut;        // the least kept value inside the bin `top`, without its first digit
-    Count rank;       // how many of the values that share all known digits are kept,
+    unsigned base, width;  // after `sample` a guess, width 0: none worth a list
+    Count prefix;
+    Count rank;       // how many of them are kept,
     Count num_alike;  // of how many
-    unsigned listed;  // the list holds them all
-    unsigned done;    // rank == num_alike: the rest is decided
-    unsigned num_overflows, num_arrived;  // blocks whose list was too short; blocks at the end of this pass
+    Count cut;        // the least that is kept, as far as its digits are known
+    Count num_above, num_inside, num_nan;  // counts of the split pass
+    unsigned listed;                       // the list holds all values in question
+    unsigned done;                         // rank == num_alike: nothing is left to find
+    unsigned num_overflows, num_arrived;   // blocks whose list was too short; blocks at the end of this pass
 };
 
 struct Work {
@@ -69,6 +74,7 @@ struct Work {
     int64_t num_rows, num_chunks, num_packs, num_tiles, num_scores;
     int64_t k, tile_rows, tile_cols;
     int place_bits;
+    Count last_place;
     State* state;
     Count* hist;           // [kBins]
     unsigned* num_listed;  // [num_blocks]
@@ -80,20 +86,18 @@ struct Work {
 
 // Larger float, larger key; -0.0 as 0.0; any NaN 0, which is below -inf.
 __device__ __forceinline__ unsigned key_of(float x) {
-    const unsigned bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
-    if (bits == 0x80000000u) return kZeroKey;
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    const unsigned bits = __float_as_uint(x + 0.f);  // -0.f + 0.f is 0.f
+    const unsigned key = bits ^ (unsigned(int(bits) >> 31) | 0x80000000u);
+    return x == x ? key : 0;
 }
 
 __device__ __forceinline__ float float_of(unsigned key) {
     return __uint_as_float(key == 0 ? 0x7fc00000u : key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// A value without its first digit.
-__device__ __forceinline__ Count rest_of(const Work& w, unsigned key, Count place) {
-    const Count last = (Count(1) << w.place_bits) - 1;
-    return Count(key & ((1u << kLowBits) - 1)) << w.place_bits | (last - place);
+// A value inside its window.
+__device__ __forceinline__ Count rest_of(const Work& w, unsigned key, unsigned base, Count place) {
+    return Count(key - base) << w.place_bits | (w.last_place - place);
 }
 
 // The row that item i, counted over all tensors, belongs to.
@@ -159,17 +163,43 @@ struct Tally {
     }
 };
 
-// Adds the block's counts to the total. True in the last block to come, whose threads then see every block's counts.
-__device__ bool arrive(const Work& w, const unsigned* hist) {
+// True in the last block to come, whose threads then see what every block wrote before.
+__device__ bool arrive(const Work& w) {
     __shared__ bool last;
-    __syncthreads();
-    for (int bin = threadIdx.x; bin < kBins; bin += kThreads)
-        if (hist[bin]) atomicAdd(&w.hist[bin], Count(hist[bin]));
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(&w.state->num_arrived, 1u) == gridDim.x - 1;
     __syncthreads();
     return last;
+}
+
+// Adds the block's counts of digits to the total.
+__device__ void add_counts(const Work& w, const unsigned* hist) {
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads)
+        if (hist[bin]) atomicAdd(&w.hist[bin], Count(hist[bin]));
+}
+
+// The part of the list that this block writes and reads.
+struct List {
+    Count* entries;
+    int64_t room;
+    unsigned* size;  // in shared memory; counts what finds no room too
+
+    __device__ __forceinline__ void append(Count rest) const {
+        const unsigned slot = atomicAdd(size, 1u);
+        if (slot < room) entries[slot] = rest;
+    }
+    // After a __syncthreads.
+    __device__ __forceinline__ void close(const Work& w) const {
+        if (threadIdx.x != 0) return;
+        w.num_listed[blockIdx.x] = *size;
+        if (*size > room) atomicAdd(&w.state->num_overflows, 1u);
+    }
+};
+
+__device__ __forceinline__ List list_of(const Work& w, unsigned* size) {
+    return {w.list + blockIdx.x * w.region, w.region, size};
 }
 
 struct Pick {
@@ -216,8 +246,8 @@ __global__ void select_threshold_table_kernel(const __grid_constant__ Table tabl
     for (int r = threadIdx.x; r < num_rows; r += kThreads) rows[r] = table.rows[r];
 }
 
-// Guesses the first digit of the k-th largest from one score of every stratum, at a place that a hash chooses: a fixed
-// stride would see only some columns of a matrix.
+// Guesses the key of the k-th largest from one score of every stratum, at a place that a hash chooses: a fixed stride
+// would see only some columns of a matrix.
 __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const __grid_constant__ Work w) {
     __shared__ unsigned hist[kBins];
     __shared__ Count sums[kThreads];
@@ -236,77 +266,113 @@ __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const
             atomicAdd(&hist[key >> kLowBits], 1u);
         });
     }
-    if (!arrive(w, hist)) return;
+    add_counts(w, hist);
+    if (!arrive(w)) return;
     scan_bins(w, sums);
     const double num_samples = double(sums[kThreads - 1]), share = num_samples / double(w.num_scores);
     const bool any = num_samples > 0 && w.k > 0;
-    const Pick pick = pick_bin(w, sums, any ? Count((double(w.k) - 0.5) * share) + 1 : 1);
+    const double rank = (double(w.k) - 0.5) * share;
+    const Pick pick = pick_bin(w, sums, any ? Count(rank) + 1 : 1);
     if (threadIdx.x != 0) return;
+    w.state->num_arrived = 0;
     const double room = 0.75 * double(w.region) * gridDim.x;  // a sample errs, and blocks differ
-    w.state->guess = any && double(pick.inside) <= room * share ? pick.bin : kNoGuess;
+    if (!any || double(pick.inside) > room * share) return;
+    const double height = 1 - (rank - double(pick.above)) / double(pick.inside);  // in the bin, were its keys spread evenly
+    const unsigned key = (pick.bin << kLowBits) + unsigned(fmax(height, 0.) * (1u << kLowBits));
+    w.state->base = min(max(key, kGuessWidth / 2) - kGuessWidth / 2, kInfKey);
+    w.state->width = kGuessWidth;
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    select_threshold_split_kernel(const __grid_constant__ Work w) {
+    __shared__ unsigned num_listed;
+    __shared__ Count num_above, num_nan;
+    const unsigned base = w.state->base, width = w.state->width, above = base + width;
+    if (width == 0) return;
+    if (threadIdx.x == 0) {
+        num_listed = 0;
+        num_above = num_nan = 0;
+    }
+    __syncthreads();
+    const List list = list_of(w, &num_listed);
+    unsigned my_above = 0, my_nan = 0;
+    for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
+        visit_chunk(w, chunk, true, [&](unsigned key, Count place) {
+            if (key - base < width) list.append(rest_of(w, key, base, place));
+            my_nan += key == 0;
+            my_above += key >= above;
+            return key >= above;
+        });
+    if (my_above) atomicAdd(&num_above, Count(my_above));
+    if (my_nan) atomicAdd(&num_nan, Count(my_nan));
+    __syncthreads();
+    list.close(w);
+    if (threadIdx.x == 0) {
+        atomicAdd(&w.state->num_above, num_above);
+        atomicAdd(&w.state->num_inside, Count(num_listed));
+        atomicAdd(&w.state->num_nan, num_nan);
+    }
+    if (!arrive(w) || threadIdx.x != 0) return;
+    const Count all_above = atomicAdd(&w.state->num_above, Count(0));
+    const Count inside = atomicAdd(&w.state->num_inside, Count(0));
+    *w.num_nan = int64_t(atomicAdd(&w.state->num_nan, Count(0)));
+    w.state->rank = Count(w.k) - all_above;
+    w.state->num_alike = inside;
+    const bool fits = atomicExch(&w.state->num_overflows, 0u) == 0;
+    w.state->listed = fits && all_above < Count(w.k) && Count(w.k) <= all_above + inside;
     w.state->num_arrived = 0;
 }
 
-// Pass 0 (kFirst) counts first digits; a later one, the digit [shift, high) of what lies below the first.
+// kFirst counts the first digits of all keys; else the digit [shift, high) of the values in question.
 template <bool kFirst>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    select_threshold_pass_kernel(const __grid_constant__ Work w, int high, int shift) {
+    select_threshold_count_kernel(const __grid_constant__ Work w, int high, int shift) {
     __shared__ unsigned hist[kBins], num_listed;
     __shared__ Count sums[kThreads];
-    if (!kFirst && w.state->done) return;
-    const unsigned guess = w.state->guess, known_top = w.state->top;
+    const bool listed = w.state->listed;
+    if (kFirst ? listed : bool(w.state->done)) return;
+    const unsigned base = w.state->base, width = w.state->width, above = base + width;
     const Count prefix = w.state->prefix;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) hist[bin] = 0;
     if (threadIdx.x == 0) num_listed = 0;
     __syncthreads();
 
-    Count* const region = w.list + blockIdx.x * w.region;
-    const auto append = [&](Count rest) {
-        const unsigned slot = atomicAdd(&num_listed, 1u);
-        if (slot < w.region) region[slot] = rest;
-    };
+    const List list = list_of(w, &num_listed);
     const unsigned digit_mask = (1u << (high - shift)) - 1;
+    const bool collect = !kFirst && !listed && w.state->num_alike <= Count(w.region) * gridDim.x;
     Tally tally{hist};
-    bool collect = false;
     if constexpr (kFirst) {
-        collect = guess != kNoGuess;
         unsigned num_zeros = 0;  // a mask's worth of exact zeros is common: not through one counter
         for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
-            visit_chunk(w, chunk, collect, [&](unsigned key, Count place) {
-                const unsigned top = key >> kLowBits;
+            visit_chunk(w, chunk, false, [&](unsigned key, Count) {
                 if (key == kZeroKey) {
                     ++num_zeros;
                 } else {
-                    tally.add(top);
+                    tally.add(key >> kLowBits);
                 }
-                if (top == guess) append(rest_of(w, key, place));
-                return top > guess;
+                return false;
             });
         if (num_zeros) atomicAdd(&hist[kZeroKey >> kLowBits], num_zeros);
-    } else if (w.state->listed) {
+    } else if (listed) {
         for (unsigned i = threadIdx.x; i < w.num_listed[blockIdx.x]; i += kThreads)
-            if (region[i] >> high == prefix) tally.add(unsigned(region[i] >> shift) & digit_mask);
+            if (list.entries[i] >> high == prefix) tally.add(unsigned(list.entries[i] >> shift) & digit_mask);
     } else {
-        collect = w.state->num_alike <= Count(w.region) * gridDim.x;
         for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
             visit_chunk(w, chunk, collect, [&](unsigned key, Count place) {
-                const unsigned top = key >> kLowBits;
-                if (top != known_top) return top > known_top;
-                const Count rest = rest_of(w, key, place), head = rest >> high;
+                if (key - base >= width) return key >= above;
+                const Count rest = rest_of(w, key, base, place), head = rest >> high;
                 if (head == prefix) {
                     tally.add(unsigned(rest >> shift) & digit_mask);
-                    if (collect) append(rest);
+                    if (collect) list.append(rest);
                 }
                 return head > prefix;
             });
     }
     tally.flush();
     __syncthreads();
-    if (collect && threadIdx.x == 0) {
-        w.num_listed[blockIdx.x] = num_listed;
-        if (num_listed > w.region) atomicAdd(&w.state->num_overflows, 1u);
-    }
-    if (!arrive(w, hist)) return;
+    if (collect) list.close(w);
+    add_counts(w, hist);
+    if (!arrive(w)) return;
 
     scan_bins(w, sums);
     if (kFirst && threadIdx.x == 0) *w.num_nan = int64_t(atomicAdd(&w.hist[0], Count(0)));  // only NaN has a key so low
@@ -317,37 +383,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     State next = *w.state;
     const bool fits = atomicAdd(&w.state->num_overflows, 0u) == 0;
     next.num_overflows = next.num_arrived = 0;
-    if (rank == 0) {
-        next.top = kBins;
-        next.done = 1;
-        *w.threshold = __uint_as_float(0x7f800000u);  // +inf
+    next.rank = rank - pick.above;
+    next.num_alike = pick.inside;
+    if (collect) next.listed = fits;
+    if (kFirst) {
+        next.base = pick.bin << kLowBits;
+        next.width = 1u << kLowBits;
     } else {
-        next.rank = rank - pick.above;
-        next.num_alike = pick.inside;
-        if (collect) next.listed = fits && (!kFirst || pick.bin == guess);
-        if (kFirst) {
-            next.top = pick.bin;
-        } else {
-            next.prefix = prefix << (high - shift) | pick.bin;
-            next.cut = next.prefix << shift;
-        }
-        if (!kFirst && shift <= w.place_bits) {  // the key is complete
-            const unsigned low = unsigned(next.prefix >> (w.place_bits - shift));
-            *w.threshold = float_of(next.top << kLowBits | low);
-            next.done = next.rank == next.num_alike;
-        }
+        next.prefix = prefix << (high - shift) | pick.bin;
+        next.cut = next.prefix << shift;
+    }
+    if (!kFirst && shift <= w.place_bits) {  // the key is complete
+        *w.threshold = float_of(base + unsigned(next.prefix >> (w.place_bits - shift)));
+        next.done = next.rank == next.num_alike;
+    }
+    if (kFirst && rank == 0) {
+        next.base = kInfKey + 1;  // nothing reaches it
+        next.done = 1;
+        *w.threshold = float_of(kInfKey);
     }
     *w.state = next;
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     select_threshold_apply_kernel(const __grid_constant__ Work w) {
-    const State s = *w.state;
-    if (s.listed) {
-        const Count* const region = w.list + blockIdx.x * w.region;
+    const unsigned base = w.state->base, width = w.state->width, above = base + width;
+    const Count cut = w.state->cut;
+    if (w.state->listed) {
+        const Count* const entries = w.list + blockIdx.x * w.region;
         for (unsigned i = threadIdx.x; i < w.num_listed[blockIdx.x]; i += kThreads) {
-            if (region[i] < s.cut) continue;
-            const Count last = (Count(1) << w.place_bits) - 1, place = last - (region[i] & last);
+            if (entries[i] < cut) continue;
+            const Count place = w.last_place - (entries[i] & w.last_place);
             const Row& row = row_of(w, &Row::first_chunk, int64_t(place >> kChunkBits));
             row.tensor.keep[int64_t(place) - (row.first_chunk << kChunkBits)] = 1;
         }
@@ -355,8 +421,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
         visit_chunk(w, chunk, true, [&](unsigned key, Count place) {
-            const unsigned top = key >> kLowBits;
-            return top > s.top || (top == s.top && rest_of(w, key, place) >= s.cut);
+            return key - base < width ? rest_of(w, key, base, place) >= cut : key >= above;
         });
 }
 
@@ -423,8 +488,9 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
     w.threshold = p.threshold;
     w.num_nan = p.num_nan;
     while ((int64_t(1) << w.place_bits) < w.num_chunks * kChunk && w.place_bits <= kMaxPlaceBits) ++w.place_bits;
+    w.last_place = (Count(1) << w.place_bits) - 1;
     if (w.k < 0 || w.k > w.num_scores || w.place_bits > kMaxPlaceBits) return cudaErrorInvalidValue;
-    auto* kernel = select_threshold_pass_kernel<true>;
+    auto* kernel = select_threshold_count_kernel<true>;
     if (cudaError_t error = resident_blocks(kernel, kThreads, 0, num_blocks)) return error;
     *num_blocks = int(std::clamp<int64_t>(w.num_chunks, 1, *num_blocks));
     w.region = std::max(kMinRegion, ceil_div(w.num_scores, kListShare * *num_blocks));
@@ -490,10 +556,11 @@ cudaError_t launch_select_threshold(const SelectProblem& problem, void* scratch,
         return SENSIBERT_LAUNCH(kernel, grid, dim3(kThreads), 0, stream, w, args...);
     };
     if (cudaError_t error = launch(select_threshold_sample_kernel, num_blocks)) return error;
-    if (cudaError_t error = launch(select_threshold_pass_kernel<true>, num_blocks, kDigitBits, 0)) return error;
+    if (cudaError_t error = launch(select_threshold_split_kernel, num_blocks)) return error;
+    if (cudaError_t error = launch(select_threshold_count_kernel<true>, num_blocks, kDigitBits, 0)) return error;
     for (int high = kLowBits + w.place_bits; high > 0; high -= kDigitBits) {
         const int shift = std::max(0, high - kDigitBits);
-        if (cudaError_t error = launch(select_threshold_pass_kernel<false>, num_blocks, high, shift)) return error;
+        if (cudaError_t error = launch(select_threshold_count_kernel<false>, num_blocks, high, shift)) return error;
     }
     if (cudaError_t error = launch(select_threshold_apply_kernel, num_blocks)) return error;
     if (w.num_packs)
