@@ -106,9 +106,14 @@ class Finished:
 
 
 def command(*arguments: object) -> Finished:
-    """`sensibert ...` in this process, which has paid for its imports already."""
+    """`sensibert ...` in this process, which has paid for its imports already. So the environment that `main` sets is
+    not read any more: the bars it would switch off are switched off by hand."""
+    from transformers.utils import logging
+
     from sensibert import cli
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with mock.patch.object(sys, "argv", ["sensibert", *map(str, arguments)]):

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -109,6 +111,14 @@ def test_a_budget_below_the_rest_names_the_smallest_and_that_one_works(here, tmp
             assert command(*asked, reachable).code == 0, reachable
         done = command(*finetune_arguments(here, tmp_path / "out"), *counted, absolute)
         assert done.code == 0, done
+
+
+def test_a_process_of_its_own_says_one_line_too(here, tmp_path):
+    """Bars, warnings and imports would all go to standard error; the model has been read by then."""
+    asked = map(str, finetune_arguments(here, tmp_path / "out", budget="1%params"))
+    done = subprocess.run([sys.executable, "-m", "sensibert", *asked, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch("sensibert: error: budget: .* the smallest reachable budget is .*\n", done.stderr), done.stderr
 
 
 BAD_FILES = {
