@@ -35,7 +35,7 @@ bench: $(VENV)/.installed
 readme:
 	$(PYTHON) docs/tables.py
 
-# Every kernel for every architecture, without a warning or a spill; then what this machine could build.
+# Every kernel for every architecture, without a warning or a spill; then what could be built.
 kernels: $(VENV)/.installed
 	$(BIN)/python csrc/check_kernels.py
 	$(BIN)/python -c "from sensibert import _native; print(_native.status())"

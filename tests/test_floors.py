@@ -112,7 +112,7 @@ def test_imports_only_go_down(path):
         ("errors.py", "from sensibert import artifacts", "errors .* imports artifacts"),
         ("nn/x.py", "from sensibert import Grid", r"nn.x \(floor 4\) imports sensibert \(floor 9\)"),
         ("pipeline/trim.py", "from . import analyze", "the verb analyze: verbs meet only in recipe"),
-        ("pipeline/helper.py", "from .trim import cut", "the verb trim: verbs meet only in recipe"),
+        ("pipeline/other.py", "from .trim import cut", "the verb trim: verbs meet only in recipe"),
         ("cli.py", "from .pipeline import analyze, trim", "only recipe knows"),
         ("attic.py", "", "attic stands on no floor"),
         ("recipe.py", "from .pipeline import analyze, trim\nfrom .pipeline.finetune import x", None),
