@@ -10,15 +10,16 @@ from ._register import register, version
 _HOME = {
     "errors": ("SensibertError",),
     "artifacts": ("Budget", "Grid", "Layout", "Plan", "Sensitivity", "Site"),
-    "ops": ("block_sensitivity", "masked_linear", "select_threshold"),
+    "ops": ("BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
     "nn": ("MaskedLinear", "replace", "restore"),
     "models": ("describe", "families"),
     "optim": ("MaskedAdamW", "slice_state"),
     "pipeline.analyze": ("analyze",),
     "pipeline.allocate": ("allocate",),
     "pipeline.trim": ("trim",),
-    "pipeline.finetune": ("finetune",),
+    "pipeline.finetune": ("TrimTrainer", "finetune"),
     "pipeline.export": ("export", "load", "load_structure"),
+    "recipe": ("Options", "TrimCallback", "finetune_and_trim"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE)]

@@ -25,7 +25,7 @@ from .._register import version
 from ..errors import SensibertError
 from ..models import base_of, describe, family_of, modeling_sensibert, sites
 from ..models.base import attribute
-from ..models.reloadable import reloadable, stock_class, stock_config
+from ..models.reloadable import is_reloadable, reloadable, stock_class, stock_config
 from ..models.structure import is_trimmed, read_structure, structure_of
 from ..nn import MaskedLinear
 
@@ -35,11 +35,15 @@ STRUCTURE, CODE = modeling_sensibert.STRUCTURE_FILE, Path(modeling_sensibert.__f
 DENSE = "dense"  # subfolder of layout="both"
 
 
+def _shapes(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model of the base sizes, without values."""
+    with torch.device("meta"):
+        return stock_class(model)._from_config(stock_config(model.config))
+
+
 def dense(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model of the base sizes that computes the same: what was cut away comes back as zeros."""
-    structure, wide = structure_of(model), {}
-    with torch.device("meta"):
-        made = stock_class(model)._from_config(stock_config(model.config))
+    structure, made, wide = structure_of(model), _shapes(model), {}
     narrow = dict(base_of(model).named_parameters())
     for site in sites(made):
         kept = structure[site.name]
@@ -193,20 +197,21 @@ def export(
     files of the same names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
     path = Path(path).expanduser().resolve()
     _check(model, path, layout, overwrite)
-    base = dense(model)
+    parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
+    if not is_trimmed(model):
+        parts[""] = model
+    else:
+        if layout != "dense":
+            parts[""] = reloadable(model, _facts(model, info))
+        if layout != "trimmed":
+            parts[DENSE if parts else ""] = dense(model)
     with _whole(path) as folder:
-        if layout == "dense" or not is_trimmed(model):
-            base.save_pretrained(folder)
-        else:
-            view = reloadable(model, _facts(model, info))
-            view.save_pretrained(folder)
-            (folder / CARD).write_text(_card(path.name, view, base), encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if layout == "both" and is_trimmed(model):
-            base.save_pretrained(folder / DENSE)
+        for part, made in parts.items():
+            made.save_pretrained(folder / part)
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder / DENSE)
+                tokenizer.save_pretrained(folder / part)
+            if is_reloadable(made):
+                (folder / CARD).write_text(_card(path.name, made, _shapes(model)), encoding="utf-8")
     return path
 
 
@@ -221,7 +226,8 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
         tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
         return model, None if tokenized is None else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SensibertError(f"{path}: not a model folder that can be loaded ({str(error).splitlines()[0]})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SensibertError(f"{path}: not a model folder that can be loaded ({reason})") from None
 
 
 def load_structure(path: str | Path) -> dict[str, Tensor]:
