@@ -14,7 +14,7 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from ..artifacts import Grid
 from . import masked_linear_path as paths
-from .masked_linear_live import Live, live, published, remember
+from .masked_linear_live import Live, blank, live, published, remember
 from .masked_linear_tiles import tile_list
 
 OP = "sensibert::masked_linear"
@@ -84,10 +84,8 @@ def _dx(dy, weight, keep, block_rows, block_cols):
 def _dweight(dy, x, keep, block_rows, block_cols):
     """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
     shape = (dy.shape[-1], x.shape[-1])
-    rows, cols, holes, *_ = live(keep, Grid(block_rows, block_cols), *shape)  # the paths differ in W, not read here
-    dweight = _take(_flat(dy), rows).T @ _take(_flat(x), cols)
-    if holes is not None:
-        dweight.masked_fill_(holes, 0)
+    rows, cols, bits, *_ = live(keep, Grid(block_rows, block_cols), *shape)  # the paths differ in W, not read here
+    dweight = blank(_take(_flat(dy), rows).T @ _take(_flat(x), cols), bits, in_place=True)
     dweight = _place(dweight, cols, shape[1])
     return dweight if rows is None else dweight.new_zeros(shape).index_copy_(0, rows, dweight)
 
@@ -105,7 +103,7 @@ def _weight(path: str, weight: Tensor, keep: Tensor, kept: Live, dtype: torch.dt
         return weight.to(dtype)
     shadow = published(weight, keep, dtype)
     w = _take(_take(weight if shadow is None else shadow, kept.rows, 0), kept.cols).to(dtype)
-    return w if kept.holes is None or shadow is not None else w.masked_fill(kept.holes, 0)
+    return blank(w, None if shadow is not None else kept.bits)
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Live(NamedTuple):
 
     rows: Tensor | None  # [n] int64, ascending; None: all N
     cols: Tensor | None  # [k] int64, ascending; None: all K
-    holes: Tensor | None  # [n, k] bool, True where a block of the compact matrix is dropped; None: nowhere
+    bits: Tensor | None  # [n, k] int8: all bits set where kept, none in the holes of the compact matrix; None: no hole
     density: float  # kept weights / (N * K); 1 for an empty weight
     share: float  # n * k / (N * K): what is left for a matmul that skips empty rows and columns
 
@@ -49,6 +49,17 @@ def live(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     return remember(_find, keep, grid, num_rows, num_cols)
 
 
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def blank(t: Tensor, bits: Tensor | None, in_place: bool = False) -> Tensor:
+    """t [n, k] with 0 in the holes. By bits: NaN goes too, and a CPU is 3 times as fast as by masked_fill."""
+    if bits is None:
+        return t
+    words = t.view(_INTEGER[t.itemsize])
+    return (words.bitwise_and_(bits) if in_place else words & bits).view(t.dtype)
+
+
 def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     if num_rows * num_cols == 0:
         return Live(None, None, None, 1.0, 1.0)
@@ -63,9 +74,11 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     per_row = torch.cat([part.double().mv(block_cols) for part in keep.split(256)])
     kept = float(per_row.dot(block_rows))
     size = num_rows * num_cols
-    holes = None if kept == len(rows) * len(cols) else ~keep[row_block[rows]][:, col_block[cols]]
+    bits = None
+    if kept < len(rows) * len(cols):
+        bits = keep[row_block[rows]][:, col_block[cols]].to(torch.int8).neg_()
     full = (len(rows) == num_rows, len(cols) == num_cols)
-    return Live(None if full[0] else rows, None if full[1] else cols, holes, kept / size, len(rows) * len(cols) / size)
+    return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
 
 
 _published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (versions, masked copy)

@@ -9,6 +9,7 @@ from sensibert.artifacts import Grid
 from sensibert.ops import masked_linear_live as module
 from sensibert.ops.masked_linear import masked_linear
 from sensibert.ops.masked_linear_live import live, publish, published
+from tests.helpers import DTYPES, dtype_id
 
 
 def bools(*rows):
@@ -35,7 +36,8 @@ def test_what_is_left(keep, grid, rows, cols, holes, density, share):
     found = live(keep, grid, N, K)
     assert (found.rows if rows is None else found.rows.tolist()) == rows
     assert (found.cols if cols is None else found.cols.tolist()) == cols
-    assert found.holes is holes if holes is None else torch.equal(found.holes, holes)
+    assert (found.bits is None) == (holes is None)
+    assert holes is None or torch.equal(found.bits, torch.where(holes, 0, -1).to(torch.int8))
     assert (found.density, found.share) == pytest.approx((density, share))
 
 
@@ -50,9 +52,20 @@ def test_it_agrees_with_the_expanded_mask():
         again = torch.zeros(300, 11, dtype=torch.bool)
         rows = torch.arange(300) if found.rows is None else found.rows
         cols = torch.arange(11) if found.cols is None else found.cols
-        again[rows[:, None], cols] = True if found.holes is None else ~found.holes
+        again[rows[:, None], cols] = True if found.bits is None else found.bits == -1
         assert torch.equal(again, wide)
         assert found.density == pytest.approx(wide.double().mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=dtype_id)
+def test_blank_clears_the_holes_whatever_they_hold(dtype):
+    t = torch.tensor([[1.5, -2.0, float("nan")], [float("-inf"), -0.0, 3.0]], dtype=dtype)
+    bits = torch.tensor([[-1, 0, 0], [0, -1, -1]], dtype=torch.int8)
+    want = torch.tensor([[1.5, 0, 0], [0, 0, 3]], dtype=dtype)
+    before = t.clone()
+    assert module.blank(t, None) is t and torch.equal(module.blank(t, bits), want)
+    assert torch.equal(t.nan_to_num(7), before.nan_to_num(7))
+    assert torch.equal(module.blank(t, bits, in_place=True), want) and torch.equal(t, want)
 
 
 def test_it_is_found_once_until_keep_changes():

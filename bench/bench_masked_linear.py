@@ -1,0 +1,193 @@
+"""The masked matmul on the layers of BERT, each pass, by grid and density: against dense and against the ideal.
+
+    python -m pytest bench/bench_masked_linear.py --benchmark-only -o python_files='bench_*.py' [-k '16384 and step']
+    python bench/bench_masked_linear.py      draws bench/results/bench_masked_linear.png from the rows
+
+Rivals: the dense matmul (what there is today), the matmul on a weight masked beforehand (cuBLAS at its best; not the
+mask, not the gather), F.linear(x, W * M) (what torch.nn.utils.prune does), compiled too on a GPU, 2:4 of torch where it
+runs, and the ideal: a layer compacted beforehand, or for scattered blocks the dense time times the kept share.
+On a CPU: fewer cases, fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import _harness
+import pytest
+import torch
+import torch.nn.functional as F
+from _harness import DEVICE, RESULTS, measure, record, timed
+
+from sensibert.artifacts import Grid
+from sensibert.ops.masked_linear import force, masked_linear
+from sensibert.ops.masked_linear_live import live
+
+BENCH = "bench_masked_linear"
+ON_GPU = DEVICE == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+SIZES = {"bert-base": (768, 3072), "bert-large": (1024, 4096)}
+MODELS = list(SIZES) if ON_GPU else ["bert-base"]
+LAYERS = {"attention": (0, 0), "up": (1, 0), "down": (0, 1)}  # (N, K) as positions in SIZES
+TOKENS = [4096, 8192, 16384, 32768] if ON_GPU else [512]
+DENSITIES = [1.0, 0.75, 0.5, 0.25, 0.1] if ON_GPU else [1.0, 0.5, 0.25]
+GRIDS = [Grid.row(), Grid.column(), Grid.rows(64), Grid.columns(64), Grid.element(), Grid.block(64, 64)]
+PASSES = ["fwd", "dX", "dW", "step"] if ON_GPU else ["fwd", "step"]
+if ON_GPU:
+    _harness.WARM_UP_S, _harness.MEASURE_S = 0.1, 0.2  # thousands of cases
+else:
+    GRIDS, LAYERS = [GRIDS[0], GRIDS[1], GRIDS[4], GRIDS[5]], {name: LAYERS[name] for name in ("up", "down")}
+    _harness.MEASURE_S = 0.4
+
+
+def keep_of(grid: Grid, N: int, K: int, density: float) -> torch.Tensor:
+    """Exactly the wanted share of blocks, at random places."""
+    shape = grid.shape(N, K)
+    count = shape[0] * shape[1]
+    ranks = torch.rand(count, device=DEVICE).argsort().argsort()
+    return (ranks < round(density * count)).view(shape)
+
+
+def linear(x, w, b):
+    return F.linear(x, w, b)
+
+
+def naive(x, w, b, mask):
+    return F.linear(x, w * mask, b)
+
+
+def run(function, part, x, w, b, dy, *rest):
+    """One pass of y = function(x, w, b, *rest): forward alone, a gradient alone, or all of it."""
+    if part == "fwd":
+        return function(x, w, b, *rest)
+    x, w, b = x.requires_grad_(part != "dW"), w.requires_grad_(part != "dX"), b.requires_grad_(part == "step")
+    y = function(x, w, b, *rest)
+    return torch.autograd.grad(y, [t for t in (x, w, b) if t.requires_grad], dy)
+
+
+def inputs(M, N, K):
+    x, w, b, dy = (torch.randn(shape, device=DEVICE).to(DTYPE) for shape in ((M, K), (N, K), (N,), (M, N)))
+    return x, w.mul_(K**-0.5), b, dy
+
+
+def alone(part, x, w, b, dy, keep, grid):
+    """The pass of the ops, without autograd around a single gradient."""
+    blocks = (grid.block_rows, grid.block_cols)
+    if part == "dX":
+        return torch.ops.sensibert.masked_linear_dx(dy, w, keep, *blocks)
+    if part == "dW":
+        return torch.ops.sensibert.masked_linear_dweight(dy, x, keep, *blocks)
+    return run(masked_linear, part, x, w, b, dy, keep, grid)
+
+
+def plain(part, x, w, b, dy):
+    """The same pass of a dense layer."""
+    if part == "dX":
+        return dy @ w
+    if part == "dW":
+        return dy.T @ x
+    return run(linear, part, x, w, b, dy)
+
+
+def compacted(x, w, b, dy, kept):
+    """The layer and its data with empty rows and columns gone."""
+    rows = torch.arange(len(w), device=DEVICE) if kept.rows is None else kept.rows
+    cols = torch.arange(w.shape[1], device=DEVICE) if kept.cols is None else kept.cols
+    return x[:, cols], w[rows][:, cols], b[rows], dy[:, rows]
+
+
+@pytest.mark.parametrize("part", PASSES)
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_layer(model, layer, tokens, grid, density, part, benchmark):
+    M, N, K = tokens, SIZES[model][LAYERS[layer][0]], SIZES[model][LAYERS[layer][1]]
+    num_bytes = DTYPE.itemsize * (M * K + N * K + 2 * M * N)
+    data = [inputs(M, N, K) for _ in range(max(2, 160_000_000 // num_bytes) if ON_GPU else 1)]
+    keep = keep_of(grid, N, K, density)
+    kept, mask = live(keep, grid, N, K), grid.expand(keep, N, K)
+
+    x, w, b, dy = data[0]
+    want = run(naive, "step", x.double(), w.double(), b.double(), dy.double(), mask.double())
+    for got, exact in zip(run(masked_linear, "step", x, w, b, dy, keep, grid), want):
+        assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()  # no number on red
+    data = [tuple(t.detach() for t in row) for row in data]
+
+    ours = timed(benchmark, partial(alone, part), [(*row, keep, grid) for row in data]).median
+    dense = measure(partial(plain, part), data).median
+    small = kept.share < 1 and kept.bits is None
+    masked = [(x, w.masked_fill(~mask, 0), b, dy) for x, w, b, dy in data]
+    premasked = measure(partial(plain, part), masked).median
+    if density == 1:
+        ideal = dense
+    elif small:
+        ideal = measure(partial(plain, part), [compacted(*row, kept) for row in data]).median
+    else:
+        ideal = premasked if grid == Grid.element() else dense * density
+    rivals = {"dense": dense, "masked beforehand": premasked, "ideal": ideal}
+    if part in ("fwd", "step"):
+        typed = [(*row, mask.to(DTYPE)) for row in data]
+        rivals["F.linear(x, W*M)"] = measure(partial(run, naive, part), typed).median
+        if ON_GPU and density == 0.5:
+            rivals["F.linear(x, W*M) compiled"] = measure(partial(run, torch.compile(naive), part), typed).median
+    if ON_GPU and part == "fwd" and density == 0.5 and (two_of_four := semi_structured(data)):
+        rivals["2:4 of torch"] = two_of_four
+
+    case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
+    for name, value in rivals.items():
+        record(BENCH, f"default {case}", "us", ours, "us", name, value)
+    record(BENCH, f"default {case}", "vs_dense", dense / ours, "1")
+    record(BENCH, f"default {case}", "vs_ideal", ideal / ours, "1")
+    if ON_GPU and grid == Grid.block(64, 64) and part == "fwd" and density < 1:
+        try:
+            with force("tiles"):
+                tiles = measure(partial(alone, part), [(*row, keep, grid) for row in data]).median
+        except ValueError as error:
+            print(f"tiles {case}: {error}")
+        else:
+            record(BENCH, f"tiles {case}", "us", tiles, "us", "dense", dense)
+
+
+def semi_structured(data) -> float | None:
+    """Forward with torch's 2:4 sparse weight; None where this torch or card has none."""
+    try:
+        pattern = torch.tensor([1, 1, 0, 0], device=DEVICE, dtype=DTYPE)
+        sparse = [
+            (x, torch.sparse.to_sparse_semi_structured(w * pattern.repeat(w.shape[1] // 4)), b) for x, w, b, _ in data
+        ]
+        return measure(linear, sparse).median
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError):
+        return None
+
+
+def draw() -> None:
+    """Speed-up over dense by density, one line a grid, one panel a layer: whole steps at the most tokens measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (RESULTS / f"{BENCH}.jsonl").read_text().splitlines()]
+    speed: dict[str, dict[str, dict[float, float]]] = {}
+    for row in rows:
+        path, grid, layer, tokens, part = row["case"].split()
+        if path == "default" and part == "step" and row["metric"] == "vs_dense" and row["device"] == rows[-1]["device"]:
+            name, density = grid.rsplit(":", 1)
+            speed.setdefault(f"{layer}, {tokens} tokens", {}).setdefault(name, {})[float(density)] = row["value"]
+    figure, axes = plt.subplots(1, len(speed), figsize=(4 * len(speed), 3.6), squeeze=False, layout="constrained")
+    for axis, (title, grids) in zip(axes[0], speed.items()):
+        for name, points in grids.items():
+            axis.plot(*zip(*sorted(points.items())), marker="o", label=name)
+        shares = sorted({density for points in grids.values() for density in points})
+        axis.plot(shares, [1 / share for share in shares], "k:", label="all multiplications saved")
+        axis.set(title=title, xlabel="kept share", ylabel="speed-up over dense", yscale="log")
+        axis.legend(fontsize=7)
+    figure.suptitle(f"masked_linear, forward and backward, {rows[-1]['device']}")
+    figure.savefig(RESULTS / f"{BENCH}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    draw()
