@@ -92,7 +92,8 @@ def reloadable(model: nn.Module, info: dict | None = None) -> transformers.PreTr
         "table": _table(family, stack[0]),
     }
     own_config, own_class = (getattr(code, f"Sensibert{c.__name__}") for c in (type(config), stock))
-    own = own_config.from_dict(config.to_dict() | {"sensibert": entry, "auto_map": _auto_map(type(config))})
+    facts = {"model_type": own_config.model_type, "sensibert": entry, "auto_map": _auto_map(type(config))}
+    own = own_config.from_dict(config.to_dict() | facts)
     own._attn_implementation = config._attn_implementation
     made = copy.copy(model)  # a second face of the same modules: nothing is built or copied
     made.__class__, made.config = own_class, own
