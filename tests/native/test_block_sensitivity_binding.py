@@ -74,3 +74,40 @@ print("passed")
 def test_the_binding_refuses_what_would_read_out_of_bounds(binding):
     code, said = python(binding, "-c", PROGRAM)
     assert code == 0 and said.strip().endswith("passed"), said[-6000:]
+
+
+RANDOM = """
+import random, torch, sensibert.ops, tests.native.through_binding
+from sensibert.artifacts import Grid
+from sensibert.ops.block_sensitivity import FINISHES, REDUCES, reference
+random.seed(0)
+torch.manual_seed(0)
+ROWS, COLS = [1, 2, 7, 16, 17, 31, 129, 300], [1, 3, 8, 64, 127, 129, 257, 5000, 17000]
+BLOCKS = [0, 1, 2, 3, 4, 8, 16, 17, 37, 64, 100, 128, 129, 150, 300]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+def some(n, k):  # anywhere in memory, aligned or not
+    skip = random.choice([0, 0, 1, 2])
+    return torch.randn(n * k + skip).to(random.choice(DTYPES))[skip:].view(n, k)
+
+for case in range(150):
+    shapes = [(random.choice(ROWS), random.choice(COLS)) for _ in range(random.randint(1, 5))]
+    grids = [Grid(random.choice(BLOCKS), random.choice(BLOCKS)) for _ in shapes]
+    shapes = [(min(n, 3), k) if k > 300 else (n, k) for n, k in shapes]
+    weights, grads = [some(*s) for s in shapes], [some(*s) for s in shapes]
+    blocks = [b for g in grids for b in (g.block_rows, g.block_cols)]
+    words = random.choice(REDUCES), random.choice(FINISHES), random.choice([0.0, 0.5, 1.0]), random.choice([1.0, -0.3])
+    want = [torch.randn(g.shape(*s)) for g, s in zip(grids, shapes)]
+    ours = [o.clone() for o in want]
+    torch.ops.sensibert.block_sensitivity_(ours, weights, grads, blocks, *words)
+    reference(want, [w.double() for w in weights], [g.double() for g in grads], blocks, *words)
+    for s, grid, a, b in zip(shapes, grids, ours, want):
+        atol = 3e-4 * max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=3e-5, atol=atol, msg=lambda m: f"{s} {grid} {words}: {m}")
+print("passed")
+"""
+
+
+def test_random_shapes_grids_dtypes_and_alignments(binding):
+    code, said = python(binding, "-c", RANDOM)
+    assert code == 0 and said.strip().endswith("passed"), said[-6000:]
