@@ -179,6 +179,27 @@ def test_only_the_gradients_that_are_wanted_are_made():
     assert x.grad is None and bias.grad is None and weight.grad is not None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_captured_step_replays_with_new_data(grid):
+    x, weight, bias, keep, _ = make_inputs((64,), 96, 192, grid, torch.bfloat16, "cuda")
+    run(masked_linear, x, weight, bias, keep, grid)  # what is left of keep is found once, outside of the capture
+    dy = torch.randn(64, 192, device="cuda").bfloat16()
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = masked_linear(*leaves, keep, grid)
+        grads = torch.autograd.grad(y, leaves, dy)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    want = masked_linear(*leaves, keep, grid)
+    assert torch.equal(y, want)
+    for ours, theirs in zip(grads, torch.autograd.grad(want, leaves, dy)):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -8,6 +8,7 @@ from sensibert.artifacts import Grid
 from sensibert.ops import masked_linear
 from sensibert.ops import masked_linear_path as paths
 from sensibert.ops.masked_linear_tiles import reference, tile_list
+from tests.helpers import assert_no_worse, dtype_id
 
 
 def bools(*rows):
@@ -70,3 +71,43 @@ def test_the_path_gives_what_the_others_give(monkeypatch):
     torch.testing.assert_close(y, want)
     for ours, theirs in zip(*(torch.autograd.grad(t.square().sum(), (x, weight, bias)) for t in (y, want))):
         torch.testing.assert_close(ours, theirs)
+
+
+needs_the_kernel = pytest.mark.skipif(
+    "tiles" not in paths.built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper card, or the kernel was not built",
+)
+
+
+@pytest.mark.gpu
+@needs_the_kernel
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("tile_cols", [192, 256])
+@pytest.mark.parametrize("kept", [0.25, 0.8, 1.1])
+@pytest.mark.parametrize("M,N,K", [(1, 8, 8), (130, 200, 72), (4096, 3072, 768), (777, 1000, 4096), (16384, 768, 3072)])
+def test_the_kernel_computes_what_the_list_says(M, N, K, kept, tile_cols, dtype):
+    grid = Grid.block(64, 64)
+    x, weight, bias = torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)
+    x, weight, bias = (t.to("cuda", dtype) for t in (x, weight, bias))
+    keep = (torch.rand(grid.shape(N, K)) < kept).cuda()
+    tiles = tile_list(keep, grid, N, K, tile_cols)
+    dropped = ~grid.expand(keep, N, K)
+    exact = F.linear(x.double(), weight.double().masked_fill(dropped, 0), bias.double())
+    plain = F.linear(x, weight.masked_fill(dropped, 0), bias)
+    poisoned = weight.masked_fill(dropped, float("nan"))
+    ours = torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles)
+    assert_no_worse(ours, plain, exact, factor=2, label="y")
+    assert torch.equal(torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles), ours)
+
+
+@pytest.mark.gpu
+@needs_the_kernel
+def test_the_forced_path_reaches_the_kernel():
+    grid = Grid.block(64, 64)
+    x, weight = torch.randn(300, 768, device="cuda").bfloat16(), torch.randn(768, 768, device="cuda").bfloat16()
+    keep = (torch.rand(12, 12) < 0.5).cuda()
+    with paths.force("tiles"), torch.profiler.profile() as profile:
+        masked_linear(x, weight, None, keep, grid)
+        torch.cuda.synchronize()
+    assert any("masked_linear_tiles_kernel" in event.key for event in profile.key_averages())
