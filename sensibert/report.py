@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,15 +80,19 @@ def _bars(axis, title: str, kept: list[int], whole: list[int]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_kept(pyplot, path: Path, rows: list[tuple]) -> None:
-    figure, axes = pyplot.subplots(1, 2, figsize=(4 + 0.7 * len(rows), 3.4), layout="constrained")
+def _draw_kept(path: Path, rows: list[tuple]) -> None:
+    from matplotlib.figure import Figure  # not pyplot: the caller's backend is not ours to choose
+
+    figure = Figure(figsize=(4 + 0.7 * len(rows), 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     _bars(axes[0], "attention heads kept", [r[1] for r in rows], [r[2] for r in rows])
     _bars(axes[1], "FFN width kept", [r[3] for r in rows], [r[4] for r in rows])
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
-def _draw_sensitivity(pyplot, path: Path, sensitivity: Sensitivity) -> None:
+def _draw_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
+    from matplotlib.figure import Figure
+
     owner = {m.parameter: site for site in sensitivity.layout.sites for m in site.members}
     layers = sorted({site.layer for site in sensitivity.layout.sites})
     names: dict[str, dict[int, float]] = {}
@@ -98,14 +103,14 @@ def _draw_sensitivity(pyplot, path: Path, sensitivity: Sensitivity) -> None:
     for parameter, value in sensitivity.tensors.items():
         names[_role(parameter)][owner[parameter].layer] = value
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in names.values()]
-    figure, axis = pyplot.subplots(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(names)), layout="constrained")
+    figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(names)), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(grid, aspect="auto", cmap="viridis")
     axis.set(title="tensor sensitivity", xlabel="layer")
     axis.set_xticks(range(len(layers)), layers)
     axis.set_yticks(range(len(names)), list(names))
     figure.colorbar(image, ax=axis, label="mean |w · gradient|")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _role(parameter: str) -> str:
@@ -122,20 +127,15 @@ def write_report(folder: str | Path, result: dict, sensitivity: Sensitivity | No
     text = [summary(result)]
     if plan is not None:
         text.append(table(STRUCTURE_HEADER, structure_rows(plan.layout, plan.keep)))
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if not drawn:
+        text.append("No pictures: matplotlib is not installed.")
     (folder / "summary.txt").write_text("\n\n".join(text) + "\n")
+    if plan is not None and drawn:
+        _draw_kept(folder / "kept.png", structure_rows(plan.layout, plan.keep))
     if sensitivity is not None and sensitivity.tensors:
         with open(folder / "ranking.csv", "w", newline="") as file:
             csv.writer(file).writerows([RANKING_HEADER, *ranking_rows(sensitivity, plan)])
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        (folder / "summary.txt").open("a").write("\nNo pictures: matplotlib is not installed.\n")
-        return sorted(folder.iterdir())
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if plan is not None:
-        _draw_kept(pyplot, folder / "kept.png", structure_rows(plan.layout, plan.keep))
-    if sensitivity is not None and sensitivity.tensors:
-        _draw_sensitivity(pyplot, folder / "sensitivity.png", sensitivity)
+        if drawn:
+            _draw_sensitivity(folder / "sensitivity.png", sensitivity)
     return sorted(folder.iterdir())

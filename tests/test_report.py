@@ -1,6 +1,7 @@
 """What people look at: aligned tables, the ranking, and pictures that show what was kept."""
 
 import csv
+import importlib.util
 import sys
 
 import numpy as np
@@ -113,7 +114,9 @@ def picture(path) -> np.ndarray:
 
 
 def test_a_report_holds_tables_and_pictures_with_something_in_them(tmp_path, sensitivity, plan):
+    pyplot = "matplotlib.pyplot" in sys.modules
     files = write_report(tmp_path / "report", RESULT, sensitivity, plan)
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot  # it would choose a backend for the whole process
     assert {file.name for file in files} == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png"}
     text = (tmp_path / "report" / "summary.txt").read_text()
     assert "encoder parameters" in text and "layer 1" in text
@@ -133,7 +136,7 @@ def test_a_report_of_a_run_without_ranking_or_plan(tmp_path, plan):
 
 
 def test_without_matplotlib_there_is_a_sentence(tmp_path, sensitivity, plan, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     files = write_report(tmp_path, RESULT, sensitivity, plan)
     assert {file.name for file in files} == {"summary.txt", "ranking.csv"}
     assert (tmp_path / "summary.txt").read_text().endswith("\nNo pictures: matplotlib is not installed.\n")

@@ -41,7 +41,7 @@ def test_every_schedule_reaches_the_budget_inside_the_run(shape, total, warm, tr
 
 def test_the_rate_warms_up_falls_and_re_warms_after_the_last_cut():
     total = 100
-    lr = Schedule(warm_share=0.4, warmup=0.1, rewarm=0.05).lr()
+    lr = Schedule(warm_share=0.4, warmup=0.1, rewarm=0.05, recover_peak=1.0).lr()
     factors = [lr(step, total) for step in range(total + 1)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10:40] == pytest.approx([1 - step / 100 for step in range(10, 40)])  # one line to 0 without a cut
@@ -62,9 +62,11 @@ def test_the_recovery_may_have_a_peak_of_its_own():
 
 
 @given(shape=st.sampled_from(["oneshot", "cubic"]), total=st.integers(1, 200), warm=st.floats(0, 0.7))
-def test_the_rate_is_never_negative_nor_above_the_peak(shape, total, warm):
-    lr = Schedule(shape, warm_share=warm).lr()
-    assert all(0 <= lr(step, total) <= 1 + 1e-9 for step in range(total + 1))
+def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
+    schedule = Schedule(shape, warm_share=warm)
+    last, lr = max(schedule.cuts(total)), schedule.lr()
+    for step in range(total + 1):
+        assert 0 <= lr(step, total) <= (1 if step < last else max(1, schedule.recover_peak)) + 1e-9
 
 
 @pytest.mark.parametrize(
