@@ -110,6 +110,15 @@ __device__ __forceinline__ const Row& row_of(const Work& w, int64_t Row::* first
     return w.rows[low];
 }
 
+// p is not shared memory, which the compiler cannot know of a pointer out of a table; global loads are cheaper.
+template <typename T>
+__device__ __forceinline__ T* global(T* p) {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
+}
+
 // Calls visit(key, place) once for every score of the chunk; where `store`, keeps what it returns.
 template <typename Visit>
 __device__ __forceinline__ void visit_chunk(const Work& w, int64_t chunk, bool store, Visit&& visit) {
@@ -117,10 +126,10 @@ __device__ __forceinline__ void visit_chunk(const Work& w, int64_t chunk, bool s
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
     const int count = int(min(row.tensor.N * row.tensor.K - begin, int64_t(kChunk)));
     const Count place = Count(chunk) << kChunkBits;
-    uint8_t* const keep = row.tensor.keep + begin;
+    uint8_t* const keep = global(row.tensor.keep) + begin;
     dispatch_dtype(row.tensor.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const T* const scores = static_cast<const T*>(row.tensor.scores) + begin;
+        const T* const scores = global(static_cast<const T*>(row.tensor.scores)) + begin;
         const bool quads = quad_aligned(scores, row.tensor.dtype) && reinterpret_cast<uintptr_t>(keep) % kQuad == 0;
         const int end = quads ? count / kQuad * kQuad : 0, step = kThreads * kQuad;
         for (int at = threadIdx.x * kQuad; at < end; at += kInFlight * step) {
@@ -277,7 +286,7 @@ __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const
     w.state->num_arrived = 0;
     const double room = 0.75 * double(w.region) * gridDim.x;  // a sample errs, and blocks differ
     if (!any || double(pick.inside) > room * share) return;
-    const double height = 1 - (rank - double(pick.above)) / double(pick.inside);  // in the bin, were its keys spread evenly
+    const double height = 1 - (rank - double(pick.above)) / double(pick.inside);  // in the bin, were its keys even
     const unsigned key = (pick.bin << kLowBits) + unsigned(fmax(height, 0.) * (1u << kLowBits));
     w.state->base = min(max(key, kGuessWidth / 2) - kGuessWidth / 2, kInfKey);
     w.state->width = kGuessWidth;
