@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
-import subprocess
-from datetime import date
 from pathlib import Path
 
-import torch
+from _harness import RESULTS, machine
 
 from sensibert.checkpoints import partial_folder
 from sensibert.options import Options
@@ -27,16 +24,9 @@ from sensibert.recipe import finetune_and_trim
 from sensibert.steps import evaluate_folder
 from sensibert.tasks import get_task
 
-RESULTS = Path(__file__).parent / "results"
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
 METHODS = {"ours": "fisher", "magnitude": "magnitude", "random": "random"}  # the name in a row -> --method
 KEY = ("task", "budget", "method", "seed", "epochs", "learning_rate")
-
-
-def machine() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout
-    return {"device": device, "torch": torch.__version__, "commit": commit.strip(), "date": str(date.today())}
 
 
 def read(path: Path) -> list[dict]:

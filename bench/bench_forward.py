@@ -9,21 +9,17 @@ whose speed drifts slows both.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
-from bench_accuracy import append, machine
+from _harness import record
 from transformers import AutoModel, BertConfig, BertModel
 
 from sensibert.artifacts import Budget
 from sensibert.pipeline.allocate import allocate
 from sensibert.pipeline.analyze import analyze
 from sensibert.pipeline.trim import trim
-
-RESULTS = Path(__file__).parent / "results" / "bench_forward.jsonl"
 
 
 @torch.inference_mode()
@@ -52,21 +48,10 @@ def main() -> None:
     times = [(seconds(dense, ids), seconds(trimmed, ids)) for _ in range(arguments.rounds + 2)][2:]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     name = "minilm-l6" if dense.config.hidden_size == 384 else "bert-base"
-    row = {
-        "bench": "bench_forward",
-        "case": f"{name} {arguments.budget} uniform {arguments.batch}x{arguments.length}",
-        "metric": "ms",
-        "value": round(1e3 * medians[1], 2),
-        "unit": "ms",
-        "rival": "dense",
-        "rival_value": round(1e3 * medians[0], 2),
-        "ratio": round(medians[0] / medians[1], 3),
-        "pairwise_share": round(statistics.median(b / a for a, b in times), 3),
-        "threads": torch.get_num_threads(),
-        **machine(),
-    }
-    append(RESULTS, row)
-    print(json.dumps(row))
+    case = f"{name} {arguments.budget} uniform {arguments.batch}x{arguments.length}"
+    record("bench_forward", case, "us", 1e6 * medians[1], "us", "dense", 1e6 * medians[0])
+    share = statistics.median(after / before for before, after in times)
+    print(f"trimmed over dense, pair by pair: {share:.3f} (median of {len(times)})")
 
 
 if __name__ == "__main__":
