@@ -105,6 +105,10 @@ def _lines(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in shown.items() if value is not None)
 
 
+def _scores(metrics: dict[str, float]) -> str:
+    return "\n".join(f"{name}: {value:.4f}" for name, value in metrics.items())
+
+
 def _left(result: dict) -> str:
     """Sizes before and after, in the words of result.json."""
     from .report import share, table
@@ -230,12 +234,11 @@ def analyze(
       sensibert analyze --model tuned --train-file train.csv --output scores.safetensors
       sensibert analyze --model tuned --method magnitude --output scores.safetensors
     """
-    from .report import RANKING_HEADER, ranking_rows, table
+    from .report import ranking
     from .steps import analyze_file
 
     result, sensitivity = analyze_file(Options(**_given(Options, context)))
-    rows = ranking_rows(sensitivity)
-    text = table(RANKING_HEADER, rows[:10]) if rows else f"no ranking of whole tensors: {method} reads no data"
+    text = ranking(sensitivity) if sensitivity.tensors else f"no ranking of whole tensors: {method} reads no data"
     _say(as_json, result, f"{text}\n\nwritten to {output}")
 
 
@@ -318,7 +321,7 @@ def evaluate(
     from .steps import evaluate_folder
 
     result = evaluate_folder(Options(model=folder, output="", **_given(Options, context)))
-    _say(as_json, result, "\n".join(f"{name}: {value:.4f}" for name, value in result["metrics"].items()))
+    _say(as_json, result, _scores(result["metrics"]))
 
 
 @app.command()
@@ -340,8 +343,7 @@ def inspect(
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
     facts = _lines({name: result[name] for name in ("model", "family", "task", "method", "budget", "seed", "steps")})
-    metrics = _lines(result["metrics"] or {})
-    parts = [facts, table(STRUCTURE_HEADER, rows), _left(result), metrics]
+    parts = [facts, table(STRUCTURE_HEADER, rows), _left(result), _scores(result["metrics"] or {})]
     _say(as_json, result, "\n\n".join(filter(None, parts)))
 
 

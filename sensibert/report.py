@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from .artifacts import Layout, Plan, Sensitivity
 from .cost import counts_of
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned plain text: first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[int] = (0,)) -> str:
+    """Aligned plain text: columns of words (`left`, the first) to the left, numbers to the right."""
     cells = [list(header)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows]
     widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
     lines = []
     for row in cells:
-        first, *others = (cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
-        lines.append("  ".join([first, *others]).rstrip())
+        placed = (cell.ljust(w) if c in left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
+        lines.append("  ".join(placed).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
@@ -38,8 +38,15 @@ def summary(result: dict) -> str:
     dense = result.get("metrics_dense") or {}
     for name, value in (result.get("metrics") or {}).items():
         then = f"{dense[name]:.4f}" if name in dense else "-"
-        rows.append((f"{name} (dense: snapshot before the cut)" if dense else name, then, f"{value:.4f}", ""))
-    return table(("", "dense", "trimmed" if result["method"] != "dense" else "tuned", "left"), rows)
+        rows.append((name, then, f"{value:.4f}", ""))
+    text = table(("", "dense", "trimmed" if result["method"] != "dense" else "tuned", "left"), rows)
+    return f"{text}\n\nThe dense scores are those of this run just before the cut." if dense else text
+
+
+def ranking(sensitivity: Sensitivity, most: int = 10) -> str:
+    """The table of the most sensitive tensors."""
+    rows = [(rank, name, value, units) for rank, name, value, _, units in ranking_rows(sensitivity)[:most]]
+    return table(("rank", "tensor", "mean |w g|", "units"), rows, left=(1,))
 
 
 def structure_rows(layout: Layout, keep: dict | None = None) -> list[tuple]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -55,7 +57,8 @@ def check_family(source: str) -> None:
     try:
         config = AutoConfig.from_pretrained(source)
     except _UNREADABLE as error:
-        raise SensibertError(f"model: cannot read {source} ({first_line(error)})") from None
+        wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
+        raise SensibertError(f"model: {source} {wrong} ({first_line(error)})") from None
     if base_type(config.model_type) not in families():
         raise SensibertError(
             f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "

@@ -157,7 +157,9 @@ def test_a_missing_file_is_named(here, tmp_path):
         refused("gone.*: not a readable sensibert sensitivity", "plan", "--sensitivity", gone, "--dry-run")
         refused("validation_file is missing", "eval", here / "tuned")
         refused("train_file is missing", "analyze", "--model", here / "tuned", "--output", tmp_path / "s")
-        refused("cannot read", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "gone"))
+        said = "gone is no folder, and cannot be loaded from the hub"
+        refused(said, *finetune_arguments(here, tmp_path / "out", model=tmp_path / "gone"))
+        refused(said, "inspect", tmp_path / "gone")
 
 
 def test_a_validation_label_that_training_never_had(here, tmp_path):

@@ -12,6 +12,7 @@ from sensibert.artifacts import Budget, Plan, Sensitivity
 from sensibert.models import describe
 from sensibert.report import (
     RANKING_HEADER,
+    ranking,
     ranking_rows,
     share,
     structure_rows,
@@ -79,16 +80,14 @@ def test_the_summary_names_both_sizes_flops_and_metrics():
     assert lines[2].split() == ["encoder", "parameters", "1,000,000", "500,000", "50.0", "%"]
     assert lines[3].split() == ["all", "parameters", "3,000,000", "2,500,000", "83.3", "%"]
     assert lines[4].split() == ["encoder", "GFLOPs", "at", "128", "tokens", "4.000", "1.000", "25.0", "%"]
-    assert lines[5].startswith("accuracy (dense: snapshot before the cut)") and lines[5].split()[-2:] == [
-        "0.9500",
-        "0.9000",
-    ]
+    assert lines[5].split() == ["accuracy", "0.9500", "0.9000"]
     assert lines[6].split()[-2:] == ["-", "0.8000"]  # the snapshot was not scored by it
+    assert lines[7:] == ["", "The dense scores are those of this run just before the cut."]
 
 
 def test_the_summary_of_a_dense_run_or_one_without_validation():
     dense = summary(RESULT | {"method": "dense", "metrics_dense": None})
-    assert dense.splitlines()[0].split() == ["dense", "tuned", "left"] and "snapshot" not in dense
+    assert dense.splitlines()[0].split() == ["dense", "tuned", "left"] and "The dense" not in dense
     assert len(summary(RESULT | {"metrics": None, "metrics_dense": None}).splitlines()) == 5
 
 
@@ -105,6 +104,12 @@ def test_the_ranking_is_most_sensitive_first_with_units_kept(sensitivity, plan):
     assert kept["encoder.layer.1.attention.self.query.weight"] == (0, 4)
     assert kept["encoder.layer.0.intermediate.dense.weight"] == (32, 64)
     assert ranking_rows(sensitivity)[0][3:] == (4, 4)
+
+
+def test_the_ranking_for_people_names_the_first_tensors(sensitivity):
+    lines = ranking(sensitivity, 3).splitlines()
+    assert len(lines) == 5 and lines[2].split() == ["1", ranking_rows(sensitivity)[0][1], "1.000e+00", "4"]
+    assert lines[0].startswith("rank  tensor ") and len({line.index("e") for line in lines[2:]}) == 1
 
 
 def picture(path) -> np.ndarray:
