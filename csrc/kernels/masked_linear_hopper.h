@@ -80,7 +80,8 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Matrix products of a warpgroup: d [64, kCols] += a [64, 16] b [kCols, 16]^T, from swizzled rows of 64 elements.
+// ---- Matrix products of a warpgroup: d [64, kCols] += a [64, 16] b [16, kCols], from swizzled rows of 64 elements: a in
+// boxes [rows of d, k]; b in boxes [columns of d, k], or with kByDepth [k, columns of d].
 // Thread t holds of d: row 16 (t / 32) + t % 32 / 4 + 8 h, column 8 c + 2 (t % 4) + i in d[4 c + 2 h + i].
 __device__ __forceinline__ void matmul_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void matmul_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -95,10 +96,10 @@ __device__ __forceinline__ void pin_registers(float (&d)[kSize]) {
     for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Operand descriptor: address, 1024 bytes from one group of 8 rows to the next, 128-byte swizzle. PTX ISA, "wgmma
-// matrix descriptor". The leading offset has no meaning for swizzled rows of one atom; 1 by convention.
-__device__ __forceinline__ uint64_t operand(const void* p) {
-    return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+// Operand descriptor: address, 1024 bytes from one group of 8 rows to the next, 128-byte swizzle. PTX ISA, "wgmma matrix
+// descriptor". box_bytes is the way to the next 64 columns of d in boxes [k, columns of d]; in the others it means nothing.
+__device__ __forceinline__ uint64_t operand(const void* p, uint32_t box_bytes) {
+    return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(box_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
            uint64_t(1) << 62;
 }
 
@@ -108,39 +109,38 @@ __device__ __forceinline__ uint64_t operand(const void* p) {
         "+f"(d[i + 7])
 #define OUT32(i) OUT8(i), OUT8(i + 8), OUT8(i + 16), OUT8(i + 24)
 #define LIST32 TEN() TEN(1) TEN(2) "%30,%31"
-#define LIST64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63"
 #define LIST96 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90,%91,%92,%93,%94,%95"
 #define LIST128 \
     TEN()       \
     TEN(1)      \
     TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
-#define MATMUL(shape, type, list, a_place, b_place, ...)                                                             \
+#define MATMUL(shape, type, list, a_place, b_place, across, ...)                                                     \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, " a_place ", " b_place \
-                 ", 1, 1, 1, 0, 0;"                                                                                  \
+                 ", 1, 1, 1, 0, " across ";"                                                                         \
                  : __VA_ARGS__                                                                                       \
                  : "l"(a), "l"(b))
+#define MATMULS(shape, list, a_place, b_place, ...)                                                        \
+    if constexpr (kBFloat16 && kByDepth) MATMUL(shape, "bf16", list, a_place, b_place, "1", __VA_ARGS__);  \
+    if constexpr (kBFloat16 && !kByDepth) MATMUL(shape, "bf16", list, a_place, b_place, "0", __VA_ARGS__); \
+    if constexpr (!kBFloat16 && kByDepth) MATMUL(shape, "f16", list, a_place, b_place, "1", __VA_ARGS__);  \
+    if constexpr (!kBFloat16 && !kByDepth) MATMUL(shape, "f16", list, a_place, b_place, "0", __VA_ARGS__)
 
-template <typename T, int kCols>
+template <typename T, int kCols, bool kByDepth>
 __device__ __forceinline__ void matmul(float* d, uint64_t a, uint64_t b) {
-    static_assert(kCols == 64 || kCols == 128 || kCols == 192 || kCols == 256, "the widths the tile kernels use");
+    static_assert(kCols == 64 || kCols == 192 || kCols == 256, "the widths the tile kernels use");
     constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-    if constexpr (kCols == 64 && kBFloat16) MATMUL("m64n64", "bf16", LIST32, "%32", "%33", OUT32(0));
-    if constexpr (kCols == 64 && !kBFloat16) MATMUL("m64n64", "f16", LIST32, "%32", "%33", OUT32(0));
-    if constexpr (kCols == 128 && kBFloat16) MATMUL("m64n128", "bf16", LIST64, "%64", "%65", OUT32(0), OUT32(32));
-    if constexpr (kCols == 128 && !kBFloat16) MATMUL("m64n128", "f16", LIST64, "%64", "%65", OUT32(0), OUT32(32));
-    if constexpr (kCols == 192 && kBFloat16)
-        MATMUL("m64n192", "bf16", LIST96, "%96", "%97", OUT32(0), OUT32(32), OUT32(64));
-    if constexpr (kCols == 192 && !kBFloat16)
-        MATMUL("m64n192", "f16", LIST96, "%96", "%97", OUT32(0), OUT32(32), OUT32(64));
-    if constexpr (kCols == 256 && kBFloat16)
-        MATMUL("m64n256", "bf16", LIST128, "%128", "%129", OUT32(0), OUT32(32), OUT32(64), OUT32(96));
-    if constexpr (kCols == 256 && !kBFloat16)
-        MATMUL("m64n256", "f16", LIST128, "%128", "%129", OUT32(0), OUT32(32), OUT32(64), OUT32(96));
+    if constexpr (kCols == 64) {
+        MATMULS("m64n64", LIST32, "%32", "%33", OUT32(0));
+    } else if constexpr (kCols == 192) {
+        MATMULS("m64n192", LIST96, "%96", "%97", OUT32(0), OUT32(32), OUT32(64));
+    } else {
+        MATMULS("m64n256", LIST128, "%128", "%129", OUT32(0), OUT32(32), OUT32(64), OUT32(96));
+    }
 }
+#undef MATMULS
 #undef MATMUL
 #undef LIST128
 #undef LIST96
-#undef LIST64
 #undef LIST32
 #undef OUT32
 #undef OUT8

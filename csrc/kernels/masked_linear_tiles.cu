@@ -1,7 +1,8 @@
 // sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
 //
-// y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64. W lies dense in memory; what keep drops is
-// neither loaded nor multiplied. A block of threads stays on its SM and takes output tiles of 128 tokens x kCols features:
+// y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64; with kByColumns W is [K, N] and y = x (W *
+// keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor multiplied. A block of
+// threads stays on its SM and takes output tiles of 128 tokens x kCols features:
 //
 //   warpgroup 0     one thread copies, per step of 64 input features, x [128, 64] and the kept bands of W [64, 64] into
 //                   the next stage of a ring in shared memory
@@ -71,10 +72,10 @@ struct Place {
     }
 };
 
-template <typename T, int kCols, int kStages, int kStoreBoxes>
+template <typename T, bool kByColumns, int kCols, int kStages, int kStoreBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
     masked_linear_tiles_kernel(const __grid_constant__ TensorMap x_map,  // [M, K], boxes of kRows
-                               const __grid_constant__ TensorMap w_map,  // [N, K], boxes of kBand
+                               const __grid_constant__ TensorMap w_map,  // [N, K] or [K, N], boxes of 64
                                const __grid_constant__ TensorMap y_map,  // [M, N], boxes of 64
                                const T* __restrict__ bias,               // [N] or null
                                const __grid_constant__ Problem p) {
@@ -112,8 +113,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int b = 0; b < L::kBands; ++b) {
                     const bool keep = bands >> b & 1;
                     if (L::kNarrow && !keep) continue;
-                    const int row = keep ? n * kCols + b * kBand : p.N;  // rows from N on arrive as 0
-                    load_box(&w_map, &full[at.stage], stage + kXBytes + b * kBandBytes, col, row);
+                    const int feature = keep ? n * kCols + b * kBand : p.N;  // what lies beyond N arrives as 0
+                    load_box(&w_map, &full[at.stage], stage + kXBytes + b * kBandBytes, kByColumns ? feature : col,
+                             kByColumns ? col : feature);
                 }
             }
         }
@@ -123,6 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<232>();
     const int consumer = group - 1;
     unsigned char* const store = shared + L::kStore + consumer * kStoreBoxes * kBandBytes;
+    // To the next 16 of k, in descriptor units of 16 bytes: 16 columns of a box, or 16 rows.
+    constexpr int kXNext = 16 * 2 >> 4, kWNext = kByColumns ? 16 * 128 >> 4 : kXNext;
     float acc[kCols / 2];
     for (int tile = blockIdx.x; tile < p.num_tiles; tile += gridDim.x) {
         const int n = p.list.order[tile / p.num_token_tiles], m = tile % p.num_token_tiles;
@@ -135,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int step = 0; step < num_wide; ++step) {
             const unsigned char* const stage = shared + at.stage * L::kStage;
             barrier_wait(&full[at.stage], at.parity);
-            const uint64_t x = operand(stage + consumer * 64 * 128), w = operand(stage + kXBytes);
+            const uint64_t x = operand(stage + consumer * 64 * 128, 0), w = operand(stage + kXBytes, kBandBytes);
             matmul_begin();
 #pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) matmul<T, kCols>(acc, x + 2 * k, w + 2 * k);  // 32 bytes on
+            for (int k = 0; k < kDepth / 16; ++k) matmul<T, kCols, kByColumns>(acc, x + kXNext * k, w + kWNext * k);
             matmul_commit();
             matmul_wait<1>();
             if (step > 0 && lane == 0) barrier_arrive(&empty[before]);
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int step = num_wide; step < num_steps; ++step, at.advance()) {
                 const unsigned char* const stage = shared + at.stage * L::kStage;
                 barrier_wait(&full[at.stage], at.parity);
-                const uint64_t x = operand(stage + consumer * 64 * 128), w = operand(stage + kXBytes);
+                const uint64_t x = operand(stage + consumer * 64 * 128, 0), w = operand(stage + kXBytes, kBandBytes);
                 const uint32_t bands = kept[at.stage];
 #pragma unroll
                 for (int b = 0; b < L::kBands; ++b) {
@@ -161,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     matmul_begin();
 #pragma unroll
                     for (int k = 0; k < kDepth / 16; ++k)
-                        matmul<T, kBand>(acc + b * (kBand / 2), x + 2 * k, w + b * (kBandBytes >> 4) + 2 * k);
+                        matmul<T, kBand, kByColumns>(acc + b * (kBand / 2), x + kXNext * k,
+                                                     w + b * (kBandBytes >> 4) + kWNext * k);
                     matmul_commit();
                     matmul_wait<0>();
                 }
@@ -206,16 +211,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 0 && lane == 0) store_wait_read<0>();  // the boxes must outlive their stores
 }
 
-template <typename T, int kCols, int kStages, int kStoreBoxes>
+template <typename T, bool kByColumns, int kCols, int kStages, int kStoreBoxes>
 cudaError_t launch(const TensorMap& x, const TensorMap& w, const TensorMap& y, const void* bias, const Problem& p,
                    cudaStream_t stream) {
     constexpr size_t kBytes = Layout<kCols, kStages, kStoreBoxes>::kBytes;
-    auto* kernel = masked_linear_tiles_kernel<T, kCols, kStages, kStoreBoxes>;
+    auto* kernel = masked_linear_tiles_kernel<T, kByColumns, kCols, kStages, kStoreBoxes>;
     int num_blocks = 0;
     if (cudaError_t e = allow_shared_bytes(kernel, kBytes)) return e;
     if (cudaError_t e = resident_blocks(kernel, kThreads, kBytes, &num_blocks)) return e;
     num_blocks = num_blocks < p.num_tiles ? num_blocks : p.num_tiles;
     return SENSIBERT_LAUNCH(kernel, num_blocks, kThreads, kBytes, stream, x, w, y, static_cast<const T*>(bias), p);
+}
+
+template <typename T, bool kByColumns>
+cudaError_t launch_width(const TensorMap& x, const TensorMap& w, const TensorMap& y, const void* bias, const Problem& p,
+                         cudaStream_t stream) {
+    if (p.list.tile_cols == 256) return launch<T, kByColumns, 256, 4, 2>(x, w, y, bias, p, stream);
+    return launch<T, kByColumns, 192, 5, 1>(x, w, y, bias, p, stream);
 }
 
 bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride) {
@@ -226,26 +238,26 @@ bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t strid
 
 }  // namespace
 
-cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
-                                       const void* bias, void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K,
-                                       DType dtype, const TileList& list, cudaStream_t stream) {
-    if (M == 0 || N == 0) return cudaSuccess;
-    const bool wide = list.tile_cols == 256, half = dtype == DType::kFloat16;
-    if (!(wide || list.tile_cols == 192) || dtype == DType::kFloat32 || K == 0 || !fits_a_map(x, M, K, x_stride) ||
-        !fits_a_map(w, N, K, w_stride) || !fits_a_map(y, M, N, y_stride))
+cudaError_t launch_masked_linear_tiles(const TilesProblem& q, const TileList& list, cudaStream_t stream) {
+    if (q.M == 0 || q.N == 0) return cudaSuccess;
+    const int64_t w_rows = q.by_columns ? q.K : q.N, w_cols = q.by_columns ? q.N : q.K;
+    if (!(list.tile_cols == 192 || list.tile_cols == 256) || q.dtype == DType::kFloat32 || q.K == 0 ||
+        !fits_a_map(q.x, q.M, q.K, q.x_stride) || !fits_a_map(q.w, w_rows, w_cols, q.w_stride) ||
+        !fits_a_map(q.y, q.M, q.N, q.y_stride))
         return cudaErrorInvalidValue;
-    const int64_t num_token_tiles = (M + kRows - 1) / kRows;
-    const int64_t num_tiles = num_token_tiles * ((N + list.tile_cols - 1) / list.tile_cols);
+    const int64_t num_token_tiles = (q.M + kRows - 1) / kRows;
+    const int64_t num_tiles = num_token_tiles * ((q.N + list.tile_cols - 1) / list.tile_cols);
     if (num_tiles >= int64_t(1) << 31) return cudaErrorInvalidValue;
-    TensorMap x_map, w_map, y_map;
-    if (cudaError_t e = make_tensor_map(&x_map, dtype, x, M, K, x_stride, kRows)) return e;
-    if (cudaError_t e = make_tensor_map(&w_map, dtype, w, N, K, w_stride, kBand)) return e;
-    if (cudaError_t e = make_tensor_map(&y_map, dtype, y, M, N, y_stride, 64)) return e;
-    const Problem p{int(M), int(N), int(num_token_tiles), int(num_tiles), list};
-    if (half && wide) return launch<__half, 256, 4, 2>(x_map, w_map, y_map, bias, p, stream);
-    if (half) return launch<__half, 192, 5, 1>(x_map, w_map, y_map, bias, p, stream);
-    if (wide) return launch<__nv_bfloat16, 256, 4, 2>(x_map, w_map, y_map, bias, p, stream);
-    return launch<__nv_bfloat16, 192, 5, 1>(x_map, w_map, y_map, bias, p, stream);
+    TensorMap x, w, y;
+    if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kRows)) return e;
+    if (cudaError_t e = make_tensor_map(&w, q.dtype, q.w, w_rows, w_cols, q.w_stride, kBand)) return e;
+    if (cudaError_t e = make_tensor_map(&y, q.dtype, q.y, q.M, q.N, q.y_stride, 64)) return e;
+    const Problem p{int(q.M), int(q.N), int(num_token_tiles), int(num_tiles), list};
+    const bool half = q.dtype == DType::kFloat16;
+    if (half && q.by_columns) return launch_width<__half, true>(x, w, y, q.bias, p, stream);
+    if (half) return launch_width<__half, false>(x, w, y, q.bias, p, stream);
+    if (q.by_columns) return launch_width<__nv_bfloat16, true>(x, w, y, q.bias, p, stream);
+    return launch_width<__nv_bfloat16, false>(x, w, y, q.bias, p, stream);
 }
 
 }  // namespace sensibert

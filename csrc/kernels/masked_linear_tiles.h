@@ -1,4 +1,4 @@
-// y = x (W * keep)^T + bias where keep drops whole 64 x 64 blocks of W. Hopper only.
+// y = x (W * keep)^T + bias where keep drops whole 64 x 64 blocks of W; and x (W * keep), its dx. Hopper only.
 #pragma once
 #include "element.h"
 
@@ -15,11 +15,19 @@ struct TileList {
     int tile_cols;
 };
 
-// x [M, K], w [N, K], bias [N] or null, y [M, N], row-major, of one 16-bit dtype; rows x_stride, w_stride, y_stride
-// elements apart; pointers 16-byte aligned, K, N and strides multiples of 8. Accumulates in fp32, in one fixed order.
-// cudaErrorInvalidValue if an argument does not fit; cudaErrorNotSupported if the driver knows no tensor maps.
-cudaError_t launch_masked_linear_tiles(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
-                                       const void* bias, void* y, int64_t y_stride, int64_t M, int64_t N, int64_t K,
-                                       DType dtype, const TileList& list, cudaStream_t stream);
+// y [M, N] = x [M, K] w [N, K]^T + bias [N] or null; by_columns: w is [K, N], not transposed, and the tiles of the list are
+// of its columns. Row-major, of one 16-bit dtype; rows lie x_stride, w_stride, y_stride elements apart; pointers 16-byte
+// aligned, N, K and strides multiples of 8.
+struct TilesProblem {
+    const void *x, *w, *bias;
+    void* y;
+    int64_t M, N, K, x_stride, w_stride, y_stride;
+    DType dtype;
+    bool by_columns;
+};
+
+// Accumulates in fp32, in one fixed order. cudaErrorInvalidValue if an argument does not fit; cudaErrorNotSupported if
+// the driver knows no tensor maps.
+cudaError_t launch_masked_linear_tiles(const TilesProblem& problem, const TileList& list, cudaStream_t stream);
 
 }  // namespace sensibert

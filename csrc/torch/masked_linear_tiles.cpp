@@ -6,9 +6,7 @@
 namespace sensibert {
 
 // Absent where the build leaves Hopper out (SENSIBERT_CUDA_ARCHS): then nothing is registered.
-[[gnu::weak]] cudaError_t launch_masked_linear_tiles(const void*, int64_t, const void*, int64_t, const void*, void*,
-                                                     int64_t, int64_t, int64_t, int64_t, DType, const TileList&,
-                                                     cudaStream_t);
+[[gnu::weak]] cudaError_t launch_masked_linear_tiles(const TilesProblem&, const TileList&, cudaStream_t);
 
 namespace {
 
@@ -28,14 +26,15 @@ const int32_t* list_of(const Tensor& t, const char* name) {
 }
 
 Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                const Tensor& offsets, const Tensor& entries, const Tensor& order, int64_t tile_cols) {
-    const int64_t N = weight.size(0), K = weight.size(1);
+                                const Tensor& offsets, const Tensor& entries, const Tensor& order, int64_t tile_cols,
+                                bool by_columns) {
+    const int64_t N = weight.size(by_columns ? 1 : 0), K = weight.size(by_columns ? 0 : 1);
     const DType dtype = dtype_of(x, kOp, "x", 0);
     STD_TORCH_CHECK(dtype != DType::kFloat32 && weight.scalar_type() == x.scalar_type(), kOp,
                     ": x and weight must both be bfloat16, or both float16");
     STD_TORCH_CHECK(tile_cols == 192 || tile_cols == 256, kOp, ": tile_cols is ", tile_cols, ", want 192 or 256");
     STD_TORCH_CHECK(x.size(-1) == K, kOp, ": x has ", x.size(-1), " columns, want ", K, " as weight");
-    STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is (", N, ", ", K, "), want multiples of 8");
+    STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is for ", K, " -> ", N, " features, want multiples of 8");
     const int64_t num_tiles = (N + tile_cols - 1) / tile_cols;
     STD_TORCH_CHECK(offsets.numel() == 2 * num_tiles + 1 && order.numel() == num_tiles, kOp,
                     ": offsets and order are not those of ", num_tiles, " tiles");
@@ -48,12 +47,23 @@ Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std
     const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
     STD_TORCH_CHECK(!b || (b->scalar_type() == x.scalar_type() && b->numel() == N), kOp, ": bias does not fit weight");
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const TilesProblem problem = {
+        .x = rows.const_data_ptr(),
+        .w = w.const_data_ptr(),
+        .bias = b ? b->const_data_ptr() : nullptr,
+        .y = y.mutable_data_ptr(),
+        .M = M,
+        .N = N,
+        .K = K,
+        .x_stride = rows.stride(0),
+        .w_stride = w.stride(0),
+        .y_stride = N,
+        .dtype = dtype,
+        .by_columns = by_columns,
+    };
     const TileList list = {list_of(offsets, "offsets"), list_of(entries, "entries"), list_of(order, "order"),
                            int(tile_cols)};
-    check_launch(launch_masked_linear_tiles(rows.const_data_ptr(), rows.stride(0), w.const_data_ptr(), w.stride(0),
-                                            b ? b->const_data_ptr() : nullptr, y.mutable_data_ptr(), N, M, N, K, dtype,
-                                            list, current_stream(x.get_device_index())),
-                 kOp);
+    check_launch(launch_masked_linear_tiles(problem, list, current_stream(x.get_device_index())), kOp);
     return y;
 }
 

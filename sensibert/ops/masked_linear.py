@@ -15,7 +15,7 @@ from torch.library import define, impl, register_autograd, register_fake
 from ..artifacts import Grid
 from . import masked_linear_path as paths
 from .masked_linear_live import Live, blank, live, published, remember
-from .masked_linear_tiles import tile_list
+from .masked_linear_tiles import column_tile_list, tile_list
 
 OP = "sensibert::masked_linear"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor keep, int block_rows, int block_cols) -> Tensor")
@@ -64,7 +64,7 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
     bias = None if bias is None else bias.to(x.dtype)
     if path == "tiles":
         tiles = remember(tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
-        return ops.masked_linear_tiles(x, weight.to(x.dtype), bias, *tiles)
+        return ops.masked_linear_tiles(x, weight.to(x.dtype), bias, *tiles, False)
     w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
@@ -76,6 +76,9 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
 def _dx(dy, weight, keep, block_rows, block_cols):
     """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
     path, kept = _plan(dy, weight.shape, keep, Grid(block_rows, block_cols))
+    if path == "tiles":
+        tiles = remember(column_tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
+        return ops.masked_linear_tiles(dy, weight.to(dy.dtype), None, *tiles, True)
     w = _weight(path, weight, keep, kept, dy.dtype)
     dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
     return dx.view(*dy.shape[:-1], weight.shape[1])

@@ -55,8 +55,16 @@ def tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, tile_cols:
     return TileList(offsets, entries, order, tile_cols)
 
 
-def reference(x, weight, bias, offsets, entries, order, tile_cols):
-    """x [..., K], weight [N, K], bias [N] or None -> y [..., N], every listed 64 x 64 block of W and no other."""
+def column_tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TileList:
+    """The list for y = x (W * keep), tiles of columns of W [N, K]."""
+    return tile_list(keep.T, Grid(grid.block_cols, grid.block_rows), num_cols, num_rows)
+
+
+def reference(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+    """y [..., N] = x [..., K] weight [N, K]^T + bias [N] or None, with every listed 64 x 64 block and no other.
+
+    by_columns: the weight is [K, N] and not transposed, the tiles are of its columns."""
+    weight = weight.T if by_columns else weight
     N, K = weight.shape
     num_bands = tile_cols // BAND
     kept = torch.zeros(len(order) * num_bands, -(-K // BAND), dtype=torch.bool, device=x.device)
@@ -72,5 +80,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(x, weight, bias, offsets, entries, order, tile_cols):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+    return x.new_empty(*x.shape[:-1], weight.shape[1 if by_columns else 0])

@@ -152,27 +152,31 @@ template <int kSize>
 void pin_registers(float (&)[kSize]) {
     PLAY(mine().products.empty());
 }
-inline uint64_t operand(const void* p) {
-    return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+inline uint64_t operand(const void* p, uint32_t box_bytes) {
+    return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(box_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
            uint64_t(1) << 62;
 }
-// Element (row, k) of an operand: groups of 8 rows lie a stride apart, rows in a group 128 bytes; then the swizzle.
+// Element (i, k) of an operand, i a row or column of d. In boxes [i, k]: groups of 8 rows lie a stride apart, rows in a
+// group 128 bytes. In boxes [k, i]: the same with k as the row, and boxes of 64 i lie the leading stride apart.
 template <typename T>
-T element(uint64_t descriptor, int row, int k) {
-    const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-    return *reinterpret_cast<const T*>(shared_at(swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2)));
+T element(uint64_t descriptor, bool by_depth, int i, int k) {
+    const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                   stride = (descriptor >> 32 & 0x3fff) << 4;
+    const uint32_t offset =
+        by_depth ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2 : i / 8 * stride + i % 8 * 128 + k * 2;
+    return *reinterpret_cast<const T*>(shared_at(swizzled(start + offset)));
 }
-template <typename T, int kCols>
+template <typename T, int kCols, bool kByDepth>
 void matmul(float* d, uint64_t a, uint64_t b) {
     PLAY(mine().open && a >> 62 == 1 && b >> 62 == 1);
     mine().products.back().push_back([d, a, b, t = int(threadIdx.x % 128)] {
         for (int h = 0; h < 2; ++h) {
             float x[16];
-            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, t / 32 * 16 + t % 32 / 4 + h * 8, k));
+            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, false, t / 32 * 16 + t % 32 / 4 + h * 8, k));
             for (int c = 0; c < kCols / 8; ++c)
                 for (int i = 0; i < 2; ++i)
                     for (int k = 0; k < 16; ++k)
-                        d[4 * c + 2 * h + i] += x[k] * to_float(element<T>(b, c * 8 + t % 4 * 2 + i, k));
+                        d[4 * c + 2 * h + i] += x[k] * to_float(element<T>(b, kByDepth, c * 8 + t % 4 * 2 + i, k));
         }
     });
 }

@@ -18,18 +18,21 @@ SHAPES = [
 ]
 
 
-def run(kernel, x, w, bias, keep, grid, tile_cols, build="plain", pad=0, **env):
+def run(kernel, x, w, bias, keep, grid, tile_cols, by_columns=False, build="plain", pad=0, **env):
     """y [M, N] as the kernel writes it into NaN; rows of x, w and y lie `pad` elements further apart than they need."""
     M, K, N = *x.shape, len(w)
-    spread = [
-        torch.nn.functional.pad(t, (0, pad), value=float("nan")) for t in (x, w, x.new_full((M, N), float("nan")))
-    ]
     tiles = tile_list(keep, grid, N, K, tile_cols)
-    sizes = torch.tensor([M, N, K, K + pad, K + pad, N + pad, tile_cols, CODE[x.dtype]])
+    spread = [pad_rows(t, pad) for t in (x, w.T if by_columns else w, x.new_full((M, N), float("nan")))]
+    strides = [t.shape[1] for t in spread]
+    sizes = torch.tensor([M, N, K, *strides, by_columns, CODE[x.dtype], tile_cols])
     arrays = [sizes, spread[0], spread[1], x.new_empty(0) if bias is None else bias, spread[2], *tiles[:3]]
     y = kernel("masked_linear_tiles", build)(*arrays, **{k: str(v) for k, v in env.items()})[4]
     assert y[:, N:].isnan().all()
     return y[:, :N]
+
+
+def pad_rows(t, pad):
+    return torch.nn.functional.pad(t, (0, pad), value=float("nan")).contiguous()
 
 
 def make_inputs(M, N, K, grid, dtype, kept=0.5):
@@ -47,10 +50,11 @@ def check(got, x, w, bias, keep, grid):
 
 @pytest.mark.parametrize("dtype", CODE, ids=dtype_id)
 @pytest.mark.parametrize("tile_cols", [192, 256])
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("M,N,K", SHAPES)
-def test_values(kernel, M, N, K, tile_cols, dtype):
+def test_values(kernel, M, N, K, by_columns, tile_cols, dtype):
     args = make_inputs(M, N, K, Grid.block(64, 64), dtype, kept=0.8)  # wide and narrow steps
-    check(run(kernel, *args, tile_cols), *args)
+    check(run(kernel, *args, tile_cols, by_columns), *args)
 
 
 @pytest.mark.parametrize("tile_cols", [192, 256])
@@ -61,12 +65,13 @@ def test_grids_and_densities(kernel, grid, kept, tile_cols):
     check(run(kernel, x, w, None, keep, grid, tile_cols), x, w, None, keep, grid)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("tile_cols", [192, 256])
-def test_poison_in_dropped_blocks_stays_there(kernel, tile_cols):
+def test_poison_in_dropped_blocks_stays_there(kernel, tile_cols, by_columns):
     x, w, bias, keep, grid = make_inputs(70, 264, 136, Grid.block(64, 64), torch.bfloat16)
-    want = run(kernel, x, w, bias, keep, grid, tile_cols)
+    want = run(kernel, x, w, bias, keep, grid, tile_cols, by_columns)
     w = w.masked_fill(~grid.expand(keep, *w.shape), float("nan"))
-    assert torch.equal(run(kernel, x, w, bias, keep, grid, tile_cols), want)
+    assert torch.equal(run(kernel, x, w, bias, keep, grid, tile_cols, by_columns), want)
 
 
 @pytest.mark.parametrize("tile_cols", [192, 256])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sensibert.artifacts import Grid
 from sensibert.ops import masked_linear
 from sensibert.ops import masked_linear_path as paths
-from sensibert.ops.masked_linear_tiles import reference, tile_list
+from sensibert.ops.masked_linear_tiles import column_tile_list, reference, tile_list
 from tests.helpers import assert_no_worse, dtype_id
 
 
@@ -50,15 +50,26 @@ def test_the_width_loses_nothing(grid, N, want):
 def test_the_reference_reads_it_back(grid, kept, tile_cols):
     x, weight, bias = torch.randn(2, 3, 200), torch.randn(328, 200), torch.randn(328)
     keep = torch.rand(grid.shape(328, 200)) < kept
-    y = reference(x, weight, bias, *tile_list(keep, grid, 328, 200, tile_cols))
+    tiles = tile_list(keep, grid, 328, 200, tile_cols)
+    y = reference(x, weight, bias, *tiles, False)
+    torch.testing.assert_close(reference(x, weight.T, bias, *tiles, True), y)
     torch.testing.assert_close(y, F.linear(x, weight * grid.expand(keep, 328, 200), bias))
 
 
-def test_the_op_is_registered():
+def test_the_columns_of_a_weight_are_the_rows_of_its_transpose():
+    keep = torch.rand(5, 3) < 0.5
+    ours = column_tile_list(keep, Grid.block(64, 128), 320, 384)
+    want = tile_list(keep.T.contiguous(), Grid.block(128, 64), 384, 320)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], want[:3])) and ours.tile_cols == want.tile_cols
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_the_op_is_registered(by_columns):
     grid = Grid.block(64, 64)
     tiles = tile_list(torch.ones(2, 1, dtype=torch.bool), grid, 128, 64)
-    args = torch.randn(2, 3, 64), torch.randn(128, 64), torch.randn(128)
-    torch.library.opcheck(torch.ops.sensibert.masked_linear_tiles.default, (*args, *tiles))
+    weight = torch.randn(64, 128) if by_columns else torch.randn(128, 64)
+    args = torch.randn(2, 3, 64), weight, torch.randn(128)
+    torch.library.opcheck(torch.ops.sensibert.masked_linear_tiles.default, (*args, *tiles, by_columns))
 
 
 def test_the_path_gives_what_the_others_give(monkeypatch):
@@ -85,8 +96,9 @@ needs_the_kernel = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("tile_cols", [192, 256])
 @pytest.mark.parametrize("kept", [0.25, 0.8, 1.1])
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("M,N,K", [(1, 8, 8), (130, 200, 72), (4096, 3072, 768), (777, 1000, 4096), (16384, 768, 3072)])
-def test_the_kernel_computes_what_the_list_says(M, N, K, kept, tile_cols, dtype):
+def test_the_kernel_computes_what_the_list_says(M, N, K, by_columns, kept, tile_cols, dtype):
     grid = Grid.block(64, 64)
     x, weight, bias = torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)
     x, weight, bias = (t.to("cuda", dtype) for t in (x, weight, bias))
@@ -96,9 +108,10 @@ def test_the_kernel_computes_what_the_list_says(M, N, K, kept, tile_cols, dtype)
     exact = F.linear(x.double(), weight.double().masked_fill(dropped, 0), bias.double())
     plain = F.linear(x, weight.masked_fill(dropped, 0), bias)
     poisoned = weight.masked_fill(dropped, float("nan"))
-    ours = torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles)
+    poisoned = poisoned.T.contiguous() if by_columns else poisoned
+    ours = torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles, by_columns)
     assert_no_worse(ours, plain, exact, factor=2, label="y")
-    assert torch.equal(torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles), ours)
+    assert torch.equal(torch.ops.sensibert.masked_linear_tiles(x, poisoned, bias, *tiles, by_columns), ours)
 
 
 @pytest.mark.gpu
