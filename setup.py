@@ -88,6 +88,10 @@ def cuda_extension(version: str) -> Extension:
         f'-DSENSIBERT_ARCHITECTURES="{" ".join("sm_" + a for a in ARCHITECTURES)}"',
     ]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    for oldest in sorted(filter(str.isdigit, ARCHITECTURES), key=int)[
+        :1
+    ]:  # for cards that are not named, or not yet made
+        codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
     extension.extra_compile_args = {
         "cxx": [*extension.extra_compile_args, *stable, *built],
         "nvcc": ["-std=c++20", "-O3", "-cudart=static", *codes],

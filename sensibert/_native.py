@@ -6,10 +6,11 @@ Importing `_C` registers the CUDA kernels under the op names; nothing else in th
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from types import ModuleType
 
-import torch as _torch  # noqa: F401 (brings the libraries that a CUDA build of `_C` links to)
+import torch  # before `_C`: brings the libraries that a CUDA build links to
 
 module: ModuleType | None = None
 _why_not = ""
@@ -35,3 +36,7 @@ def status() -> str:
     if not info["architectures"]:
         return f"native kernels: host solver only ({info['compiler']}); the PyTorch reference serves every op"
     return f"native kernels: CUDA {info['cuda']} for {', '.join(info['architectures'])} ({info['compiler']})"
+
+
+if torch.version.cuda and torch.cuda.device_count() and not (module and module.build_info()["architectures"]):
+    logging.getLogger("sensibert").warning(status())  # once a process, and only where a card waits for kernels
