@@ -14,7 +14,9 @@ from ..artifacts import Grid
 
 OP = "sensibert::masked_linear_tiles"
 define(
-    OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols) -> Tensor"
+    OP,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols, "
+    "bool by_columns) -> Tensor",
 )
 BAND = 64  # output features that are kept or dropped together, and input features of a step
 TILE_COLS = (192, 256)

@@ -75,7 +75,7 @@ def test_the_op_is_registered(by_columns):
 def test_the_path_gives_what_the_others_give(monkeypatch):
     monkeypatch.setattr(paths, "resolve", lambda problem: paths.Choice("tiles", "as if on sm_90"))
     grid = Grid.block(64, 64)
-    x, weight, bias = (t.requires_grad_() for t in (torch.randn(5, 128), torch.randn(192, 128), torch.randn(192)))
+    x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 128), (192, 128), (192,)))
     keep = bools("x.", ".x", "x.")
     y = masked_linear(x, weight, bias, keep, grid)
     want = F.linear(x, weight * grid.expand(keep, 192, 128), bias)
