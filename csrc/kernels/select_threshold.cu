@@ -7,7 +7,7 @@
 // more or fewer than k, however many scores tie.
 //
 //   scores  [chunk 0 | chunk 1 | ...]  a chunk is 16,384 scores of one tensor; block b takes chunks b, b + grid, ...
-//   sample  reads 1 score in 128, guesses a narrow window of keys around the k-th largest
+//   sample  reads up to a million scores, guesses a narrow window of keys around the k-th largest
 //   split   reads all, writes keep for keys above and below the window, counts them, lists the values inside
 //   first   where the guess was wrong or its window too full: reads all, counts them by the upper 13 bits of the key
 //   next..  counts the next 13 bits of the listed values (a percent of all); of all scores while there is no list, and
@@ -34,7 +34,7 @@ constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kLowBits = 32 - kDigitBits;  // of the key, below its first digit
 constexpr unsigned kGuessWidth = 1u << (kLowBits - 1);  // 1/32 of an octave: about a percent of usual scores
 constexpr int kMaxPlaceBits = 44;
-constexpr int kStratum = 128;         // scores per sampled one
+constexpr int kSampleBits = 20;       // at most 2^20 scores are sampled; 2^19 place a quantile to 0.07 %
 constexpr int kInFlight = 4;          // quads a thread loads before it looks at the first
 constexpr int64_t kMinRegion = 2048;  // list entries of a block
 constexpr int64_t kListShare = 8;     // the list holds one value in 8
@@ -73,7 +73,7 @@ struct Work {
     const Row* rows;
     int64_t num_rows, num_chunks, num_packs, num_tiles, num_scores;
     int64_t k, tile_rows, tile_cols;
-    int place_bits;
+    int place_bits, stratum_bits;  // 2^stratum_bits scores, one of them sampled
     Count last_place;
     State* state;
     Count* hist;           // [kBins]
@@ -262,12 +262,13 @@ __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const
     __shared__ Count sums[kThreads];
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) hist[bin] = 0;
     __syncthreads();
-    const int64_t num_strata = w.num_chunks * (kChunk / kStratum);
+    const int per_chunk_bits = kChunkBits - w.stratum_bits;
+    const int64_t num_strata = w.num_chunks << per_chunk_bits;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < num_strata; i += int64_t(gridDim.x) * kThreads) {
-        const int64_t chunk = i / (kChunk / kStratum);
-        const Row& row = row_of(w, &Row::first_chunk, chunk);
-        const int64_t stratum = i - row.first_chunk * (kChunk / kStratum);
-        const int64_t at = stratum * kStratum + (unsigned(i) * 2654435761u >> 16) % kStratum;
+        const Row& row = row_of(w, &Row::first_chunk, i >> per_chunk_bits);
+        const int64_t stratum = i - (row.first_chunk << per_chunk_bits);
+        const unsigned hash = unsigned(i) * 2654435761u >> 16;
+        const int64_t at = (stratum << w.stratum_bits) + (hash & ((1u << w.stratum_bits) - 1));
         if (at >= row.tensor.N * row.tensor.K) continue;
         dispatch_dtype(row.tensor.dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
@@ -497,6 +498,7 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
     w.threshold = p.threshold;
     w.num_nan = p.num_nan;
     while ((int64_t(1) << w.place_bits) < w.num_chunks * kChunk && w.place_bits <= kMaxPlaceBits) ++w.place_bits;
+    w.stratum_bits = std::clamp(w.place_bits - kSampleBits, 0, kChunkBits);
     w.last_place = (Count(1) << w.place_bits) - 1;
     if (w.k < 0 || w.k > w.num_scores || w.place_bits > kMaxPlaceBits) return cudaErrorInvalidValue;
     auto* kernel = select_threshold_count_kernel<true>;
