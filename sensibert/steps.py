@@ -23,21 +23,27 @@ from .pipeline.finetune import predict
 from .pipeline.trim import trim
 from .recipe import RANKED_SAMPLES, RESULT, micro_batches
 from .sources import check_family, encode, load_model, load_tokenizer, training_examples, validation_examples
-from .tasks import PRESETS, TaskData, get_task, sampled_loss
+from .tasks import PRESETS, TaskData, get_task, guess_task, sampled_loss
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
 
 
 def outline(options: Options) -> dict:
-    """What a run would do, told from options and model alone: nothing is written, no data is read."""
+    """What a run would do, told from options, model and local files: nothing is written, nothing encoded or trained."""
     options.check()
     options = options.resolved()
     check_output(options.output, options.overwrite)
+    train = training_examples(options) if options.train_file else None
+    validation = validation_examples(options) if options.validation_file else None
+    task = options.task or guess_task(train, options.text_column, options.label_column)
     layout = describe(load_model(options.model))
     budget, counts = options.parsed_budget(), cost.counts_of(layout)
     return {
+        "task": get_task(task).name,
         "model": options.model,
         "family": layout.family,
+        "train_rows": len(train) if train else None,
+        "validation_rows": len(validation) if validation else None,
         "method": options.method,
         "budget": str(budget) if options.method != "dense" else None,
         "scope": options.scope,

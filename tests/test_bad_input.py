@@ -152,7 +152,8 @@ def test_a_missing_file_is_named(here, tmp_path):
     gone = tmp_path / "gone.csv"
     with untouched(here, tmp_path):
         for role in ("train-file", "validation-file"):
-            refused("gone.csv: no such file", *finetune_arguments(here, tmp_path / "out", **{role: gone}))
+            for dry in ((), ("--dry-run",)):
+                refused("gone.csv: no such file", *finetune_arguments(here, tmp_path / "out", **{role: gone}), *dry)
         refused("gone.csv: no such file", "eval", here / "tuned", "--validation-file", gone)
         refused("gone.*: not a readable sensibert sensitivity", "plan", "--sensitivity", gone, "--dry-run")
         refused("validation_file is missing", "eval", here / "tuned")
@@ -248,6 +249,8 @@ def test_an_output_that_is_taken_is_kept(here, tmp_path):
         full, file = tmp_path / "out", tmp_path / "out" / "mine.txt"
         refused("not empty, want a new folder or --overwrite", *finetune_arguments(here, full))
         refused("not empty", *finetune_arguments(here, full), "--dry-run")
+        gone = finetune_arguments(here, full, **{"train-file": tmp_path / "gone.csv"})
+        refused("no such file", *gone, "--overwrite")  # what is there goes when the new one is complete
         refused("not empty", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", full)
         refused("exists, want a new file or --overwrite", "analyze", "--model", here / "tuned", "--output", file, *data)
         refused("exists, want a new file", "plan", "--sensitivity", here / "tuned.safetensors", "--output", file)

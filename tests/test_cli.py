@@ -173,6 +173,8 @@ def test_a_dry_run_tells_and_writes_nothing(chain, here):
     before = tree(here)
     told = command(*finetune_arguments(here, here / "new" / "out"), "--budget", "9Kparams", "--dry-run", "--json")
     assert (told.code, told.json["limit"], told.json["family"]) == (0, 9000, "bert")
+    names = ("task", "train_rows", "validation_rows", "encoder_params_before")
+    assert [told.json[name] for name in names] == ["text-classification", 64, 24, 17088]
     planned = command("plan", "--sensitivity", here / "scores.safetensors", "--dry-run", "--json")
     assert (planned.code, planned.json["output"]) == (0, None)
     trimmed = command(
