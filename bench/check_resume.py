@@ -1,6 +1,6 @@
 """Does a killed run end where an unbroken one does? Kills `sensibert finetune` at random moments and compares weights.
 
-python bench/check_resume.py --model MODEL --train-file F [--kills 3] [--steps 40]
+python bench/check_resume.py --model MODEL --train-file F [--kills 3] [--steps 40] [--delay 3]
 """
 
 from __future__ import annotations
@@ -24,30 +24,36 @@ def command(arguments: argparse.Namespace, output: Path, *more: str) -> list[str
     return run
 
 
+def newest(output: Path) -> int:
+    """The step of a run's newest checkpoint, whole or not; 0 before the first."""
+    found = Path(f"{output}.partial").glob("checkpoint-*")
+    return max((int(path.name.rpartition("-")[2]) for path in found), default=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train-file", required=True)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--delay", type=float, default=3, help="at most so many seconds after a checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
-        begin = time.monotonic()
         subprocess.run(command(arguments, whole), check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - begin
         for number in range(arguments.kills):
+            wanted = newest(broken) + chance.randint(1, max(1, arguments.steps // (arguments.kills + 1)))
             victim = subprocess.Popen(command(arguments, broken, "--resume"), stdout=subprocess.DEVNULL)
-            try:
-                victim.wait(seconds * chance.uniform(0.3, 0.8))
-                raise SystemExit("the run ended before it was killed: more --steps")
-            except subprocess.TimeoutExpired:
-                victim.kill()
-                victim.wait()
-            found = sorted(p.name for p in Path(f"{broken}.partial").glob("checkpoint-*"))
-            print(f"kill {number + 1}: checkpoints {', '.join(found) or 'none'}", flush=True)
+            while newest(broken) < wanted and victim.poll() is None:
+                time.sleep(0.05)
+            time.sleep(chance.uniform(0, arguments.delay))  # between two checkpoints, or while one is being written
+            if victim.poll() is not None:
+                raise SystemExit("the run ended before it was killed: more --steps or a smaller --delay")
+            victim.kill()
+            victim.wait()
+            print(f"kill {number + 1}: the newest checkpoint is of step {newest(broken)}", flush=True)
         subprocess.run(command(arguments, broken, "--resume"), check=True, stdout=subprocess.DEVNULL)
         a, b = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
     same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
