@@ -68,8 +68,8 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
     w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
-        blank = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
-        y = blank.expand(len(y), len(weight)).clone(memory_format=torch.contiguous_format).index_copy_(1, rows, y)
+        empty = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
+        y = empty.expand(len(y), len(weight)).clone(memory_format=torch.contiguous_format).index_copy_(1, rows, y)
     return y.view(*x.shape[:-1], len(weight))
 
 
