@@ -31,7 +31,7 @@ constexpr int kThreads = SENSIBERT_SELECT_THREADS, kBlocksPerSm = 2;
 constexpr int kChunkBits = 14, kChunk = 1 << kChunkBits;
 constexpr int kDigitBits = 13, kBins = 1 << kDigitBits;  // 32 KB of counters in shared memory
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kLowBits = 32 - kDigitBits;  // of the key, below its first digit
+constexpr int kLowBits = 32 - kDigitBits;               // of the key, below its first digit
 constexpr unsigned kGuessWidth = 1u << (kLowBits - 1);  // 1/32 of an octave: about a percent of usual scores
 constexpr int kMaxPlaceBits = 44;
 constexpr int kSampleBits = 20;       // at most 2^20 scores are sampled; 2^19 place a quantile to 0.07 %
@@ -60,9 +60,9 @@ static_assert(sizeof(Table) <= 32764 - 32, "kernel parameters end at 32,764 byte
 struct State {
     unsigned base, width;  // after `sample` a guess, width 0: none worth a list
     Count prefix;
-    Count rank;       // how many of them are kept,
-    Count num_alike;  // of how many
-    Count cut;        // the least that is kept, as far as its digits are known
+    Count rank;                            // how many of them are kept,
+    Count num_alike;                       // of how many
+    Count cut;                             // the least that is kept, as far as its digits are known
     Count num_above, num_inside, num_nan;  // counts of the split pass
     unsigned listed;                       // the list holds all values in question
     unsigned done;                         // rank == num_alike: nothing is left to find
