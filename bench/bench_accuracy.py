@@ -100,9 +100,11 @@ def summarize(runs: list[dict]) -> list[dict]:
         )
     rows = []
     for (task, budget, method, *setting), found in groups.items():
-        control = groups.get((task, "100%params", "dense", *setting))
+        seeds = {row["seed"] for row in found}
+        control = groups.get((task, "100%params", "dense", *setting), [])
+        control = [100 * row["score"] for row in control if row["seed"] in seeds]  # the same seeds, or none
         scores, last = [100 * row["score"] for row in found], found[-1]
-        dense = statistics.mean(100 * row["score"] for row in control) if control else None
+        dense = statistics.mean(control) if len(control) == len(seeds) else None
         seconds = statistics.mean(row["seconds"]["total"] for row in found)
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
         more = {"seeds": len(found), "epochs": setting[0], "learning_rate": setting[1], "steps": last["steps"]}
