@@ -309,9 +309,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int64_t chunk = blockIdx.x; chunk < w.num_chunks; chunk += gridDim.x)
         visit_chunk(w, chunk, true, [&](unsigned key, Count place) {
             if (key - base < width) list.append(rest_of(w, key, base, place));
+            const bool kept = key >= above;
+            my_above += kept;
             my_nan += key == 0;
-            my_above += key >= above;
-            return key >= above;
+            return kept;
         });
     if (my_above) atomicAdd(&num_above, Count(my_above));
     if (my_nan) atomicAdd(&num_nan, Count(my_nan));

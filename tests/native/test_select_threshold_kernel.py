@@ -67,6 +67,12 @@ def test_many_chunks_and_any_number_of_blocks_give_the_same_bits(kernel, build, 
         assert_same(kernel, build, scores, k, tile=(64, 64), bits=True, CUDA_ON_CPU_BLOCKS=blocks)
 
 
+def test_minus_zero_ties_with_zero_in_every_dtype(kernel):
+    scores = [torch.tensor([[-0.0, 0.0, -0.0, 1.0, -1.0, 0.0]], dtype=dtype) for dtype in DTYPES]
+    for k in (4, 5, 7, 10, 14):
+        assert_same(kernel, "plain", scores, k)
+
+
 def test_blocks_and_threads_in_the_reverse_order_give_the_same_bits(kernel):
     scores = awkward([(40, 1000), (7, 11)])
     assert_same(kernel, "plain", scores, 9999, tile=(8, 8), bits=True, CUDA_ON_CPU_BACKWARD=1)
@@ -88,7 +94,7 @@ def crowd(values):
         ("half zeros, the cut among them", [torch.randn(4, CHUNK).relu()]),
         ("one narrow bin", [1 + torch.rand(4, CHUNK) * 1e-3]),
         ("sorted: one block holds the whole bin", [torch.linspace(-1, 9, 8 * CHUNK).view(8, -1)]),
-        ("crowd: the list of its block overflows", [crowd(1 + torch.rand(4000) * 1e-3)]),
+        ("crowd: the list of its block overflows", [crowd(1.025 + torch.rand(4000) * 0.0125)]),
         ("crowd of equals", [crowd(torch.ones(4000))]),
         ("all NaN", [torch.full((2, CHUNK), math.nan)]),
     ],
