@@ -12,17 +12,19 @@ On a CPU: fewer cases, fp32.
 from __future__ import annotations
 
 import json
+import statistics
 from functools import partial
 
 import _harness
 import pytest
 import torch
 import torch.nn.functional as F
-from _harness import DEVICE, RESULTS, measure, record, timed
+from _harness import DEVICE, RESULTS, record
 
 from sensibert.artifacts import Grid
 from sensibert.ops.masked_linear import force, masked_linear
 from sensibert.ops.masked_linear_live import live
+from sensibert.ops.masked_linear_path import built
 
 BENCH = "bench_masked_linear"
 ON_GPU = DEVICE == "cuda"
@@ -34,11 +36,8 @@ TOKENS = [4096, 8192, 16384, 32768] if ON_GPU else [512]
 DENSITIES = [1.0, 0.75, 0.5, 0.25, 0.1] if ON_GPU else [1.0, 0.5, 0.25]
 GRIDS = [Grid.row(), Grid.column(), Grid.rows(64), Grid.columns(64), Grid.element(), Grid.block(64, 64)]
 PASSES = ["fwd", "dX", "dW", "step"] if ON_GPU else ["fwd", "step"]
-if ON_GPU:
-    _harness.WARM_UP_S, _harness.MEASURE_S = 0.1, 0.2  # thousands of cases
-else:
+if not ON_GPU:
     GRIDS, LAYERS = [GRIDS[0], GRIDS[1], GRIDS[4], GRIDS[5]], {name: LAYERS[name] for name in ("up", "down")}
-    _harness.MEASURE_S = 0.4
 
 
 def keep_of(grid: Grid, N: int, K: int, density: float) -> torch.Tensor:
@@ -116,49 +115,66 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()  # no number on red
     data = [tuple(t.detach() for t in row) for row in data]
 
-    ours = timed(benchmark, partial(alone, part), [(*row, keep, grid) for row in data]).median
-    dense = measure(partial(plain, part), data).median
-    small = kept.share < 1 and kept.bits is None
-    masked = [(x, w.masked_fill(~mask, 0), b, dy) for x, w, b, dy in data]
-    premasked = measure(partial(plain, part), masked).median
-    if density == 1:
-        ideal = dense
-    elif small:
-        ideal = measure(partial(plain, part), [compacted(*row, kept) for row in data]).median
-    else:
-        ideal = premasked if grid == Grid.element() else dense * density
-    rivals = {"dense": dense, "masked beforehand": premasked, "ideal": ideal}
+    dense, masked = partial(plain, part), [(x, w.masked_fill(~mask, 0), b, dy) for x, w, b, dy in data]
+    calls = {
+        "ours": (partial(alone, part), [(*row, keep, grid) for row in data]),
+        "dense": (dense, data),
+        "masked beforehand": (dense, masked),
+    }
+    if kept.share < 1 and kept.bits is None:
+        calls["ideal"] = (dense, [compacted(*row, kept) for row in data])
     if part in ("fwd", "step"):
         typed = [(*row, mask.to(DTYPE)) for row in data]
-        rivals["F.linear(x, W*M)"] = measure(partial(run, naive, part), typed).median
+        calls["F.linear(x, W*M)"] = (partial(run, naive, part), typed)
         if ON_GPU and density == 0.5:
-            rivals["F.linear(x, W*M) compiled"] = measure(partial(run, torch.compile(naive), part), typed).median
-    if ON_GPU and part == "fwd" and density == 0.5 and (two_of_four := semi_structured(data)):
-        rivals["2:4 of torch"] = two_of_four
+            calls["F.linear(x, W*M) compiled"] = (partial(run, torch.compile(naive), part), typed)
+    if ON_GPU and part == "fwd" and density == 0.5 and (sparse := semi_structured(data)):
+        calls["2:4 of torch"] = (linear, sparse)
+    if ON_GPU and grid == Grid.block(64, 64) and part in ("fwd", "dX") and density < 1 and "tiles" in built():
+        calls["tiles"] = (partial(forced, "tiles", part), calls["ours"][1])
+    times = alternate(calls)
+    benchmark.pedantic(calls["ours"][0], args=calls["ours"][1][0], rounds=1)
+    if density == 1:
+        times["ideal"] = times["dense"]
+    elif "ideal" not in times:
+        times["ideal"] = times["masked beforehand"] if grid == Grid.element() else times["dense"] * density
+    ours, tiles = times.pop("ours"), times.pop("tiles", None)
 
     case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
-    for name, value in rivals.items():
+    for name, value in times.items():
         record(BENCH, f"default {case}", "us", ours, "us", name, value)
-    record(BENCH, f"default {case}", "vs_dense", dense / ours, "1")
-    record(BENCH, f"default {case}", "vs_ideal", ideal / ours, "1")
-    if ON_GPU and grid == Grid.block(64, 64) and part == "fwd" and density < 1:
-        try:
-            with force("tiles"):
-                tiles = measure(partial(alone, part), [(*row, keep, grid) for row in data]).median
-        except ValueError as error:
-            print(f"tiles {case}: {error}")
-        else:
-            record(BENCH, f"tiles {case}", "us", tiles, "us", "dense", dense)
+    record(BENCH, f"default {case}", "vs_dense", times["dense"] / ours, "1")
+    record(BENCH, f"default {case}", "vs_ideal", times["ideal"] / ours, "1")
+    if tiles is not None:
+        record(BENCH, f"tiles {case}", "us", tiles, "us", "dense", times["dense"])
+        record(BENCH, f"tiles {case}", "vs_dense", times["dense"] / tiles, "1")
 
 
-def semi_structured(data) -> float | None:
-    """Forward with torch's 2:4 sparse weight; None where this torch or card has none."""
+def alternate(calls: dict) -> dict[str, float]:
+    """Median microseconds of each (function, rotation), called in turn: a drift of the machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-3, 100 if ON_GPU else 9):
+        for name, (function, rotation) in calls.items():
+            elapsed_us = _harness._one(function, rotation[turn % len(rotation)])
+            if turn >= 0:  # the first turns compile, allocate, and warm up
+                times[name].append(elapsed_us)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def forced(path: str, *arguments):
+    with force(path):
+        return alone(*arguments)
+
+
+def semi_structured(data) -> list[tuple] | None:
+    """The arguments of F.linear with torch's 2:4 sparse weight; None where this torch or card has none."""
     try:
         pattern = torch.tensor([1, 1, 0, 0], device=DEVICE, dtype=DTYPE)
         sparse = [
             (x, torch.sparse.to_sparse_semi_structured(w * pattern.repeat(w.shape[1] // 4)), b) for x, w, b, _ in data
         ]
-        return measure(linear, sparse).median
+        linear(*sparse[0])
+        return sparse
     except (RuntimeError, ValueError, NotImplementedError, AttributeError):
         return None
 
