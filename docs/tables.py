@@ -77,9 +77,10 @@ def grouped(rows: list[dict]) -> str:
 
 
 def kernels(rows: list[dict]) -> str:
-    """What was measured beside a rival; of the masked matmul the whole steps only."""
+    """What was measured beside a rival; of the masked matmul only the whole steps with half the weight kept."""
     chosen = [r for r in rows if r["bench"] in KERNELS and r.get("rival")]
-    return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r["case"].endswith(" step")])
+    half = [r for r in chosen if r["case"].endswith(" step") and ":0.5 " in r["case"]]
+    return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r in half])
 
 
 def speed(rows: list[dict]) -> str:
