@@ -105,7 +105,7 @@ def summarize(runs: list[dict]) -> list[dict]:
         control = [100 * row["score"] for row in control if row["seed"] in seeds]  # the same seeds, or none
         scores, last = [100 * row["score"] for row in found], found[-1]
         dense = statistics.mean(control) if len(control) == len(seeds) else None
-        seconds = statistics.mean(row["seconds"]["total"] for row in found)
+        seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
         more = {"seeds": len(found), "epochs": setting[0], "learning_rate": setting[1], "steps": last["steps"]}
         more |= {name: last[name] for name in ("encoder_params_after", "device", "torch", "commit", "date")}
@@ -117,7 +117,10 @@ def summarize(runs: list[dict]) -> list[dict]:
             {**shared, "metric": "score", "value": round(score, 2), "std": spread, "unit": "%", **rival, **more}
         )
         rows.append({**shared, "metric": "retention", "value": ratio, "unit": "share", **rival, **more})
-        rows.append({**shared, "metric": "seconds", "value": round(seconds, 1), "unit": "s", **more})
+        if len(seconds) == len(found):
+            rows.append(
+                {**shared, "metric": "seconds", "value": round(statistics.mean(seconds), 1), "unit": "s", **more}
+            )
     return rows
 
 
