@@ -35,6 +35,7 @@ from .tasks import TaskData, sampled_loss
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
 RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
+Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
 
 @dataclass
@@ -52,9 +53,10 @@ class TrimCallback(TrainerCallback):
     """Trims the model of a running Trainer at the steps of a schedule. For your own Trainer: add it, nothing else.
 
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for method fisher.
-    before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. Data and
-    collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`: the stock
-    Trainer cannot load a checkpoint of a trimmed model."""
+    before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
+    micro-batches, budget) -> Plan, in place of analyze and allocate. Data and collator are those of the Trainer's train
+    loader. A run that may have to be resumed wants `TrimTrainer`: the stock Trainer cannot load a checkpoint of a
+    trimmed model."""
 
     def __init__(
         self,
@@ -70,12 +72,14 @@ class TrimCallback(TrainerCallback):
         loss: Callable = sampled_loss,
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
         save_before_cut: bool = False,
+        choose: Choose | None = None,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
+        self.choose = choose
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
         self._dropout: list[tuple[nn.Dropout, float]] = []  # what recovery has set aside
@@ -131,11 +135,15 @@ class TrimCallback(TrainerCallback):
         samples = min(self.samples, allowed) // len(self.cuts)
         seed, data, collator = self.seed + state.global_step, train_dataloader.dataset, train_dataloader.collate_fn
         batches = micro_batches(data, collator, samples, self.micro_batch, seed)
-        found = analyze(model, batches, self.method, self.loss, seed, self.autocast)
-        if first:
-            few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
-            self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
-        plan = allocate(found, self._target(self.cuts[state.global_step]), self.step, self.policy)
+        target = self._target(self.cuts[state.global_step])
+        if self.choose is not None:
+            plan = self.choose(model, batches, target)
+        else:
+            found = analyze(model, batches, self.method, self.loss, seed, self.autocast)
+            if first:
+                few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
+                self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
+            plan = allocate(found, target, self.step, self.policy)
         self.spend("analyze")
         trim(model, plan, optimizer)
         if state.global_step == max(self.cuts):
@@ -235,8 +243,10 @@ def _teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None
     return load_model(source, data).eval().requires_grad_(False).to(device)
 
 
-def finetune_and_trim(options: Options) -> dict:
-    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says."""
+def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
+    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says.
+
+    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     started = time.perf_counter()
     options.check()
     options = options.resolved()
@@ -244,10 +254,10 @@ def finetune_and_trim(options: Options) -> dict:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with workspace(options.output, options.resume, options.overwrite) as (folder, checkpoint):
-        return _run(options, folder, checkpoint, started)
+        return _run(options, folder, checkpoint, started, choose)
 
 
-def _run(options: Options, folder: Path, checkpoint: Path | None, started: float) -> dict:
+def _run(options: Options, folder: Path, checkpoint: Path | None, started: float, choose: Choose | None) -> dict:
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
@@ -283,6 +293,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         autocast,
         before_cut=before_cut,
         save_before_cut=options.save_before_cut,
+        choose=choose,
     )
     callback.prepare(model, checkpoint)
     callback.started(started)

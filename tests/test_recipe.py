@@ -145,6 +145,21 @@ def whole(here, tmp_path_factory):
     return run
 
 
+def test_a_plan_may_come_from_elsewhere(here, tmp_path):
+    asked = []
+
+    def first_units(model, batches, budget) -> Plan:
+        layout = describe(model)
+        asked.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
+        keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
+        return Plan(layout, keep, budget, "first")
+
+    finetune_and_trim(options(here, tmp_path / "out", max_steps=3), first_units)
+    assert asked == [(4, True)]
+    plan = Plan.load(tmp_path / "out" / "plan.safetensors")
+    assert all(plan.kept(site.name).tolist() == list(range(site.units // 4)) for site in plan.layout.sites)
+
+
 @pytest.mark.parametrize("step", [3, 6, 9])  # from a dense checkpoint; between two cuts, mid-epoch; near the end
 @pytest.mark.parametrize("kind", ["oneshot", "cubic"])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, kind, monkeypatch):
