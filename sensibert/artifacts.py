@@ -167,6 +167,17 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A matrix [rows, cols] of the sites, as the blocks of a grid see it: what is masked when no whole unit goes."""
+
+    parameter: str
+    layer: int
+    rows: int
+    cols: int
+    flops: int  # of one element, a token; 0 where it is multiplied once a pass, whatever the tokens
+
+
+@dataclass(frozen=True)
 class Layout:
     """What of a model can be trimmed, and what everything costs. Parameters count shared tensors once."""
 
@@ -178,6 +189,7 @@ class Layout:
     total_params: int
     encoder_rest: Flops  # what no site owns, inside the encoder
     model_rest: Flops  # the same for the whole model, encoder included
+    weights: tuple[Weight, ...] = ()  # the matrices among the sites' members
 
     def site(self, name: str) -> Site:
         for site in self.sites:
@@ -232,7 +244,9 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """One score a unit: the statistic summed over `samples` samples (0 where no data was needed)."""
+    """One score a unit: the statistic summed over `samples` samples (0 where no data was needed).
+
+    With a grid, one score a block of every weight: parameter name -> fp32 [blocks of rows, blocks of columns]."""
 
     layout: Layout
     scores: dict[str, Tensor]  # site name -> [units] fp32
@@ -240,6 +254,7 @@ class Sensitivity:
     samples: int = 0
     seed: int = 0
     tensors: dict[str, float] = field(default_factory=dict)  # parameter name -> mean |w * g| of its elements
+    grid: Grid | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sensitivity) and _facts(self) == _facts(other) and _same(self.scores, other.scores)
@@ -255,7 +270,9 @@ class Sensitivity:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which units survive. `params` and `flops` are those of the budget's scope (FLOPs of one sequence)."""
+    """Which units survive. `params` and `flops` are those of the budget's scope (FLOPs of one sequence).
+
+    With a grid, which blocks of every weight: parameter name -> bool [blocks of rows, blocks of columns]."""
 
     layout: Layout
     keep: dict[str, Tensor]  # site name -> [units] bool
@@ -264,6 +281,7 @@ class Plan:
     params: int = 0
     flops: int = 0
     notes: dict[str, str] = field(default_factory=dict)
+    grid: Grid | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and _facts(self) == _facts(other) and _same(self.keep, other.keep)
@@ -297,10 +315,15 @@ def _layout(data: dict) -> Layout:
         consumer, flops = Member(**site.pop("consumer")), Flops(**site.pop("flops"))
         sites.append(Site(members=members, consumer=consumer, flops=flops, **site))
     rest = {name: Flops(**data.pop(name)) for name in ("encoder_rest", "model_rest")}
-    return Layout(sites=tuple(sites), **rest, **data)
+    weights = tuple(Weight(**weight) for weight in data.pop("weights", ()))
+    return Layout(sites=tuple(sites), weights=weights, **rest, **data)
 
 
-_DECODE = {"layout": _layout, "budget": lambda data: Budget(**data)}
+_DECODE = {
+    "layout": _layout,
+    "budget": lambda data: Budget(**data),
+    "grid": lambda data: None if data is None else Grid(**data),
+}
 
 
 def write_atomically(path: str | Path, write) -> None:
@@ -344,6 +367,8 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
             raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
         facts = json.loads(metadata["facts"])
         facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
-        return {site.name: tensors[site.name] for site in facts["layout"].sites}, facts
+        layout: Layout = facts["layout"]
+        names = [w.parameter for w in layout.weights] if facts.get("grid") else [site.name for site in layout.sites]
+        return {name: tensors[name] for name in names}, facts
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error!r})") from None

@@ -17,7 +17,7 @@ from pkgutil import iter_modules
 import torch
 from torch import nn
 
-from ..artifacts import Flops, Layout, Member, Site
+from ..artifacts import Flops, Layout, Member, Site, Weight
 from ..errors import SensibertError
 
 PREFIX = "sensibert_"  # model_type of a trimmed folder: this prefix and the family's own model type
@@ -174,6 +174,18 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(found)
 
 
+def _weights(model: nn.Module, found: tuple[Site, ...]) -> tuple[Weight, ...]:
+    """The matrices of the sites, in their order."""
+    family, stack, state = family_of(model), layers(model), dict(base_of(model).named_parameters())
+    tables = {f"{path}.{name}.weight" for path, _ in stack for name in (*family.head.tables, *family.ffn.tables)}
+    weights = []
+    for site in found:
+        flops = 2 * _repeats(family, model.config, site.layer, len(stack))
+        for name in (m.parameter for m in site.members if m.parameter.endswith(".weight")):
+            weights.append(Weight(name, site.layer, *state[name].shape, 0 if name in tables else flops))
+    return tuple(weights)
+
+
 def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -227,4 +239,5 @@ def describe(model: nn.Module) -> Layout:
         total_params=_numel(model),
         encoder_rest=encoder_rest,
         model_rest=model_rest,
+        weights=_weights(model, found),
     )
