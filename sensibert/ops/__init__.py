@@ -1,9 +1,18 @@
-"""The four ops. Each file holds schema, public function, reference, fake and gradient, top to bottom."""
+"""The five ops. Each file holds schema, public function, reference, fake and gradient, top to bottom."""
 
 from .. import _native as _native  # registers the CUDA kernels, where they were built
 from .block_sensitivity import BlockSensitivity, block_sensitivity
+from .gather_kept import gather_kept
 from .masked_adamw import masked_adamw
 from .masked_linear import masked_linear
 from .select_threshold import Selection, select_threshold
 
-__all__ = ["BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"]
+__all__ = [
+    "BlockSensitivity",
+    "Selection",
+    "block_sensitivity",
+    "gather_kept",
+    "masked_adamw",
+    "masked_linear",
+    "select_threshold",
+]
