@@ -81,7 +81,7 @@ __device__ __forceinline__ void give_registers() {
 }
 
 // ---- Matrix products of a warpgroup: d [64, kCols] += a [64, 16] b [16, kCols], from swizzled rows of 64 elements: a in
-// boxes [rows of d, k]; b in boxes [columns of d, k], or with kByDepth [k, columns of d].
+// boxes [rows of d, k], or with kAByDepth [k, rows of d]; b in boxes [columns of d, k], or with kByDepth [k, columns of d].
 // Thread t holds of d: row 16 (t / 32) + t % 32 / 4 + 8 h, column 8 c + 2 (t % 4) + i in d[4 c + 2 h + i].
 __device__ __forceinline__ void matmul_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void matmul_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -109,28 +109,40 @@ __device__ __forceinline__ uint64_t operand(const void* p, uint32_t box_bytes) {
         "+f"(d[i + 7])
 #define OUT32(i) OUT8(i), OUT8(i + 8), OUT8(i + 16), OUT8(i + 24)
 #define LIST32 TEN() TEN(1) TEN(2) "%30,%31"
+#define LIST64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63"
 #define LIST96 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) "%90,%91,%92,%93,%94,%95"
 #define LIST128 \
     TEN()       \
     TEN(1)      \
     TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
-#define MATMUL(shape, type, list, a_place, b_place, across, ...)                                                     \
+#define MATMUL(shape, type, list, a_place, b_place, a_across, across, ...)                                           \
     asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, " a_place ", " b_place \
-                 ", 1, 1, 1, 0, " across ";"                                                                         \
+                 ", 1, 1, 1, " a_across ", " across ";"                                                              \
                  : __VA_ARGS__                                                                                       \
                  : "l"(a), "l"(b))
-#define MATMULS(shape, list, a_place, b_place, ...)                                                        \
-    if constexpr (kBFloat16 && kByDepth) MATMUL(shape, "bf16", list, a_place, b_place, "1", __VA_ARGS__);  \
-    if constexpr (kBFloat16 && !kByDepth) MATMUL(shape, "bf16", list, a_place, b_place, "0", __VA_ARGS__); \
-    if constexpr (!kBFloat16 && kByDepth) MATMUL(shape, "f16", list, a_place, b_place, "1", __VA_ARGS__);  \
-    if constexpr (!kBFloat16 && !kByDepth) MATMUL(shape, "f16", list, a_place, b_place, "0", __VA_ARGS__)
+#define MATMULS_OF(type, shape, list, a_place, b_place, ...)                                         \
+    if constexpr (kAByDepth) {                                                                       \
+        if constexpr (kByDepth) MATMUL(shape, type, list, a_place, b_place, "1", "1", __VA_ARGS__);  \
+        if constexpr (!kByDepth) MATMUL(shape, type, list, a_place, b_place, "1", "0", __VA_ARGS__); \
+    } else {                                                                                         \
+        if constexpr (kByDepth) MATMUL(shape, type, list, a_place, b_place, "0", "1", __VA_ARGS__);  \
+        if constexpr (!kByDepth) MATMUL(shape, type, list, a_place, b_place, "0", "0", __VA_ARGS__); \
+    }
+#define MATMULS(shape, list, a_place, b_place, ...)                    \
+    if constexpr (kBFloat16) {                                         \
+        MATMULS_OF("bf16", shape, list, a_place, b_place, __VA_ARGS__) \
+    } else {                                                           \
+        MATMULS_OF("f16", shape, list, a_place, b_place, __VA_ARGS__)  \
+    }
 
-template <typename T, int kCols, bool kByDepth>
+template <typename T, int kCols, bool kByDepth, bool kAByDepth = false>
 __device__ __forceinline__ void matmul(float* d, uint64_t a, uint64_t b) {
-    static_assert(kCols == 64 || kCols == 192 || kCols == 256, "the widths the tile kernels use");
+    static_assert(kCols == 64 || kCols == 128 || kCols == 192 || kCols == 256, "the widths the tile kernels use");
     constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
     if constexpr (kCols == 64) {
         MATMULS("m64n64", LIST32, "%32", "%33", OUT32(0));
+    } else if constexpr (kCols == 128) {
+        MATMULS("m64n128", LIST64, "%64", "%65", OUT32(0), OUT32(32));
     } else if constexpr (kCols == 192) {
         MATMULS("m64n192", LIST96, "%96", "%97", OUT32(0), OUT32(32), OUT32(64));
     } else {
@@ -138,32 +150,77 @@ __device__ __forceinline__ void matmul(float* d, uint64_t a, uint64_t b) {
     }
 }
 #undef MATMULS
+#undef MATMULS_OF
 #undef MATMUL
 #undef LIST128
 #undef LIST96
+#undef LIST64
 #undef LIST32
 #undef OUT32
 #undef OUT8
 #undef TEN
 
+// ---- Matrices of 8 x 8 16-bit elements between shared memory and a warp, four at a time. Lane l points to row l % 8 of
+// matrix l / 8, 16 bytes, and holds in r[i] two elements of matrix i, or with kTranspose of its transpose: of row l / 4
+// columns 2 (l % 4) and one more.
+template <bool kTranspose>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+    if constexpr (kTranspose)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+}
+__device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+// Byte i of the result is all ones or all zeros: the top bit of the byte of {a, b} that digit i of kSelector, less 8, names.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t spread_signs(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(kSelector));
+    return r;
+}
+
 // ---- Host side.
-// A row-major matrix [num_rows, num_cols] of 16-bit elements, `stride` elements from row to row, read or written in
-// boxes of box_rows x 64. The pointer and the stride in bytes are multiples of 16.
-inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* p, int64_t num_rows, int64_t num_cols,
-                                   int64_t stride, uint32_t box_rows) {
+inline cudaError_t encode_map(TensorMap* map, CUtensorMapDataType type, const void* p, int64_t num_rows,
+                              int64_t num_cols, int64_t stride_bytes, uint32_t box_rows, uint32_t box_cols,
+                              CUtensorMapSwizzle swizzle) {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     if (cudaError_t e =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result))
         return e;
     if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[2] = {cuuint64_t(num_cols), cuuint64_t(num_rows)}, strides[1] = {cuuint64_t(stride) * 2};
-    const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
+    const cuuint64_t sizes[2] = {cuuint64_t(num_cols), cuuint64_t(num_rows)}, strides[1] = {cuuint64_t(stride_bytes)};
+    const cuuint32_t box[2] = {box_cols, box_rows}, steps[2] = {1, 1};
     const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-        map, type, 2, const_cast<void*>(p), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        map, type, 2, const_cast<void*>(p), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A row-major matrix [num_rows, num_cols] of 16-bit elements, `stride` elements from row to row, read or written in
+// boxes of box_rows x 64. The pointer and the stride in bytes are multiples of 16.
+inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* p, int64_t num_rows, int64_t num_cols,
+                                   int64_t stride, uint32_t box_rows) {
+    const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    return encode_map(map, type, p, num_rows, num_cols, stride * 2, box_rows, 64, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+// A row-major matrix of bytes [num_rows, num_cols], read by load_box in boxes of box_rows x 16, rows one after the other.
+// The pointer and the stride are multiples of 16.
+inline cudaError_t make_byte_map(TensorMap* map, const void* p, int64_t num_rows, int64_t num_cols, int64_t stride,
+                                 uint32_t box_rows) {
+    return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, p, num_rows, num_cols, stride, box_rows, 16,
+                      CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 template <typename Kernel>

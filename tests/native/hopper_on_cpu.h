@@ -79,12 +79,27 @@ struct TensorMap {
     unsigned char* base = nullptr;
     int64_t num_rows = 0, num_cols = 0, stride = 0;
     int32_t box_rows = 0;
+    bool bytes = false;  // boxes of 16 bytes a row, not swizzled
 };
 inline cudaError_t make_tensor_map(TensorMap* map, DType, const void* p, int64_t num_rows, int64_t num_cols,
                                    int64_t stride, uint32_t box_rows) {
     PLAY(uintptr_t(p) % 16 == 0 && stride % 8 == 0 && box_rows <= 256);
     *map = {static_cast<unsigned char*>(const_cast<void*>(p)), num_rows, num_cols, stride, int32_t(box_rows)};
     return cudaSuccess;
+}
+inline cudaError_t make_byte_map(TensorMap* map, const void* p, int64_t num_rows, int64_t num_cols, int64_t stride,
+                                 uint32_t box_rows) {
+    PLAY(uintptr_t(p) % 16 == 0 && stride % 16 == 0 && stride >= num_cols && box_rows <= 256);
+    *map = {static_cast<unsigned char*>(const_cast<void*>(p)), num_rows, num_cols, stride, int32_t(box_rows), true};
+    return cudaSuccess;
+}
+inline void load_bytes(const TensorMap& map, uint32_t box, int32_t col, int32_t row) {
+    PLAY(box % 128 == 0);
+    for (int i = 0; i < map.box_rows * 16; ++i) {
+        const int64_t from_row = row + i / 16, from_col = col + i % 16;
+        const bool inside = from_row < map.num_rows && from_col < map.num_cols;
+        *shared_at(box + i) = inside ? map.base[from_row * map.stride + from_col] : 0;
+    }
 }
 // f(element in shared memory, element in global memory or null)
 template <class F>
@@ -99,9 +114,12 @@ void each_in_box(const TensorMap& map, uint32_t box, int32_t col, int32_t row, F
         }
 }
 inline void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t col, int32_t row) {
-    each_in_box(*map, shared_address(box), col, row,
-                [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
-    barrier_update(barrier, 0, -int64_t(map->box_rows) * 128);
+    if (map->bytes)
+        load_bytes(*map, shared_address(box), col, row);
+    else
+        each_in_box(*map, shared_address(box), col, row,
+                    [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
+    barrier_update(barrier, 0, -int64_t(map->box_rows) * (map->bytes ? 16 : 128));
 }
 inline void prefetch_map(const TensorMap*) {}
 
@@ -166,19 +184,78 @@ T element(uint64_t descriptor, bool by_depth, int i, int k) {
         by_depth ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2 : i / 8 * stride + i % 8 * 128 + k * 2;
     return *reinterpret_cast<const T*>(shared_at(swizzled(start + offset)));
 }
-template <typename T, int kCols, bool kByDepth>
+template <typename T, int kCols, bool kByDepth, bool kAByDepth = false>
 void matmul(float* d, uint64_t a, uint64_t b) {
     PLAY(mine().open && a >> 62 == 1 && b >> 62 == 1);
     mine().products.back().push_back([d, a, b, t = int(threadIdx.x % 128)] {
         for (int h = 0; h < 2; ++h) {
             float x[16];
-            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, false, t / 32 * 16 + t % 32 / 4 + h * 8, k));
+            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, kAByDepth, t / 32 * 16 + t % 32 / 4 + h * 8, k));
             for (int c = 0; c < kCols / 8; ++c)
                 for (int i = 0; i < 2; ++i)
                     for (int k = 0; k < 16; ++k)
                         d[4 * c + 2 * h + i] += x[k] * to_float(element<T>(b, kByDepth, c * 8 + t % 4 * 2 + i, k));
         }
     });
+}
+
+// A thread holds of a: row 16 (t / 32) + t % 32 / 4 + 8 h, k 2 (t % 4) + 8 g + i in half i of a[h + 2 g]. They are read when
+// the product is waited for, and from where they lie, so registers overwritten too early spoil it.
+template <typename T, int kCols>
+void matmul(float* d, const uint32_t (&a)[4], uint64_t b) {
+    PLAY(mine().open && b >> 62 == 1);
+    mine().products.back().push_back([d, a = &a[0], b, t = int(threadIdx.x % 128)] {
+        float x[2][16];
+        for (int g = 0; g < 2; ++g) {
+            cuda_on_cpu::exchange(cuda_on_cpu::kFullMask, uint64_t(a[2 * g]) | uint64_t(a[2 * g + 1]) << 32, 0);
+            for (int q = 0; q < 4; ++q) {
+                T held[2][2];  // [h][i]
+                memcpy(held, &cuda_on_cpu::self().seen[t % 32 / 4 * 4 + q], sizeof held);
+                for (int h = 0; h < 2; ++h)
+                    for (int i = 0; i < 2; ++i) x[h][8 * g + 2 * q + i] = to_float(held[h][i]);
+            }
+        }
+        for (int c = 0; c < kCols / 8; ++c)
+            for (int i = 0; i < 2; ++i)
+                for (int k = 0; k < 16; ++k) {
+                    const float y = to_float(element<T>(b, false, c * 8 + t % 4 * 2 + i, k));
+                    for (int h = 0; h < 2; ++h) d[4 * c + 2 * h + i] += x[h][k] * y;
+                }
+    });
+}
+
+// ---- Matrices of 8 x 8. The address of row r of matrix i is that of lane 8 i + r.
+inline uint16_t* matrix_row(int i, int r) {
+    return reinterpret_cast<uint16_t*>(shared_at(uint32_t(cuda_on_cpu::self().seen[8 * i + r])));
+}
+inline void exchange_rows(const void* row) {
+    PLAY(shared_address(row) % 16 == 0);
+    cuda_on_cpu::exchange(cuda_on_cpu::kFullMask, shared_address(row), 0);
+}
+template <bool kTranspose>
+void load_matrices(uint32_t (&r)[4], const void* row) {
+    exchange_rows(row);
+    const int line = cuda_on_cpu::lane_id() / 4, pair = cuda_on_cpu::lane_id() % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+        uint32_t half[2];
+        for (int j = 0; j < 2; ++j)
+            half[j] = kTranspose ? matrix_row(i, pair + j)[line] : matrix_row(i, line)[pair + j];
+        r[i] = half[0] | half[1] << 16;
+    }
+}
+inline void store_matrices_transposed(void* row, const uint32_t (&r)[4]) {
+    exchange_rows(row);
+    const int line = cuda_on_cpu::lane_id() / 4, pair = cuda_on_cpu::lane_id() % 4 * 2;
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) matrix_row(i, pair + j)[line] = uint16_t(r[i] >> 16 * j);
+}
+template <uint32_t kSelector>
+uint32_t spread_signs(uint32_t a, uint32_t b) {
+    static_assert((kSelector & 0x8888) == 0x8888, "every digit spreads a sign");
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i)
+        r |= ((uint64_t(b) << 32 | a) >> ((kSelector >> 4 * i & 7) * 8 + 7) & 1 ? 0xffu : 0u) << 8 * i;
+    return r;
 }
 
 template <typename Kernel>
