@@ -1,5 +1,17 @@
 """Where each model family keeps its trimmable axes: one table a file."""
 
 from .base import Axis, Family, base_of, base_type, describe, families, family_of, layers, sites
+from .evaluating import evaluating
 
-__all__ = ["Axis", "Family", "base_of", "base_type", "describe", "families", "family_of", "layers", "sites"]
+__all__ = [
+    "Axis",
+    "Family",
+    "base_of",
+    "base_type",
+    "describe",
+    "evaluating",
+    "families",
+    "family_of",
+    "layers",
+    "sites",
+]

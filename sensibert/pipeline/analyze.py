@@ -14,7 +14,6 @@ Michel et al., arXiv 1905.10650 (gates); Kwon et al., arXiv 2204.09656 (Fisher o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Grid, Layout, Member, Sensitivity, Site
 from ..errors import SensibertError
-from ..models import base_of, describe
+from ..models import base_of, describe, evaluating
 from ..models.base import attribute
 from ..ops import block_sensitivity
 
@@ -98,21 +97,6 @@ def _collect(layout: Layout, blocks: list[tuple[Site, Member]], out: list[Tensor
     return scores
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module, autocast: torch.dtype | None):
-    """Dropout off, gradients on, training mode restored; mixed precision if asked for."""
-    device = next(model.parameters()).device
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
-    try:
-        with torch.enable_grad(), precision:
-            yield device
-    finally:
-        for module in training:  # one by one: a frozen part may be in eval mode on purpose
-            module.training = True
-
-
 def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
@@ -136,7 +120,7 @@ def _gradient_scores(
         parameter.requires_grad_(True)
     generator, out, samples = torch.Generator().manual_seed(seed), None, 0
     try:
-        with _evaluating(model, autocast) as device:
+        with evaluating(model, autocast) as device:
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
                 value = loss(model(**batch), batch, generator)
@@ -171,7 +155,7 @@ def _gate_scores(
     optimizer = torch.optim.Adam(used, lr=GATE_RATE)
     generator, samples = torch.Generator().manual_seed(seed), 0
     try:
-        with _evaluating(model, autocast):
+        with evaluating(model, autocast):
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
                 value = loss(model(**batch), batch, generator)
@@ -239,7 +223,7 @@ def rank_tensors(
     used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]
     weights, out = [state[name] for name in used], None
     generator, samples = torch.Generator().manual_seed(seed), 0
-    with _evaluating(model, autocast) as device:
+    with evaluating(model, autocast) as device:
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             value = (sampled_loss or given_loss)(model(**batch), batch, generator)

@@ -1,0 +1,24 @@
+"""A model in eval mode for a while, gradients allowed, and afterwards exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
+    """Dropout off, gradients on, mixed precision if asked for; gives the model's device."""
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    try:
+        with torch.enable_grad(), precision:
+            yield device
+    finally:
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
