@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .artifacts import Budget, Flops, Layout, Site
+from .artifacts import Budget, Flops, Grid, Layout, Site, Weight
 from .errors import SensibertError
 
 
@@ -45,12 +45,52 @@ def spent(layout: Layout, counts: Mapping[str, int], budget: Budget) -> int:
     return flops(layout, counts, budget.scope, 1, budget.length)
 
 
-def limit(layout: Layout, budget: Budget) -> int:
-    """The budget in absolute units for this layout; SensibertError if not even the smallest model fits."""
+def element_cost(weight: Weight, budget: Budget) -> int:
+    """The same of one element of a weight."""
+    return 1 if budget.kind == "params" else weight.flops * budget.length
+
+
+def kept_elements(weight: Weight, keep: Tensor, grid: Grid) -> int:
+    """Elements of a weight inside kept blocks; keep bool grid.shape(rows, cols)."""
+    rows, cols = grid.block_size(weight.rows, weight.cols)
+    down, across = keep.shape[0] * rows - weight.rows, keep.shape[1] * cols - weight.cols  # what the last ones lack
+    whole, below, right, corner = (int(k.sum()) for k in (keep, keep[-1:], keep[:, -1:], keep[-1:, -1:]))
+    return whole * rows * cols - below * down * cols - right * rows * across + corner * down * across
+
+
+def left(
+    layout: Layout, keep: Mapping[str, Tensor] | None, grid: Grid | None, scope: str = "encoder", length: int = 128
+) -> tuple[int, int]:
+    """(parameters, FLOPs of one sequence) of a keep on units, or with a grid on the blocks of the weights; None: all.
+
+    FLOPs are those of a kernel that skips empty blocks. None skips single elements: there they stay the dense ones."""
+    counts = counts_of(layout, None if grid else keep)
+    total_params, total_flops = params(layout, counts, scope), flops(layout, counts, scope, 1, length)
+    if grid is None or keep is None:
+        return total_params, total_flops
+    for weight in layout.weights:
+        gone = weight.rows * weight.cols - kept_elements(weight, keep[weight.parameter], grid)
+        total_params -= gone
+        total_flops -= 0 if grid == Grid.element() else gone * weight.flops * length
+    return total_params, total_flops
+
+
+def check_budget(budget: Budget, grid: Grid | None = None) -> None:
+    """SensibertError for what no model and no keep could meet."""
     if budget.kind == "ms":
         raise SensibertError("budget: latency needs a measured table of the target, want params or flops")
+    if budget.kind == "flops" and grid == Grid.element():
+        raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
+
+
+def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
+    """The budget in absolute units for this layout; SensibertError if not even the smallest model fits."""
+    check_budget(budget, grid)
     dense = spent(layout, counts_of(layout), budget)
-    smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)
+    if grid is None:
+        smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)
+    else:
+        smallest = dense - sum(w.rows * w.cols * element_cost(w, budget) for w in layout.weights)
     allowed = int(dense * budget.value) if budget.relative else int(budget.value)
     if allowed < smallest:
         raise SensibertError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..artifacts import Budget, Layout, Plan, Sensitivity, Site
 from ..cost import flops, limit, params, spent, unit_cost
 from ..errors import SensibertError
+from .blocks import allocate_blocks
 
 # A gate value, or a coin, says nothing about cost: these compare units of different size as they are.
 RANKED_BY_SCORE = ("paper", "random")
@@ -89,10 +90,15 @@ def allocate(sensitivity: Sensitivity, budget: Budget, step: int | None = None, 
     budget: an upper bound; the plan is below it by less than the cheapest head or rounding step that was left.
     step: FFN widths become multiples of it (1 = no rounding; default by `width_step`).
     policy: `global` (one threshold for all sites) or `uniform` (the same share everywhere; scores rank inside a site).
+    A sensitivity of blocks of a grid gives a plan of blocks (`allocate_blocks`), which no step rounds.
     SensibertError if the budget is below what cannot be trimmed."""
     layout = sensitivity.layout
     if policy not in POLICIES:
         raise SensibertError(f"allocate: policy is {policy!r}, want one of {', '.join(POLICIES)}")
+    if sensitivity.grid is not None:
+        if step is not None:
+            raise SensibertError(f"allocate: step is {step}, want None: it rounds widths, which a grid leaves whole")
+        return allocate_blocks(sensitivity, sensitivity.grid, budget, policy)
     step = width_step(layout.hidden) if step is None else step
     if step < 1:
         raise SensibertError(f"allocate: step is {step}, want at least 1")
