@@ -149,6 +149,29 @@ __device__ __forceinline__ void matmul(float* d, uint64_t a, uint64_t b) {
         MATMULS("m64n256", LIST128, "%128", "%129", OUT32(0), OUT32(32), OUT32(64), OUT32(96));
     }
 }
+
+// The same with a in registers, as load_matrices loads rows 16 (t / 32) and up of it, and b in boxes [columns of d, k]. The
+// registers must stay as they are until the product is waited for.
+#define MATMUL_REGISTERS(shape, type, list, places, ...)                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned." shape "k16.f32." type "." type " {" list "}, " places ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__                                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+template <typename T, int kCols>
+__device__ __forceinline__ void matmul(float* d, const uint32_t (&a)[4], uint64_t b) {
+    static_assert(kCols == 192 || kCols == 256, "the widths the bit kernel uses");
+    constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+    if constexpr (kCols == 192 && kBFloat16)
+        MATMUL_REGISTERS("m64n192", "bf16", LIST96, "{%96, %97, %98, %99}, %100", OUT32(0), OUT32(32), OUT32(64));
+    else if constexpr (kCols == 192)
+        MATMUL_REGISTERS("m64n192", "f16", LIST96, "{%96, %97, %98, %99}, %100", OUT32(0), OUT32(32), OUT32(64));
+    else if constexpr (kBFloat16)
+        MATMUL_REGISTERS("m64n256", "bf16", LIST128, "{%128, %129, %130, %131}, %132", OUT32(0), OUT32(32), OUT32(64),
+                         OUT32(96));
+    else
+        MATMUL_REGISTERS("m64n256", "f16", LIST128, "{%128, %129, %130, %131}, %132", OUT32(0), OUT32(32), OUT32(64),
+                         OUT32(96));
+}
+#undef MATMUL_REGISTERS
 #undef MATMULS
 #undef MATMULS_OF
 #undef MATMUL
