@@ -153,6 +153,9 @@ def finetune(
     recover_dropout: Annotated[float, typer.Option(help="The model's dropout after the last cut.")] = (
         _SHAPE.recover_dropout
     ),
+    compensate: Annotated[
+        bool, typer.Option(help="Let the kept units take over by least squares what the dropped ones gave.")
+    ] = _DEFAULT.compensate,
     teacher: Annotated[str | None, typer.Option(help=f"Fine-tuned model to distil from, or {SNAPSHOT}.")] = None,
     distil: Annotated[float, typer.Option(help="Weight of the distillation loss.")] = _DEFAULT.distil,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = _DEFAULT.temperature,

@@ -47,6 +47,7 @@ class Options:
     step: int | None = None
     samples: int = 1024
     micro_batch: int = 4
+    compensate: bool = False  # solve the consuming weights anew at each cut
     schedule: Schedule = field(default_factory=Schedule)
     teacher: str | None = None  # a model folder or hub name, or "snapshot": the run's own dense model at the cut
     distil: float = 0.5

@@ -24,6 +24,7 @@ from .models.structure import structure_of
 from .options import SNAPSHOT, Options
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
+from .pipeline.compensate import compensate, input_moments
 from .pipeline.export import export
 from .pipeline.finetune import finetune, predict
 from .pipeline.trim import restructure, trim
@@ -34,6 +35,7 @@ from .tasks import TaskData, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
+COMPENSATION_SAMPLES = 512
 RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
@@ -73,10 +75,11 @@ class TrimCallback(TrainerCallback):
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
         save_before_cut: bool = False,
         choose: Choose | None = None,
+        compensate: bool = Options.compensate,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
-        self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
+        self.samples, self.micro_batch, self.seed, self.compensate = samples, micro_batch, seed, compensate
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose = choose
@@ -144,6 +147,9 @@ class TrimCallback(TrainerCallback):
                 few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
                 self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
             plan = allocate(found, target, self.step, self.policy)
+        if self.compensate:
+            some = micro_batches(data, collator, min(samples, COMPENSATION_SAMPLES), args.train_batch_size, seed)
+            compensate(model, plan, input_moments(model, plan, some, self.loss, seed, self.autocast))
         self.spend("analyze")
         trim(model, plan, optimizer)
         if state.global_step == max(self.cuts):
@@ -294,6 +300,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         before_cut=before_cut,
         save_before_cut=options.save_before_cut,
         choose=choose,
+        compensate=options.compensate,
     )
     callback.prepare(model, checkpoint)
     callback.started(started)
