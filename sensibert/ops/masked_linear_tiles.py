@@ -32,20 +32,24 @@ class TileList(NamedTuple):
     tile_cols: int
 
 
+def kept_blocks(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:
+    """keep bool grid.shape(N, K) -> bool [ceil(N / 64), ceil(K / 64)], for blocks that are multiples of 64."""
+    rows, cols = grid.block_size(num_rows, num_cols)
+    row_block = torch.arange(0, num_rows, BAND, device=keep.device) // rows
+    col_block = torch.arange(0, num_cols, BAND, device=keep.device) // cols
+    return keep[row_block][:, col_block]
+
+
 def tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, tile_cols: int | None = None) -> TileList:
     """keep bool grid.shape(N, K) -> TileList. tile_cols None: 192, which can skip each 64 x 64 block, unless 256
     divides N, 192 does not, and nothing would be lost."""
-    rows, cols = grid.block_size(num_rows, num_cols)
-    device = keep.device
-    row_block = torch.arange(0, num_rows, BAND, device=device) // rows
-    col_block = torch.arange(0, num_cols, BAND, device=device) // cols
-    kept = keep[row_block][:, col_block]  # [ceil(N / 64), ceil(K / 64)]
+    kept = kept_blocks(keep, grid, num_rows, num_cols)
     if tile_cols is None:
         wide = num_rows % 256 == 0 and num_rows % 192 and bool((kept == kept[::4].repeat_interleave(4, 0)).all())
         tile_cols = 256 if wide else 192
     num_bands = tile_cols // BAND
     kept = F.pad(kept, (0, 0, 0, -len(kept) % num_bands)).unflatten(0, (-1, num_bands))  # [T, bands, S]
-    bands = (kept.int() << torch.arange(num_bands, device=device)[:, None]).sum(1)  # [T, S]
+    bands = (kept.int() << torch.arange(num_bands, device=keep.device)[:, None]).sum(1)  # [T, S]
     full = bands == (1 << num_bands) - 1
     tile, step = bands.nonzero(as_tuple=True)  # ascending in both
     first = torch.sort(2 * tile + ~full[tile, step], stable=True).indices

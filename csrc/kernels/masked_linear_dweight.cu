@@ -1,0 +1,325 @@
+// sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
+//
+// dW [N, K] = (dY [M, N]^T X [M, K]) * keep, keep in blocks of 64 x 64. A product of a warpgroup is 64 rows of dW high,
+// so an output tile is one row of blocks, and of that row up to six kept blocks, wherever they lie: dropped ones cost
+// nothing, at any pattern. The tokens are cut into chunks; a block of threads stays on its SM and takes (tile, chunk)s:
+//
+//   warpgroup 0     one thread copies, per step of 64 tokens, dY [64, 64] and the tile's bands of X [64, 64] into the next
+//                   stage of a ring in shared memory; the other warps write the dropped blocks of dW meanwhile
+//   warpgroups 1,2  half of the bands each, at most three, in one wgmma a k16 (both operands lie by depth), one step in
+//                   flight; then rounding and out, with the score of the block while it is in registers
+//
+// With several chunks each leaves its partial sums in scratch, and whoever comes last adds them up, first chunk first:
+// nobody waits, and neither the order of arrival nor the number of blocks changes a bit.
+// Cost: 2 * 64 * 64 * 64 a band and step, at 4096 FLOP a clock and SM: 768 clocks a step of six; 8 KB and 8 KB a band from
+// L2. A chunk: 96 KB to scratch and back. The score: 4096 elements of w a block, once.
+#include "masked_linear_dweight.h"
+
+#include "masked_linear_hopper.h"
+
+namespace sensibert {
+namespace {
+
+using namespace hopper;
+
+constexpr int kBand = 64;  // the side of a block of dW, and tokens of a step
+constexpr int kConsumers = 2, kBandsEach = kDweightBands / kConsumers;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kBox = kBand * kBand * 2, kAtom = 1024;  // bytes; the 128-byte swizzle repeats after kAtom
+constexpr int kStages = 4, kStage = (1 + kDweightBands) * kBox;
+constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8, kSums = kLast + kConsumers * 4;
+constexpr int kBytes = kSums + kConsumers * 4 * kBandsEach * 4 + kAtom;  // of shared memory
+constexpr int kPartial = kBand * kBandsEach * kBand;                      // floats that a consumer leaves in scratch
+constexpr int kCardSms = 132, kMostChunks = 16;
+static_assert(kBytes <= 227 * 1024, "the ring fits the shared memory of an SM");
+
+struct Problem {
+    int N, K;
+    int num_steps, num_chunks, num_items;
+    BlockList list;
+    DweightScore score;
+    int32_t* arrived;  // [num_tiles, kConsumers] chunks in scratch
+    float* partials;   // [num_tiles, num_chunks, kConsumers, kPartial]
+};
+
+struct Item {
+    int tile, chunk, row, count, first_step, last_step;
+    const int32_t* cols;
+    __device__ __forceinline__ Item(const Problem& p, int item) {
+        tile = item % p.list.num_tiles, chunk = item / p.list.num_tiles;  // at one time, one part of dY and X: L2
+        const int32_t* const words = p.list.tiles + int64_t(tile) * kDweightTileWords;
+        row = words[0], count = words[1], cols = words + 2;
+        first_step = int(int64_t(p.num_steps) * chunk / p.num_chunks);
+        last_step = int(int64_t(p.num_steps) * (chunk + 1) / p.num_chunks);
+    }
+};
+
+struct Place {  // in the ring: stage and the parity of its current round
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+};
+
+__device__ __forceinline__ void write_score(const DweightScore& s, int64_t block, float total) {
+    const float value = s.finish == Finish::kSquare ? total * total : s.finish == Finish::kAbs ? fabsf(total) : total;
+    s.out[block] = s.decay == 0.f ? s.scale * value : fmaf(s.decay, s.out[block], s.scale * value);
+}
+
+__device__ __forceinline__ float2 load_pair(const void* p, DType dtype, int64_t i) {
+    float2 pair = make_float2(0.f, 0.f);
+    if (dtype == DType::kFloat32) return *reinterpret_cast<const float2*>(static_cast<const float*>(p) + i);
+    dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        T both[2];
+        memcpy(both, static_cast<const T*>(p) + i, sizeof both);
+        pair = make_float2(to_float(both[0]), to_float(both[1]));
+    });
+    return pair;
+}
+
+// The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, X from band `first` of each on.
+template <typename T, int kWidth>
+__device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], const unsigned char* shared,
+                                         uint64_t* full, uint64_t* empty, Place& at, int num_steps, int first) {
+    constexpr int kNext = 16 * 128 >> 4;  // to the next 16 tokens, in descriptor units of 16 bytes
+    const bool leads = threadIdx.x % 32 == 0;
+    int before = 0;  // the stage of the step before, still being read
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+        const unsigned char* const stage = shared + at.stage * kStage;
+        barrier_wait(&full[at.stage], at.parity);
+        const uint64_t dy = operand(stage, kBox), x = operand(stage + (1 + first) * kBox, kBox);
+        matmul_begin();
+#pragma unroll
+        for (int k = 0; k < kBand / 16; ++k) matmul<T, kWidth * kBand, true, true>(acc, dy + kNext * k, x + kNext * k);
+        matmul_commit();
+        matmul_wait<1>();
+        if (step > 0 && leads) barrier_arrive(&empty[before]);
+        before = at.stage;
+        at.advance();
+    }
+    matmul_wait<0>();
+    pin_registers(acc);
+    if (num_steps > 0 && leads) barrier_arrive(&empty[before]);
+}
+
+// Dropped blocks: 0 into dW, and their score. Warps 1 to 3.
+template <typename T>
+__device__ __forceinline__ void write_dropped(T* dw, const Problem& p) {
+    const int blocks_across = (p.K + kBand - 1) / kBand;
+    for (int i = blockIdx.x; i < p.list.num_dropped; i += gridDim.x) {
+        const int block = p.list.dropped[i];
+        const int row = block / blocks_across * kBand, col = block % blocks_across * kBand;
+        for (int j = int(threadIdx.x) - 32; j < kBand * kBand / 8; j += 96) {
+            const int r = row + j / 8, c = col + j % 8 * 8;
+            if (r < p.N && c < p.K) *reinterpret_cast<uint4*>(dw + int64_t(r) * p.K + c) = make_uint4(0, 0, 0, 0);
+        }
+        if (p.score.out != nullptr && threadIdx.x == 32) write_score(p.score, block, 0.f);
+    }
+}
+
+// Hands the sums over; true for the last to come, whose acc then holds the sum of all chunks.
+__device__ __forceinline__ bool add_chunks(float (&acc)[kBandsEach * kBand / 2], const Problem& p, const Item& item,
+                                           int width, int consumer, uint32_t* last) {
+    const int thread = threadIdx.x % 128;
+    const int64_t stride = kConsumers * kPartial;  // from chunk to chunk
+    float* const first =
+        p.partials + (int64_t(item.tile) * p.num_chunks * kConsumers + consumer) * kPartial + thread * 4;
+#pragma unroll
+    for (int i = 0; i < kBandsEach * kBand / 2; i += 4)
+        if (i < width * (kBand / 2))
+            store_quad(first + item.chunk * stride + i * 128, {{acc[i], acc[i + 1], acc[i + 2], acc[i + 3]}});
+    __threadfence();
+    group_sync(1 + consumer, 128);
+    if (thread == 0) last[consumer] = atomicAdd(&p.arrived[item.tile * kConsumers + consumer], 1) == p.num_chunks - 1;
+    group_sync(1 + consumer, 128);
+    if (!last[consumer]) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < kBandsEach * kBand / 2; i += 4) {
+        if (i >= width * (kBand / 2)) continue;
+        Quad sum = load_quad(first + i * 128);
+        for (int chunk = 1; chunk < p.num_chunks; ++chunk) {
+            const Quad more = load_quad(first + chunk * stride + i * 128);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum.x[j] += more.x[j];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[i + j] = sum.x[j];
+    }
+    return true;
+}
+
+// acc into the blocks of dW that it is, and their scores.
+template <typename T>
+__device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBand / 2], T* dw, const Problem& p,
+                                             const Item& item, int width, int first, int consumer, float* sums) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const DweightScore& s = p.score;
+#pragma unroll
+    for (int b = 0; b < kBandsEach; ++b) {
+        if (b >= width) continue;
+        const int col = item.cols[first + b] * kBand;
+        float total = 0.f;
+#pragma unroll
+        for (int c = 0; c < kBand / 8; ++c) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int r = item.row * kBand + warp * 16 + lane / 4 + h * 8, here = col + c * 8 + lane % 4 * 2;
+                if (r >= p.N || here >= p.K) continue;
+                const int64_t at = int64_t(r) * p.K + here;
+                const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
+                const T pair[2] = {from_float<T>(d[0]), from_float<T>(d[1])};
+                memcpy(dw + at, pair, sizeof pair);
+                if (s.out == nullptr) continue;
+                const float2 w = load_pair(s.w, s.w_dtype, at);
+                const float x = w.x * d[0], y = w.y * d[1];
+                total += s.reduce == Reduce::kSquare ? x * x + y * y
+                         : s.reduce == Reduce::kAbs  ? fabsf(x) + fabsf(y)
+                                                     : x + y;
+            }
+        }
+        if (s.out == nullptr) continue;
+        for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+        if (lane == 0) sums[(consumer * 4 + warp) * kBandsEach + b] = total;
+    }
+    if (s.out == nullptr) return;
+    group_sync(1 + consumer, 128);
+    const int b = threadIdx.x % 128;
+    if (b < width) {
+        const float* const of = sums + consumer * 4 * kBandsEach + b;
+        const float total = of[0] + of[kBandsEach] + of[2 * kBandsEach] + of[3 * kBandsEach];
+        write_score(s, int64_t(item.row) * ((p.K + kBand - 1) / kBand) + item.cols[first + b], total);
+    }
+    group_sync(1 + consumer, 128);  // the sums have been read
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    masked_linear_dweight_kernel(const __grid_constant__ TensorMap dy_map,  // [M, N], boxes of 64
+                                 const __grid_constant__ TensorMap x_map,   // [M, K], boxes of 64
+                                 T* __restrict__ dw, const __grid_constant__ Problem p) {
+    SENSIBERT_DYNAMIC_SHARED(unsigned char, raw);
+    unsigned char* const shared = raw + (kAtom - shared_address(raw) % kAtom) % kAtom;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kBarriers);  // [kStages] the copies have landed
+    uint64_t* const empty = full + kStages;                                  // [kStages] all have read
+    uint32_t* const last = reinterpret_cast<uint32_t*>(shared + kLast);      // [kConsumers]
+    float* const sums = reinterpret_cast<float*>(shared + kSums);            // [kConsumers, 4, kBandsEach]
+    const int group = threadIdx.x / 128;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kConsumers * 4);
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    Place at;
+    if (group == 0) {
+        give_registers<40>();
+        if (threadIdx.x >= 32) write_dropped(dw, p);
+        if (threadIdx.x != 0 || p.num_steps == 0) return;
+        prefetch_map(&dy_map), prefetch_map(&x_map);
+        for (int i = blockIdx.x; i < p.num_items; i += gridDim.x) {
+            const Item item(p, i);
+            for (int step = item.first_step; step < item.last_step; ++step, at.advance()) {
+                unsigned char* const stage = shared + at.stage * kStage;
+                barrier_wait(&empty[at.stage], at.parity ^ 1);
+                barrier_arrive_expect(&full[at.stage], (1 + item.count) * kBox);
+                load_box(&dy_map, &full[at.stage], stage, item.row * kBand, step * kBand);
+                for (int b = 0; b < item.count; ++b)
+                    load_box(&x_map, &full[at.stage], stage + (1 + b) * kBox, item.cols[b] * kBand, step * kBand);
+            }
+        }
+        return;
+    }
+
+    take_registers<232>();
+    const int consumer = group - 1;
+    float acc[kBandsEach * kBand / 2];
+    for (int i = blockIdx.x; i < p.num_items; i += gridDim.x) {
+        const Item item(p, i);
+        const int half = (item.count + 1) / 2, first = consumer * half, width = consumer ? item.count - half : half;
+        const int num_steps = item.last_step - item.first_step;
+#pragma unroll
+        for (int j = 0; j < kBandsEach * kBand / 2; ++j) acc[j] = 0.f;
+        if (width == 3)
+            multiply<T, 3>(acc, shared, full, empty, at, num_steps, first);
+        else if (width == 2)
+            multiply<T, 2>(acc, shared, full, empty, at, num_steps, first);
+        else  // of a tile of one block the second consumer multiplies band 0 too, for nothing: it must give stages back
+            multiply<T, 1>(acc, shared, full, empty, at, num_steps, width ? first : 0);
+        if (width == 0 || (p.num_chunks > 1 && !add_chunks(acc, p, item, width, consumer, last))) continue;
+        write_blocks(acc, dw, p, item, width, first, consumer, sums);
+    }
+}
+
+template <typename T>
+cudaError_t launch(const TensorMap& dy, const TensorMap& x, void* dw, const Problem& p, cudaStream_t stream) {
+    auto* kernel = masked_linear_dweight_kernel<T>;
+    int num_blocks = 0;
+    if (cudaError_t e = allow_shared_bytes(kernel, kBytes)) return e;
+    if (cudaError_t e = resident_blocks(kernel, kThreads, kBytes, &num_blocks)) return e;
+    const int wanted = max(p.num_items, p.list.num_dropped);
+    return SENSIBERT_LAUNCH(kernel, min(num_blocks, wanted), kThreads, kBytes, stream, dy, x, static_cast<T*>(dw), p);
+}
+
+bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride) {
+    constexpr int64_t kLimit = int64_t(1) << 31;  // coordinates are int32
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0 && stride >= num_cols && num_cols % 8 == 0 &&
+           num_rows < kLimit && num_cols < kLimit;
+}
+
+int64_t counter_bytes(int64_t num_tiles) { return (num_tiles * kConsumers * 4 + 15) / 16 * 16; }
+
+}  // namespace
+
+// The fewest steps for the busiest SM of a card of kCardSms; handing a chunk over takes about three steps, adding it up
+// at the end three more.
+int dweight_chunks(int64_t num_tokens, int64_t num_tiles) {
+    const int64_t num_steps = (num_tokens + kBand - 1) / kBand;
+    int best = 1;
+    int64_t least = 0;
+    for (int64_t chunks = 1; chunks <= kMostChunks && (chunks == 1 || chunks * 8 <= num_steps); ++chunks) {
+        const int64_t rounds = (num_tiles * chunks + kCardSms - 1) / kCardSms,
+                      steps = (num_steps + chunks - 1) / chunks;
+        const int64_t cost = chunks == 1 ? rounds * steps : rounds * (steps + 3) + 3 * chunks;
+        if (chunks == 1 || cost < least) least = cost, best = int(chunks);
+    }
+    return best;
+}
+
+int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks) {
+    return num_chunks == 1 ? 0 : counter_bytes(num_tiles) + num_tiles * num_chunks * kConsumers * kPartial * 4;
+}
+
+cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockList& list, const DweightScore& score,
+                                         void* scratch, cudaStream_t stream) {
+    if (q.N == 0 || q.K == 0) return cudaSuccess;
+    const int64_t num_steps = (q.M + kBand - 1) / kBand, num_items = int64_t(list.num_tiles) * q.num_chunks;
+    const bool scored =
+        score.reduce == Reduce::kSigned || score.reduce == Reduce::kAbs || score.reduce == Reduce::kSquare;
+    if (q.dtype == DType::kFloat32 || q.num_chunks < 1 || q.num_chunks > kMostChunks || num_items >= int64_t(1) << 31 ||
+        !fits_a_map(q.dy, q.M, q.N, q.dy_stride) || !fits_a_map(q.x, q.M, q.K, q.x_stride) ||
+        reinterpret_cast<uintptr_t>(q.dw) % 16 != 0 || reinterpret_cast<uintptr_t>(scratch) % 16 != 0 ||
+        (score.out != nullptr && (!scored || reinterpret_cast<uintptr_t>(score.w) % 16 != 0)) ||
+        num_items + list.num_dropped == 0)
+        return cudaErrorInvalidValue;
+    TensorMap dy{}, x{};
+    if (q.M > 0) {
+        if (cudaError_t e = make_tensor_map(&dy, q.dtype, q.dy, q.M, q.N, q.dy_stride, kBand)) return e;
+        if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kBand)) return e;
+    }
+    Problem p{int(q.N), int(q.K), int(num_steps), q.num_chunks, int(num_items), list, score, nullptr, nullptr};
+    if (q.num_chunks > 1 && num_items > 0) {
+        p.arrived = static_cast<int32_t*>(scratch);
+        p.partials = reinterpret_cast<float*>(static_cast<char*>(scratch) + counter_bytes(list.num_tiles));
+        if (cudaError_t e = cudaMemsetAsync(p.arrived, 0, counter_bytes(list.num_tiles), stream)) return e;
+    }
+    if (q.dtype == DType::kFloat16) return launch<__half>(dy, x, q.dw, p, stream);
+    return launch<__nv_bfloat16>(dy, x, q.dw, p, stream);
+}
+
+}  // namespace sensibert
