@@ -193,6 +193,20 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         optimizer._scores.pop(old, None)
 
 
+def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
+    """Set what `optimizer` remembers of the dropped weights of `param` to 0; a MaskedAdamW is told the keep as well.
+
+    Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if isinstance(optimizer, MaskedAdamW):
+        optimizer.set_keep(param, keep, grid)
+    dropped = ~grid.expand(keep.to(param.device), *matrix_shape(param)).view(param.shape)
+    for name, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor) and value.shape == param.shape and name not in ("step", "keep"):
+            value.masked_fill_(dropped, 0)
+
+
 def _take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     for dim, kept in index.items():
         tensor = tensor.index_select(dim, kept.to(tensor.device))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..artifacts import write_atomically
 from ..errors import SensibertError
 from .base import sites
+from .masks import FORMAT as MASKS
+from .masks import Masks, masks_of
 from .modeling_sensibert import PickHeads
 
 __all__ = ["PickHeads", "is_trimmed", "read_structure", "save_structure", "set_structure", "structure_of"]
@@ -36,13 +38,24 @@ def is_trimmed(model: nn.Module) -> bool:
 
 
 def save_structure(model: nn.Module, path: str | Path) -> None:
-    """Kept units of the base model, int32, one tensor a site: what it takes to rebuild the shapes."""
-    tensors = {name: kept.to(torch.int32) for name, kept in structure_of(model).items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": "sensibert.structure"}))
+    """Kept units of the base model, int32, one tensor a site: what it takes to rebuild the shapes. Of a model cut by a
+    grid its masks, one bit a block."""
+    masks = masks_of(model)
+    if masks is None:
+        tensors = {name: kept.to(torch.int32) for name, kept in structure_of(model).items()}
+        facts = {"format": "sensibert.structure"}
+    else:
+        tensors, facts = masks.packed()
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, facts))
 
 
-def read_structure(path: str | Path) -> dict[str, Tensor]:
+def read_structure(path: str | Path) -> dict[str, Tensor] | Masks:
+    """What save_structure wrote: site name -> kept units, int64, or the masks."""
     try:
-        return {name: kept.long() for name, kept in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.get("format") == MASKS:
+            return Masks.unpacked(tensors, facts)
+        return {name: kept.long() for name, kept in tensors.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise SensibertError(f"{path}: not a readable structure file ({error})") from None

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Grid, Layout, Member, Sensitivity, Site
+from ..artifacts import Grid, Layout, Sensitivity
 from ..errors import SensibertError
 from ..models import base_of, describe, evaluating
 from ..models.base import attribute
+from ..models.masks import masks_of
 from ..ops import block_sensitivity
 
 Batch = Mapping[str, Tensor]
@@ -60,40 +62,53 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
     return loss
 
 
-def _sections(member: Member, parameter: Tensor, units: int) -> list[Tensor]:
-    """The parts of a parameter, each with one block a unit."""
-    return list(parameter.chunk(member.parts, member.dim)) if member.parts > 1 else [parameter]
+class _Scored(NamedTuple):
+    """A parameter whose blocks are scored, and whose score that is: a site's (its units), or the parameter's own."""
+
+    owner: str
+    parameter: str
+    grid: Grid
+    dim: int = 0
+    parts: int = 1  # sections along dim, each with one block a unit
+    shape: tuple[int, ...] = (-1,)  # of the owner's scores
+
+    def sections(self, parameter: Tensor) -> list[Tensor]:
+        return list(parameter.chunk(self.parts, self.dim)) if self.parts > 1 else [parameter]
 
 
-def _blocks(layout: Layout, statistic: Statistic) -> list[tuple[Site, Member]]:
+def _blocks(layout: Layout, statistic: Statistic, grid: Grid | None) -> list[_Scored]:
+    if grid is not None:
+        shapes = [(w.parameter, grid.shape(w.rows, w.cols)) for w in layout.weights]
+        return [_Scored(name, name, grid, shape=shape) for name, shape in shapes]
     chosen = [(site, site.members if statistic.all_members else (site.consumer,)) for site in layout.sites]
-    return [(site, member) for site, members in chosen for member in members]
+    return [_Scored(site.name, m.parameter, m.grid, m.dim, m.parts) for site, members in chosen for m in members]
 
 
 def _reduce(
-    blocks: list[tuple[Site, Member]],
+    blocks: list[_Scored],
     weights: list[Tensor],
     grads: list[Tensor] | None,
     statistic: Statistic,
     out: list[Tensor] | None,
 ) -> list[Tensor]:
-    """One op call over all weights; out holds one [1, units] or [units, 1] tensor per section."""
+    """One op call over all weights; out holds one tensor per section, as its grid cuts it."""
     parts, part_grads, grids = [], [], []
-    for number, (site, member) in enumerate(blocks):
-        sections = _sections(member, weights[number], site.units)
+    for number, block in enumerate(blocks):
+        sections = block.sections(weights[number])
         parts += sections
-        part_grads += _sections(member, grads[number], site.units) if grads is not None else []
-        grids += [member.grid] * len(sections)
+        part_grads += block.sections(grads[number]) if grads is not None else []
+        grids += [block.grid] * len(sections)
     return block_sensitivity(parts, part_grads, grids, statistic.reduce, statistic.finish, out=out)
 
 
-def _collect(layout: Layout, blocks: list[tuple[Site, Member]], out: list[Tensor]) -> dict[str, Tensor]:
-    """Sum the sections and members of each site: site name -> [units] fp32."""
-    scores = {site.name: torch.zeros(site.units) for site in layout.sites}
+def _collect(blocks: list[_Scored], out: list[Tensor]) -> dict[str, Tensor]:
+    """Sum the sections and members of each owner: name -> fp32 [units], or as the grid cuts the weight."""
+    scores: dict[str, Tensor] = {}
     rest = iter(out)
-    for site, member in blocks:
-        for _ in range(member.parts):
-            scores[site.name] += next(rest).flatten().float().cpu()
+    for block in blocks:
+        for _ in range(block.parts):
+            found = next(rest).float().cpu().reshape(block.shape)
+            scores[block.owner] = scores[block.owner] + found if block.owner in scores else found
     return scores
 
 
@@ -109,12 +124,10 @@ def _require_finite(loss: Tensor, samples: int) -> None:
 
 
 def _gradient_scores(
-    model: nn.Module, layout: Layout, batches: Iterable[Batch], statistic: Statistic, loss: Loss, seed: int, autocast
+    model: nn.Module, blocks: list[_Scored], batches: Iterable[Batch], statistic: Statistic, loss: Loss, seed, autocast
 ) -> tuple[dict[str, Tensor], int]:
-    blocks = _blocks(layout, statistic)
     state = dict(base_of(model).named_parameters())
-    names = [member.parameter for _, member in blocks]
-    weights = [state[name] for name in names]
+    weights = [state[block.parameter] for block in blocks]
     frozen = [p for p in weights if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -134,7 +147,7 @@ def _gradient_scores(
             parameter.requires_grad_(False)
     if out is None:
         raise SensibertError("analyze: no batches came, want at least one micro-batch")
-    return _collect(layout, blocks, out), samples
+    return _collect(blocks, out), samples
 
 
 def _gate_scores(
@@ -180,31 +193,40 @@ def analyze(
     sampled_loss: Loss | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
+    grid: Grid | None = None,
 ) -> Sensitivity:
     """Score every unit of a transformers model; weights, gradients, mode and random state stay as they are.
 
     batches: micro-batches as the model takes them (1 to 8 samples each; the square is taken per micro-batch); not read
     by magnitude and random. sampled_loss: (outputs, batch, generator) -> loss with labels drawn from the prediction,
-    needed by fisher (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass.
+    needed by fisher (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass. grid: score
+    the blocks of every weight instead of units; a block that is masked already scores -inf.
     SensibertError for an unknown statistic, no data, or a loss that is not finite."""
     if statistic not in STATISTICS:
         raise SensibertError(f"analyze: statistic is {statistic!r}, want one of {', '.join(STATISTICS)}")
     rule, layout, samples = STATISTICS[statistic], describe(model), 0
     if rule.sampled and sampled_loss is None:
         raise SensibertError(f"analyze: {statistic} samples labels, want sampled_loss (see sensibert.tasks)")
-    loss = sampled_loss if rule.sampled else given_loss
+    if grid is not None and rule.reduce == "gates":
+        raise SensibertError(f"analyze: statistic {statistic!r} puts gates on whole units, want another with a grid")
+    loss, blocks = sampled_loss if rule.sampled else given_loss, _blocks(layout, rule, grid)
     if statistic == "random":
         generator = torch.Generator().manual_seed(seed)
-        scores = {site.name: torch.rand(site.units, generator=generator) for site in layout.sites}
+        shapes = {b.owner: b.shape for b in blocks} if grid else {site.name: (site.units,) for site in layout.sites}
+        scores = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     elif not rule.data:
-        state, blocks = dict(base_of(model).named_parameters()), _blocks(layout, rule)
-        weights = [state[member.parameter].detach() for _, member in blocks]
-        scores = _collect(layout, blocks, _reduce(blocks, weights, None, rule, None))
+        state = dict(base_of(model).named_parameters())
+        weights = [state[block.parameter].detach() for block in blocks]
+        scores = _collect(blocks, _reduce(blocks, weights, None, rule, None))
     elif statistic == "paper":
         scores, samples = _gate_scores(model, layout, batches, loss, seed, autocast)
     else:
-        scores, samples = _gradient_scores(model, layout, batches, rule, loss, seed, autocast)
-    return Sensitivity(layout, scores, statistic, samples, seed)
+        scores, samples = _gradient_scores(model, blocks, batches, rule, loss, seed, autocast)
+    masks = masks_of(model)
+    if masks is not None and masks.grid == grid:
+        for name, keep in masks.keep.items():
+            scores[name].masked_fill_(~keep.cpu(), -torch.inf)
+    return Sensitivity(layout, scores, statistic, samples, seed, grid=grid)
 
 
 def rank_tensors(

@@ -17,9 +17,11 @@ from ..artifacts import Budget, Member, Plan, Site
 from ..errors import SensibertError
 from ..models import base_of, describe, family_of, layers
 from ..models.base import Axis, attribute
+from ..models.masks import Masks, set_masks
 from ..models.structure import PickHeads, set_structure, structure_of
 from ..nn import MaskedLinear, replace, restore
 from ..optim import slice_state
+from .masking import mask_blocks
 
 CHECK_TOKENS = 12
 
@@ -139,7 +141,7 @@ def _refuse(model: nn.Module, plan: Plan) -> None:
             f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "
             f"sites, {layout.encoder_params:,}"
         )
-    for site in layout.sites:
+    for site in layout.sites if plan.grid is None else ():
         keep = plan.keep[site.name]
         if keep.shape != (site.units,) or int(keep.sum()) < site.minimum:
             raise SensibertError(
@@ -170,13 +172,16 @@ def trim(
 
     optimizer: its parameters and state are cut along. copy_model: leave `model` alone and trim a copy. check: compare
     masked and trimmed hidden states of one batch. masked: the tensors stay whole and the layers become MaskedLinear, so
-    that another plan can bring units back; `restore` or a physical trim ends it. SensibertError if the plan is of
-    another model or the check fails; the model is then as it was before."""
+    that another plan can bring units back; `restore` or a physical trim ends it. A plan with a grid always masks, and
+    keeps what it drops at 0 in training (`mask_blocks`). SensibertError if the plan is of another model or the check
+    fails; the model is then as it was before."""
     _refuse(model, plan)
     if copy_model and optimizer is not None:
         raise SensibertError("trim: copy_model cuts a copy, which no optimizer holds: want optimizer=None")
     if copy_model:
         model = copy.deepcopy(model)
+    if plan.grid is not None:
+        return mask_blocks(model, plan.keep, plan.grid, optimizer)
     if masked:
         return _mask(model, plan)
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
@@ -224,8 +229,12 @@ def _mask(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def restructure(model: nn.Module, structure: Mapping[str, Tensor]) -> nn.Module:
-    """Cut a model to the shapes of a stored structure (kept units of the base model); its weights come next."""
+def restructure(model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn.Module:
+    """Cut a model to the shapes of a stored structure (kept units of the base model), or mask it; its weights come
+    next."""
+    if isinstance(structure, Masks):
+        set_masks(model, structure)
+        return model
     have, layout = structure_of(model), describe(model)
     missing = [name for name in have if name not in structure or not torch.isin(structure[name], have[name]).all()]
     if missing or len(structure) != len(have):
