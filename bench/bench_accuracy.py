@@ -1,32 +1,50 @@
 """Which method keeps most of the score at equal encoder parameters and equal steps?
 
     python bench/bench_accuracy.py --data DATA --model MODEL --task banking77 --budgets 50%params 30%params
+    ... --methods dense ours uniform layers torch-pruning torch-pruning-magnitude magnitude random
+    ... --override recover_peak=1 --override shape=cubic     # an ablation: `ours` with these options
+    ... --train-rows 20000 --max-steps 500                   # a part of a large set; the rows say so
 
 DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
-jsonl; a run that is there already is not made again, so an interrupted bench is simply started again. Runs of one seed
-share their dense warm-up: it is trained once and all methods branch from its last step (bit for bit what separate runs
-would do; their `seconds` include it). `ours` is the default recipe; `dense` is the control with the same steps.
+jsonl (with --override of bench_accuracy_ablation.jsonl); a run that is there already is not made again, so an
+interrupted bench is simply started again. Runs of one seed share their dense warm-up: it is trained once and all
+methods branch from its last step (bit for bit what separate runs would do; their `seconds` include it). `ours` is the
+default recipe; `dense` is the control with the same steps; the rivals are those of rivals.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import random
 import shutil
 import statistics
+from dataclasses import fields
 from pathlib import Path
 
 from _harness import RESULTS, machine
+from rivals import RIVALS, Layers
 
 from sensibert.checkpoints import partial_folder
 from sensibert.options import Options
 from sensibert.recipe import finetune_and_trim
+from sensibert.schedule import Schedule
 from sensibert.steps import evaluate_folder
-from sensibert.tasks import get_task
+from sensibert.tasks import get_task, load_examples
 
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
-METHODS = {"ours": "fisher", "magnitude": "magnitude", "random": "random"}  # the name in a row -> --method
-KEY = ("task", "budget", "method", "seed", "epochs", "learning_rate")
+ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
+OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "magnitude": {"method": "magnitude"}}
+OURS |= {"random": {"method": "random"}}
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps")  # what runs must share to be compared
+KEY = ("task", "budget", "method", "seed", *SETTING, "override")
+# Options that change nothing before the cut: runs that differ in these alone share their warm-up.
+AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
+AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout"}
+TEACHING = {"teacher", "distil", "temperature"}  # after the cut where the run's own snapshot teaches
+GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
+GIVEN |= {"max_steps", "schedule", "save_before_cut", "keep_checkpoints", "save_steps", "resume", "overwrite", "quiet"}
 
 
 def read(path: Path) -> list[dict]:
@@ -38,77 +56,150 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def data_files(folder: Path) -> tuple[str, str]:
+def parse_override(text: str) -> tuple[str, object]:
+    """`name=value` with a JSON value, or a bare word, for a field of Options or Schedule."""
+    name, sign, value = text.partition("=")
+    known = sorted({f.name for f in (*fields(Options), *fields(Schedule))} - GIVEN)
+    if not sign or name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value with a name of {', '.join(known)}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, None if value == "none" else value
+
+
+def data_files(folder: Path) -> tuple[Path, Path]:
     found = [sorted(folder.glob(f"{split}.*")) for split in ("train", "validation")]
     if not all(found):
         raise SystemExit(f"{folder}: want train.* and validation.*")
-    return str(found[0][0]), str(found[1][0])
+    return found[0][0], found[1][0]
 
 
-def key(arguments: argparse.Namespace, budget: str, method: str, seed: int) -> tuple:
-    return arguments.task, budget, method, seed, arguments.epochs, arguments.learning_rate
+def subset(train: Path, rows: int, folder: Path) -> Path:
+    """`rows` rows of a csv or jsonl file, drawn once and for all, in their order, as a file in folder."""
+    columns = load_examples(str(train)).columns
+    total = len(next(iter(columns.values())))
+    if not 0 < rows <= total:
+        raise SystemExit(f"--train-rows is {rows}, want 1 to {total:,}, the rows of {train}")
+    chosen = sorted(random.Random(0).sample(range(total), rows))
+    is_csv = ".csv" in train.name
+    path = folder / f"{train.parent.name}-train-{rows}.{'csv' if is_csv else 'jsonl'}"
+    table = [[column[i] for column in columns.values()] for i in chosen]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if is_csv:
+            csv.writer(file).writerows([list(columns), *table])
+        else:
+            file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in table)
+    return path
 
 
-def run(arguments: argparse.Namespace, budget: str, method: str, seed: int, work: Path) -> dict:
+def identity(row: dict) -> tuple:
+    """What makes a run that run. Rows from before an entry of KEY existed have its default."""
+    return tuple(json.dumps(row.get(name), sort_keys=True) for name in KEY)
+
+
+def question(arguments: argparse.Namespace, budget: str, method: str, seed: int) -> dict:
+    """The KEY entries of a run, as they go into its row; what was left at its default stays out."""
+    row = {"task": arguments.task, "budget": budget, "method": method, "seed": seed}
+    row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+    optional = ("train_rows", "max_steps", "override")
+    return row | {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
+
+
+def before_the_cut(override: dict) -> dict:
+    later = AFTER_THE_CUT | (TEACHING if override.get("teacher", "snapshot") == "snapshot" else set())
+    return {name: value for name, value in override.items() if name not in later}
+
+
+def folder_name(asked: dict, override: dict, *more: str) -> str:
+    setting = {name: asked[name] for name in SETTING if name in asked} | override
+    parts = (asked["task"], asked["seed"], *(f"{name}={value}" for name, value in sorted(setting.items())), *more)
+    return "-".join(map(str, parts)).replace("/", "_")
+
+
+def options_of(asked: dict, **usual) -> Options:
+    """The Options of a run; the schedule's fields may stand among the others."""
+    method = asked["method"]
+    settings = {"method": "dense"} if method == "dense" else {"budget": asked["budget"], **OURS.get(method, {})}
+    settings |= {"compensate": False} if method == "layers" else {}  # nothing that stays has lost an input
+    settings |= asked.get("override", {})
+    shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
+    settings |= {name: asked[name] for name in ("seed", "epochs", "learning_rate", "max_steps") if name in asked}
+    return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
+
+
+def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     """One run, from the shared warm-up of its seed if there is one; the first run of a seed leaves it behind."""
-    train, validation = data_files(Path(arguments.data) / arguments.task)
-    warm, output = work / f"{arguments.task}-{seed}-warm", work / f"{arguments.task}-{seed}-{budget}-{method}"
-    trims, branch = method != "dense", warm.exists()
+    method, override = asked["method"], asked.get("override", {})
+    train, validation = data_files(Path(arguments.data) / asked["task"])
+    if "train_rows" in asked:
+        train = subset(train, asked["train_rows"], work)
+    warm = work / folder_name(asked, before_the_cut(override), "warm")
+    output = work / folder_name(asked, override, asked["budget"], method)
+    trims, branch, rival = method != "dense", warm.exists(), RIVALS[method]() if method in RIVALS else None
     partial = partial_folder(output)
+    if isinstance(rival, Layers):
+        shutil.rmtree(partial, ignore_errors=True)  # a checkpoint of its own would have the dropped layers back
     if trims and branch and not any(partial.glob("checkpoint-*")):
         shutil.copytree(warm, partial, dirs_exist_ok=True)
-    result = finetune_and_trim(
-        Options(
-            model=arguments.model,
-            output=str(output),
-            train_file=train,
-            budget=budget if trims else Options.budget,
-            method=METHODS.get(method, method),
-            epochs=arguments.epochs,
-            learning_rate=arguments.learning_rate,
-            seed=seed,
-            save_before_cut=trims and not branch,
-            keep_checkpoints=trims and not branch,
-            save_steps=10**9,
-            resume=True,
-            overwrite=True,
-            quiet=True,
-        )
+    first = trims and not branch
+    options = options_of(
+        asked,
+        model=arguments.model,
+        output=str(output),
+        train_file=str(train),
+        save_before_cut=first,
+        keep_checkpoints=first,
+        save_steps=10**9,
     )
-    scored = evaluate_folder(Options(model=str(output), output="", validation_file=validation))
-    if trims and not branch:
+    result = finetune_and_trim(options, rival)
+    if isinstance(rival, Layers):
+        result["encoder_params_after"] = rival.finish(output)
+    scored = evaluate_folder(Options(model=str(output), output="", validation_file=str(validation)))
+    if first:
         warm.mkdir()
         dense = min(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         shutil.move(dense, warm / dense.name)
         shutil.rmtree(partial)
     metric = get_task(scored["task"]).main_metric
     kept = ("steps", "encoder_params_before", "encoder_params_after", "flops_before", "flops_after", "seconds")
-    asked = dict(
-        zip(KEY, (arguments.task, budget, method, seed, arguments.epochs, arguments.learning_rate), strict=True)
-    )
     facts = {"metric": metric, "score": scored["metrics"][metric], **{name: result[name] for name in kept}}
     shutil.rmtree(output)
     return {**asked, **facts, **machine()}
+
+
+def _control(row: dict, runs: list[dict]) -> float | None:
+    """The dense score in percent with the same seed and setting."""
+    wanted = identity({**row, "budget": "100%params", "method": "dense", "override": None})
+    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
+
+
+def ablation(row: dict, runs: list[dict]) -> dict:
+    """One run with --override as a line of its own, beside the dense run of the same seed."""
+    dense, value = _control(row, runs), 100 * row["score"]
+    changed = "".join(f", {name} {setting}" for name, setting in sorted(row["override"].items()))
+    shared = {"bench": "bench_accuracy_ablation", "case": f"{row['task']} {row['budget']} ours{changed}"}
+    shared |= {"metric": "score", "value": round(value, 2), "unit": "%", "rival": "dense" if dense else None}
+    shared |= {"rival_value": dense and round(dense, 2), "ratio": dense and round(value / dense, 4), "seeds": 1}
+    return {**shared, **{name: fact for name, fact in row.items() if name not in shared and name != "score"}}
 
 
 def summarize(runs: list[dict]) -> list[dict]:
     """A row a (task, budget, method): mean and standard deviation over seeds, beside the dense control's mean."""
     groups: dict[tuple, list[dict]] = {}
     for row in runs:
-        groups.setdefault((row["task"], row["budget"], row["method"], row["epochs"], row["learning_rate"]), []).append(
-            row
-        )
+        groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
     rows = []
     for (task, budget, method, *setting), found in groups.items():
-        seeds = {row["seed"] for row in found}
-        control = groups.get((task, "100%params", "dense", *setting), [])
-        control = [100 * row["score"] for row in control if row["seed"] in seeds]  # the same seeds, or none
+        control = [_control(row, runs) for row in found]  # the same seeds, or none
+        dense = statistics.mean(control) if None not in control else None
         scores, last = [100 * row["score"] for row in found], found[-1]
-        dense = statistics.mean(control) if len(control) == len(seeds) else None
         seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
-        more = {"seeds": len(found), "epochs": setting[0], "learning_rate": setting[1], "steps": last["steps"]}
-        more |= {name: last[name] for name in ("encoder_params_after", "device", "torch", "commit", "date")}
+        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v}}
+        more |= {"steps": last["steps"], "encoder_params_after": last["encoder_params_after"]}
+        more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
+        more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
         score = statistics.mean(scores)
         ratio = round(score / dense, 4) if dense else None
         rival = {"rival": "dense" if dense else None, "rival_value": dense and round(dense, 2), "ratio": ratio}
@@ -130,25 +221,37 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", required=True, help="a folder of DATA")
     parser.add_argument("--budgets", nargs="+", default=["50%params"])
-    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS])
+    known = ["dense", *OURS, *RIVALS]
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=f"of {', '.join(known)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--max-steps", type=int, help="instead of --epochs")
+    parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")
+    parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])
     parser.add_argument("--work", default="/tmp/bench_accuracy", help="folder for the runs' files")
     arguments = parser.parse_args()
+    arguments.override = dict(arguments.override)
+    if arguments.override and arguments.methods not in (None, ["ours"]):
+        parser.error("--override changes the method ours, want no other --methods")
+    methods = arguments.methods or (["ours"] if arguments.override else ["dense", "ours", "magnitude", "random"])
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
-        cases = [("100%params", "dense")] if "dense" in arguments.methods else []
-        cases += [(budget, m) for budget in arguments.budgets for m in arguments.methods if m != "dense"]
+        cases = [("100%params", "dense")] if "dense" in methods else []
+        cases += [(budget, m) for budget in arguments.budgets for m in methods if m != "dense"]
         for budget, method in cases:
-            asked = key(arguments, budget, method, seed)
-            if any(tuple(row[name] for name in KEY) == asked for row in read(RUNS)):
+            asked = question(arguments, budget, method, seed)
+            if any(identity(row) == identity(asked) for row in read(RUNS) + read(ABLATION)):
                 continue
-            row = run(arguments, budget, method, seed, work)
-            append(RUNS, row)
-            ROWS.write_text("".join(json.dumps(line) + "\n" for line in summarize(read(RUNS))))
-            print(f"{arguments.task} {budget} {method} seed {seed}: {100 * row['score']:.2f}", flush=True)
+            row = run(arguments, asked, work)
+            if arguments.override:
+                append(ABLATION, ablation(row, read(RUNS)))
+            else:
+                append(RUNS, row)
+                ROWS.write_text("".join(json.dumps(line) + "\n" for line in summarize(read(RUNS))))
+            case = " ".join(map(str, (arguments.task, budget, method, *arguments.override.items(), "seed", seed)))
+            print(f"{case}: {100 * row['score']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

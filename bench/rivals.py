@@ -1,0 +1,221 @@
+"""What people would use instead of ours: each rival says which units stay, and nothing else differs.
+
+A rival is asked once, with the dense model of the cut step, the same micro-batches as our analysis and the same budget.
+Its answer is a plan; trimming, recovery, steps and learning rates are those of `recipe`.
+
+uniform          our statistic, the same share of every site (`--policy uniform`)
+layers           the lowest layers stay whole, the upper ones go (Sajjad et al., arXiv 2004.03844)
+torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency graph, its group importance with its own
+                 normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; searched
+                 is the ratio that lands at or just below the budget. Taylor importance from gradients of the given
+                 labels, summed over all samples, as its examples do it.
+torch-pruning-magnitude   the same with its group L2 norm, as its BERT example does it
+
+Widths are rounded, and what that frees is filled again, as for ours. Torch-Pruning itself never removes a whole
+sub-layer: one that would lose its last unit stays whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sensibert.artifacts import Budget, Layout, Member, Plan, Site
+from sensibert.cost import counts_of, flops, limit, params, spent, unit_cost
+from sensibert.errors import SensibertError
+from sensibert.models import base_of, describe, family_of, layers
+from sensibert.models.base import attribute
+from sensibert.pipeline.allocate import width_step
+from sensibert.pipeline.export import load
+
+Batches = Iterable[Mapping[str, Tensor]]
+COARSE, FINE = 16, 8  # ratios tried one after the other, then halvings of the last stretch
+
+
+def _plan(layout: Layout, keep: dict[str, Tensor], budget: Budget, method: str) -> Plan:
+    counts = counts_of(layout, keep)
+    sizes = params(layout, counts, budget.scope), flops(layout, counts, budget.scope, 1, budget.length)
+    return Plan(layout, keep, budget, method, *sizes)
+
+
+class Layers:
+    """Keeps the lowest layers: the largest number within the budget, or the nearest one where that is far below it.
+
+    The upper layers pass their input on unchanged until `finish` writes the shallow model: a plan alone would leave
+    their layer norms in place."""
+
+    def __init__(self, tolerance: float = 0.02):
+        self.tolerance = tolerance  # how far below the budget is still "close", as a share of the dense model
+        self.model: nn.Module | None = None
+        self.kept = 0
+
+    def __call__(self, model: nn.Module, batches: Batches, budget: Budget) -> Plan:
+        layout, stack = describe(model), layers(model)
+        sizes = [self._spent(layout, number, len(stack), budget) for number in range(len(stack) + 1)]
+        allowed = limit(layout, budget)
+        fitting = max((n for n, size in enumerate(sizes) if size <= allowed), default=0)
+        if allowed - sizes[fitting] > self.tolerance * sizes[-1] or not fitting:
+            fitting = min(range(1, len(sizes)), key=lambda n: abs(sizes[n] - allowed))
+        self.model, self.kept = model, fitting
+        for _, layer in stack[fitting:]:
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        keep = {s.name: torch.full((s.units,), s.layer < fitting) for s in layout.sites}
+        for site in layout.sites:
+            keep[site.name][: site.minimum] = True
+        return _plan(layout, keep, budget, "layers")
+
+    @staticmethod
+    def _spent(layout: Layout, kept: int, depth: int, budget: Budget) -> int:
+        """Of the dense cost, the share of the layers that stay: all layers of an encoder are alike."""
+        whole = {site.name: site.units for site in layout.sites}
+        dense, rest = spent(layout, whole, budget), 0
+        if budget.scope == "model":
+            rest = dense - spent(layout, whole, Budget(1.0, budget.kind, True, "encoder", budget.length))
+        return rest + (dense - rest) * kept // depth
+
+    def finish(self, folder: str | Path) -> int:
+        """Write the model without the dropped layers in place of the folder's; returns its encoder parameters."""
+        path = family_of(self.model).layers.removesuffix(".*")
+        owner, _, name = path.rpartition(".")
+        setattr(attribute(base_of(self.model), owner), name, attribute(base_of(self.model), path)[: self.kept])
+        self.model.config.num_hidden_layers = self.kept
+        tokenizer = load(str(folder))[1]
+        shutil.rmtree(folder)
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return describe(self.model).encoder_params
+
+
+class TorchPruning:
+    """importance: `taylor` or `magnitude`. Needs torch-pruning (the extra `bench`)."""
+
+    def __init__(self, importance: str = "taylor", step: int | None = None):
+        self.importance, self.step = importance, step
+
+    def __call__(self, model: nn.Module, batches: Batches, budget: Budget) -> Plan:
+        import torch_pruning as tp
+
+        layout = describe(model)
+        taylor = self.importance == "taylor"
+        scorer = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            if taylor:
+                _accumulate_gradients(model, batches)
+            return self._search(tp, model, layout, scorer, budget)
+        finally:
+            model.zero_grad(set_to_none=True)
+            for module in training:
+                module.training = True
+
+    def _search(self, tp, model: nn.Module, layout: Layout, scorer, budget: Budget) -> Plan:
+        asked = Asked(tp, model, layout, scorer)
+        allowed = limit(layout, budget)
+
+        def fits(ratio: float) -> bool:
+            return spent(layout, asked.counts(ratio), budget) <= allowed
+
+        # Not halving from the start: where a sub-layer would vanish and stays whole, more pruning gives a larger model.
+        high = next((n / COARSE for n in range(1, COARSE + 1) if fits(n / COARSE)), None)
+        if high is None:
+            raise SensibertError(f"torch-pruning: no ratio meets {budget} (it never removes a whole sub-layer)")
+        low = high - 1 / COARSE
+        for _ in range(FINE):
+            ratio = (low + high) / 2
+            low, high = (low, ratio) if fits(ratio) else (ratio, high)
+        counts, step = asked.counts(high), self.step or width_step(layout.hidden)
+        for site in layout.sites:
+            if site.kind == "ffn" and counts[site.name] < site.units:
+                counts[site.name] = max(site.minimum, counts[site.name] // step * step)
+        order = {name: imp.argsort(descending=True, stable=True) for name, imp in asked.importance.items()}
+        while True:  # what the rounding freed goes to the best that was dropped, as for ours
+            room, found = allowed - spent(layout, counts, budget), []
+            for site in layout.sites:
+                count = counts[site.name]
+                size = min(1 if site.kind == "head" else step - count % step, site.units - count)
+                if size and size * unit_cost(site, budget) <= room:
+                    best = order[site.name][count : count + size]
+                    found.append((float(asked.importance[site.name][best].mean()), site.name, size))
+            if not found:
+                break
+            _, name, size = max(found)
+            counts[name] += size
+        keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in layout.sites}
+        for name, count in counts.items():
+            keep[name][order[name][:count]] = True
+        return _plan(layout, keep, budget, f"torch-pruning-{self.importance}")
+
+
+def _accumulate_gradients(model: nn.Module, batches: Batches) -> None:
+    device = next(model.parameters()).device
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        for batch in batches:
+            model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+
+
+class Asked:
+    """Torch-Pruning's pruner over the heads and FFN channels of a layout. It is asked what it would do, never run."""
+
+    def __init__(self, tp, model: nn.Module, layout: Layout, scorer):
+        self.layout, self.heads, roots = layout, {}, set()
+        self.owner: dict[tuple[nn.Module, int], tuple[Site, Member]] = {}
+        for site in layout.sites:
+            for member in site.members:
+                linear = attribute(base_of(model), member.parameter.rpartition(".")[0])
+                self.owner[linear, member.dim] = site, member
+                if member.dim == 0:
+                    roots.add(linear)
+                    self.heads |= {linear: site.units} if site.kind == "head" else {}
+        ids = torch.arange(8, device=next(model.parameters()).device)[None]
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            self.pruner = tp.pruner.BasePruner(
+                model,
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                scorer,
+                global_pruning=True,
+                prune_num_heads=True,
+                prune_head_dims=False,
+                num_heads=dict(self.heads),
+                in_channel_groups={},
+                out_channel_groups={},
+                output_transform=lambda out: sum(value.sum() for value in out.to_tuple()),
+                ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear) and m not in roots],
+            )
+        self.importance = {}
+        for group in self.pruner.DG.get_all_groups(self.pruner.ignored_layers, self.pruner.root_module_types):
+            group = self.pruner._downstream_node_as_root_if_attention(group) or group
+            site, _ = self._site(group)
+            self.importance[site.name] = self.pruner.estimate_importance(group).view(site.units, -1).mean(1).cpu()
+
+    def _site(self, group) -> tuple[Site, Member]:
+        root = group[0].dep
+        found = self.owner.get((root.target.module, 0 if self.pruner.DG.is_out_channel_pruning_fn(root.handler) else 1))
+        if found is None:
+            raise SensibertError(f"torch-pruning: it wants to prune {root.target.name}, which is no site of the layout")
+        return found
+
+    def counts(self, ratio: float) -> dict[str, int]:
+        """Units it would leave of every site at this pruning ratio."""
+        self.pruner.current_step, self.pruner.num_heads = 0, dict(self.heads)
+        self.pruner.out_channel_groups.update(self.heads)  # asking changes both
+        self.pruner.per_step_pruning_ratio = self.pruner.per_step_head_pruning_ratio = [0.0, ratio]
+        counts = counts_of(self.layout)
+        for group in self.pruner.step(interactive=True):
+            site, member = self._site(group)
+            counts[site.name] -= len(set(group[0].idxs)) // member.span
+        return counts
+
+
+RIVALS = {
+    "layers": Layers,
+    "torch-pruning": lambda: TorchPruning("taylor"),
+    "torch-pruning-magnitude": lambda: TorchPruning("magnitude"),
+}

@@ -1,0 +1,117 @@
+"""The accuracy bench on a tiny model: who runs, from where, and what the rows say."""
+
+import argparse
+import json
+import shutil
+import sys
+
+import bench_accuracy as bench
+import pytest
+
+from sensibert import recipe
+from sensibert.checkpoints import partial_folder
+from tests import runs
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with model and data; the bench's rows go there too, and nothing is drawn."""
+    runs.model_folder(tmp_path / "model")
+    (tmp_path / "toy").mkdir()
+    runs.sentence_file(tmp_path / "toy" / "train.csv", 64, seed=1)
+    runs.sentence_file(tmp_path / "toy" / "validation.csv", 40, seed=2)
+    for name in ("RUNS", "ROWS", "ABLATION"):
+        monkeypatch.setattr(bench, name, tmp_path / f"{name.lower()}.jsonl")
+    monkeypatch.setattr(recipe, "write_report", lambda *args: [])
+    return tmp_path
+
+
+def start(here, monkeypatch, *more):
+    usual = ("--data", here, "--model", here / "model", "--task", "toy", "--work", here / "work", "--seeds", 0)
+    monkeypatch.setattr(sys, "argv", list(map(str, ("bench_accuracy", *usual, "--epochs", 3, *more))))
+    bench.main()
+    return bench.read(bench.RUNS)
+
+
+def test_every_method_takes_the_same_steps_and_none_runs_twice(here, monkeypatch):
+    methods = ("dense", "ours", "uniform", "layers")
+    rows = start(here, monkeypatch, "--methods", *methods)
+    assert [row["method"] for row in rows] == list(methods) and {row["steps"] for row in rows} == {6}
+    dense, _, uniform, layers = rows
+    assert dense["encoder_params_after"] == dense["encoder_params_before"]
+    assert layers["encoder_params_after"] == layers["encoder_params_before"] // 2  # a whole layer
+    assert uniform["encoder_params_after"] < layers["encoder_params_after"]
+    assert [p.name for p in (here / "work").iterdir()] == ["toy-0-epochs=3.0-learning_rate=0.0001-warm"]
+    monkeypatch.setattr(bench, "run", None)
+    assert start(here, monkeypatch, "--methods", *methods) == rows
+    shares = {row["case"]: row["encoder_share"] for row in bench.read(bench.ROWS)}
+    assert shares["toy 50%params layers"] == 0.5 and shares["toy 100%params dense"] == 1
+
+
+def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatch):
+    more = ("--train-rows", 48, "--max-steps", 3)
+    start(here, monkeypatch, "--methods", "dense", *more)
+    summary = bench.ROWS.read_text()
+    asked = ("--override", "recover_peak=1", "--override", "policy=uniform", *more)
+    start(here, monkeypatch, *asked)
+    (row,) = bench.read(bench.ABLATION)
+    assert row["case"] == "toy 50%params ours, policy uniform, recover_peak 1" and bench.ROWS.read_text() == summary
+    assert row["override"] == {"recover_peak": 1, "policy": "uniform"} and (row["train_rows"], row["steps"]) == (48, 3)
+    assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
+    monkeypatch.setattr(bench, "run", None)
+    start(here, monkeypatch, *asked)
+
+
+def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatch):
+    """Its own checkpoints would bring the dropped layers back."""
+    (whole,) = start(here, monkeypatch, "--methods", "layers")
+    asked = {name: whole[name] for name in bench.KEY if name in whole}
+    partial = partial_folder(here / "work" / bench.folder_name(asked, {}, "50%params", "layers"))
+    shutil.copytree(here / "work" / bench.folder_name(asked, {}, "warm"), partial)
+    bench.RUNS.unlink()
+    (again,) = start(here, monkeypatch, "--methods", "layers")
+    assert again["score"] == whole["score"] and not partial.exists()
+
+
+def test_only_what_changes_the_dense_steps_splits_the_warm_up():
+    before = bench.before_the_cut
+    assert before({"recover_peak": 1.0, "teacher": "snapshot", "distil": 0.7}) == {}
+    assert before({"warm_share": 0.5, "method": "taylor"}) == {"warm_share": 0.5}
+    assert before({"teacher": "folder", "distil": 0.7}) == {"teacher": "folder", "distil": 0.7}
+
+
+def test_overrides_are_read_as_json_and_unknown_names_are_told():
+    parsed = [bench.parse_override(f"step={text}")[1] for text in ("1e-4", "8", "true", "null", "none", "cubic")]
+    assert parsed == [1e-4, 8, True, None, None, "cubic"]
+    for text in ("stepp=1", "step", "seed=1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not name=value with a name of .*recover_peak"):
+            bench.parse_override(text)
+
+
+def test_a_subset_is_always_the_same_and_no_larger_than_the_set(tmp_path):
+    (tmp_path / "toy").mkdir()
+    train = runs.sentence_file(tmp_path / "toy" / "train.csv", 30)
+    questions = runs.question_file(tmp_path / "toy" / "train.jsonl", 10)
+    first = bench.subset(bench.Path(train), 7, tmp_path).read_text()
+    assert first == bench.subset(bench.Path(train), 7, tmp_path).read_text() and len(first.splitlines()) == 8
+    assert set(first.splitlines()) <= set(open(train).read().splitlines())
+    rows = [json.loads(line) for line in bench.subset(bench.Path(questions), 3, tmp_path).read_text().splitlines()]
+    assert len(rows) == 3 and all(row["answers"]["text"] == ["anna"] for row in rows)
+    with pytest.raises(SystemExit, match="--train-rows is 31, want 1 to 30"):
+        bench.subset(bench.Path(train), 31, tmp_path)
+
+
+def run_row(seed=0, method="ours", score=0.5, **more):
+    sizes = {"encoder_params_before": 100, "encoder_params_after": 50, "steps": 9}
+    row = {"task": "toy", "budget": "50%params", "method": method, "seed": seed, "epochs": 3.0, "learning_rate": 1e-4}
+    return row | sizes | {"score": score, "device": "d", "torch": "t", "commit": "c", "date": "today"} | more
+
+
+def test_only_runs_of_one_setting_are_averaged_and_compared():
+    dense = run_row(method="dense", budget="100%params", score=0.8)
+    rows = bench.summarize([dense, run_row(), run_row(1, score=0.6), run_row(train_rows=10, score=0.1)])
+    scores = {(r["case"], r.get("train_rows")): (r["value"], r["ratio"]) for r in rows if r["metric"] == "score"}
+    assert scores["toy 50%params ours", None] == (55, None)  # no dense run of seed 1
+    assert scores["toy 50%params ours", 10] == (10, None)
+    (row,) = [r for r in bench.summarize([dense, run_row()]) if r["case"].endswith("ours") and r["metric"] == "score"]
+    assert (row["value"], row["rival_value"], row["ratio"], row["seeds"]) == (50, 80, 0.625, 1)
