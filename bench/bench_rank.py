@@ -1,0 +1,219 @@
+"""Does the sensitivity rank what the loss then says? Predicted against measured loss when single sites are trimmed.
+
+    python bench/bench_rank.py --data DATA --task banking77 --model MODEL --checkpoint FINE_TUNED_DENSE
+
+In every site (the heads of a layer, the FFN of a layer) the lowest-ranked 25, 50, 75 and 100 % of the units are
+silenced, one site at a time, and the loss on validation rows is measured. With the per-sample gate gradients
+g_n [units] on training rows, the predictions for removing a set S are, up to a factor that does not move a rank:
+
+    sum over j in S of a statistic of `analyze`, as shipped (fisher: micro-batches of 4)
+    units alone     1/2N * sum over j in S, n of g_nj^2
+    units together  1/2N * sum_n (sum over j in S of g_nj)^2
+    ... and slope   the same - 1/N * sum over j in S, n of g_nj
+
+(the quadratic form of Kwon et al., arXiv 2204.09656). The score is Spearman's rank correlation over all (site, share).
+The units that are dropped are those our default statistic ranks lowest, whatever predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _harness import RESULTS, record
+from bench_accuracy import data_files
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from sensibert.artifacts import Budget, Layout, Plan
+from sensibert.models import base_of, describe
+from sensibert.models.base import attribute
+from sensibert.options import Options
+from sensibert.pipeline.analyze import analyze
+from sensibert.pipeline.export import load
+from sensibert.pipeline.trim import silenced
+from sensibert.recipe import micro_batches
+from sensibert.sources import encode, load_tokenizer, training_examples, validation_examples
+from sensibert.tasks import TaskData, sampled_loss
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+SHIPPED = "fisher"
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The lowest-ranked `share` of a site's units."""
+
+    site: str
+    kind: str
+    share: float
+    units: Tensor  # their numbers
+
+
+def drops(layout: Layout, scores: Mapping[str, Tensor]) -> list[Drop]:
+    found = []
+    for site in layout.sites:
+        order = scores[site.name].argsort(stable=True)
+        found += [Drop(site.name, site.kind, share, order[: round(share * site.units)]) for share in SHARES]
+    return found
+
+
+def gate_gradients(model: nn.Module, layout: Layout, batches: Iterable[Batch], sampled: bool, seed: int = 0) -> dict:
+    """Site name -> dL_n/dm_j of a gate m = 1 on every unit, one row a sample: [N, units] fp32.
+
+    One gate a sample and unit, so a batch gives the gradients of its samples one by one. L is the cross-entropy with
+    the labels of the batch, or with labels sampled from the prediction."""
+    found: dict[str, list[Tensor]] = {site.name: [] for site in layout.sites}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        size, gates, handles = len(batch["labels"]), [], []
+        for site in layout.sites:
+            gate = torch.ones(size, 1, site.units, requires_grad=True)
+
+            def gated(module, args, gate=gate, span=site.consumer.span):
+                return (args[0] * gate.repeat_interleave(span, -1), *args[1:])
+
+            consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
+            handles.append(consumer.register_forward_pre_hook(gated))
+            gates.append(gate)
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        for handle in handles:
+            handle.remove()
+        labels = batch["labels"]
+        if sampled:
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gates)
+        for site, grad in zip(layout.sites, grads, strict=True):
+            found[site.name].append(grad[:, 0])
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, batches: Iterable[Batch]) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        total += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
+        count += len(logits)
+    return total / count
+
+
+def measured(model: nn.Module, layout: Layout, wanted: list[Drop], batches: list[Batch]) -> list[float]:
+    """Loss with each drop minus loss without."""
+    dense, found = loss_of(model, batches), []
+    for drop in wanted:
+        keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
+        keep[drop.site][drop.units] = False
+        with silenced(model, Plan(layout, keep, Budget(1.0, "params", True), SHIPPED)):
+            found.append(loss_of(model, batches) - dense)
+        print(f"{drop.site} {drop.share:.0%}: {found[-1]:+.4f}", flush=True)
+    return found
+
+
+def grouped(gradients: Tensor, size: int) -> Tensor:
+    """[N, units] -> [N / size, units]: the gradients of micro-batches, as the mean loss of each has them."""
+    return gradients[: len(gradients) // size * size].unflatten(0, (-1, size)).mean(1)
+
+
+def alone(gradients: Mapping[str, Tensor]) -> Callable[[Drop], float]:
+    return lambda drop: float(gradients[drop.site][:, drop.units].square().sum(1).mean()) / 2
+
+
+def together(gradients: Mapping[str, Tensor]) -> Callable[[Drop], float]:
+    return lambda drop: float(gradients[drop.site][:, drop.units].sum(1).square().mean()) / 2
+
+
+def with_slope(gradients: Mapping[str, Tensor]) -> Callable[[Drop], float]:
+    quadratic = together(gradients)
+    return lambda drop: quadratic(drop) - float(gradients[drop.site][:, drop.units].sum(1).mean())
+
+
+def summed(scores: Mapping[str, Tensor]) -> Callable[[Drop], float]:
+    return lambda drop: float(scores[drop.site][drop.units].sum())
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+def predictors(model: nn.Module, data: TaskData, layout: Layout, shipped: dict, samples: int, seed: int) -> dict:
+    """Name -> (drop -> predicted loss, up to a factor)."""
+
+    def batches(size: int):
+        return micro_batches(data.train, data.collator, samples, size, seed)
+
+    found = {SHIPPED: summed(shipped)}
+    for statistic in ("taylor", "saliency", "magnitude"):
+        found[statistic] = summed(analyze(model, batches(4), statistic, sampled_loss, seed).scores)
+    sampled, given = (gate_gradients(model, layout, batches(16), kind, seed) for kind in (True, False))
+    by_four = {name: grouped(gradients, 4) for name, gradients in sampled.items()}
+    found |= {"units alone, sampled labels": alone(sampled), "units alone, given labels": alone(given)}
+    found |= {"units together, sampled labels": together(sampled), "units together, given labels": together(given)}
+    found["units together, sampled labels, micro-batches of 4"] = together(by_four)
+    found["units together and slope, given labels"] = with_slope(given)
+    return found
+
+
+def draw(path: Path, wanted: list[Drop], actual: list[float], predicted: dict[str, list[float]]) -> None:
+    """Measured against predicted, both by rank and by value (increases below 1e-4 stand at the edge)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(predicted), 4.4), layout="constrained")
+    for axis, (name, values) in zip(figure.subplots(1, len(predicted), squeeze=False)[0], predicted.items()):
+        for kind, color in (("head", "#2f6f9f"), ("ffn", "#c0603a")):
+            for share, marker in zip(SHARES, "ovs*"):
+                chosen = [i for i, drop in enumerate(wanted) if (drop.kind, drop.share) == (kind, share)]
+                x, y = [values[i] for i in chosen], [max(actual[i], 1e-4) for i in chosen]
+                label = f"{'heads' if kind == 'head' else 'FFN'}, {share:.0%} dropped"
+                axis.scatter(x, y, color=color, marker=marker, label=label)
+        positive = all(value > 0 for value in values)
+        axis.set(xscale="log" if positive else "symlog", yscale="log", xlabel=f"predicted: {name}")
+        axis.set(ylabel="measured increase of the loss", title=f"rank correlation {spearman(values, actual):.3f}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--task", required=True, help="a folder of DATA with a classification task")
+    parser.add_argument("--model", required=True, help="where the tokenizer is")
+    parser.add_argument("--checkpoint", required=True, help="the fine-tuned dense model")
+    parser.add_argument("--samples", type=int, default=1024, help="training rows for the predictions")
+    parser.add_argument("--rows", type=int, default=512, help="validation rows for the measurements")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    train, validation = map(str, data_files(Path(arguments.data) / arguments.task))
+    model = load(arguments.checkpoint)[0].eval()
+    options = Options(model=arguments.model, output="", train_file=train, validation_file=validation).resolved()
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    examples = training_examples(options), validation_examples(options)
+    data = encode(options, load_tokenizer(arguments.model), *examples, names)
+    layout = describe(model)
+    ours = micro_batches(data.train, data.collator, arguments.samples, Options.micro_batch, arguments.seed)
+    shipped = analyze(model, ours, SHIPPED, sampled_loss, arguments.seed).scores
+    wanted = drops(layout, shipped)
+    actual = measured(
+        model, layout, wanted, list(micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed))
+    )
+    found = predictors(model, data, layout, shipped, arguments.samples, arguments.seed)
+    predicted = {name: [predict(drop) for drop in wanted] for name, predict in found.items()}
+    scores = {name: spearman(values, actual) for name, values in predicted.items()}
+    for name, score in scores.items():
+        rival = {} if name == SHIPPED else {"rival": SHIPPED, "rival_value": scores[SHIPPED]}
+        record("bench_rank", f"{arguments.task} {name}", "spearman", score, "1", **rival)
+    best = max((name for name in scores if name != SHIPPED), key=scores.get)
+    draw(RESULTS / "bench_rank.png", wanted, actual, {name: predicted[name] for name in (SHIPPED, best)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The rank bench: its gradients, its predictions and its measurements on a tiny model."""
+
+import bench_rank as bench
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sensibert.models import describe
+from sensibert.pipeline.analyze import analyze
+from tests.helpers import tiny_batch, tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model("bert")
+
+
+def batches():
+    return [tiny_batch(seed=seed) | {"labels": torch.tensor([0, 1, seed])} for seed in range(2)]
+
+
+def one_by_one():
+    for batch in batches():
+        for row in range(len(batch["labels"])):
+            yield {name: value[row : row + 1] for name, value in batch.items()}
+
+
+def test_gate_gradients_of_a_batch_are_those_of_its_samples_alone(model):
+    """analyze gets at them through the weight gradients, one sample at a time."""
+    layout = describe(model)
+    found = bench.gate_gradients(model, layout, batches(), sampled=False)
+    shipped = analyze(model, one_by_one(), "taylor").scores
+    for site in layout.sites:
+        assert found[site.name].shape == (6, site.units)
+        torch.testing.assert_close(found[site.name].abs().sum(0), shipped[site.name], rtol=1e-4, atol=1e-7)
+
+
+def test_sampled_labels_are_those_of_the_seed_and_differ_from_the_given(model):
+    layout = describe(model)
+    first, again, other, given = (
+        bench.gate_gradients(model, layout, batches(), sampled, seed)["layer.0.ffn"]
+        for sampled, seed in ((True, 0), (True, 0), (True, 5), (False, 0))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, given)
+
+
+def test_the_loss_falls_as_the_slope_says_when_little_is_removed(model):
+    """All gates of a site a hundredth lower: its consuming weight a hundredth smaller."""
+    layout, step = describe(model), 1e-2
+    site = layout.site("layer.1.ffn")
+    gradients = bench.gate_gradients(model, layout, batches(), sampled=False)
+    drop = bench.Drop(site.name, site.kind, 1.0, torch.arange(site.units))
+    slope = bench.with_slope(gradients)(drop) - bench.together(gradients)(drop)
+    before = bench.loss_of(model, batches())
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight *= 1 - step
+    assert bench.loss_of(model, batches()) - before == pytest.approx(slope * step, rel=0.05, abs=1e-6)
+
+
+def test_units_that_cancel_are_worth_nothing_together():
+    gradients = {"s": torch.tensor([[1.0, -1.0, 2.0], [-3.0, 3.0, 0.0]])}
+    drop = bench.Drop("s", "ffn", 0.5, torch.tensor([0, 1]))
+    assert bench.together(gradients)(drop) == 0 and bench.alone(gradients)(drop) == (2 + 18) / 4
+    assert bench.grouped(gradients["s"], 2).tolist() == [[-1.0, 1.0, 1.0]]
+
+
+def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_models(model):
+    layout = describe(model)
+    scores = {site.name: torch.arange(site.units, 0, -1).float() for site in layout.sites}
+    wanted = bench.drops(layout, scores)
+    assert [(drop.site, len(drop.units)) for drop in wanted[:5]] == [
+        *(("layer.0.head", count) for count in (1, 2, 3, 4)),
+        ("layer.0.ffn", 16),
+    ]
+    assert wanted[1].units.tolist() == [3, 2]
+    found = bench.measured(model, layout, wanted[:2], batches())
+    before = bench.loss_of(model, batches())
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight[:, 16:] = 0
+        after = sum(
+            float(F.cross_entropy(model(**{k: v for k, v in b.items() if k != "labels"}).logits, b["labels"]))
+            for b in batches()
+        )
+    assert found[1] == pytest.approx(after / 2 - before, abs=1e-6)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    wanted = [bench.Drop("s", kind, share, torch.arange(2)) for kind in ("head", "ffn") for share in bench.SHARES]
+    values = [float(n) for n in range(len(wanted))]
+    bench.draw(tmp_path / "rank.png", wanted, values, {"fisher": values, "other": [-v for v in values]})
+    assert (tmp_path / "rank.png").stat().st_size > 1000
