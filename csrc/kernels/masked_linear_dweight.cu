@@ -4,15 +4,15 @@
 // so an output tile is one row of blocks, and of that row up to six kept blocks, wherever they lie: dropped ones cost
 // nothing, at any pattern. The tokens are cut into chunks; a block of threads stays on its SM and takes (tile, chunk)s:
 //
-//   warpgroup 0     one thread copies, per step of 64 tokens, dY [64, 64] and the tile's bands of X [64, 64] into the next
-//                   stage of a ring in shared memory; the other warps write the dropped blocks of dW meanwhile
+//   warpgroup 0     one thread copies, per step of 64 tokens, dY [64, 64] and the tile's bands of X [64, 64] into the
+//                   next stage of a ring in shared memory; the other warps write the dropped blocks of dW meanwhile
 //   warpgroups 1,2  half of the bands each, at most three, in one wgmma a k16 (both operands lie by depth), one step in
 //                   flight; then rounding and out, with the score of the block while it is in registers
 //
 // With several chunks each leaves its partial sums in scratch, and whoever comes last adds them up, first chunk first:
 // nobody waits, and neither the order of arrival nor the number of blocks changes a bit.
-// Cost: 2 * 64 * 64 * 64 a band and step, at 4096 FLOP a clock and SM: 768 clocks a step of six; 8 KB and 8 KB a band from
-// L2. A chunk: 96 KB to scratch and back. The score: 4096 elements of w a block, once.
+// Cost: 2 * 64 * 64 * 64 a band and step, at 4096 FLOP a clock and SM: 768 clocks a step of six; 8 KB and 8 KB a band
+// from L2. A chunk: 96 KB to scratch and back. The score: 4096 elements of w a block, once.
 #include "masked_linear_dweight.h"
 
 #include "masked_linear_hopper.h"
@@ -29,7 +29,7 @@ constexpr int kBox = kBand * kBand * 2, kAtom = 1024;  // bytes; the 128-byte sw
 constexpr int kStages = 4, kStage = (1 + kDweightBands) * kBox;
 constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8, kSums = kLast + kConsumers * 4;
 constexpr int kBytes = kSums + kConsumers * 4 * kBandsEach * 4 + kAtom;  // of shared memory
-constexpr int kPartial = kBand * kBandsEach * kBand;                      // floats that a consumer leaves in scratch
+constexpr int kPartial = kBand * kBandsEach * kBand;                     // floats that a consumer leaves in scratch
 constexpr int kCardSms = 132, kMostChunks = 16;
 static_assert(kBytes <= 227 * 1024, "the ring fits the shared memory of an SM");
 

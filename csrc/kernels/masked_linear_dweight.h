@@ -7,8 +7,8 @@ namespace sensibert {
 constexpr int kDweightBands = 6;  // blocks of an output tile
 constexpr int kDweightTileWords = 2 + kDweightBands;
 
-// The blocks of dW [N, K], block (i, j) = rows from 64 i on, columns from 64 j on; all in device memory. An output tile is
-// up to kDweightBands kept blocks of one i: kDweightTileWords words i, count, j_0 .. j_{count - 1}, the rest means nothing.
+// The blocks of dW [N, K], block (i, j) = rows from 64 i on, columns from 64 j on; all in device memory. An output tile
+// is up to kDweightBands kept blocks of one i, in kDweightTileWords words: i, count, j_0 .. j_{count - 1}.
 struct BlockList {
     const int32_t* tiles;    // [num_tiles, kDweightTileWords]: longest first balances
     const int32_t* dropped;  // [num_dropped] i * ceil(K / 64) + j
@@ -41,8 +41,8 @@ int dweight_chunks(int64_t num_tokens, int64_t num_tiles);
 // Bytes of device memory for the launch, 16-byte aligned, not initialised; 0 for one chunk.
 int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks);
 
-// Accumulates in fp32, in an order set by M, the list and num_chunks. cudaErrorInvalidValue if an argument does not fit;
-// cudaErrorNotSupported if the driver knows no tensor maps.
+// Accumulates in fp32, in an order set by M, the list and num_chunks. cudaErrorInvalidValue if an argument does not
+// fit; cudaErrorNotSupported if the driver knows no tensor maps.
 cudaError_t launch_masked_linear_dweight(const DweightProblem& problem, const BlockList& list,
                                          const DweightScore& score, void* scratch, cudaStream_t stream);
 

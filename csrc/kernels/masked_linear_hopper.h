@@ -80,8 +80,9 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Matrix products of a warpgroup: d [64, kCols] += a [64, 16] b [16, kCols], from swizzled rows of 64 elements: a in
-// boxes [rows of d, k], or with kAByDepth [k, rows of d]; b in boxes [columns of d, k], or with kByDepth [k, columns of d].
+// ---- Matrix products of a warpgroup: d [64, kCols] += a [64, 16] b [16, kCols], from swizzled rows of 64 elements:
+// a in boxes [rows of d, k], or with kAByDepth [k, rows of d]; b in boxes [columns of d, k], or with kByDepth
+// [k, columns of d].
 // Thread t holds of d: row 16 (t / 32) + t % 32 / 4 + 8 h, column 8 c + 2 (t % 4) + i in d[4 c + 2 h + i].
 __device__ __forceinline__ void matmul_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void matmul_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -45,4 +45,17 @@ inline void check_launch(cudaError_t error, const char* op) {
                         : "");
 }
 
+// A matrix as TMA reads it: dense rows from 16-byte aligned addresses on. A copy where `t` is not.
+inline Tensor aligned_rows(const Tensor& t) {
+    const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    if (aligned && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1)) return t;
+    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
+
+inline const int32_t* int32_list(const Tensor& t, const char* op, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), op, ": ", name,
+                    " is not contiguous int32");
+    return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
 }  // namespace sensibert

@@ -12,19 +12,6 @@ namespace {
 
 constexpr const char* kOp = "masked_linear_tiles";
 
-// The rows of a matrix lie `stride` elements apart and are dense; TMA wants 16-byte aligned rows.
-Tensor aligned(const Tensor& t) {
-    const bool fits = t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
-                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-    return fits ? t : torch::stable::contiguous(t);
-}
-
-const int32_t* list_of(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), kOp, ": ", name,
-                    " is not contiguous int32");
-    return static_cast<const int32_t*>(t.const_data_ptr());
-}
-
 Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                 const Tensor& offsets, const Tensor& entries, const Tensor& order, int64_t tile_cols,
                                 bool by_columns) {
@@ -43,7 +30,7 @@ Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std
     Tensor y = torch::stable::new_empty(x, shape);
     const int64_t M = N ? y.numel() / N : 0;
     if (M == 0) return y;
-    const Tensor rows = aligned(torch::stable::reshape(x, {M, K})), w = aligned(weight);
+    const Tensor rows = aligned_rows(torch::stable::reshape(x, {M, K})), w = aligned_rows(weight);
     const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
     STD_TORCH_CHECK(!b || (b->scalar_type() == x.scalar_type() && b->numel() == N), kOp, ": bias does not fit weight");
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -61,8 +48,8 @@ Tensor masked_linear_tiles_cuda(const Tensor& x, const Tensor& weight, const std
         .dtype = dtype,
         .by_columns = by_columns,
     };
-    const TileList list = {list_of(offsets, "offsets"), list_of(entries, "entries"), list_of(order, "order"),
-                           int(tile_cols)};
+    const TileList list = {int32_list(offsets, kOp, "offsets"), int32_list(entries, kOp, "entries"),
+                           int32_list(order, kOp, "order"), int(tile_cols)};
     check_launch(launch_masked_linear_tiles(problem, list, current_stream(x.get_device_index())), kOp);
     return y;
 }

@@ -14,6 +14,8 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from ..artifacts import Grid
 from . import masked_linear_path as paths
+from .masked_linear_bits import column_bits, row_bits
+from .masked_linear_dweight import block_list
 from .masked_linear_live import Live, blank, live, published, remember
 from .masked_linear_tiles import column_tile_list, tile_list
 
@@ -65,6 +67,9 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
     if path == "tiles":
         tiles = remember(tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
         return ops.masked_linear_tiles(x, weight.to(x.dtype), bias, *tiles, False)
+    if path == "bits":
+        bits = remember(row_bits, keep, Grid(block_rows, block_cols), *weight.shape)
+        return ops.masked_linear_bits(_only(x, kept.cols), weight.to(x.dtype), bias, bits, False)
     w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
@@ -79,6 +84,9 @@ def _dx(dy, weight, keep, block_rows, block_cols):
     if path == "tiles":
         tiles = remember(column_tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
         return ops.masked_linear_tiles(dy, weight.to(dy.dtype), None, *tiles, True)
+    if path == "bits":
+        bits = remember(column_bits, keep, Grid(block_rows, block_cols), *weight.shape)
+        return ops.masked_linear_bits(_only(dy, kept.rows), weight.to(dy.dtype), None, bits, True)
     w = _weight(path, weight, keep, kept, dy.dtype)
     dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
     return dx.view(*dy.shape[:-1], weight.shape[1])
@@ -86,8 +94,10 @@ def _dx(dy, weight, keep, block_rows, block_cols):
 
 def _dweight(dy, x, keep, block_rows, block_cols):
     """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
-    shape = (dy.shape[-1], x.shape[-1])
-    rows, cols, bits, *_ = live(keep, Grid(block_rows, block_cols), *shape)  # the paths differ in W, not read here
+    shape, grid = (dy.shape[-1], x.shape[-1]), Grid(block_rows, block_cols)
+    path, (rows, cols, bits, *_) = _plan(x, shape, keep, grid)  # the others differ in W, not read here
+    if path == "tiles":
+        return ops.masked_linear_tiles_dweight(dy, x, *remember(block_list, keep, grid, *shape))
     dweight = blank(_take(_flat(dy), rows).T @ _take(_flat(x), cols), bits, in_place=True)
     dweight = _place(dweight, cols, shape[1])
     return dweight if rows is None else dweight.new_zeros(shape).index_copy_(0, rows, dweight)
@@ -115,6 +125,11 @@ def _flat(t: Tensor) -> Tensor:
 
 def _take(t: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
     return t if index is None else t.index_select(dim, index)
+
+
+def _only(t: Tensor, index: Tensor | None) -> Tensor:
+    """t [..., K] with 0 in the columns that index leaves out, whatever they hold."""
+    return t if index is None else torch.zeros_like(t).index_copy_(-1, index, t.index_select(-1, index))
 
 
 def _place(t: Tensor, cols: Tensor | None, width: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only and scores
-each while it is in registers (csrc/kernels), and here its reference, which reads the same list. Keep grids as in
-masked_linear_tiles."""
+"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only and
+scores each while it is in registers (csrc/kernels), and here its reference, which reads the same list. Keep grids as
+in masked_linear_tiles."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def reference(dy: Tensor, x: Tensor, tiles: Tensor, dropped: Tensor) -> Tensor:
 
 
 def reference_score(out, dy, x, weight, tiles, dropped, reduce, finish, decay, scale):
-    """dweight as `reference`; out [ceil(N / 64), ceil(K / 64)] fp32 = decay * out + scale * finish(reduce over each block
-    of weight [N, K] * dweight), as block_sensitivity's, from dweight before it is rounded to the dtype of x."""
+    """dweight as `reference`; out [ceil(N / 64), ceil(K / 64)] fp32 = decay * out + scale * finish(total), total the
+    reduction of weight [N, K] * dweight over a block as in block_sensitivity, dweight not yet rounded to x's dtype."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     dweight = reference(dy.to(exact), x.to(exact), tiles, dropped)
     terms = _blank(weight.to(exact) * dweight, tiles)

@@ -1,6 +1,6 @@
-// Runs masked_linear_dweight.cu. arrays: int64 {M, N, K, dy_stride, x_stride, dtype, num_chunks, num_tiles, num_dropped,
-// w_dtype, reduce, finish}; dy, x, dw; tiles, dropped of the block list; out of the score (empty: none), w, float {decay,
-// scale}. num_chunks 0: what dweight_chunks says.
+// Runs masked_linear_dweight.cu. arrays: int64 {M, N, K, dy_stride, x_stride, dtype, num_chunks, num_tiles,
+// num_dropped, w_dtype, reduce, finish}; dy, x, dw; tiles, dropped of the block list; out of the score (empty: none), w,
+// float {decay, scale}. num_chunks 0: what dweight_chunks says.
 #include "../../csrc/kernels/masked_linear_dweight.cu"
 
 #include "harness.h"

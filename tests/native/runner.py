@@ -92,7 +92,7 @@ def build_binding(op: str, folder: Path) -> Path:
     stable = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     library = folder / f"{op}.so"
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-DSENSIBERT_CUDA_ON_CPU", *stable, f"-I{folder}"]
-    command += [f"-I{HERE}", f"-I{include}", str(source), "-o", str(library)]
+    command += [f"-I{HERE}", f"-I{folder / 'csrc' / 'kernels'}", f"-I{include}", str(source), "-o", str(library)]
     command += [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -1,0 +1,64 @@
+"""The binding of the dW kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process of
+its own, it must answer through the dispatcher as the reference does, and refuse what would read out of bounds."""
+
+import os
+import subprocess
+import sys
+
+from .runner import ROOT, build_binding
+
+PROGRAM = """
+import torch
+from sensibert.artifacts import Grid
+from sensibert.ops.masked_linear_dweight import block_list, reference, reference_score
+import tests.native.through_binding
+op, score = (getattr(torch.ops.sensibert, "masked_linear_tiles_dweight" + name) for name in ("", "_score_"))
+torch.manual_seed(0)
+grid = Grid.block(64, 64)
+keep = torch.rand(2, 3) < 0.6
+keep[0] = torch.tensor([True, False, True])
+blocks = block_list(keep, grid, 72, 136)
+weight = torch.randn(72, 136)
+words = ("abs", "square", 0.5, 2.0)
+for dtype in (torch.bfloat16, torch.float16):
+    dy, x = torch.randn(2, 35, 72).to(dtype), torch.randn(2, 35, 144).to(dtype)[..., :136]  # rows with gaps
+    want = reference(dy.double(), x.double(), *blocks).float()
+    ours, theirs = torch.ones(2, 3), torch.ones(2, 3)
+    reference_score(theirs, dy.double(), x.double(), weight, *blocks, *words)
+    for got in (op(dy, x, *blocks), score(ours, dy, x, weight, *blocks, *words)):
+        torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=1e-2)
+        assert got.dtype == dtype and not got[~grid.expand(keep, 72, 136)].any()
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(op(dy.flatten(0, 1).T.contiguous().T, x, *blocks), got)
+many = torch.randn(1100, 72).bfloat16(), torch.randn(1100, 136).bfloat16()  # several chunks
+torch.testing.assert_close(op(*many, *blocks), reference(*many, *blocks), atol=0.5, rtol=2e-2)
+assert not op(dy[:, :0], x[:, :0], *blocks).any()
+assert op(dy[..., :0], x, *block_list(keep[:0], grid, 0, 136)).shape == (0, 136)
+torch.library.opcheck(op.default, (dy, x, *blocks))
+torch.library.opcheck(score.default, (ours, dy, x, weight, *blocks, *words))
+
+def refused(said, op, *args):
+    try:
+        op(*args)
+    except RuntimeError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"not refused: {said}")
+
+refused("dy and x must both be bfloat16, or both float16", op, dy.float(), x, *blocks)
+refused("want multiples of 8", op, dy[..., :70], x, *blocks)
+refused("dy has 35 rows, want 70 as x", op, dy[0], x, *blocks)
+refused("tiles is not [.., 8]", op, dy, x, blocks.tiles[:, :7], blocks.dropped)
+refused("dropped is not contiguous int32", op, dy, x, blocks.tiles, blocks.dropped.long())
+refused("weight is not [72, 136]", score, ours, dy, x, weight.T, *blocks, *words)
+refused("out is not contiguous float32", score, ours[:1], dy, x, weight, *blocks, *words)
+refused("reduce is sum", score, ours, dy, x, weight, *blocks, "sum", *words[1:])
+print("passed")
+"""
+
+
+def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(tmp_path):
+    binding = build_binding("masked_linear_dweight", tmp_path)
+    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(binding), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "passed", done.stdout + done.stderr[-4000:]
