@@ -23,7 +23,8 @@ from ..artifacts import Grid
 PATHS = ("compact", "shadow", "bits", "tiles", "dense", "reference")
 # Kernels of our own become a default only when a bench row on that card shows that they win; until then: force().
 MEASURED: frozenset[str] = frozenset()
-KERNELS = {"tiles": "sensibert::masked_linear_tiles"}  # path -> the op whose CUDA kernel it needs
+# path -> the op whose CUDA kernel it needs
+KERNELS = {"tiles": "sensibert::masked_linear_tiles", "bits": "sensibert::masked_linear_bits"}
 TILE = 64  # the k-step and the smallest skipped tile of the kernels
 HALF = (torch.bfloat16, torch.float16)
 
