@@ -9,9 +9,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "magnitude", "random")  # the order of columns
+# The order of columns.
+METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
+METHODS += ("layers", "magnitude", "random")
 KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
-KEY = ("bench", "case", "metric", "rival", "device")
+KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps")
 NOTHING = "No rows yet."
 
 
@@ -38,6 +40,21 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
+def task_label(row: dict) -> str:
+    """The task of an accuracy row, and how much of it was trained on where that was not all."""
+    parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
+    parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
+    return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
+
+
+def off_budget(row: dict, budget: str) -> str:
+    """` at 33 %` where a method could not come within a point of a budget in % of the parameters."""
+    if not budget.endswith("%params") or "encoder_share" not in row:
+        return ""
+    share = 100 * row["encoder_share"]
+    return f" at {share:.0f} %" if abs(share - float(budget.removesuffix("%params"))) > 1 else ""
+
+
 def accuracy(rows: list[dict]) -> str:
     """One line a task and budget, one column a method; the dense control of a task stands in all its lines."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -45,14 +62,15 @@ def accuracy(rows: list[dict]) -> str:
     for row in rows:
         if row["bench"] != "bench_accuracy" or row["metric"] != "score":
             continue
-        task, budget, method = row["case"].split(maxsplit=2)
+        _, budget, method = row["case"].split(maxsplit=2)
+        task = task_label(row)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
         if method == "dense":
             controls[task] = text
             continue
         cell = cells.setdefault((task, budget), {})
         cell["seeds"] = str(min(int(cell.get("seeds", 10**6)), row.get("seeds", 1)))
-        cell[method] = text + (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "")
+        cell[method] = text + (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
     found = {name for cell in cells.values() for name in cell if name != "seeds"}
     methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
     lines = [

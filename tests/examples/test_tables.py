@@ -51,6 +51,24 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
     ]
 
 
+def test_a_part_of_a_set_and_a_missed_budget_are_said(tables, tmp_path):
+    part = {"train_rows": 20000, "max_steps": 500}
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "sst2 30%params layers", 88, "score", encoder_share=0.3333, **part),
+            row("bench_accuracy", "sst2 30%params ours", 90, "score", encoder_share=0.2961, **part),
+            row("bench_accuracy", "sst2 30%params ours", 92, "score"),
+        )
+    )
+    lines = tables.accuracy(rows).splitlines()
+    assert lines[0] == "| task | budget | dense | ours | layers | seeds |"
+    assert lines[2:] == [
+        "| sst2 (20,000 rows, 500 steps) | 30%params | - | 90.00 | 88.00 at 33 % | 1 |",
+        "| sst2 | 30%params | - | 92.00 | - | 1 |",
+    ]
+
+
 def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
     slow = row("bench_masked_adamw", "bert-base", 2000.0, rival="fused AdamW", rival_value=1000.0, ratio=0.5)
     rows = tables.load(write(tmp_path, slow | {"ratio": 9.0}, slow, slow | {"rival": "loop", "ratio": 3}))

@@ -1,0 +1,66 @@
+"""bench/results/bench_accuracy.jsonl -> docs/accuracy.png: score against the share of the encoder that is left.
+
+One panel a task, one line a method with the standard deviation over seeds, the dense control as a dashed line. Points
+stand at the true share: layer dropping cannot meet every budget. Use: make readme
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+from tables import METHODS, ROOT, load, task_label
+
+COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
+COLUMNS = 3
+
+
+def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only."""
+    found: dict[str, dict[str, list]] = {}
+    for row in rows:
+        if row["bench"] != "bench_accuracy" or row["metric"] != "score":
+            continue
+        _, budget, method = row["case"].split(maxsplit=2)
+        if budget.endswith("%params"):
+            share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
+            point = (share, row["value"], row.get("std") or 0.0)
+            found.setdefault(task_label(row), {}).setdefault(method, []).append(point)
+    return {task: {method: sorted(points) for method, points in lines.items()} for task, lines in found.items()}
+
+
+def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:
+    from matplotlib.figure import Figure
+
+    names = {name for lines in found.values() for name in lines} - {"dense"}
+    methods = [name for name in METHODS if name in names] + sorted(names - set(METHODS))
+    columns = min(COLUMNS, len(found))
+    lines_of_panels = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4.2 * columns + 1.9, 3.4 * lines_of_panels), layout="constrained")
+    axes = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
+    shown = {}
+    for axis, (task, lines) in zip(axes, found.items()):
+        for _, score, _ in lines.get("dense", []):
+            shown["dense"] = axis.axhline(score, color="black", linestyle="--", linewidth=1)
+        for method in methods:
+            if method in lines:
+                share, score, spread = zip(*lines[method])
+                color = COLORS[methods.index(method) % len(COLORS)]
+                weight = 2.2 if method == "ours" else 1.2
+                shown[method] = axis.errorbar(
+                    share, score, spread, color=color, linewidth=weight, marker="o", markersize=4, capsize=3
+                )
+        axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="score in %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    lines = curves(load(ROOT / "bench" / "results"))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("docs/accuracy.png stays as it was: matplotlib is not installed")
+    elif lines:
+        draw(ROOT / "docs" / "accuracy.png", lines)
