@@ -34,10 +34,13 @@ bench: $(VENV)/.installed
 
 readme:
 	$(PYTHON) docs/tables.py
+	$(PYTHON) docs/plots.py
 
-# Every kernel for every architecture, without a warning or a spill; then what could be built.
+# Every kernel for every architecture, without a warning or a spill; the machine code of the Hopper kernels; then what
+# could be built.
 kernels: $(VENV)/.installed
 	$(BIN)/python csrc/check_kernels.py
+	$(BIN)/python csrc/check_sass.py
 	$(BIN)/python -c "from sensibert import _native; print(_native.status())"
 
 install: $(VENV)/.installed

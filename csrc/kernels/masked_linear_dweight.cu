@@ -68,16 +68,21 @@ __device__ __forceinline__ void write_score(const DweightScore& s, int64_t block
     s.out[block] = s.decay == 0.f ? s.scale * value : fmaf(s.decay, s.out[block], s.scale * value);
 }
 
-__device__ __forceinline__ float2 load_pair(const void* p, DType dtype, int64_t i) {
-    float2 pair = make_float2(0.f, 0.f);
-    if (dtype == DType::kFloat32) return *reinterpret_cast<const float2*>(static_cast<const float*>(p) + i);
-    dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        T both[2];
-        memcpy(both, static_cast<const T*>(p) + i, sizeof both);
-        pair = make_float2(to_float(both[0]), to_float(both[1]));
-    });
-    return pair;
+// Two neighbours, aligned to their size.
+__device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpret_cast<const float2*>(p); }
+template <typename T>
+__device__ __forceinline__ float2 load_pair(const T* p) {
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
+    T both[2];
+    memcpy(both, &bits, sizeof both);
+    return make_float2(to_float(both[0]), to_float(both[1]));
+}
+template <typename T>
+__device__ __forceinline__ void store_pair(T* p, float a, float b) {
+    const T both[2] = {from_float<T>(a), from_float<T>(b)};
+    uint32_t bits;
+    memcpy(&bits, both, sizeof both);
+    *reinterpret_cast<uint32_t*>(p) = bits;
 }
 
 // The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, X from band `first` of each on.
@@ -139,31 +144,31 @@ __device__ __forceinline__ bool add_chunks(float (&acc)[kBandsEach * kBand / 2],
     if (!last[consumer]) return false;
     __threadfence();
 #pragma unroll
-    for (int i = 0; i < kBandsEach * kBand / 2; i += 4) {
-        if (i >= width * (kBand / 2)) continue;
-        Quad sum = load_quad(first + i * 128);
-        for (int chunk = 1; chunk < p.num_chunks; ++chunk) {
+    for (int i = 0; i < kBandsEach * kBand / 2; ++i) acc[i] = 0.f;
+#pragma unroll 1
+    for (int chunk = 0; chunk < p.num_chunks; ++chunk)
+#pragma unroll
+        for (int i = 0; i < kBandsEach * kBand / 2; i += 4) {
+            if (i >= width * (kBand / 2)) continue;
             const Quad more = load_quad(first + chunk * stride + i * 128);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum.x[j] += more.x[j];
+            for (int j = 0; j < 4; ++j) acc[i + j] += more.x[j];
         }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i + j] = sum.x[j];
-    }
     return true;
 }
 
-// acc into the blocks of dW that it is, and their scores.
-template <typename T>
+// acc into the blocks of dW that it is. With a weight, each thread's part of their scores into `totals`.
+template <bool kScore, typename T, typename W>
 __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBand / 2], T* dw, const Problem& p,
-                                             const Item& item, int width, int first, int consumer, float* sums) {
+                                             const Item& item, int width, int first, const W* w,
+                                             float (&totals)[kBandsEach]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const DweightScore& s = p.score;
+    const unsigned keep_bits = p.score.reduce == Reduce::kAbs ? 0x7fffffffu : 0xffffffffu;
+    const bool square = p.score.reduce == Reduce::kSquare;
 #pragma unroll
     for (int b = 0; b < kBandsEach; ++b) {
         if (b >= width) continue;
         const int col = item.cols[first + b] * kBand;
-        float total = 0.f;
 #pragma unroll
         for (int c = 0; c < kBand / 8; ++c) {
 #pragma unroll
@@ -172,27 +177,33 @@ __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBa
                 if (r >= p.N || here >= p.K) continue;
                 const int64_t at = int64_t(r) * p.K + here;
                 const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
-                const T pair[2] = {from_float<T>(d[0]), from_float<T>(d[1])};
-                memcpy(dw + at, pair, sizeof pair);
-                if (s.out == nullptr) continue;
-                const float2 w = load_pair(s.w, s.w_dtype, at);
-                const float x = w.x * d[0], y = w.y * d[1];
-                total += s.reduce == Reduce::kSquare ? x * x + y * y
-                         : s.reduce == Reduce::kAbs  ? fabsf(x) + fabsf(y)
-                                                     : x + y;
+                store_pair(dw + at, d[0], d[1]);
+                if constexpr (kScore) {
+                    const float2 of = load_pair(w + at);
+                    const float x = __uint_as_float(__float_as_uint(of.x * d[0]) & keep_bits);
+                    const float y = __uint_as_float(__float_as_uint(of.y * d[1]) & keep_bits);
+                    totals[b] = fmaf(x, square ? x : 1.f, totals[b]);
+                    totals[b] = fmaf(y, square ? y : 1.f, totals[b]);
+                }
             }
         }
-        if (s.out == nullptr) continue;
-        for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
-        if (lane == 0) sums[(consumer * 4 + warp) * kBandsEach + b] = total;
     }
-    if (s.out == nullptr) return;
+}
+
+// The scores of the blocks of an item: threads, then lanes, then warps, always in this order.
+__device__ __forceinline__ void add_scores(float (&totals)[kBandsEach], const Problem& p, const Item& item, int width,
+                                           int first, int consumer, float* sums) {
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int b = 0; b < kBandsEach; ++b) {
+        for (int lanes = 16; lanes > 0; lanes /= 2) totals[b] += __shfl_xor_sync(0xffffffffu, totals[b], lanes);
+        if (thread % 32 == 0) sums[(consumer * 4 + thread / 32) * kBandsEach + b] = totals[b];
+    }
     group_sync(1 + consumer, 128);
-    const int b = threadIdx.x % 128;
-    if (b < width) {
-        const float* const of = sums + consumer * 4 * kBandsEach + b;
+    if (thread < width) {
+        const float* const of = sums + consumer * 4 * kBandsEach + thread;
         const float total = of[0] + of[kBandsEach] + of[2 * kBandsEach] + of[3 * kBandsEach];
-        write_score(s, int64_t(item.row) * ((p.K + kBand - 1) / kBand) + item.cols[first + b], total);
+        write_score(p.score, int64_t(item.row) * ((p.K + kBand - 1) / kBand) + item.cols[first + thread], total);
     }
     group_sync(1 + consumer, 128);  // the sums have been read
 }
@@ -252,7 +263,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         else  // of a tile of one block the second consumer multiplies band 0 too, for nothing: it must give stages back
             multiply<T, 1>(acc, shared, full, empty, at, num_steps, width ? first : 0);
         if (width == 0 || (p.num_chunks > 1 && !add_chunks(acc, p, item, width, consumer, last))) continue;
-        write_blocks(acc, dw, p, item, width, first, consumer, sums);
+        float totals[kBandsEach] = {};
+        if (p.score.out == nullptr) {
+            write_blocks<false>(acc, dw, p, item, width, first, dw, totals);
+            continue;
+        }
+        dispatch_dtype(p.score.w_dtype, [&](auto tag) {
+            using W = typename decltype(tag)::type;
+            write_blocks<true>(acc, dw, p, item, width, first, static_cast<const W*>(p.score.w), totals);
+        });
+        add_scores(totals, p, item, width, first, consumer, sums);
     }
 }
 

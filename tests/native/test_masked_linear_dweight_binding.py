@@ -1,5 +1,5 @@
-"""The binding of the dW kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process of
-its own, it must answer through the dispatcher as the reference does, and refuse what would read out of bounds."""
+"""The binding of the dW kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process
+of its own, it must answer through the dispatcher as the reference does, and refuse what would read out of bounds."""
 
 import os
 import subprocess
