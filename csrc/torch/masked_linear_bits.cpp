@@ -12,18 +12,13 @@ namespace {
 
 constexpr const char* kOp = "masked_linear_bits";
 
-// Dense rows that start at multiples of 16 bytes, as TMA wants them.
-bool aligned(const Tensor& t, int64_t per_16_bytes) {
-    return t.stride(1) == 1 && t.stride(0) % per_16_bytes == 0 && t.stride(0) >= t.size(1) &&
-           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-Tensor aligned_matrix(const Tensor& t) { return aligned(t, 8) ? t : torch::stable::contiguous(t); }
-
-// pack() of masked_linear_bits.py gives aligned rows; those of select_threshold are, where K is a multiple of 128.
+// A matrix of bytes as TMA reads it, like aligned_rows. pack() of masked_linear_bits.py makes them so; the bits of
+// select_threshold lie so where K is a multiple of 128.
 Tensor aligned_bits(const Tensor& t) {
-    if (aligned(t, 16)) return t;
-    const int64_t N = t.size(0), num_bytes = t.size(1);
-    Tensor rows = torch::stable::new_empty(t, {N, (num_bytes + 15) / 16 * 16});
+    const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    if (aligned && t.stride(1) == 1 && t.stride(0) % 16 == 0 && t.stride(0) >= t.size(1)) return t;
+    const int64_t num_bytes = t.size(1);
+    Tensor rows = torch::stable::new_empty(t, {t.size(0), (num_bytes + 15) / 16 * 16});
     rows = torch::stable::narrow(rows, 1, 0, num_bytes);
     torch::stable::copy_(rows, t);
     return rows;
@@ -35,6 +30,9 @@ Tensor masked_linear_bits_cuda(const Tensor& x, const Tensor& weight, const std:
     const DType dtype = dtype_of(x, kOp, "x", 0);
     STD_TORCH_CHECK(dtype != DType::kFloat32 && weight.scalar_type() == x.scalar_type(), kOp,
                     ": x and weight must both be bfloat16, or both float16");
+    for (const Tensor* t : {&weight, &bits, bias ? &*bias : &bits})
+        STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index(), kOp,
+                        ": weight, bias and bits must be on the device of x");
     STD_TORCH_CHECK(x.size(-1) == K, kOp, ": x has ", x.size(-1), " columns, want ", K, " as weight");
     STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is for ", K, " -> ", N, " features, want multiples of 8");
     STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 2 && bits.size(0) == N &&
@@ -45,7 +43,7 @@ Tensor masked_linear_bits_cuda(const Tensor& x, const Tensor& weight, const std:
     Tensor y = torch::stable::new_empty(x, shape);
     const int64_t M = N ? y.numel() / N : 0;
     if (M == 0) return y;
-    const Tensor rows = aligned_matrix(torch::stable::reshape(x, {M, K})), w = aligned_matrix(weight);
+    const Tensor rows = aligned_rows(torch::stable::reshape(x, {M, K})), w = aligned_rows(weight);
     const Tensor kept = aligned_bits(bits);
     const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
     STD_TORCH_CHECK(!b || (b->scalar_type() == x.scalar_type() && b->numel() == N), kOp, ": bias does not fit weight");
