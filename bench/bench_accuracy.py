@@ -224,7 +224,7 @@ def main() -> None:
     known = ["dense", *OURS, *RIVALS]
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=f"of {', '.join(known)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")

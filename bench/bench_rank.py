@@ -18,7 +18,8 @@ The units that are dropped are those our default statistic ranks lowest, whateve
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from sensibert.artifacts import Budget, Layout, Plan
-from sensibert.models import base_of, describe
+from sensibert.models import base_of, describe, layers
 from sensibert.models.base import attribute
 from sensibert.options import Options
 from sensibert.pipeline.analyze import analyze
@@ -103,14 +104,40 @@ def loss_of(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / count
 
 
+@contextmanager
+def remembering(model: nn.Module, first: int, memory: list) -> Iterator[None]:
+    """Inside, the layers below `first` do not compute: batch n goes on from memory[n], what the last of them gave."""
+    turn = iter(memory)
+    below = [layer for _, layer in layers(model)][:first]
+    for layer in below[:-1]:
+        layer.forward = lambda hidden, *args, **kwargs: hidden
+    for layer in below[-1:]:
+        layer.forward = lambda hidden, *args, **kwargs: next(turn)
+    try:
+        yield
+    finally:
+        for layer in below:
+            del layer.forward
+
+
 def measured(model: nn.Module, layout: Layout, wanted: list[Drop], batches: list[Batch]) -> list[float]:
     """Loss with each drop minus loss without."""
+    outputs: list[list] = [[] for _ in layers(model)]
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, rows=rows: rows.append(output))
+        for (_, layer), rows in zip(layers(model), outputs, strict=True)
+    ]
     dense, found = loss_of(model, batches), []
+    for handle in handles:
+        handle.remove()
+    print(f"dense: {dense:.4f}", flush=True)
     for drop in wanted:
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         keep[drop.site][drop.units] = False
+        first = layout.site(drop.site).layer
         with silenced(model, Plan(layout, keep, Budget(1.0, "params", True), SHIPPED)):
-            found.append(loss_of(model, batches) - dense)
+            with remembering(model, first, outputs[first - 1]):
+                found.append(loss_of(model, batches) - dense)
         print(f"{drop.site} {drop.share:.0%}: {found[-1]:+.4f}", flush=True)
     return found
 
@@ -187,7 +214,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="a folder of DATA with a classification task")
     parser.add_argument("--model", required=True, help="where the tokenizer is")
     parser.add_argument("--checkpoint", required=True, help="the fine-tuned dense model")
-    parser.add_argument("--samples", type=int, default=1024, help="training rows for the predictions")
+    parser.add_argument("--samples", type=int, default=512, help="training rows for the predictions")
     parser.add_argument("--rows", type=int, default=512, help="validation rows for the measurements")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

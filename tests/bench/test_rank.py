@@ -73,9 +73,15 @@ def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_mode
         ("layer.0.ffn", 16),
     ]
     assert wanted[1].units.tolist() == [3, 2]
-    found = bench.measured(model, layout, wanted[:2], batches())
+    above = next(drop for drop in wanted if drop.site == "layer.1.head" and drop.share == 0.5)
+    found = bench.measured(model, layout, [above, wanted[1]], batches())
     before = bench.loss_of(model, batches())
     with torch.no_grad():
+        weight = model.bert.encoder.layer[1].attention.output.dense.weight
+        old = weight.clone()
+        weight[:, 16:] = 0
+        assert found[0] == pytest.approx(bench.loss_of(model, batches()) - before, abs=1e-6)
+        weight.copy_(old)
         model.bert.encoder.layer[0].attention.output.dense.weight[:, 16:] = 0
         after = sum(
             float(F.cross_entropy(model(**{k: v for k, v in b.items() if k != "labels"}).logits, b["labels"]))
