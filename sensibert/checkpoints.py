@@ -14,6 +14,7 @@ from torch import nn
 
 from .artifacts import write_atomically
 from .errors import SensibertError
+from .models.masks import masks_of
 from .models.structure import is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
@@ -28,7 +29,7 @@ def _files(folder: Path) -> dict[str, int]:
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
     """Add structure and memory (what the run must not forget) to a checkpoint, then mark it as whole, last of all."""
     folder = Path(checkpoint)
-    if is_trimmed(model):
+    if is_trimmed(model) or masks_of(model) is not None:
         save_structure(model, folder / STRUCTURE)
     text = json.dumps(memory)
     write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from .errors import SensibertError
-from .options import LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
+from .options import GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
 from .schedule import SHAPES, Schedule
 
 app = typer.Typer(
@@ -81,6 +81,7 @@ Layout = Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}. dense: zero-fi
 TextColumn = Annotated[str | None, typer.Option(help="Input column, or two: a,b.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label.")]
 BudgetText = Annotated[str, typer.Option(help="50%params, 30%flops, 5.3Mparams, 1.2Gflops: an upper bound.")]
+GridName = Annotated[str, typer.Option(help=f"What is dropped: {', '.join(GRIDS)}. unit: heads and neurons.")]
 Scope = Annotated[str, typer.Option(help="What the budget counts: encoder, or model (with embeddings and head).")]
 FlopsLength = Annotated[int, typer.Option(help="Tokens a sequence, for FLOPs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
@@ -130,6 +131,7 @@ def finetune(
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     budget: BudgetText = _DEFAULT.budget,
+    grid: GridName = _DEFAULT.grid,
     scope: Scope = _DEFAULT.scope,
     flops_length: FlopsLength = _DEFAULT.flops_length,
     method: Annotated[
@@ -221,6 +223,7 @@ def analyze(
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS[:-1]))] = _DEFAULT.method,
+    grid: GridName = _DEFAULT.grid,
     samples: Samples = _DEFAULT.samples,
     micro_batch: MicroBatch = _DEFAULT.micro_batch,
     max_length: MaxLength = None,
@@ -230,7 +233,7 @@ def analyze(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every head and FFN neuron of a fine-tuned model and write the scores.
+    """Score every head and FFN neuron of a fine-tuned model, or the blocks of a grid, and write the scores.
 
     \b
     Examples:
@@ -268,13 +271,12 @@ def plan(
       sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
     from .artifacts import Budget
-    from .report import STRUCTURE_HEADER, structure_rows, table
+    from .report import what_is_left
     from .steps import plan_file
 
     asked = Budget.parse(budget, scope, flops_length)
     result, found = plan_file(sensitivity, output, asked, step, policy, overwrite, dry_run)
-    layers = table(STRUCTURE_HEADER, structure_rows(found.layout, found.keep))
-    _say(as_json, result, f"{layers}\n\n{_left(result)}{_written(result)}")
+    _say(as_json, result, f"{what_is_left(found)}\n\n{_left(result)}{_written(result)}")
 
 
 @app.command()
@@ -339,14 +341,18 @@ def inspect(
     Example:
       sensibert inspect small
     """
-    from .report import STRUCTURE_HEADER, table
+    from .report import KEPT_HEADER, STRUCTURE_HEADER, share, table
     from .steps import inspect_folder
 
     result = inspect_folder(folder)
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
-    facts = _lines({name: result[name] for name in ("model", "family", "task", "method", "budget", "seed", "steps")})
-    parts = [facts, table(STRUCTURE_HEADER, rows), _left(result), _scores(result["metrics"] or {})]
+    told = ("model", "family", "task", "method", "budget", "grid", "seed", "steps")
+    facts, layers = _lines({name: result[name] for name in told}), table(STRUCTURE_HEADER, rows)
+    if result["tensors"]:
+        left = [(row["tensor"], row["kept"], row["of"], share(row["kept"], row["of"])) for row in result["tensors"]]
+        layers = table(KEPT_HEADER, left)
+    parts = [facts, layers, _left(result), _scores(result["metrics"] or {})]
     _say(as_json, result, "\n\n".join(filter(None, parts)))
 
 

@@ -4,6 +4,7 @@ until it is needed, so that `sensibert --help` is quick."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,13 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     import torch
 
-    from .artifacts import Budget
+    from .artifacts import Budget, Grid
 
 PRECISIONS = ("fp32", "bf16")
 METHODS = ("fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
 POLICIES = ("global", "uniform")
 LAYOUTS = ("trimmed", "dense", "both")
+GRIDS = ("unit", "element", "block64")
 SNAPSHOT = "snapshot"
 _CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
 _POSITIVE = (
@@ -26,6 +28,24 @@ _POSITIVE = (
     *("step", "save_steps", "flops_length", "max_length"),
 )
 _INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
+
+
+def parse_grid(text: str) -> Grid | None:
+    """`unit` (heads and neurons: no grid), `element`, `block64` or any other block<size>."""
+    from .artifacts import Grid
+
+    block = re.fullmatch(r"block([1-9]\d*)", text)
+    if text not in GRIDS and not block:
+        raise SensibertError(f"grid is {text!r}, want one of {', '.join(GRIDS)} (or another block<size>)")
+    return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
+
+
+def grid_name(grid: Grid | None) -> str:
+    """Inverse of parse_grid, for any grid."""
+    if grid is None:
+        return "unit"
+    square = grid.block_rows == grid.block_cols > 1
+    return f"block{grid.block_rows}" if square else str(grid)
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Options:
     text_column: str | None = None
     label_column: str | None = None
     budget: str = "50%params"
+    grid: str = "unit"
     scope: str = "encoder"
     flops_length: int = 128
     method: str = "fisher"
@@ -103,10 +124,23 @@ class Options:
         if self.teacher == SNAPSHOT and self.method == "dense":
             raise SensibertError("teacher is 'snapshot', the model before the cut, and method dense never cuts")
         self.parsed_budget()
+        self._check_grid()
         if self.task is not None:
             get_task(self.task)
         if needs_data and self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+
+    def _check_grid(self) -> None:
+        from .cost import check_budget
+
+        grid = parse_grid(self.grid)
+        if grid is None or self.method == "dense":
+            return
+        check_budget(self.parsed_budget(), grid)
+        wrong = {"method": self.method == "paper", "step": self.step is not None, "compensate": self.compensate}
+        for name in filter(wrong.get, wrong):
+            said = f"{name} is {getattr(self, name)!r}, which means whole units"
+            raise SensibertError(f"{said}, and grid is {self.grid!r}: want grid unit, or another {name}")
 
     def resolved(self) -> Options:
         """With the preset's settings where nothing else was asked for."""

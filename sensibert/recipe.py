@@ -17,11 +17,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from . import cost
-from .artifacts import Budget, Layout, Plan, Sensitivity, write_atomically
+from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
+from .errors import SensibertError
 from .models import describe
-from .models.structure import structure_of
-from .options import SNAPSHOT, Options
+from .models.masks import kept_of
+from .models.structure import is_trimmed, structure_of
+from .options import SNAPSHOT, Options, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate, input_moments
@@ -56,9 +58,9 @@ class TrimCallback(TrainerCallback):
 
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for method fisher.
     before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
-    micro-batches, budget) -> Plan, in place of analyze and allocate. Data and collator are those of the Trainer's train
-    loader. A run that may have to be resumed wants `TrimTrainer`: the stock Trainer cannot load a checkpoint of a
-    trimmed model."""
+    micro-batches, budget) -> Plan, in place of analyze and allocate. grid: mask blocks of the weights, cut no units.
+    Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
+    the stock Trainer cannot load a checkpoint of a trimmed model."""
 
     def __init__(
         self,
@@ -76,13 +78,14 @@ class TrimCallback(TrainerCallback):
         save_before_cut: bool = False,
         choose: Choose | None = None,
         compensate: bool = Options.compensate,
+        grid: Grid | None = None,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
         self.samples, self.micro_batch, self.seed, self.compensate = samples, micro_batch, seed, compensate
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
-        self.choose = choose
+        self.choose, self.grid = choose, grid
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
         self._dropout: list[tuple[nn.Dropout, float]] = []  # what recovery has set aside
@@ -93,7 +96,9 @@ class TrimCallback(TrainerCallback):
         self.layout = layout = describe(model)
         counts = cost.counts_of(layout)
         if self.method != "dense":
-            cost.limit(layout, self.budget)
+            cost.limit(layout, self.budget, self.grid)
+            if self.grid is not None and is_trimmed(model):
+                raise SensibertError(f"model: it has lost whole units already, want a whole one for grid {self.grid}")
         self.memory = Memory(
             cost.spent(layout, counts, self.budget) if self.budget.kind != "ms" else 0,
             (layout.encoder_params, layout.total_params),
@@ -142,7 +147,7 @@ class TrimCallback(TrainerCallback):
         if self.choose is not None:
             plan = self.choose(model, batches, target)
         else:
-            found = analyze(model, batches, self.method, self.loss, seed, self.autocast)
+            found = analyze(model, batches, self.method, self.loss, seed, self.autocast, self.grid)
             if first:
                 few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
                 self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
@@ -170,15 +175,16 @@ class TrimCallback(TrainerCallback):
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the dense model."""
-        kept, layout = structure_of(model), self.layout
-        keep = {s.name: torch.isin(torch.arange(s.units), kept[s.name]) for s in layout.sites}
-        counts, budget = cost.counts_of(layout, keep), self.budget
-        sizes = cost.params(layout, counts, budget.scope), cost.flops(layout, counts, budget.scope, 1, budget.length)
-        return Plan(layout, keep, budget, self.method, *sizes)
+        kept, layout, budget = structure_of(model), self.layout, self.budget
+        keep, grid = kept_of(model)
+        if keep is None:
+            keep = {s.name: torch.isin(torch.arange(s.units), kept[s.name]) for s in layout.sites}
+        sizes = cost.left(layout, keep, grid, budget.scope, budget.length)
+        return Plan(layout, keep, budget, self.method, *sizes, grid=grid)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and model is not None and "loss" in logs:
-            logs["sensibert/encoder_params"] = describe(model).encoder_params
+            logs["sensibert/encoder_params"] = cost.left(describe(model), *kept_of(model))[0]
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")
@@ -301,6 +307,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         save_before_cut=options.save_before_cut,
         choose=choose,
         compensate=options.compensate,
+        grid=parse_grid(options.grid),
     )
     callback.prepare(model, checkpoint)
     callback.started(started)
@@ -329,7 +336,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    after: Layout = describe(model)
+    after, length = (describe(model), *kept_of(model)), options.flops_length
     memory, seconds = callback.memory, callback.memory.seconds
     return {
         "task": data.task.name,
@@ -337,15 +344,16 @@ def _result(
         "method": options.method,
         "budget": str(options.parsed_budget()) if options.method != "dense" else None,
         "scope": options.scope,
+        "grid": options.grid,
         "seed": options.seed,
         "steps": steps,
         "encoder_params_before": memory.params_before[0],
-        "encoder_params_after": after.encoder_params,
+        "encoder_params_after": cost.left(*after, "encoder")[0],
         "total_params_before": memory.params_before[1],
-        "total_params_after": after.total_params,
+        "total_params_after": cost.left(*after, "model")[0],
         "flops_before": memory.flops_before,
-        "flops_after": cost.flops(after, cost.counts_of(after), options.scope, 1, options.flops_length),
-        "flops_length": options.flops_length,
+        "flops_after": cost.left(*after, options.scope, length)[1],
+        "flops_length": length,
         "metrics": metrics,
         "metrics_dense": memory.metrics_dense,
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .artifacts import Layout, Plan, Sensitivity
-from .cost import counts_of
+from torch import Tensor
+
+from .artifacts import Grid, Layout, Plan, Sensitivity
+from .cost import counts_of, kept_elements
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[int] = (0,)) -> str:
@@ -60,15 +62,37 @@ def structure_rows(layout: Layout, keep: dict | None = None) -> list[tuple]:
 STRUCTURE_HEADER = ("", "heads", "of", "ffn width", "of")
 
 
+def kept_rows(layout: Layout, keep: Mapping[str, Tensor] | None, grid: Grid | None) -> list[tuple]:
+    """(tensor, elements in kept blocks, elements, share) for every weight that a grid masks; [] without one."""
+    if grid is None or keep is None:
+        return []
+    counts = [(w.parameter, kept_elements(w, keep[w.parameter], grid), w.rows * w.cols) for w in layout.weights]
+    return [(*count, share(*count[1:])) for count in counts]
+
+
+KEPT_HEADER = ("tensor", "kept", "of", "left")
+
+
+def what_is_left(plan: Plan) -> str:
+    """The table of a plan: heads and widths by layer, or with a grid what every tensor keeps."""
+    if plan.grid is not None:
+        return table(KEPT_HEADER, kept_rows(plan.layout, plan.keep, plan.grid))
+    return table(STRUCTURE_HEADER, structure_rows(plan.layout, plan.keep))
+
+
 def ranking_rows(sensitivity: Sensitivity, plan: Plan | None = None) -> list[tuple]:
-    """(rank, tensor, mean |w g|, units kept, units): the parameter tensors, most sensitive first."""
+    """(rank, tensor, mean |w g|, units kept, units): most sensitive first; with a grid its blocks are the units."""
     layout = sensitivity.layout if plan is None else plan.layout
-    owner = {m.parameter: site for site in layout.sites for m in site.members}
+    owner = {m.parameter: site.name for site in layout.sites for m in site.members}
+    units = {site.name: site.units for site in layout.sites}
+    if sensitivity.grid is not None:
+        owner = {w.parameter: w.parameter for w in layout.weights}
+        units = {name: score.numel() for name, score in sensitivity.scores.items()}
     rows = []
     for rank, (name, value) in enumerate(sensitivity.tensors.items(), 1):
-        site = owner[name]
-        kept = int(plan.keep[site.name].sum()) if plan is not None else site.units
-        rows.append((rank, name, f"{value:.3e}", kept, site.units))
+        whole = units[owner[name]]
+        kept = int(plan.keep[owner[name]].sum()) if plan is not None else whole
+        rows.append((rank, name, f"{value:.3e}", kept, whole))
     return rows
 
 
@@ -97,26 +121,30 @@ def _draw_kept(path: Path, rows: list[tuple]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
+def _draw_left(path: Path, plan: Plan) -> None:
+    if plan.grid is None:
+        return _draw_kept(path, structure_rows(plan.layout, plan.keep))
+    shares = {name: kept / of for name, kept, of, _ in kept_rows(plan.layout, plan.keep, plan.grid) if of}
+    _draw_tensors(path, plan.layout, shares, "kept", "share of the weights", vmin=0, vmax=1)
+
+
+def _draw_tensors(path: Path, layout: Layout, values: Mapping[str, float], title: str, label: str, **scale) -> None:
+    """One number a weight tensor: layers across, the tensors of a layer down in the order of its forward pass."""
     from matplotlib.figure import Figure
 
-    owner = {m.parameter: site for site in sensitivity.layout.sites for m in site.members}
-    layers = sorted({site.layer for site in sensitivity.layout.sites})
-    names: dict[str, dict[int, float]] = {}
-    for site in sensitivity.layout.sites:  # rows in the order of the forward pass
-        for member in site.members:
-            if member.parameter in sensitivity.tensors:
-                names.setdefault(_role(member.parameter), {})
-    for parameter, value in sensitivity.tensors.items():
-        names[_role(parameter)][owner[parameter].layer] = value
+    owner = {m.parameter: site.layer for site in layout.sites for m in site.members}
+    layers = sorted(set(owner.values()))
+    names: dict[str, dict[int, float]] = {_role(name): {} for name in owner if name in values}
+    for parameter, value in values.items():
+        names[_role(parameter)][owner[parameter]] = value
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in names.values()]
     figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(names)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(grid, aspect="auto", cmap="viridis")
-    axis.set(title="tensor sensitivity", xlabel="layer")
+    image = axis.imshow(grid, aspect="auto", cmap="viridis", **scale)
+    axis.set(title=title, xlabel="layer")
     axis.set_xticks(range(len(layers)), layers)
     axis.set_yticks(range(len(names)), list(names))
-    figure.colorbar(image, ax=axis, label="mean |w · gradient|")
+    figure.colorbar(image, ax=axis, label=label)
     figure.savefig(path, dpi=130)
 
 
@@ -133,16 +161,17 @@ def write_report(folder: str | Path, result: dict, sensitivity: Sensitivity | No
     folder.mkdir(parents=True, exist_ok=True)
     text = [summary(result)]
     if plan is not None:
-        text.append(table(STRUCTURE_HEADER, structure_rows(plan.layout, plan.keep)))
+        text.append(what_is_left(plan))
     drawn = importlib.util.find_spec("matplotlib") is not None
     if not drawn:
         text.append("No pictures: matplotlib is not installed.")
     (folder / "summary.txt").write_text("\n\n".join(text) + "\n")
     if plan is not None and drawn:
-        _draw_kept(folder / "kept.png", structure_rows(plan.layout, plan.keep))
+        _draw_left(folder / "kept.png", plan)
     if sensitivity is not None and sensitivity.tensors:
         with open(folder / "ranking.csv", "w", newline="") as file:
             csv.writer(file).writerows([RANKING_HEADER, *ranking_rows(sensitivity, plan)])
         if drawn:
-            _draw_sensitivity(folder / "sensitivity.png", sensitivity)
+            said = "tensor sensitivity", "mean |w · gradient|"
+            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *said)
     return sorted(folder.iterdir())

@@ -10,18 +10,20 @@ from pathlib import Path
 from torch import nn
 
 from . import cost
-from .artifacts import Budget, Layout, Plan, Sensitivity
+from .artifacts import Budget, Plan, Sensitivity
 from .checkpoints import check_file, check_output, writing
 from .errors import SensibertError
 from .models import base_of, describe
+from .models.masks import kept_of
 from .models.structure import is_trimmed
-from .options import LAYOUTS, Options
+from .options import LAYOUTS, Options, grid_name, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import STATISTICS, analyze, rank_tensors
 from .pipeline.export import dense, export, load
 from .pipeline.finetune import predict
 from .pipeline.trim import trim
 from .recipe import RANKED_SAMPLES, RESULT, micro_batches
+from .report import kept_rows
 from .sources import check_family, encode, load_model, load_tokenizer, training_examples, validation_examples
 from .tasks import PRESETS, TaskData, get_task, guess_task, sampled_loss
 
@@ -47,10 +49,11 @@ def outline(options: Options) -> dict:
         "method": options.method,
         "budget": str(budget) if options.method != "dense" else None,
         "scope": options.scope,
+        "grid": options.grid,
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.limit(layout, budget) if options.method != "dense" else None,
+        "limit": cost.limit(layout, budget, parse_grid(options.grid)) if options.method != "dense" else None,
         "schedule": options.schedule.shape,
         "cut_after": f"{100 * options.schedule.warm_share:.0f} % of the steps",
         "epochs": options.epochs,
@@ -67,21 +70,23 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     if rule is None:
         raise SensibertError(f"method is {options.method!r}, want one of {', '.join(STATISTICS)}")
     check_file(options.output, options.overwrite)
+    grid, asked = parse_grid(options.grid), (options.seed, options.autocast())
     if rule.data:
         model, data = _model_and_data(options, "train")
 
         def batches(samples: int):
             return micro_batches(data.train, data.collator, samples, options.micro_batch, options.seed)
 
-        found = analyze(model, batches(options.samples), options.method, sampled_loss, options.seed, options.autocast())
+        found = analyze(model, batches(options.samples), options.method, sampled_loss, *asked, grid)
         few = batches(min(options.samples, RANKED_SAMPLES))
-        found = replace(found, tensors=rank_tensors(model, few, sampled_loss, options.seed, options.autocast()))
+        found = replace(found, tensors=rank_tensors(model, few, sampled_loss, *asked))
     else:
         check_family(options.model)
-        found = analyze(load(options.model)[0], (), options.method, seed=options.seed)
+        found = analyze(load(options.model)[0], (), options.method, None, *asked, grid)
     with writing(options.output):
         found.save(options.output)
     facts = {"task": data.task.name if rule.data else None, "model": options.model, "method": options.method}
+    facts |= {"grid": options.grid}
     sizes = {"seed": options.seed, "samples": found.samples, "encoder_params_before": found.layout.encoder_params}
     return {**facts, **sizes, "tensors": found.tensors, "output": options.output}, found
 
@@ -107,21 +112,15 @@ def plan_file(
     return {**plan_result(plan), "output": None if dry_run else output}, plan
 
 
-def _sizes(layout: Layout, keep: dict | None, budget: Budget) -> dict:
-    counts, whole = cost.counts_of(layout, keep), cost.counts_of(layout)
-    sizes = {}
-    for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
-        sizes[f"{name}_before"] = cost.params(layout, whole, scope)
-        sizes[f"{name}_after"] = cost.params(layout, counts, scope)
-    for name, numbers in (("before", whole), ("after", counts)):
-        sizes[f"flops_{name}"] = cost.flops(layout, numbers, budget.scope, 1, budget.length)
-    return {**sizes, "flops_length": budget.length}
-
-
 def plan_result(plan: Plan) -> dict:
     """The plan in the words of result.json."""
-    sizes = _sizes(plan.layout, plan.keep, plan.budget)
-    return {"method": plan.method, "budget": str(plan.budget), "scope": plan.budget.scope, **sizes}
+    budget, sizes = plan.budget, {}
+    for when, kept in (("before", (None, None)), ("after", (plan.keep, plan.grid))):
+        for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
+            sizes[f"{name}_{when}"] = cost.left(plan.layout, *kept, scope)[0]
+        sizes[f"flops_{when}"] = cost.left(plan.layout, *kept, budget.scope, budget.length)[1]
+    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(plan.grid)}
+    return {**facts, **sizes, "flops_length": budget.length}
 
 
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
@@ -186,12 +185,12 @@ def evaluate_folder(options: Options) -> dict:
     options.check(needs_data=False)
     model, data = _model_and_data(options, "validation")
     logits = predict(model, data.validation, data.collator, autocast=options.autocast())
-    layout = describe(model)
+    now = describe(model), *kept_of(model)
     return {
         "task": data.task.name,
         "model": options.model,
-        "encoder_params_after": layout.encoder_params,
-        "total_params_after": layout.total_params,
+        "encoder_params_after": cost.left(*now, "encoder")[0],
+        "total_params_after": cost.left(*now, "model")[0],
         "metrics": data.compute_metrics(logits),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
@@ -206,6 +205,7 @@ def inspect_folder(folder: str) -> dict:
     check_family(folder)
     model, _ = load(folder)
     layout = describe(model)
+    keep, grid = kept_of(model)
     before = describe(dense(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
@@ -221,11 +221,13 @@ def inspect_folder(folder: str) -> dict:
     scope, length = noted["scope"] or "encoder", known.get("flops_length", Options.flops_length)
     sizes = {
         "encoder_params_before": before.encoder_params,
-        "encoder_params_after": layout.encoder_params,
+        "encoder_params_after": cost.left(layout, keep, grid, "encoder")[0],
         "total_params_before": before.total_params,
-        "total_params_after": layout.total_params,
+        "total_params_after": cost.left(layout, keep, grid, "model")[0],
         "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
-        "flops_after": cost.flops(layout, cost.counts_of(layout), scope, 1, length),
+        "flops_after": cost.left(layout, keep, grid, scope, length)[1],
         "flops_length": length,
     }
-    return {"model": folder, "family": layout.family, **noted, **sizes, "layers": list(rows.values())}
+    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(grid), **sizes}
+    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of, _ in kept_rows(layout, keep, grid)]
+    return {**facts, "layers": list(rows.values()), "tensors": tensors}

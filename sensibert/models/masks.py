@@ -28,7 +28,7 @@ class Masks:
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(eight blocks a byte, lowest bit first, each row padded with 0; what it takes to unpack them)."""
-        bits = {name: np.packbits(keep.cpu().numpy(), axis=1, bitorder="little") for name, keep in self.keep.items()}
+        bits = {name: np.packbits(keep.numpy(), axis=1, bitorder="little") for name, keep in self.keep.items()}
         columns = json.dumps({name: keep.shape[1] for name, keep in self.keep.items()})
         facts = {"format": FORMAT, "grid": str(self.grid), "columns": columns}
         return {name: torch.from_numpy(array) for name, array in bits.items()}, facts
@@ -44,10 +44,12 @@ class Masks:
 
 
 def masks_of(model: nn.Module) -> Masks | None:
-    """The model's masks as they are now (its own buffers); None where no grid was cut, or `restore` has ended it."""
-    grid, layers = getattr(model, _ATTRIBUTE, None), base_of(model).named_modules()
-    keep = {f"{name}.weight": layer.keep for name, layer in layers if isinstance(layer, MaskedLinear)}
-    return Masks(grid, keep) if grid is not None and keep else None
+    """The model's masks as they are now (copies, on the CPU); None where no grid was cut, or `restore` has ended it."""
+    grid, modules = getattr(model, _ATTRIBUTE, None), base_of(model).named_modules()
+    if grid is None:
+        return None
+    keep = {f"{name}.weight": m.keep.to("cpu", copy=True) for name, m in modules if isinstance(m, MaskedLinear)}
+    return Masks(grid, keep) if keep else None
 
 
 def set_masks(model: nn.Module, masks: Masks) -> None:
@@ -57,3 +59,9 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
     except ValueError as error:
         raise SensibertError(f"masks: do not fit this model ({error})") from None
     setattr(model, _ATTRIBUTE, masks.grid)
+
+
+def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:
+    """The masks as `cost.left` takes them; (None, None) where no grid was cut."""
+    masks = masks_of(model)
+    return (None, None) if masks is None else (masks.keep, masks.grid)

@@ -225,7 +225,7 @@ def analyze(
     masks = masks_of(model)
     if masks is not None and masks.grid == grid:
         for name, keep in masks.keep.items():
-            scores[name].masked_fill_(~keep.cpu(), -torch.inf)
+            scores[name].masked_fill_(~keep, -torch.inf)
     return Sensitivity(layout, scores, statistic, samples, seed, grid=grid)
 
 

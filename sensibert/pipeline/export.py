@@ -25,8 +25,9 @@ from .._register import version
 from ..errors import SensibertError
 from ..models import base_of, describe, family_of, modeling_sensibert, sites
 from ..models.base import attribute
+from ..models.masks import Masks, kept_of, masks_of, set_masks
 from ..models.reloadable import is_reloadable, reloadable, stock_class, stock_config
-from ..models.structure import is_trimmed, read_structure, structure_of
+from ..models.structure import is_trimmed, read_structure, save_structure, structure_of
 from ..nn import MaskedLinear
 
 LAYOUTS = ("trimmed", "dense", "both")
@@ -51,6 +52,9 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
             old, shape = narrow[member.parameter].detach(), base_of(made).get_parameter(member.parameter).shape
             index = member.index(kept.to(old.device), site.units)
             wide[member.parameter] = old.new_zeros(shape).index_copy_(member.dim, index, old)
+    keep, grid = kept_of(model)
+    for name, kept in (keep or {}).items():
+        wide[name].masked_fill_(~grid.expand(kept.to(wide[name].device), *wide[name].shape), 0)
     prefix = "" if base_of(model) is model else f"{model.base_model_prefix}."
     state = model.state_dict() | {prefix + name: value for name, value in wide.items()}
     made.load_state_dict(state, assign=True)
@@ -171,7 +175,7 @@ def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool) -> 
         raise SensibertError(f"export: layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
     family_of(model), stock_class(model)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
-    if masked:
+    if masked and masks_of(model) is None:
         raise SensibertError(
             f"export: {len(masked)} layers are masked ({masked[0]}, ...), want none: restore() them first"
         )
@@ -193,12 +197,15 @@ def export(
 
     layout: "trimmed" (as small as the model is), "dense" (a stock model of the base sizes with zeros where something
     was cut: loads everywhere, to the same logits within rounding) or "both" (the dense one in a subfolder). A model
-    that was never trimmed is written as it is. info: more facts for the entry `sensibert` of config.json. overwrite:
-    files of the same names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
+    that was never trimmed is written as it is; one that a grid masks becomes a stock model with zeros, its masks beside
+    it in structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: files of the same
+    names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
     path = Path(path).expanduser().resolve()
     _check(model, path, layout, overwrite)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
-    if not is_trimmed(model):
+    if masks_of(model) is not None:
+        parts[""] = dense(model)
+    elif not is_trimmed(model):
         parts[""] = model
     else:
         if layout != "dense":
@@ -210,19 +217,25 @@ def export(
             made.save_pretrained(folder / part)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / part)
+            if masks_of(model) is not None:
+                save_structure(model, folder / STRUCTURE)
             if is_reloadable(made):
                 (folder / CARD).write_text(_card(path.name, made, _shapes(model)), encoding="utf-8")
     return path
 
 
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Model (with the head it was saved with, in eval mode) and tokenizer, if there is one, of an exported folder."""
+    """Model (in eval mode, with its head and masks) and tokenizer, if there is one, of an exported folder."""
     try:
         name = (AutoConfig.from_pretrained(path).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
         if model_class is None:
             raise ValueError(f"its config.json names {name}, want a model class of transformers")
         model = model_class.from_pretrained(path)
+        cut = cached_file(path, STRUCTURE, _raise_exceptions_for_missing_entries=False)
+        structure = {} if cut is None else read_structure(cut)
+        if isinstance(structure, Masks):
+            set_masks(model, structure)
         tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
         return model, None if tokenized is None else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -230,6 +243,7 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
         raise SensibertError(f"{path}: not a model folder that can be loaded ({reason})") from None
 
 
-def load_structure(path: str | Path) -> dict[str, Tensor]:
-    """Site name -> numbers of the base model's units that are left (int64, ascending), of a trimmed folder."""
+def load_structure(path: str | Path) -> dict[str, Tensor] | Masks:
+    """Site name -> numbers of the base model's units that are left (int64, ascending), of a trimmed folder; the masks
+    of one that a grid cut."""
     return read_structure(Path(path) / STRUCTURE)

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..checkpoints import STRUCTURE, check_checkpoint, writing
 from ..errors import SensibertError
+from ..models.masks import Masks
 from ..models.structure import read_structure
 
 
@@ -69,8 +70,8 @@ class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units) cuts a fresh
-    model to the shapes of a checkpoint. A train set that offers `.lengths` is read in batches of similar length."""
+    model, the loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units or masks) cuts
+    a fresh model as a checkpoint is cut. A train set that offers `.lengths` is read in batches of similar length."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class TrimTrainer(Trainer):
         teacher: Callable[[], nn.Module | None] | None = None,
         distil: float = 0.0,
         temperature: float = 2.0,
-        restructure: Callable[[nn.Module, dict[str, Tensor]], object] | None = None,
+        restructure: Callable[[nn.Module, dict[str, Tensor] | Masks], object] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
