@@ -18,6 +18,7 @@ from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
 HOPPER_ONLY = "sm_90a only"
+BITS, MOST_MASK_WORK = "masked_linear_bits", 1.5  # its weights pass through registers, with no more instructions each
 EMPTY = "WARPGROUP.DEPBAR.LE gsb0, 0x0"  # waits until no product is left
 
 
@@ -27,6 +28,31 @@ def tool(name: str) -> str | None:
     triton = importlib.util.find_spec("triton")
     places += [f"{folder}/backends/nvidia/bin" for folder in (triton.submodule_search_locations if triton else [])]
     return shutil.which(name, path=os.pathsep.join(places))
+
+
+def mask_instructions(kernel: str) -> float | None:
+    """How many instructions a weight goes through between shared memory and the product that reads it from registers,
+    those on its bits included, in the loop around the products. None where products read shared memory only."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) ;", kernel)]
+    products = {at: int(m[1]) for at, text in lines if (m := re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", text))}
+    if not products:
+        return None
+    jumps = (re.search(r"BRA 0x([0-9a-f]+)", text) for at, text in lines if at > max(products))
+    start = int(next(filter(None, jumps))[1], 16)
+    wanted, count = set(), 0  # registers that the products ahead depend on; backwards from the last
+    for at, text in reversed([line for line in lines if start <= line[0] <= max(products)]):
+        if at in products:
+            wanted |= set(range(products[at], products[at] + 4))
+            continue
+        target = re.match(r"(?:@!?U?P\d+ )?(\S+) R(\d+)", text)
+        if target is None or int(target[2]) not in wanted:
+            continue
+        if target[1].startswith("LDS"):
+            wanted -= set(range(int(target[2]), int(target[2]) + (4 if target[1].startswith("LDSM") else 2)))
+        else:
+            wanted = wanted - {int(target[2])} | {int(r) for r in re.findall(r"\bR(\d+)", text[target.end() :])}
+            count += 1
+    return count / (8 * len(products))
 
 
 def complaints(source: Path, nvcc: str, cuobjdump: str, folder: str) -> list[str]:
@@ -41,10 +67,14 @@ def complaints(source: Path, nvcc: str, cuobjdump: str, folder: str) -> list[str
     for kernel in sass.split("Function : ")[1:]:
         name = kernel.split(None, 1)[0]
         counts = {word: len(re.findall(rf"\b{word}", kernel)) for word in ("HGMMA", "UTMALDG", "UTMASTG", EMPTY)}
+        mask = mask_instructions(kernel)
+        counts |= {} if mask is None else {"instructions a weight": mask}
         print(f"{source.name}  " + "  ".join(f"{word} {count}" for word, count in counts.items()) + f"  {name[-70:]}")
         found += [f"{name}: no {word}" for word in wanted if not counts[word]]
         if counts[EMPTY] >= counts["HGMMA"]:
             found.append(f"{name}: waits after each of its {counts['HGMMA']} products")
+        if BITS in source.name and not (mask and mask <= MOST_MASK_WORK):
+            found.append(f"{name}: {mask} instructions a weight on the way to a product from registers")
     return found
 
 

@@ -69,8 +69,8 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 
 // 32 consecutive bits of a row of weights, as a thread needs them: its columns are 8 j + 2 q and 8 j + 2 q + 1.
 struct Spread {
-    uint32_t even, odd;  // bit 8 j + 7: of column 8 j + 2 q, of the next
-    __device__ __forceinline__ Spread(uint32_t word, int q) : even(word << (7 - 2 * q)), odd(word << (6 - 2 * q)) {}
+    uint32_t odd, even;  // bit 8 j + 7: of column 8 j + 2 q + 1, of the one before
+    __device__ __forceinline__ Spread(uint32_t word, int q) : odd(word << (6 - 2 * q)), even(odd << 1) {}
     // All ones for a kept element: two 16-bit elements, columns 8 kByte + 2 q and the next.
     template <int kByte>
     __device__ __forceinline__ uint32_t mask() const {
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int box_at = L::kW + consumer * kWBytes + box_row * 128;
     float acc[kCols / 2];
     for (int tile = blockIdx.x; tile < p.num_tiles; tile += gridDim.x) {
-        const int feature = tile % p.num_feature_tiles * kRows + consumer * 64, token = tile / p.num_feature_tiles * kCols;
+        const int feature = tile % p.num_feature_tiles * kRows + consumer * 64,
+                  token = tile / p.num_feature_tiles * kCols;
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) acc[i] = 0.f;
         uint32_t a[kBlocks][4];

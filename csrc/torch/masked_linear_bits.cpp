@@ -35,9 +35,9 @@ Tensor masked_linear_bits_cuda(const Tensor& x, const Tensor& weight, const std:
                         ": weight, bias and bits must be on the device of x");
     STD_TORCH_CHECK(x.size(-1) == K, kOp, ": x has ", x.size(-1), " columns, want ", K, " as weight");
     STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is for ", K, " -> ", N, " features, want multiples of 8");
-    STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 2 && bits.size(0) == N &&
-                        bits.size(1) == K / 8,
-                    kOp, ": bits are not uint8 (", N, ", ", K / 8, "), a row for each of the ", N, " output features");
+    STD_TORCH_CHECK(
+        bits.scalar_type() == ScalarType::Byte && bits.dim() == 2 && bits.size(0) == N && bits.size(1) == K / 8, kOp,
+        ": bits are not uint8 (", N, ", ", K / 8, "), a row for each of the ", N, " output features");
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = N;
     Tensor y = torch::stable::new_empty(x, shape);

@@ -82,7 +82,7 @@ def test_poison_under_a_0_bit_stays_there(kernel, by_columns, poison):
 
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_neither_order_nor_strides_nor_blocks_nor_width_change_a_bit(kernel, by_columns):
-    args = make_inputs(300, 264, 328)
+    args = make_inputs(280, 264, 328)  # the last tiles leave an odd number of boxes to store
     want = run(kernel, *args, 192, by_columns)
     changes = [{"CUDA_ON_CPU_BACKWARD": 1}, {"CUDA_ON_CPU_BLOCKS": 1}, {"pad": 8}, {"pad_bits": 16}, {"tile_cols": 256}]
     for change in changes:
