@@ -128,6 +128,16 @@ def options_of(asked: dict, **usual) -> Options:
     return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
 
 
+def dense_steps(options: Options, result: dict) -> float:
+    """Cost in steps of the dense model, by the encoder's FLOPs; without the analysis, at most 1/64 of the steps."""
+    cuts = options.schedule.cuts(result["steps"]) if options.method != "dense" else {}
+    left, share, begin, total = result["flops_after"] / result["flops_before"], 1.0, 0, 0.0
+    for step, progress in [*cuts.items(), (result["steps"], 1.0)]:
+        total, begin = total + (step - begin) * share, step
+        share = options.schedule.ratio(progress, left)
+    return round(total, 1)
+
+
 def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     """One run, from the shared warm-up of its seed if there is one; the first run of a seed leaves it behind."""
     method, override = asked["method"], asked.get("override", {})
@@ -164,6 +174,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     metric = get_task(scored["task"]).main_metric
     kept = ("steps", "encoder_params_before", "encoder_params_after", "flops_before", "flops_after", "seconds")
     facts = {"metric": metric, "score": scored["metrics"][metric], **{name: result[name] for name in kept}}
+    facts["dense_steps"] = dense_steps(options, result)
     shutil.rmtree(output)
     return {**asked, **facts, **machine()}
 
@@ -197,7 +208,7 @@ def summarize(runs: list[dict]) -> list[dict]:
         seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
         more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v}}
-        more |= {"steps": last["steps"], "encoder_params_after": last["encoder_params_after"]}
+        more |= {name: last[name] for name in ("steps", "dense_steps", "encoder_params_after") if name in last}
         more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
         more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
         score = statistics.mean(scores)

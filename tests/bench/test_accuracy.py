@@ -101,6 +101,19 @@ def test_a_subset_is_always_the_same_and_no_larger_than_the_set(tmp_path):
         bench.subset(bench.Path(train), 31, tmp_path)
 
 
+def test_the_cost_counts_each_step_by_what_is_left_of_the_model():
+    result = {"steps": 12, "flops_before": 100, "flops_after": 50}
+    asked = {"method": "ours", "budget": "50%params"}
+
+    def cost(**more):
+        return bench.dense_steps(bench.options_of(asked | more, model="", output=""), result)
+
+    assert cost(method="dense") == 12
+    assert cost() == 4 + 8 * 0.5
+    halfway = 0.5 + 0.5 * 0.5**3  # after the first of two cuts
+    assert cost(override={"shape": "cubic", "milestones": 2, "trim_share": 0.25}) == round(4 + 3 * halfway + 5 * 0.5, 1)
+
+
 def run_row(seed=0, method="ours", score=0.5, **more):
     sizes = {"encoder_params_before": 100, "encoder_params_after": 50, "steps": 9}
     row = {"task": "toy", "budget": "50%params", "method": method, "seed": seed, "epochs": 3.0, "learning_rate": 1e-4}
