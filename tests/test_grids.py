@@ -44,8 +44,9 @@ def report():
 
 def options(here, output, **changed) -> Options:
     usual = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "quiet": True, "grid": "element"}
-    files = {"train_file": str(here / "train.csv"), "validation_file": str(here / "dev.csv")}
-    return Options(model=str(here / "model"), output=str(output), **(usual | files | changed))
+    files = {"train_file": here / "train.csv", "validation_file": here / "dev.csv", "model": here / "model"}
+    files = {name: str(path) for name, path in files.items()}
+    return Options(**({"output": str(output)} | usual | files | changed))
 
 
 def zeros(folder, plan: Plan) -> int:
