@@ -50,7 +50,11 @@ CUDA_ON_CPU_HIDDEN inline void barrier_update(uint64_t* barrier, uint32_t arriva
     if (b.pending == 0 && b.num_bytes == 0) ++b.phase, b.pending = b.count;
     machine.moved = true;
 }
-inline void barrier_arrive(uint64_t* barrier) { barrier_update(barrier, 1, 0); }
+// Who has said that it is done is last to go on, so that whoever waits for it finds it out if it is not.
+CUDA_ON_CPU_HIDDEN inline void barrier_arrive(uint64_t* barrier) {
+    barrier_update(barrier, 1, 0);
+    cuda_on_cpu::to_scheduler(cuda_on_cpu::State::kSpinning);
+}
 inline void barrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) { barrier_update(barrier, 1, num_bytes); }
 CUDA_ON_CPU_HIDDEN inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     Barrier& b = barrier_at(barrier);
