@@ -8,7 +8,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, task_label
+from tables import METHODS, ROOT, load, scores, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
@@ -17,9 +17,7 @@ COLUMNS = 3
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only."""
     found: dict[str, dict[str, list]] = {}
-    for row in rows:
-        if row["bench"] != "bench_accuracy" or row["metric"] != "score":
-            continue
+    for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
         if budget.endswith("%params"):
             share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))

@@ -1,4 +1,4 @@
-"""bench/results/*.jsonl -> the tables of README.md, between their markers. Use: make readme
+"""bench/results/*.jsonl -> the tables of README.md and method.md, between their markers. Use: make readme
 
 One row of a file is one measurement; a later row of the same bench, case, metric, rival and device replaces an earlier.
 Nothing is typed by hand, and a table without rows says so.
@@ -6,6 +6,7 @@ Nothing is typed by hand, and a table without rows says so.
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
 KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
-KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps")
+KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "seed")
 NOTHING = "No rows yet."
 
 
@@ -47,6 +48,15 @@ def task_label(row: dict) -> str:
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
+def scores(rows: list[dict]) -> list[dict]:
+    """The accuracy rows, of each task those of its longest runs: shorter ones stand beside the ablations."""
+    found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
+    longest: dict[str, float] = {}
+    for row in found:
+        longest[task_label(row)] = max(longest.get(task_label(row), 0), row.get("epochs", 0))
+    return [row for row in found if row.get("epochs", 0) == longest[task_label(row)]]
+
+
 def off_budget(row: dict, budget: str) -> str:
     """` at 33 %` where a method could not come within a point of a budget in % of the parameters."""
     if not budget.endswith("%params") or "encoder_share" not in row:
@@ -59,9 +69,7 @@ def accuracy(rows: list[dict]) -> str:
     """One line a task and budget, one column a method; the dense control of a task stands in all its lines."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     controls: dict[str, str] = {}
-    for row in rows:
-        if row["bench"] != "bench_accuracy" or row["metric"] != "score":
-            continue
+    for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
         task = task_label(row)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
@@ -78,6 +86,38 @@ def accuracy(rows: list[dict]) -> str:
         for (task, budget), cell in cells.items()
     ]
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
+
+
+def ablation(rows: list[dict]) -> str:
+    """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds."""
+    tried: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["bench"] == "bench_accuracy_ablation" and "epochs" in row:
+            case, _, change = row["case"].partition(", ")
+            where = (case.removesuffix(" ours"), row["epochs"])
+            tried.setdefault(where, {}).setdefault(change, []).append(row)
+    lines = []
+    for (case, epochs), changes in tried.items():
+        same = [row for row in rows if row["bench"] == "bench_accuracy" and row.get("epochs") == epochs]
+        controls = {row["case"].removeprefix(f"{case} "): row for row in same if row["metric"] == "score"}
+        for name, row in controls.items():
+            if " " not in name:
+                what = "**the default recipe**" if name == "ours" else name
+                lines.append([case, number(epochs), what, *_cells([row["value"]], row.get("std"), row)])
+        for change, found in sorted(changes.items()):
+            values = [row["value"] for row in found]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            dense = [row["rival_value"] for row in found]
+            ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
+            lines.append(
+                [case, number(epochs), change, *_cells(values, spread, {"ratio": ratio, "seeds": len(values)})]
+            )
+    return markdown(["", "epochs", "", "score", "of dense", "seeds"], lines)
+
+
+def _cells(values: list[float], spread: float | None, row: dict) -> list[str]:
+    score = f"{statistics.mean(values):.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    return [score, f"{100 * row['ratio']:.1f} %" if row.get("ratio") else "-", str(row.get("seeds", 1))]
 
 
 def grouped(rows: list[dict]) -> str:
@@ -106,7 +146,14 @@ def speed(rows: list[dict]) -> str:
     return grouped([row for row in rows if row["bench"] in ("bench_finetune", "bench_forward")])
 
 
-TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed}
+def rank(rows: list[dict]) -> str:
+    """Rank correlation of every predictor with the measured loss, best first."""
+    found = [row for row in rows if row["bench"] == "bench_rank"]
+    lines = [[row["case"], f"{row['value']:.3f}"] for row in sorted(found, key=lambda row: -row["value"])]
+    return markdown(["predicted by", "Spearman's rank correlation"], lines)
+
+
+TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed, "ablation": ablation, "rank": rank}
 
 
 def fill(text: str, rows: list[dict]) -> str:
@@ -119,5 +166,6 @@ def fill(text: str, rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), load(ROOT / "bench" / "results")), encoding="utf-8")
+    measured = load(ROOT / "bench" / "results")
+    for page in (ROOT / "README.md", ROOT / "docs" / "method.md"):
+        page.write_text(fill(page.read_text(encoding="utf-8"), measured), encoding="utf-8")
