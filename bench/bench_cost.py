@@ -1,0 +1,59 @@
+"""What does a whole run cost beside dense fine-tuning with the same steps? Warm-up, analysis, cut, recovery, saving.
+
+    python bench/bench_cost.py --model MODEL --train-file F [--epochs 1] [--budgets 50%params 30%params]
+
+Processor seconds (user and system) of `sensibert finetune` as a process, start to end, less those of a run of one step:
+importing, reading and saving cost the same either way. They hold on a busy machine too, where the clock on the wall
+does not. On a GPU the wall is what counts, and both are recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _harness import DEVICE, record
+
+
+def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
+    """Processor and wall seconds of one run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
+        command += ["--train-file", arguments.train_file, "--output", str(Path(scratch) / "out")]
+        command += ["--learning-rate", str(arguments.learning_rate), "--save-steps", str(10**9), *more]
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed")
+        return usage.ru_utime + usage.ru_stime, time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train-file", required=True)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--budgets", nargs="+", default=["50%params"])
+    arguments = parser.parse_args()
+    length = "--epochs", str(arguments.epochs)
+    start = run(arguments, "--method", "dense", "--max-steps", "1")
+    dense = run(arguments, "--method", "dense", *length)
+    for budget in arguments.budgets:
+        ours = run(arguments, "--budget", budget, *length)
+        case = f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
+        metrics = ["processor_s"] + (["wall_s"] if DEVICE == "cuda" else [])
+        for number, metric in enumerate(metrics):
+            value, rival = ours[number] - start[number], dense[number] - start[number]
+            row = record("bench_cost", case, metric, value, "s", "dense", rival)
+            print(f"{case}: {row['value'] / row['rival_value']:.3f} of dense")
+
+
+if __name__ == "__main__":
+    main()
