@@ -5,7 +5,7 @@
 namespace sensibert {
 
 // One parameter [N, K], row-major, with its gradient and moments in the same dtype and layout. N*K may be 0.
-// Block sizes: 0 = the whole axis. N and K are below 2^31 where keep or score is wanted.
+// Block sizes: 0 = the whole axis. N and K are below 2^31 where keep, score or a map is wanted.
 struct AdamWTensor {
     void* param;
     const void* grad;
@@ -18,9 +18,13 @@ struct AdamWTensor {
 
     const uint8_t* keep;  // [ceil(N / keep_rows), ceil(K / keep_cols)], 0 or 1; nullptr: all survive
     int64_t keep_rows, keep_cols;
-    __nv_bfloat16* shadow;  // [N, K]; nullptr: not wanted
+    __nv_bfloat16* shadow;  // [N, K], or [shadow_rows, shadow_cols] where there is a map; nullptr: not wanted
     float* score;           // [ceil(N / score_rows), ceil(K / score_cols)]; nullptr: not wanted
     int64_t score_rows, score_cols;
+
+    const int32_t* row_map;  // [N]: the row of the shadow that each row has, or -1; nullptr: its own
+    const int32_t* col_map;  // [K]: likewise
+    int64_t shadow_rows, shadow_cols;
 };
 
 struct AdamWGroup {
@@ -42,7 +46,7 @@ struct AdamWProblem {
 // Bytes of device memory that the launcher needs, not initialised: partial sums of the scores.
 size_t masked_adamw_scratch_bytes(const AdamWProblem& problem);
 
-// cudaErrorInvalidValue: 2^16 groups, or a keep or score on an axis of 2^31.
+// cudaErrorInvalidValue: 2^16 groups, or a keep, score or map on an axis of 2^31.
 cudaError_t launch_masked_adamw(const AdamWProblem& problem, float* scratch, cudaStream_t stream);
 
 }  // namespace sensibert

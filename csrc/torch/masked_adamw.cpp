@@ -46,9 +46,10 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
                        std::vector<double> beta1, std::vector<double> beta2, std::vector<double> eps,
                        std::vector<double> weight_decay, std::optional<Tensor> grad_factor, std::vector<Tensor> keep,
                        std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks, std::vector<Tensor> shadow,
-                       std::vector<int64_t> shadow_of, std::vector<Tensor> score, std::vector<int64_t> score_of,
-                       std::vector<int64_t> score_blocks, std::string reduce, std::string finish, double decay,
-                       double scale) {
+                       std::vector<int64_t> shadow_of, std::vector<Tensor> row_map, std::vector<int64_t> row_map_of,
+                       std::vector<Tensor> col_map, std::vector<int64_t> col_map_of, std::vector<Tensor> score,
+                       std::vector<int64_t> score_of, std::vector<int64_t> score_blocks, std::string reduce,
+                       std::string finish, double decay, double scale) {
     const size_t num_params = param.size(), num_groups = beta1.size();
     for (size_t count : {grad.size(), exp_avg.size(), exp_avg_sq.size(), step.size(), group.size()})
         STD_TORCH_CHECK(count == num_params, kOp, ": a list has ", count, " entries, want ", num_params, " as param");
@@ -61,6 +62,8 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
     want_entries(keep.size(), keep_of, keep_blocks, num_params, "keep");
     want_entries(score.size(), score_of, score_blocks, num_params, "score");
     want_entries(shadow.size(), shadow_of, std::vector<int64_t>(2 * shadow.size()), num_params, "shadow");
+    want_entries(row_map.size(), row_map_of, std::vector<int64_t>(2 * row_map.size()), num_params, "row_map");
+    want_entries(col_map.size(), col_map_of, std::vector<int64_t>(2 * col_map.size()), num_params, "col_map");
 
     std::vector<AdamWGroup> groups;
     for (size_t g = 0; g < num_groups; ++g) groups.push_back({beta1[g], beta2[g], eps[g], weight_decay[g]});
@@ -91,9 +94,30 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
         want(keep[i], ScalarType::Bool, num_blocks(entry, entry.keep_rows, entry.keep_cols), lr, "keep", i);
         entry.keep = static_cast<const uint8_t*>(keep[i].const_data_ptr());
     }
+    for (size_t i = 0; i < row_map.size(); ++i) {
+        AdamWTensor& entry = tensors[row_map_of[i]];
+        want(row_map[i], ScalarType::Int, entry.N, lr, "row_map", i);
+        entry.row_map = static_cast<const int32_t*>(row_map[i].const_data_ptr());
+    }
+    for (size_t i = 0; i < col_map.size(); ++i) {
+        AdamWTensor& entry = tensors[col_map_of[i]];
+        if (entry.N == 0) continue;  // no element, so no K
+        want(col_map[i], ScalarType::Int, entry.K, lr, "col_map", i);
+        entry.col_map = static_cast<const int32_t*>(col_map[i].const_data_ptr());
+    }
     for (size_t i = 0; i < shadow.size(); ++i) {
-        want(shadow[i], ScalarType::BFloat16, param[shadow_of[i]].numel(), lr, "shadow", i);
-        tensors[shadow_of[i]].shadow = static_cast<__nv_bfloat16*>(shadow[i].mutable_data_ptr());
+        AdamWTensor& entry = tensors[shadow_of[i]];
+        if (entry.row_map || entry.col_map) {
+            STD_TORCH_CHECK(shadow[i].dim() == 2, kOp, ": shadow[", i, "] has a map, but is not a matrix");
+            entry.shadow_rows = shadow[i].size(0), entry.shadow_cols = shadow[i].size(1);
+            const bool fits = (entry.row_map ? entry.shadow_rows <= entry.N : entry.shadow_rows == entry.N) &&
+                              (entry.col_map ? entry.shadow_cols <= entry.K : entry.shadow_cols == entry.K);
+            STD_TORCH_CHECK(fits, kOp, ": shadow[", i, "] is not of the shape that its maps leave");
+            want(shadow[i], ScalarType::BFloat16, shadow[i].numel(), lr, "shadow", i);
+        } else {
+            want(shadow[i], ScalarType::BFloat16, param[shadow_of[i]].numel(), lr, "shadow", i);
+        }
+        entry.shadow = static_cast<__nv_bfloat16*>(shadow[i].mutable_data_ptr());
     }
     for (size_t i = 0; i < score.size(); ++i) {
         AdamWTensor& entry = tensors[score_of[i]];

@@ -4,7 +4,7 @@ g = grad * grad_factor
 w = w * (1 - lr * weight_decay)
 m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
 w = w - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)        Loshchilov and Hutter, 1711.05101
-w, m, v = 0 wherever keep is False;   shadow = bf16(w)
+w, m, v = 0 wherever keep is False;   shadow = bf16(w), or its kept rows and columns alone
 score = decay * score + scale * finish(sum over the block of reduce(w before the step, g)), survivors only
 """
 
@@ -25,6 +25,7 @@ torch.library.define(
     "(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, Tensor lr, "
     "int[] group, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, Tensor? grad_factor, "
     "Tensor[] keep, int[] keep_of, int[] keep_blocks, Tensor(d!)[] shadow, int[] shadow_of, "
+    "Tensor[] row_map, int[] row_map_of, Tensor[] col_map, int[] col_map_of, "
     "Tensor(e!)[] score, int[] score_of, int[] score_blocks, str reduce, str finish, float decay, float scale) -> ()",
 )
 
@@ -50,6 +51,8 @@ def masked_adamw(
     grad_factor: Tensor | None = None,
     keeps: Mapping[int, tuple[Tensor, Grid]] | None = None,
     shadows: Mapping[int, Tensor] | None = None,
+    row_maps: Mapping[int, Tensor] | None = None,
+    col_maps: Mapping[int, Tensor] | None = None,
     scores: Mapping[int, tuple[Tensor, Grid]] | None = None,
     reduce: str = "abs",
     finish: str = "none",
@@ -61,7 +64,9 @@ def masked_adamw(
     steps: the number of this step, 1 for the first, one fp32 a tensor. lr [G] fp32; groups: the group of each tensor;
     betas, eps, weight_decay: one entry a group. grad_factor: one fp32 (clipping times inverse loss scale).
     keeps, shadows, scores: by position in params; keep bool and score fp32 in the shape of their grid, shadow bf16 in
-    that of its param. One device, nothing is read back, deterministic. ValueError names what does not fit.
+    that of its param. row_maps, col_maps (`index_map`) make a shadow compact: int32 [N], [K], the row and column of
+    shadow [n, k] that each of the weight [N, K] has, or -1; no map: all of them. Each row and column of the shadow has
+    one. One device, nothing is read back, deterministic. ValueError names what does not fit.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
     if reduce not in REDUCES or finish not in FINISHES:
@@ -71,9 +76,8 @@ def masked_adamw(
     keeps, shadows, scores = keeps or {}, shadows or {}, scores or {}
     _check_blocks("keep", keeps, torch.bool, params)
     _check_blocks("score", scores, torch.float32, params)
-    for t, shadow in shadows.items():
-        if (shadow.dtype, shadow.shape, shadow.device) != (torch.bfloat16, params[t].shape, params[t].device):
-            raise ValueError(f"masked_adamw: shadow[{t}] is {_named(shadow)}, want bfloat16 {tuple(params[t].shape)}")
+    row_maps, col_maps = row_maps or {}, col_maps or {}
+    _check_shadows(shadows, row_maps, col_maps, params)
     mutated = [*params, *exp_avgs, *exp_avg_sqs, *shadows.values(), *(score for score, _ in scores.values())]
     packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
     tensors = iter(packed)
@@ -97,6 +101,10 @@ def masked_adamw(
         [size for _, grid in keeps.values() for size in (grid.block_rows, grid.block_cols)],
         [next(tensors) for _ in shadows],
         list(shadows),
+        [row_map.contiguous() for row_map in row_maps.values()],
+        list(row_maps),
+        [col_map.contiguous() for col_map in col_maps.values()],
+        list(col_maps),
         [next(tensors) for _ in scores],
         list(scores),
         [size for _, grid in scores.values() for size in (grid.block_rows, grid.block_cols)],
@@ -150,6 +158,32 @@ def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: 
             raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {wanted} (grid {grid})")
 
 
+def _check_shadows(shadows, row_maps, col_maps, params) -> None:
+    for name, maps, axis in (("row_map", row_maps, 0), ("col_map", col_maps, 1)):
+        for t, of in maps.items():
+            if t not in shadows:
+                raise ValueError(f"masked_adamw: {name} is for params[{t}], which has no shadow")
+            size = matrix_shape(params[t])[axis]
+            if (of.dtype, tuple(of.shape), of.device) != (torch.int32, (size,), params[t].device):
+                wanted = f"int32 ({size},) on {params[t].device}"
+                raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {wanted}")
+    for t, shadow in shadows.items():
+        wanted = tuple(params[t].shape)
+        if t in row_maps or t in col_maps:  # as many rows and columns as have a place in it: up to the caller
+            N, K = matrix_shape(params[t])
+            n, k = (*shadow.shape, -1, -1)[:2]
+            wanted = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
+        if (shadow.dtype, tuple(shadow.shape), shadow.device) != (torch.bfloat16, wanted, params[t].device):
+            raise ValueError(f"masked_adamw: shadow[{t}] is {_named(shadow)}, want bfloat16 {wanted}")
+
+
+def index_map(index: Tensor, size: int) -> Tensor:
+    """The kept positions [n] of an axis -> int32 [size]: the place of each among them, -1 for the others."""
+    places = torch.full((size,), -1, dtype=torch.int32, device=index.device)
+    places[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    return places
+
+
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -169,10 +203,12 @@ def _as_bits(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def reference(
     param, grad, exp_avg, exp_avg_sq, step, lr, group, beta1, beta2, eps, weight_decay, grad_factor,
-    keep, keep_of, keep_blocks, shadow, shadow_of, score, score_of, score_blocks, reduce, finish, decay, scale,
+    keep, keep_of, keep_blocks, shadow, shadow_of, row_map, row_map_of, col_map, col_map_of,
+    score, score_of, score_blocks, reduce, finish, decay, scale,
 ) -> None:  # fmt: skip
     settings = list(zip(lr.unbind(), beta1, beta2, eps, weight_decay, strict=True))
     kept, scored, shadowed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, shadow_of))
+    maps = [dict(zip(of, given, strict=True)) for of, given in ((row_map_of, row_map), (col_map_of, col_map))]
     plain = defaultdict(list)
     for t, (w, g, m, v) in enumerate(zip(param, grad, exp_avg, exp_avg_sq, strict=True)):
         if w.numel() == 0:
@@ -198,7 +234,12 @@ def reference(
             for tensor in (w, m, v):
                 _as_bits(tensor).bitwise_and_(bits)
         if t in shadowed:
-            shadow[shadowed[t]].copy_(w)
+            out, compact = shadow[shadowed[t]], w
+            for dim, places in enumerate(of.get(t) for of in maps):
+                if places is not None:  # sorted, the places are -1, ..., -1, 0, ..., n - 1
+                    index = places.argsort()[len(places) - out.shape[dim] :]
+                    compact = compact.view(matrix_shape(compact)).index_select(dim, index)
+            out.copy_(compact)
     for (number, _), entries in plain.items():
         _adamw(*map(list, zip(*entries, strict=True)), *settings[number])
 

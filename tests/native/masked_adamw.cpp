@@ -1,7 +1,8 @@
 // Runs csrc/kernels/masked_adamw.cu. arrays: meta int64 [num_tensors, num_groups, reduce, finish, has_factor], settings
 // fp64 [num_groups, 4], lr fp32 [num_groups], numbers fp32 [factor, decay, scale]; then for each tensor: entry int64
-// [N, K, dtype, group, keep_rows, keep_cols, score_rows, score_cols, skip], param, grad, exp_avg, exp_avg_sq, step,
-// keep, shadow, score. Empty keep, shadow, score: not wanted. The four big ones start `skip` elements into their array.
+// [N, K, dtype, group, keep_rows, keep_cols, score_rows, score_cols, skip, shadow_rows, shadow_cols], param, grad,
+// exp_avg, exp_avg_sq, step, keep, shadow, score, row_map, col_map. Empty keep, shadow, score, maps: not wanted. The
+// four big ones start `skip` elements into their array.
 #include "../../csrc/kernels/masked_adamw.cu"
 
 #include "harness.h"
@@ -16,15 +17,31 @@ cudaError_t run(std::vector<Array>& arrays) {
     }
     std::vector<AdamWTensor> tensors;
     for (int64_t t = 0; t < meta[0]; ++t) {
-        const Array* const a = &arrays[4 + 9 * t];
+        const Array* const a = &arrays[4 + 11 * t];
         const int64_t* const entry = a[0].as<int64_t>();
         const DType dtype = DType(entry[2]);
         const int64_t skip = entry[8] * element_size(dtype);
         const auto wanted = [](const Array& array) { return array.bytes ? array.data : nullptr; };
-        tensors.push_back({a[1].data + skip, a[2].data + skip, a[3].data + skip, a[4].data + skip, a[5].as<float>(),
-                           entry[0], entry[1], dtype, int(entry[3]), reinterpret_cast<const uint8_t*>(wanted(a[6])),
-                           entry[4], entry[5], reinterpret_cast<__nv_bfloat16*>(wanted(a[7])),
-                           reinterpret_cast<float*>(wanted(a[8])), entry[6], entry[7]});
+        tensors.push_back({a[1].data + skip,
+                           a[2].data + skip,
+                           a[3].data + skip,
+                           a[4].data + skip,
+                           a[5].as<float>(),
+                           entry[0],
+                           entry[1],
+                           dtype,
+                           int(entry[3]),
+                           reinterpret_cast<const uint8_t*>(wanted(a[6])),
+                           entry[4],
+                           entry[5],
+                           reinterpret_cast<__nv_bfloat16*>(wanted(a[7])),
+                           reinterpret_cast<float*>(wanted(a[8])),
+                           entry[6],
+                           entry[7],
+                           reinterpret_cast<const int32_t*>(wanted(a[9])),
+                           reinterpret_cast<const int32_t*>(wanted(a[10])),
+                           entry[9],
+                           entry[10]});
     }
     float* const numbers = arrays[3].as<float>();
     const AdamWProblem problem{tensors.data(),

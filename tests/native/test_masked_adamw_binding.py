@@ -65,7 +65,13 @@ refused(5, lambda lr: lr.double(), "lr[0] is not 2 contiguous elements of the do
 refused(6, lambda groups: [7, *groups[1:]], "group[0] is 7")
 refused(12, lambda keep: [keep[0][1:]], "keep[0] is not 5 contiguous elements")
 refused(13, lambda of: [6], "keep_of holds 6, of 6")
-refused(20, lambda reduce: "sum", "reduce is sum")
+refused(15, lambda shadow: [shadow[0], shadow[1][:, :2]], "shadow[1] is not")
+refused(15, lambda shadow: [shadow[0], shadow[1].view(-1)], "shadow[1] has a map, but is not a matrix")
+refused(15, lambda shadow: [shadow[0], shadow[1].new_zeros(6, 3)], "shadow[1] is not of the shape that its maps leave")
+refused(17, lambda maps: [maps[0][1:]], "row_map[0] is not 5 contiguous elements")
+refused(19, lambda maps: [maps[0].long()], "col_map[0] is not 7 contiguous elements")
+refused(20, lambda of: [6], "col_map_of holds 6, of 6")
+refused(24, lambda reduce: "sum", "reduce is sum")
 print("passed")
 """
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sensibert.artifacts import Grid
+from sensibert.ops.masked_adamw import index_map
 from tests.helpers import DTYPES, assert_no_worse, dtype_id
 
 from .runner import BUILDS, KernelFailed
@@ -26,6 +27,8 @@ class Case:
     score: Grid | None = None
     shadow: bool = False
     skip: int = 0  # elements before the first: more than 0 is misaligned
+    maps: str = ""  # "r", "c", "rc": the shadow is compact along these axes
+    whole: int = 1  # its rows and columns are multiples of this
 
 
 def draw(case: Case, seed: int) -> dict[str, Tensor]:
@@ -36,9 +39,25 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
     state = {name: x.to(case.dtype) for name, x in state.items()} | {"step": torch.tensor([1.0 + seed])}
     bits = torch.rand(case.keep.shape(*case.shape), generator=rng) < 0.6 if case.keep else torch.empty(0)
     state["keep"] = bits.to(torch.uint8)
-    state["shadow"] = torch.full(case.shape, torch.nan, dtype=torch.bfloat16) if case.shadow else torch.empty(0)
+    compact, maps = list(case.shape), {}
+    for axis, letter in enumerate("rc"):
+        maps[f"{letter}_map"] = torch.empty(0, dtype=torch.int32)
+        if letter in case.maps:
+            size = case.shape[axis]
+            kept = torch.randperm(size, generator=rng)[: (size + 1) // 2 // case.whole * case.whole]
+            maps[f"{letter}_map"], compact[axis] = index_map(kept, size), len(kept)
+    state["shadow"] = torch.full(compact, torch.nan, dtype=torch.bfloat16) if case.shadow else torch.empty(0)
     state["score"] = torch.rand(case.score.shape(*case.shape), generator=rng) if case.score else torch.empty(0)
-    return state
+    return state | maps
+
+
+def kept_part(case: Case, state: dict[str, Tensor], full: Tensor) -> Tensor:
+    """What the maps of the case leave of a tensor [N, K]."""
+    for axis, letter in enumerate("rc"):
+        if letter in case.maps:
+            places = state[f"{letter}_map"]
+            full = full.index_select(axis, places.argsort()[(places < 0).sum() :])
+    return full
 
 
 def launch(program, cases, states, reduce="abs", finish="none", factor=None, decay=1.0, scale=1.0, **env):
@@ -48,9 +67,13 @@ def launch(program, cases, states, reduce="abs", finish="none", factor=None, dec
     for t, (case, state) in enumerate(zip(cases, states)):
         grids = [case.keep or Grid.tensor(), case.score or Grid.tensor()]
         blocks = [size for grid in grids for size in (grid.block_rows, grid.block_cols)]
-        arrays += [torch.tensor([*case.shape, CODES[case.dtype], t % len(GROUPS), *blocks, case.skip]), *state.values()]
+        compact = state["shadow"].shape if case.shadow else case.shape
+        arrays += [
+            torch.tensor([*case.shape, CODES[case.dtype], t % len(GROUPS), *blocks, case.skip, *compact]),
+            *state.values(),
+        ]
     results = program(*arrays, **env)[4:]
-    return [dict(zip(state, results[9 * t + 1 : 9 * t + 9])) for t, state in enumerate(states)]
+    return [dict(zip(state, results[11 * t + 1 : 11 * t + 11])) for t, state in enumerate(states)]
 
 
 def formula(case, state, group, dtype, reduce="abs", finish="none", factor=None, decay=1.0, scale=1.0):
@@ -98,7 +121,8 @@ def check(program, cases, **options):
             if case.keep:
                 assert (ours[name][case.skip :].view(case.shape)[truth == 0] == 0).all(), label
         if case.shadow:
-            assert torch.equal(ours["shadow"], ours["param"][case.skip :].view(case.shape).bfloat16())
+            full = ours["param"][case.skip :].view(case.shape).bfloat16()
+            assert torch.equal(ours["shadow"], kept_part(case, before, full)), case
         if case.score:
             rtol = 1e-5 if case.dtype == torch.float32 else 1e-4
             largest = float(exact[3].abs().max()) if exact[3].numel() else 1.0
@@ -127,6 +151,23 @@ def test_every_grid_masks_and_scores_at_every_shape(kernel, grid):
     check(kernel("masked_adamw"), cases, factor=0.25, decay=0.5, scale=3.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("maps", ["r", "c", "rc"])
+def test_a_compact_shadow_at_every_shape_and_alignment(kernel, maps, dtype):
+    cases = [Case(shape, dtype, shadow=True, maps=maps, skip=skip) for shape in SHAPES for skip in (0, 1)]
+    cases += [Case((35, 152), dtype, Grid.element(), Grid.row(), True, maps=maps)]
+    cases += [Case((37, 264), dtype, Grid.row(), shadow=True, maps=maps, whole=4)]  # its rows take full quads
+    check(kernel("masked_adamw"), cases)
+
+
+def test_an_empty_compact_shadow_is_not_written(kernel):
+    case = Case((5, 8), keep=Grid.tensor(), shadow=True, maps="r", whole=4)
+    none = {"r_map": torch.full((5,), -1, dtype=torch.int32), "shadow": torch.empty(0, 8, dtype=torch.bfloat16)}
+    state = draw(case, 0) | none
+    (after,) = launch(kernel("masked_adamw", "asan"), [case], [state])
+    assert not torch.equal(after["param"], state["param"])
+
+
 @pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("finish", FINISHES)
 def test_every_statistic(kernel, reduce, finish):
@@ -151,12 +192,16 @@ def test_clean_under_the_sanitizers(kernel, build):
         Case((257, 1), torch.float16, Grid.rows(2), Grid.tensor(), True, skip=1),
         Case((33, 132), torch.float32, Grid.element(), Grid.tensor()),
         Case((11, 50), torch.bfloat16),
+        Case((35, 132), torch.float32, Grid.row(), shadow=True, maps="r", whole=4),
+        Case((35, 130), torch.float16, Grid.block(4, 4), Grid.row(), shadow=True, maps="rc", skip=1),
+        Case((257, 1), shadow=True, maps="r"),
     ]
     check(kernel("masked_adamw", build), cases, factor=0.5)
 
 
 def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernel):
     cases = [Case((35, 150), keep=Grid.element(), score=grid, shadow=True) for grid in GRIDS]
+    cases += [Case((35, 150), keep=Grid.row(), shadow=True, maps="rc")]
     states = [draw(case, seed) for seed, case in enumerate(cases)]
     forward, backward = (
         launch(kernel("masked_adamw"), cases, states, **e) for e in ({}, {"CUDA_ON_CPU_BACKWARD": "1"})

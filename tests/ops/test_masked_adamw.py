@@ -5,7 +5,7 @@ import torch
 
 from sensibert.artifacts import Grid
 from sensibert.ops import block_sensitivity, masked_adamw
-from sensibert.ops.masked_adamw import matrix_shape
+from sensibert.ops.masked_adamw import index_map, matrix_shape
 from tests.helpers import DTYPES, assert_no_worse, dtype_id
 
 SHAPES = [(5, 7), (6,), (), (0, 4), (3, 2, 3), (16, 8)]
@@ -108,6 +108,36 @@ def test_the_shadow_is_the_new_masked_weight_in_bf16(dtype, device, poisoned_emp
         assert torch.equal(shadow, state[0][t].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("mapped", ["rows", "cols", "both"])
+def test_a_compact_shadow_is_what_the_maps_leave_of_the_full_one(mapped, dtype, device, poisoned_empty):
+    shapes = [(35, 52), (6,), (3, 2, 3), (16, 8), (8, 16), (5, 1)]
+    state = make_state(dtype, device, shapes)
+    keeps, shadows, maps, wanted = make_keeps(Grid.block(3, 2), state[0], device), {}, ({}, {}), {}
+    for t, param in enumerate(state[0]):
+        N, K = matrix_shape(param)
+        index = [torch.randperm(size, device=device)[: size - size // 3] for size in (N, K)]  # in any order
+        if mapped != "cols":
+            maps[0][t] = index_map(index[0], N)
+        if mapped != "rows":
+            maps[1][t] = index_map(index[1], K)
+        n, k = len(index[0]) if t in maps[0] else N, len(index[1]) if t in maps[1] else K
+        shadows[t] = torch.empty(n, k, dtype=torch.bfloat16, device=device)
+        rows = index[0] if t in maps[0] else torch.arange(N, device=device)
+        wanted[t] = rows, index[1] if t in maps[1] else torch.arange(K, device=device)
+    masked_adamw(*state, **SETTINGS, keeps=keeps, shadows=shadows, row_maps=maps[0], col_maps=maps[1])
+    for t, (rows, cols) in wanted.items():
+        full = state[0][t].view(matrix_shape(state[0][t])).bfloat16()
+        assert torch.equal(shadows[t], full[rows][:, cols]), t
+
+
+def test_nothing_kept_leaves_an_empty_shadow(device):
+    state, none = make_state(device=device), torch.full((5,), -1, dtype=torch.int32, device=device)
+    shadow = torch.empty(0, 7, dtype=torch.bfloat16, device=device)
+    masked_adamw(*state, **SETTINGS, shadows={0: shadow}, row_maps={0: none})
+    assert state[0][0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "reduce, finish",
     [("signed", "square"), ("signed", "abs")]
@@ -159,8 +189,11 @@ def test_no_tensors_is_no_work():
 def op_arguments(device="cpu"):
     keep, score = torch.rand(5, 1, device=device) < 0.5, torch.zeros(1, 7, device=device)
     shadow = torch.zeros(16, 8, dtype=torch.bfloat16, device=device)
+    compact, places = torch.zeros_like(shadow)[:2, :3].contiguous(), torch.tensor([1, 4, 6], device=device)
+    maps = [index_map(places[:2], 5)], [0], [index_map(places, 7)], [0]
     settings = [0.9, 0.8], [0.999, 0.95], [1e-8, 1e-6], [0.1, 0.0], torch.tensor(0.5, device=device)
-    extras = [keep], [0], [1, 0], [shadow], [5], [score], [0], [0, 1], "abs", "none", 1.0, 1.0
+    shadows = [shadow, compact], [5, 0], *maps
+    extras = [keep], [0], [1, 0], *shadows, [score], [0], [0, 1], "abs", "none", 1.0, 1.0
     return *make_state(device=device), *settings, *extras
 
 
@@ -169,20 +202,23 @@ def test_registration(device):
 
 
 def test_it_compiles_without_a_graph_break():
-    def step(params, grads, exp_avgs, exp_avg_sqs, keep, score):
+    def step(params, grads, exp_avgs, exp_avg_sqs, keep, score, shadow, row_map):
         state = (params, grads, exp_avgs, exp_avg_sqs, *make_fixed)
-        masked_adamw(*state, **SETTINGS, keeps={0: (keep, Grid.row())}, scores={0: (score, Grid.column())})
+        extras = {"keeps": {0: (keep, Grid.row())}, "scores": {0: (score, Grid.column())}}
+        masked_adamw(*state, **SETTINGS, **extras, shadows={0: shadow}, row_maps={0: row_map})
 
     make_fixed = make_state()[4:]
     keep, results = torch.arange(5)[:, None] % 2 == 0, []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        state, score = make_state(), torch.zeros(1, 7)
-        run(*state[:4], keep, score)
-        results.append([*state[0], *state[2], *state[3], score])
+        state, score, shadow = make_state(), torch.zeros(1, 7), torch.zeros(3, 7, dtype=torch.bfloat16)
+        run(*state[:4], keep, score, shadow, index_map(torch.tensor([0, 2, 4]), 5))
+        results.append([*state[0], *state[2], *state[3], score, shadow])
+        assert torch.equal(shadow, state[0][0][::2].bfloat16())
     for eager, compiled in zip(*results):
         assert torch.equal(eager, compiled)
 
 
+MAP, HALF = torch.zeros(5, dtype=torch.int32), torch.zeros(5, 7, dtype=torch.bfloat16)
 WRONG = {
     "grads has 5 entries, want 6": lambda s, o: s[1].pop(),
     r"exp_avgs\[0\] is float32 \(5, 6\) on cpu, want float32 \(5, 7\)": lambda s, o: s[2].__setitem__(
@@ -203,6 +239,19 @@ WRONG = {
         keeps={9: (torch.ones(1, 1, dtype=torch.bool), Grid.tensor())}
     ),
     r"shadow\[0\] is float32": lambda s, o: o.update(shadows={0: torch.zeros(5, 7)}),
+    r"row_map is for params\[0\], which has no shadow": lambda s, o: o.update(row_maps={0: MAP}),
+    r"row_map of params\[0\] is int32 \(6,\) on cpu, want int32 \(5,\)": lambda s, o: o.update(
+        shadows={0: HALF}, row_maps={0: torch.zeros(6, dtype=torch.int32)}
+    ),
+    r"col_map of params\[0\] is int64 \(7,\)": lambda s, o: o.update(
+        shadows={0: HALF}, col_maps={0: torch.zeros(7).long()}
+    ),
+    r"shadow\[0\] is bfloat16 \(2, 3\) on cpu, want bfloat16 \(2, 7\)": lambda s, o: o.update(
+        shadows={0: HALF[:2, :3]}, row_maps={0: MAP}
+    ),
+    r"shadow\[0\] is bfloat16 \(10, 7\) on cpu, want bfloat16 \(5, 7\)": lambda s, o: o.update(
+        shadows={0: HALF.repeat(2, 1)}, row_maps={0: MAP}
+    ),
     "grad_factor is float64": lambda s, o: o.update(grad_factor=torch.tensor(1.0).double()),
     "reduce, finish are 'sum', 'none'": lambda s, o: o.update(reduce="sum"),
 }
