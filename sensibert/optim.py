@@ -16,7 +16,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
 
     set_keep names the blocks of a parameter that survive: the others and their moments are exactly 0 after every step.
-    set_shadow has a bf16 copy of a parameter rewritten by every step, track has sensitivities accumulated in it.
+    set_shadow has a bf16 copy of a parameter, or of its kept rows and columns, rewritten by every step; track has
+    sensitivities accumulated in it.
     `grad_factor`, a float32 scalar tensor or None, multiplies every gradient on the way (clipping, inverse loss scale).
     A group's lr may be a tensor: then a captured step reads it anew at each replay. Without masks: torch.optim.AdamW.
     """
@@ -39,7 +40,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _start_unsaved(self) -> None:
         self.grad_factor: Tensor | None = None
         self._lr: dict[torch.device, tuple[list[float], Tensor]] = {}
-        self._shadows: dict[Tensor, Tensor] = {}
+        self._shadows: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._scores: dict[Tensor, tuple[Tensor, Grid]] = {}
         self._statistic: dict = {}
 
@@ -63,12 +64,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.state[param].pop("keep", None)
         self.state[param].pop("keep_grid", None)
 
-    def set_shadow(self, param: Tensor, shadow: Tensor | None) -> None:
-        """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved."""
-        self._want_held(param)
+    def set_shadow(
+        self, param: Tensor, shadow: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
+    ) -> None:
+        """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
+
+        With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that have a place."""
         self._shadows.pop(param, None)
         if shadow is not None:
-            self._shadows[param] = shadow
+            self._want_held(param)
+            self._shadows[param] = (shadow, row_map, col_map)
+
+    def shadow(self, param: Tensor) -> Tensor | None:
+        """What set_shadow named."""
+        return self._shadows[param][0] if param in self._shadows else None
 
     def track(
         self,
@@ -125,11 +134,17 @@ class MaskedAdamW(torch.optim.Optimizer):
             weight_decay=[group["weight_decay"] for group in self.param_groups],
             grad_factor=None if self.grad_factor is None else self.grad_factor.to(device),
             keeps={t: (s["keep"], Grid(*s["keep_grid"])) for t, s in enumerate(states) if "keep" in s},
-            shadows={t: self._shadows[p] for t, p in enumerate(params) if p in self._shadows},
+            **self._shadows_of(params),
             scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
             **self._statistic,
         )
         torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
+
+    def _shadows_of(self, params: list[Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Shadows, row maps and column maps by place, as the op wants them."""
+        held = [(t, self._shadows[p]) for t, p in enumerate(params) if p in self._shadows]
+        names = ("shadows", "row_maps", "col_maps")
+        return {name: {t: s[i] for t, s in held if s[i] is not None} for i, name in enumerate(names)}
 
     def _lr_on(self, device: torch.device) -> Tensor:
         """One learning rate a group [G]; copied to the device only when one has changed."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from sensibert.artifacts import Grid
 from sensibert.ops import block_sensitivity
+from sensibert.ops.masked_adamw import index_map
 from sensibert.optim import MaskedAdamW, slice_state
 from tests.helpers import DTYPES, dtype_id, tiny_batch, tiny_model
 
@@ -124,8 +125,13 @@ def test_the_shadow_and_the_score_follow_every_step(device):
         block_sensitivity([before], [weight.grad], Grid.row(), "signed", "square", out=[wanted])
         assert torch.equal(shadow, weight.bfloat16())
     torch.testing.assert_close(score, wanted)
-    optimizer.set_shadow(weight, None)
+    compact, rows = torch.empty(2, 4, dtype=torch.bfloat16, device=device), torch.tensor([1, 4], device=device)
+    optimizer.set_shadow(weight, compact, index_map(rows, 6))
+    assert optimizer.shadow(weight) is compact
     optimizer.track({})
+    train(optimizer, 1)
+    assert torch.equal(compact, weight[rows].bfloat16())
+    optimizer.set_shadow(weight, None)
     train(optimizer, 1)
     assert not torch.equal(shadow, weight.bfloat16())
     torch.testing.assert_close(score, wanted)

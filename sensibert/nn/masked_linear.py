@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..artifacts import Grid
 from ..ops.block_sensitivity import block_sensitivity
 from ..ops.masked_linear import masked_linear
-from ..ops.masked_linear_live import publish
+from .following import followers
 
 
 class MaskedLinear(nn.Linear):
@@ -62,25 +62,17 @@ class MaskedLinear(nn.Linear):
         if old is not None and old.shape == keep.shape and old.device == self.weight.device:
             old.copy_(keep)
         else:
-            self.register_buffer("keep", keep.detach().to(self.weight.device, copy=True), persistent=False)
+            self.register_buffer("keep", keep.detach().to(self.weight.device, copy=True).contiguous(), persistent=False)
         self.grid = grid
 
     def follow(self, optimizer) -> None:
         """Let `optimizer`, a MaskedAdamW that holds the weight, keep dropped weights at 0 and write in its own pass the
-        bf16 masked copy that a call under bf16 autocast (or a bf16 layer) then multiplies with, instead of making it.
+        bf16 matrix of the kept rows and columns that a call under bf16 autocast (or a bf16 layer) then multiplies with,
+        instead of gathering, casting and masking the weight each time.
 
-        Ends when set_keep changes the shape of keep."""
-        keep, weight = self.keep, self.weight
-        shadow = weight.detach().bfloat16().masked_fill(~self.grid.expand(keep, *weight.shape), 0)
-        optimizer.set_keep(weight, keep, self.grid)
-        optimizer.set_shadow(weight, shadow)
-        publish(weight, keep, shadow)
-
-        def republish(*_) -> None:
-            if self.keep is keep and self.weight is weight:
-                publish(weight, keep, shadow)
-
-        optimizer.register_step_post_hook(republish)
+        After set_keep the next call makes it anew, in one launch for all layers that follow the optimizer. The layer's
+        masks are the optimizer's, also after its load_state_dict. Ends when set_keep changes the shape of keep."""
+        followers(optimizer).add(self)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         return masked_linear(x, self.weight, self.bias, self.keep, self.grid)

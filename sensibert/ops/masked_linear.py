@@ -70,7 +70,7 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
     if path == "bits":
         bits = remember(row_bits, keep, Grid(block_rows, block_cols), *weight.shape)
         return ops.masked_linear_bits(_only(x, kept.cols), weight.to(x.dtype), bias, bits, False)
-    w, rows = _weight(path, weight, keep, kept, x.dtype), kept.rows
+    w, rows = _weight(path, weight, keep, Grid(block_rows, block_cols), kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
         empty = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
@@ -87,7 +87,7 @@ def _dx(dy, weight, keep, block_rows, block_cols):
     if path == "bits":
         bits = remember(column_bits, keep, Grid(block_rows, block_cols), *weight.shape)
         return ops.masked_linear_bits(_only(dy, kept.rows), weight.to(dy.dtype), None, bits, True)
-    w = _weight(path, weight, keep, kept, dy.dtype)
+    w = _weight(path, weight, keep, Grid(block_rows, block_cols), kept, dy.dtype)
     dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
@@ -110,13 +110,14 @@ def _plan(x: Tensor, shape: tuple[int, int], keep: Tensor, grid: Grid) -> tuple[
     return paths.resolve(paths.Problem(num_tokens, *shape, x.dtype, grid, kept.density, kept.share, where)).path, kept
 
 
-def _weight(path: str, weight: Tensor, keep: Tensor, kept: Live, dtype: torch.dtype) -> Tensor:
+def _weight(path: str, weight: Tensor, keep: Tensor, grid: Grid, kept: Live, dtype: torch.dtype) -> Tensor:
     """The matrix [n, k] to multiply with: kept rows and columns, in the compute dtype, 0 in the holes."""
+    compact = published(weight, keep, grid, dtype)
+    if compact is not None:
+        return compact
     if path == "dense":
         return weight.to(dtype)
-    shadow = published(weight, keep, dtype)
-    w = _take(_take(weight if shadow is None else shadow, kept.rows, 0), kept.cols).to(dtype)
-    return blank(w, None if shadow is not None else kept.bits)
+    return blank(_take(_take(weight, kept.rows, 0), kept.cols).to(dtype), kept.bits)
 
 
 def _flat(t: Tensor) -> Tensor:

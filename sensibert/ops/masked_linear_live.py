@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -81,19 +82,39 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
 
 
-_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (versions, masked copy)
+class _Published(NamedTuple):
+    weight_version: int
+    keep: Tensor
+    keep_version: int
+    grid: Grid
+    compact: Tensor
+    renew: WeakMethod | None
 
 
-def publish(weight: Tensor, keep: Tensor, shadow: Tensor) -> None:
-    """Promise that shadow [N, K] is weight * keep in the compute dtype, so that no call has to cast or mask.
+_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> _Published, which must not hold the weight
+
+
+def publish(weight: Tensor, keep: Tensor, grid: Grid, compact: Tensor, renew: WeakMethod | None = None) -> None:
+    """Promise that compact [n, k] holds the kept rows and columns of weight * keep in the compute dtype, so that no
+    call has to gather, cast or mask.
 
     For an optimizer that writes it in its own pass. It is used until the version counter of weight or keep moves; who
-    publishes does so again after each step. torch's fused optimizers do not move it: they must not hold the weight."""
-    _published[weight] = (weight._version, keep._version, shadow)
+    publishes does so again after each step. torch's fused optimizers do not move it: they must not hold the weight.
+    renew is called when keep has changed, and may publish anew."""
+    _published[weight] = _Published(weight._version, keep, keep._version, grid, compact, renew)
 
 
-def published(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
+def withdraw(weight: Tensor) -> None:
+    """End the promise, and let go of the matrix."""
+    _published.pop(weight, None)
+
+
+def published(weight: Tensor, keep: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor | None:
     known = None if weight.is_inference() or keep.is_inference() else _published.get(weight)
-    if known is None or known[:2] != (weight._version, keep._version) or known[2].dtype != dtype:
+    if known is None or known.keep is not keep or known.compact.dtype != dtype:
         return None
-    return known[2]
+    if known.keep_version != keep._version and known.renew is not None and (renew := known.renew()) is not None:
+        renew()
+        known = _published.get(weight, known)
+    now = (weight._version, keep._version, grid)
+    return known.compact if (known.weight_version, known.keep_version, known.grid) == now else None

@@ -1,6 +1,7 @@
 """What a keep grid leaves: rows, columns, holes, shares; remembered as long as it is true and no longer."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -102,13 +103,48 @@ def test_the_op_finds_it_once_for_forward_and_backward(monkeypatch):
 def test_a_published_copy_is_used_until_weight_or_keep_changes(grid):
     x, weight = torch.eye(3), torch.ones(2, 3)
     keep = torch.tensor([[True, False, True]]).expand(grid.shape(2, 3)).clone()
-    shadow = torch.full((2, 3), 7.0)  # not what W holds: so we see who was asked
-    shadow[:, 1] = 0
-    publish(weight, keep, shadow)
+    compact = torch.full((2, 2), 7.0)  # not what W holds: so we see who was asked
+    publish(weight, keep, grid, compact)
     assert masked_linear(x, weight, None, keep, grid)[:, 0].tolist() == [7, 0, 7]
-    assert published(weight, keep, torch.bfloat16) is None
+    assert published(weight, keep, grid, torch.bfloat16) is None
+    assert published(weight, keep, Grid.block(2, 1), torch.float32) is None
+    assert published(weight, keep.clone(), grid, torch.float32) is None  # another layer's masks on a tied weight
     weight.mul_(1)
     assert masked_linear(x, weight, None, keep, grid)[:, 0].tolist() == [1, 0, 1]
-    publish(weight, keep, shadow)
+    publish(weight, keep, grid, compact)
     keep.copy_(keep.clone())
-    assert published(weight, keep, torch.float32) is None
+    assert published(weight, keep, grid, torch.float32) is None
+
+
+def test_a_published_matrix_serves_forward_and_both_ways_of_the_gradient():
+    x, weight, keep = torch.eye(3, requires_grad=True), torch.ones(2, 3), torch.tensor([[True], [False]])
+    publish(weight, keep, Grid.row(), torch.full((1, 3), 7.0))
+    y = masked_linear(x, weight, None, keep, Grid.row())
+    assert y.tolist() == [[7, 0]] * 3
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [[7] * 3] * 3
+
+
+class Publisher:
+    calls = 0
+
+    def renew(self):
+        self.calls += 1
+
+
+def test_whoever_published_is_asked_once_keep_has_changed_and_not_held():
+    weight, keep, publisher = torch.ones(2, 3), torch.tensor([[True], [False]]), Publisher()
+    publish(weight, keep, Grid.row(), torch.ones(1, 3), weakref.WeakMethod(publisher.renew))
+    keep[1] = True
+    assert published(weight, keep, Grid.row(), torch.bfloat16) is None and publisher.calls == 0
+    assert published(weight, keep, Grid.row(), torch.float32) is None and publisher.calls == 1
+    del publisher
+    assert published(weight, keep, Grid.row(), torch.float32) is None
+
+
+def test_a_withdrawn_matrix_is_let_go():
+    weight, keep, compact = torch.ones(2, 3), torch.tensor([[True], [False]]), torch.ones(1, 3)
+    publish(weight, keep, Grid.row(), compact)
+    gone = weakref.ref(compact)
+    del compact
+    module.withdraw(weight), module.withdraw(weight), gc.collect()
+    assert gone() is None and published(weight, keep, Grid.row(), torch.float32) is None
