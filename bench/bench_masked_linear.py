@@ -23,7 +23,8 @@ from _harness import DEVICE, RESULTS, record
 
 from sensibert.artifacts import Grid
 from sensibert.ops.masked_linear import force, masked_linear
-from sensibert.ops.masked_linear_live import live
+from sensibert.ops.masked_linear_dweight import block_list
+from sensibert.ops.masked_linear_live import live, remember
 from sensibert.ops.masked_linear_path import built
 
 BENCH = "bench_masked_linear"
@@ -130,15 +131,17 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
             calls["F.linear(x, W*M) compiled"] = (partial(run, torch.compile(naive), part), typed)
     if ON_GPU and part == "fwd" and density == 0.5 and (sparse := semi_structured(data)):
         calls["2:4 of torch"] = (linear, sparse)
-    if ON_GPU and grid == Grid.block(64, 64) and part in ("fwd", "dX") and density < 1 and "tiles" in built():
+    if ON_GPU and grid == Grid.block(64, 64) and density < 1 and "tiles" in built():
         calls["tiles"] = (partial(forced, "tiles", part), calls["ours"][1])
+        if part == "dW":
+            calls["tiles and scores"] = (scored, calls["ours"][1])
     times = alternate(calls)
     benchmark.pedantic(calls["ours"][0], args=calls["ours"][1][0], rounds=1)
     if density == 1:
         times["ideal"] = times["dense"]
     elif "ideal" not in times:
         times["ideal"] = times["masked beforehand"] if grid == Grid.element() else times["dense"] * density
-    ours, tiles = times.pop("ours"), times.pop("tiles", None)
+    ours, tiles, with_scores = (times.pop(name, None) for name in ("ours", "tiles", "tiles and scores"))
 
     case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
     for name, value in times.items():
@@ -148,6 +151,8 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
     if tiles is not None:
         record(BENCH, f"tiles {case}", "us", tiles, "us", "dense", times["dense"])
         record(BENCH, f"tiles {case}", "vs_dense", times["dense"] / tiles, "1")
+    if with_scores is not None:
+        record(BENCH, f"tiles {case} with scores", "us", with_scores, "us", "without", tiles)
 
 
 def alternate(calls: dict) -> dict[str, float]:
@@ -164,6 +169,13 @@ def alternate(calls: dict) -> dict[str, float]:
 def forced(path: str, *arguments):
     with force(path):
         return alone(*arguments)
+
+
+def scored(x, w, b, dy, keep, grid):
+    """dW of the path tiles, with the saliency of each block."""
+    blocks = remember(block_list, keep, grid, *w.shape)
+    out = torch.empty(keep.shape, device=DEVICE)
+    return torch.ops.sensibert.masked_linear_tiles_dweight_score_(out, dy, x, w, *blocks, "abs", "none", 0.0, 1.0)
 
 
 def semi_structured(data) -> list[tuple] | None:

@@ -25,7 +25,8 @@ SHAPES = [
 
 
 def run(kernel, dy, x, keep, grid=BLOCKS, chunks=1, score=NO_SCORE, build="plain", pad=0, **env):
-    """dW [N, K] and the scores as the kernel leaves them; dW was NaN. Rows of dy and x lie `pad` elements apart."""
+    """dW [N, K] and the scores as the kernel leaves them, dW was NaN; and the number of chunks, 0 lets it choose. Rows
+    of dy and x lie `pad` elements further apart than they need."""
     (M, N), K = dy.shape, x.shape[1]
     out, w, reduce, finish, decay, scale = score
     blocks = block_list(keep, grid, N, K)
@@ -35,7 +36,7 @@ def run(kernel, dy, x, keep, grid=BLOCKS, chunks=1, score=NO_SCORE, build="plain
     arrays = [torch.tensor(sizes), *spread, x.new_full((N, K), float("nan")), *blocks, out, w]
     arrays.append(torch.tensor([decay, scale]))
     done = kernel("masked_linear_dweight", build)(*arrays, **{k: str(v) for k, v in env.items()})
-    return done[3], done[6]
+    return done[3], done[6], int(done[0][6])
 
 
 def make_inputs(M, N, K, dtype=torch.bfloat16, kept=0.5, grid=BLOCKS):
@@ -74,6 +75,14 @@ def test_grids_and_densities(kernel, grid, kept):
 def test_no_tokens_give_zero(kernel):
     dy, x, keep = make_inputs(0, 72, 136, kept=0.6)
     assert not run(kernel, dy, x, keep, chunks=0)[0].any()
+
+
+@pytest.mark.parametrize("M,want", [(64, 1), (1600, 3)])  # 25 steps of one tile: thirds pay for handing them over
+def test_few_tiles_and_many_tokens_are_cut_into_chunks(kernel, M, want):
+    args = make_inputs(M, 64, 64, kept=1.1)
+    dw, _, chunks = run(kernel, *args, chunks=0)
+    assert chunks == want and torch.equal(dw, run(kernel, *args, chunks=want)[0])
+    check(dw, *args)
 
 
 def test_what_only_dropped_blocks_read_stays_out(kernel):
@@ -115,7 +124,7 @@ def test_scores_are_block_sensitivity_of_the_exact_gradient(kernel, reduce, fini
         )[0]  # fmt: skip
         poisoned = w.masked_fill(dropped, float("nan"))
         start = before.clone() if decay else torch.full_like(before, float("nan"))
-        dw, got = run(kernel, dy, x, keep, score=(start, poisoned, reduce, finish, decay, 0.5))
+        dw, got, _ = run(kernel, dy, x, keep, score=(start, poisoned, reduce, finish, decay, 0.5))
         check(dw, dy, x, keep)
         assert_no_worse(got, plain, decay * before.double() + 0.5 * truth.double(), factor=2, label="score")
 
