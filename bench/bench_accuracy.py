@@ -2,6 +2,7 @@
 
     python bench/bench_accuracy.py --data DATA --model MODEL --task banking77 --budgets 50%params 30%params
     ... --methods dense ours uniform layers torch-pruning torch-pruning-magnitude magnitude random
+    ... --methods element block64 --budgets 50%params 10%params   # `ours` on other grids: masked, not cut
     ... --override recover_peak=1 --override shape=cubic     # an ablation: `ours` with these options
     ... --train-rows 20000 --max-steps 500                   # a part of a large set; the rows say so
 
@@ -36,7 +37,7 @@ from sensibert.tasks import get_task, load_examples
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "magnitude": {"method": "magnitude"}}
-OURS |= {"random": {"method": "random"}}
+OURS |= {"random": {"method": "random"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
 SETTING = ("epochs", "learning_rate", "train_rows", "max_steps")  # what runs must share to be compared
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
