@@ -131,8 +131,9 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
             calls["F.linear(x, W*M) compiled"] = (partial(run, torch.compile(naive), part), typed)
     if ON_GPU and part == "fwd" and density == 0.5 and (sparse := semi_structured(data)):
         calls["2:4 of torch"] = (linear, sparse)
-    if ON_GPU and grid == Grid.block(64, 64) and density < 1 and "tiles" in built():
-        calls["tiles"] = (partial(forced, "tiles", part), calls["ours"][1])
+    own = {Grid.block(64, 64): "tiles", Grid.element(): "bits"}.get(grid)
+    if ON_GPU and density < 1 and own in built() and (own, part) != ("bits", "dW"):  # bits has no dW of its own
+        calls[own] = (partial(forced, own, part), calls["ours"][1])
         if part == "dW":
             calls["tiles and scores"] = (scored, calls["ours"][1])
     times = alternate(calls)
@@ -141,18 +142,19 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         times["ideal"] = times["dense"]
     elif "ideal" not in times:
         times["ideal"] = times["masked beforehand"] if grid == Grid.element() else times["dense"] * density
-    ours, tiles, with_scores = (times.pop(name, None) for name in ("ours", "tiles", "tiles and scores"))
+    ours, forced_own, with_scores = (times.pop(name, None) for name in ("ours", own, "tiles and scores"))
 
     case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
     for name, value in times.items():
         record(BENCH, f"default {case}", "us", ours, "us", name, value)
     record(BENCH, f"default {case}", "vs_dense", times["dense"] / ours, "1")
     record(BENCH, f"default {case}", "vs_ideal", times["ideal"] / ours, "1")
-    if tiles is not None:
-        record(BENCH, f"tiles {case}", "us", tiles, "us", "dense", times["dense"])
-        record(BENCH, f"tiles {case}", "vs_dense", times["dense"] / tiles, "1")
+    if forced_own is not None:
+        for name in ("dense", "masked beforehand"):
+            record(BENCH, f"{own} {case}", "us", forced_own, "us", name, times[name])
+        record(BENCH, f"{own} {case}", "vs_dense", times["dense"] / forced_own, "1")
     if with_scores is not None:
-        record(BENCH, f"tiles {case} with scores", "us", with_scores, "us", "without", tiles)
+        record(BENCH, f"tiles {case} with scores", "us", with_scores, "us", "without", forced_own)
 
 
 def alternate(calls: dict) -> dict[str, float]:
