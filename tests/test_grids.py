@@ -110,6 +110,14 @@ def test_flops_of_blocks_are_those_a_kernel_cannot_skip(here, tmp_path):
     assert 0 <= 0.6 * result["flops_before"] - result["flops_after"] < block + 1
 
 
+def test_gradient_accumulation_and_bf16_leave_the_zeros_alone(here, tmp_path):
+    asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
+    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    gone = result["encoder_params_before"] - result["encoder_params_after"]
+    assert result["steps"] == 5
+    assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == gone > 0
+
+
 class Killed(BaseException):
     """Not an Exception: nothing on the way may swallow it."""
 

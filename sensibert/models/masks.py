@@ -45,10 +45,11 @@ class Masks:
 
 def masks_of(model: nn.Module) -> Masks | None:
     """The model's masks as they are now (copies, on the CPU); None where no grid was cut, or `restore` has ended it."""
-    grid, modules = getattr(model, _ATTRIBUTE, None), base_of(model).named_modules()
+    grid, layers = getattr(model, _ATTRIBUTE, None), base_of(model).named_modules()
     if grid is None:
         return None
-    keep = {f"{name}.weight": m.keep.to("cpu", copy=True) for name, m in modules if isinstance(m, MaskedLinear)}
+    masked = ((f"{name}.weight", m) for name, m in layers if isinstance(m, MaskedLinear) and m.grid == grid)
+    keep = {name: layer.keep.to("cpu", copy=True) for name, layer in masked}
     return Masks(grid, keep) if keep else None
 
 
