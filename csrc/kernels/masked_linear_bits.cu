@@ -34,7 +34,6 @@ constexpr int kWBytes = 64 * kDepth * 2;  // of one consumer
 constexpr int kBitsBytes = kRows * 16;    // 16 bytes a row, the least TMA copies: this step and a neighbour
 constexpr int kStoreRows = 32;            // tokens of a box on its way to y
 constexpr int kStoreBytes = kStoreRows * 128, kStoreBoxes = 2;
-constexpr int kAtom = 1024;  // bytes after which the 128-byte swizzle repeats: alignment of every swizzled box
 static_assert(kDepth * 2 == 128, "a row of a box is one 128-byte swizzle row");
 static_assert(kRows == 64 * kConsumers, "a consumer multiplies 64 features, the height of wgmma");
 
@@ -58,14 +57,6 @@ struct Problem {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t count_tiles(const BitsProblem& q, int tile_cols) { return ceil_div(q.N, kRows) * ceil_div(q.M, tile_cols); }
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-    const T pair[2] = {from_float<T>(a), from_float<T>(b)};
-    uint32_t bits;
-    memcpy(&bits, pair, 4);
-    return bits;
-}
 
 // 32 consecutive bits of a row of weights, as a thread needs them: its columns are 8 j + 2 q and 8 j + 2 q + 1.
 struct Spread {
@@ -247,12 +238,6 @@ cudaError_t launch_width(const BitsProblem& q, cudaStream_t stream) {
     }
     if (tile_cols == 192) return launch<T, kByColumns, 192>(q, stream);
     return launch<T, kByColumns, 256>(q, stream);
-}
-
-bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t per_16_bytes) {
-    constexpr int64_t kLimit = int64_t(1) << 31;  // coordinates are int32
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % per_16_bytes == 0 && stride >= num_cols &&
-           num_rows < kLimit && num_cols < kLimit;
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ using namespace hopper;
 constexpr int kBand = 64;  // the side of a block of dW, and tokens of a step
 constexpr int kConsumers = 2, kBandsEach = kDweightBands / kConsumers;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kBox = kBand * kBand * 2, kAtom = 1024;  // bytes; the 128-byte swizzle repeats after kAtom
+constexpr int kBox = kBand * kBand * 2;  // bytes
 constexpr int kStages = 4, kStage = (1 + kDweightBands) * kBox;
 constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8, kSums = kLast + kConsumers * 4;
 constexpr int kBytes = kSums + kConsumers * 4 * kBandsEach * 4 + kAtom;  // of shared memory
@@ -54,15 +54,6 @@ struct Item {
     }
 };
 
-struct Place {  // in the ring: stage and the parity of its current round
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-        parity ^= stage == 0;
-    }
-};
-
 __device__ __forceinline__ void write_score(const DweightScore& s, int64_t block, float total) {
     const float value = s.finish == Finish::kSquare ? total * total : s.finish == Finish::kAbs ? fabsf(total) : total;
     s.out[block] = s.decay == 0.f ? s.scale * value : fmaf(s.decay, s.out[block], s.scale * value);
@@ -72,23 +63,14 @@ __device__ __forceinline__ void write_score(const DweightScore& s, int64_t block
 __device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpret_cast<const float2*>(p); }
 template <typename T>
 __device__ __forceinline__ float2 load_pair(const T* p) {
-    const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
-    T both[2];
-    memcpy(both, &bits, sizeof both);
-    return make_float2(to_float(both[0]), to_float(both[1]));
-}
-template <typename T>
-__device__ __forceinline__ void store_pair(T* p, float a, float b) {
-    const T both[2] = {from_float<T>(a), from_float<T>(b)};
-    uint32_t bits;
-    memcpy(&bits, both, sizeof both);
-    *reinterpret_cast<uint32_t*>(p) = bits;
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(p));
 }
 
 // The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, X from band `first` of each on.
 template <typename T, int kWidth>
 __device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], const unsigned char* shared,
-                                         uint64_t* full, uint64_t* empty, Place& at, int num_steps, int first) {
+                                         uint64_t* full, uint64_t* empty, Place<kStages>& at, int num_steps,
+                                         int first) {
     constexpr int kNext = 16 * 128 >> 4;  // to the next 16 tokens, in descriptor units of 16 bytes
     const bool leads = threadIdx.x % 32 == 0;
     int before = 0;  // the stage of the step before, still being read
@@ -177,7 +159,7 @@ __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBa
                 if (r >= p.N || here >= p.K) continue;
                 const int64_t at = int64_t(r) * p.K + here;
                 const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
-                store_pair(dw + at, d[0], d[1]);
+                *reinterpret_cast<uint32_t*>(dw + at) = pack<T>(d[0], d[1]);
                 if constexpr (kScore) {
                     const float2 of = load_pair(w + at);
                     const float x = __uint_as_float(__float_as_uint(of.x * d[0]) & keep_bits);
@@ -227,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
 
-    Place at;
+    Place<kStages> at;
     if (group == 0) {
         give_registers<40>();
         if (threadIdx.x >= 32) write_dropped(dw, p);
@@ -286,12 +268,6 @@ cudaError_t launch(const TensorMap& dy, const TensorMap& x, void* dw, const Prob
     return SENSIBERT_LAUNCH(kernel, min(num_blocks, wanted), kThreads, kBytes, stream, dy, x, static_cast<T*>(dw), p);
 }
 
-bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride) {
-    constexpr int64_t kLimit = int64_t(1) << 31;  // coordinates are int32
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0 && stride >= num_cols && num_cols % 8 == 0 &&
-           num_rows < kLimit && num_cols < kLimit;
-}
-
 int64_t counter_bytes(int64_t num_tiles) { return (num_tiles * kConsumers * 4 + 15) / 16 * 16; }
 
 }  // namespace
@@ -321,9 +297,10 @@ cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockLis
     const int64_t num_steps = (q.M + kBand - 1) / kBand, num_items = int64_t(list.num_tiles) * q.num_chunks;
     const bool scored =
         score.reduce == Reduce::kSigned || score.reduce == Reduce::kAbs || score.reduce == Reduce::kSquare;
-    if (q.dtype == DType::kFloat32 || q.num_chunks < 1 || q.num_chunks > kMostChunks || num_items >= int64_t(1) << 31 ||
-        !fits_a_map(q.dy, q.M, q.N, q.dy_stride) || !fits_a_map(q.x, q.M, q.K, q.x_stride) ||
-        reinterpret_cast<uintptr_t>(q.dw) % 16 != 0 || reinterpret_cast<uintptr_t>(scratch) % 16 != 0 ||
+    if (q.dtype == DType::kFloat32 || q.N % 8 != 0 || q.K % 8 != 0 || q.num_chunks < 1 || q.num_chunks > kMostChunks ||
+        num_items >= int64_t(1) << 31 || !fits_a_map(q.dy, q.M, q.N, q.dy_stride) ||
+        !fits_a_map(q.x, q.M, q.K, q.x_stride) || reinterpret_cast<uintptr_t>(q.dw) % 16 != 0 ||
+        reinterpret_cast<uintptr_t>(scratch) % 16 != 0 ||
         (score.out != nullptr && (!scored || reinterpret_cast<uintptr_t>(score.w) % 16 != 0)) ||
         num_items + list.num_dropped == 0)
         return cudaErrorInvalidValue;

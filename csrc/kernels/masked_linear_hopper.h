@@ -254,3 +254,43 @@ cudaError_t allow_shared_bytes(Kernel* kernel, size_t num_bytes) {
 
 }  // namespace sensibert::hopper
 #endif
+
+// ---- What both machines read the same way.
+namespace sensibert::hopper {
+
+constexpr int kAtom = 1024;  // bytes after which the 128-byte swizzle repeats: alignment of every swizzled box
+
+// The next stage of a ring, and the parity of its current round.
+template <int kStages>
+struct Place {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+};
+
+// Two 16-bit elements in a word, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+    const T pair[2] = {from_float<T>(a), from_float<T>(b)};
+    uint32_t bits;
+    memcpy(&bits, pair, 4);
+    return bits;
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t bits) {
+    T pair[2];
+    memcpy(pair, &bits, 4);
+    return make_float2(to_float(pair[0]), to_float(pair[1]));
+}
+
+// Whether a tensor map can describe a matrix of this stride, of elements that 16 bytes hold so many of.
+inline bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t per_16_bytes = 8) {
+    constexpr int64_t kLimit = int64_t(1) << 31;  // coordinates are int32
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % per_16_bytes == 0 && stride >= num_cols &&
+           num_rows < kLimit && num_cols < kLimit;
+}
+
+}  // namespace sensibert::hopper

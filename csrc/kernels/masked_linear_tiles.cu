@@ -30,7 +30,6 @@ constexpr int kDepth = 64;  // input features of a step: 128 bytes, one row of t
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kBandBytes = kBand * kDepth * 2, kXBytes = kRows * kDepth * 2;
-constexpr int kAtom = 1024;  // bytes after which the 128-byte swizzle repeats: alignment of every box
 static_assert(kDepth * 2 == 128, "a row of a box is one 128-byte swizzle row");
 static_assert(kRows == 64 * kConsumers, "a consumer multiplies 64 tokens, the height of wgmma");
 
@@ -56,38 +55,12 @@ struct Problem {
     int64_t pre_stride;
 };
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-    const T pair[2] = {from_float<T>(a), from_float<T>(b)};
-    uint32_t bits;
-    memcpy(&bits, pair, 4);
-    return bits;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t bits) {
-    T pair[2];
-    memcpy(pair, &bits, 4);
-    return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
-
 constexpr float kRootHalf = 0.707106781f, kRootHalfOverPi = 0.398942280f;  // sqrt(1 / 2), sqrt(1 / 2 pi)
 __device__ __forceinline__ float normal_share(float x) { return 0.5f * (1.f + erff(x * kRootHalf)); }
 __device__ __forceinline__ float gelu(float x) { return x * normal_share(x); }
 __device__ __forceinline__ float gelu_slope(float x) {
     return fmaf(x * kRootHalfOverPi, expf(-0.5f * x * x), normal_share(x));
 }
-
-// A place in the ring: stage and the parity of its current round.
-template <int kStages>
-struct Place {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-        parity ^= stage == 0;
-    }
-};
 
 template <typename T, bool kByColumns, int kCols, int kStages, int kStoreBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -286,19 +259,13 @@ cudaError_t launch_width(const TensorMap& x, const TensorMap& w, const TensorMap
     return launch<T, kByColumns, 192, 5, 1>(x, w, y, pre, bias, p, stream);
 }
 
-bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride) {
-    constexpr int64_t kLimit = int64_t(1) << 31;  // coordinates are int32
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0 && stride >= num_cols && num_cols % 8 == 0 &&
-           num_rows < kLimit && num_cols < kLimit;
-}
-
 }  // namespace
 
 cudaError_t launch_masked_linear_tiles(const TilesProblem& q, const TileList& list, cudaStream_t stream) {
     if (q.M == 0 || q.N == 0) return cudaSuccess;
     const int64_t w_rows = q.by_columns ? q.K : q.N, w_cols = q.by_columns ? q.N : q.K;
-    if (!(list.tile_cols == 192 || list.tile_cols == 256) || q.dtype == DType::kFloat32 || q.K == 0 ||
-        !fits_a_map(q.x, q.M, q.K, q.x_stride) || !fits_a_map(q.w, w_rows, w_cols, q.w_stride) ||
+    if (!(list.tile_cols == 192 || list.tile_cols == 256) || q.dtype == DType::kFloat32 || q.K == 0 || q.N % 8 != 0 ||
+        q.K % 8 != 0 || !fits_a_map(q.x, q.M, q.K, q.x_stride) || !fits_a_map(q.w, w_rows, w_cols, q.w_stride) ||
         !fits_a_map(q.y, q.M, q.N, q.y_stride) || !fits_a_map(q.pre, q.M, q.N, q.y_stride) ||
         (q.epilogue != TilesEpilogue::kNone &&
          (q.pre == nullptr || q.by_columns != (q.epilogue == TilesEpilogue::kDGelu))))
