@@ -3,7 +3,8 @@
 python -m pytest bench/bench_masked_adamw.py --benchmark-only -o python_files='bench_*.py'
 
 Half of the weights of every layer are dropped, element by element; each has a shadow, and a score on its own grid. The
-rivals mask weights only, not moments, and by a product, which a NaN survives. On a CPU: two layers of the model.
+rivals mask weights only, not moments, and by a product, which a NaN survives. `compact`: half of the heads and neurons,
+and shadows of the kept rows and columns alone. On a CPU: two layers of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from _harness import DEVICE, copy_us, host_us, measure, record, timed
 from problems import MODELS, bert, random_like
 
 from sensibert.artifacts import Grid
-from sensibert.ops import masked_adamw
+from sensibert.ops import gather_kept, masked_adamw
+from sensibert.ops.masked_adamw import index_map
+from sensibert.ops.masked_linear_live import Live, live
 
 BENCH = "bench_masked_adamw"
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -25,7 +28,7 @@ CASES = MODELS if DEVICE == "cuda" else {f"{name} 2 layers": SCALED[name] for na
 class Problem:
     """Weights, gradients and everything a step with extras touches."""
 
-    def __init__(self, case: str) -> None:
+    def __init__(self, case: str, compact: bool = False) -> None:
         parameters = CASES[case]
         self.params = [torch.nn.Parameter(w, requires_grad=False) for w in random_like(parameters, DEVICE)]
         for p, g in zip(self.params, random_like(parameters, DEVICE, seed=1)):
@@ -33,20 +36,35 @@ class Problem:
         self.chosen = [t for t, p in enumerate(parameters) if p.name.startswith("layer.") and len(p.shape) == 2]
         self.grids = [parameters[t].grid for t in self.chosen]
         self.weights = [self.params[t] for t in self.chosen]
-        self.keeps = [torch.rand_like(w) < 0.5 for w in self.weights]
-        self.shadows = [torch.empty_like(w, dtype=torch.bfloat16) for w in self.weights]
+        self.keep_grids = self.grids if compact else [Grid.element()] * len(self.weights)
+        shapes = [grid.shape(*w.shape) for grid, w in zip(self.keep_grids, self.weights)]
+        self.keeps = [torch.rand(shape, device=DEVICE) < 0.5 for shape in shapes]
+        self.masks = [g.expand(keep, *w.shape) for keep, g, w in zip(self.keeps, self.keep_grids, self.weights)]
+        whole = Live(None, None, None, 1.0, 1.0)  # shadows at full size
+        self.kept = [
+            live(keep, g, *w.shape) if compact else whole
+            for keep, g, w in zip(self.keeps, self.keep_grids, self.weights)
+        ]
+        self.index = [[kept[axis] for kept in self.kept] for axis in (0, 1)]  # rows, columns, or None
+        self.maps = [
+            {t: index_map(i, self.params[t].shape[axis]) for t, i in zip(self.chosen, index) if i is not None}
+            for axis, index in enumerate(self.index)
+        ]
+        self.shadows = gather_kept(self.weights, *self.index, dtype=torch.bfloat16)
         self.scores = [torch.zeros(g.shape(*w.shape), device=DEVICE) for g, w in zip(self.grids, self.weights)]
-        for weight, keep in zip(self.weights, self.keeps):
-            weight.mul_(keep)
-            weight.grad.mul_(keep)
+        for weight, mask in zip(self.weights, self.masks):
+            weight.mul_(mask)
+            weight.grad.mul_(mask)
         self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.steps = [torch.tensor(1.0, device=DEVICE) for _ in self.params]
         self.lr = torch.tensor([SETTINGS["lr"]], device=DEVICE)
 
-    def one_pass(self, extras: bool = True) -> None:
+    def one_pass(self, extras: bool = True, shadows: bool = True) -> None:
         by_place = {
-            "keeps": {t: (keep, Grid.element()) for t, keep in zip(self.chosen, self.keeps)},
-            "shadows": dict(zip(self.chosen, self.shadows)),
+            "keeps": {t: (keep, grid) for t, keep, grid in zip(self.chosen, self.keeps, self.keep_grids)},
+            "shadows": dict(zip(self.chosen, self.shadows)) if shadows else {},
+            "row_maps": self.maps[0] if shadows else {},
+            "col_maps": self.maps[1] if shadows else {},
             "scores": {t: (score, grid) for t, score, grid in zip(self.chosen, self.scores, self.grids)},
         }
         masked_adamw(
@@ -62,17 +80,27 @@ class Problem:
             rows, cols = grid.block_size(*product.shape)
             score += product.view(len(product) // rows, rows, -1, cols).sum((1, 3))
         optimizer.step()
-        torch._foreach_mul_(self.weights, self.keeps)
-        torch._foreach_copy_(self.shadows, self.weights)
+        torch._foreach_mul_(self.weights, self.masks)
+        for shadow, weight, rows, cols in zip(self.shadows, self.weights, *self.index):
+            weight = weight if rows is None else weight.index_select(0, rows)
+            shadow.copy_(weight if cols is None else weight.index_select(1, cols))
+
+    def pass_and_gather(self) -> None:
+        """What a step costs that does not write the compact shadows itself."""
+        self.one_pass(shadows=False)
+        gather_kept(self.weights, *self.index, out=self.shadows)
 
     def num_bytes(self, extras: bool) -> int:
-        masked = sum(w.numel() for w in self.weights)
-        return 28 * sum(p.numel() for p in self.params) + (3 * masked if extras else 0)
+        moved = 28 * sum(p.numel() for p in self.params)
+        if extras:
+            moved += sum(2 * s.numel() + k.numel() for s, k in zip(self.shadows, self.keeps))
+        # Of a dropped row or column w, g, m and v are not read.
+        return moved - sum(16 * round((1 - kept.density) * w.numel()) for kept, w in zip(self.kept, self.weights))
 
 
-def prove(case: str) -> None:
+def prove(case: str, compact: bool = False) -> None:
     """Both ways from the same start give the same weights, shadows and scores."""
-    ours, theirs = (torch.manual_seed(0) and Problem(case) for _ in range(2))
+    ours, theirs = (torch.manual_seed(0) and Problem(case, compact) for _ in range(2))
     ours.one_pass()
     theirs.separate(torch.optim.AdamW(theirs.params, **SETTINGS))
     for mine, other in zip([*ours.params, *ours.shadows], [*theirs.params, *theirs.shadows]):
@@ -95,6 +123,22 @@ def test_a_step_with_masks_shadow_and_score(case, benchmark):
         record(BENCH, case, "host_us", host_us(problem.one_pass, (), calls=20), "us")
     copy = copy_us(problem.num_bytes(extras=True))
     record(BENCH, case, "copy_share", copy / ours.median, "1", "copy of the same bytes", 1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_step_with_compact_shadows(case, benchmark):
+    prove(case, compact=True)
+    problem = Problem(case, compact=True)
+    ours = timed(benchmark, problem.one_pass, [()]).median
+    gathered = measure(problem.pass_and_gather, [()]).median
+    record(BENCH, f"{case} compact", "us", ours, "us", "one pass, then gather_kept", gathered)
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.AdamW(problem.params, **SETTINGS, **{kind: True})
+        rival = measure(problem.separate, [(optimizer,)]).median
+        record(BENCH, f"{case} compact", "us", ours, "us", f"{kind} AdamW + mask + gather + cast + score", rival)
+    copy = copy_us(problem.num_bytes(extras=True))
+    record(BENCH, f"{case} compact", "copy_share", copy / ours, "1", "copy of the same bytes", 1.0)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,7 +32,7 @@ sanitize() {  # small kernels only: the sanitizers slow a kernel down a hundredf
 }
 bench() {  # no number from a red run
   [ $failed -eq 0 ] || { echo "bench: skipped, something above failed" | tee -a "$OUT/stages.txt"; return; }
-  for name in block_sensitivity select_threshold masked_adamw masked_linear; do
+  for name in block_sensitivity select_threshold gather_kept masked_adamw masked_linear; do
     stage "bench_$name" python -m pytest "bench/bench_$name.py" --benchmark-only -q
   done
   stage bench_forward python bench/bench_forward.py
