@@ -6,6 +6,7 @@
 Rivals: the dense matmul (what there is today), the matmul on a weight masked beforehand (cuBLAS at its best; not the
 mask, not the gather), F.linear(x, W * M) (what torch.nn.utils.prune does), compiled too on a GPU, 2:4 of torch where it
 runs, and the ideal: a layer compacted beforehand, or for scattered blocks the dense time times the kept share.
+`following` is the same layer after a step of the optimizer that it follows: the compact weight is there already.
 On a CPU: fewer cases, fp32.
 """
 
@@ -22,9 +23,10 @@ import torch.nn.functional as F
 from _harness import DEVICE, RESULTS, record
 
 from sensibert.artifacts import Grid
+from sensibert.ops import gather_kept
 from sensibert.ops.masked_linear import force, masked_linear
 from sensibert.ops.masked_linear_dweight import block_list
-from sensibert.ops.masked_linear_live import live, remember
+from sensibert.ops.masked_linear_live import live, publish, remember
 from sensibert.ops.masked_linear_path import built
 
 BENCH = "bench_masked_linear"
@@ -122,6 +124,11 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         "dense": (dense, data),
         "masked beforehand": (dense, masked),
     }
+    if density < 1 and part != "dW":  # as after a step of the optimizer that the layer follows
+        following = [(x, w.clone(), *rest, keep, grid) for x, w, *rest in data]
+        for _, w, *_ in following:
+            publish(w, keep, grid, gather_kept([w], [kept.rows], [kept.cols], [kept.bits])[0])
+        calls["following"] = (partial(alone, part), following)
     if kept.share < 1 and kept.bits is None:
         calls["ideal"] = (dense, [compacted(*row, kept) for row in data])
     if part in ("fwd", "step"):
@@ -142,13 +149,18 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         times["ideal"] = times["dense"]
     elif "ideal" not in times:
         times["ideal"] = times["masked beforehand"] if grid == Grid.element() else times["dense"] * density
-    ours, forced_own, with_scores = (times.pop(name, None) for name in ("ours", own, "tiles and scores"))
+    apart = ("ours", "following", own, "tiles and scores")
+    ours, followed, forced_own, with_scores = (times.pop(name, None) for name in apart)
 
     case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
     for name, value in times.items():
         record(BENCH, f"default {case}", "us", ours, "us", name, value)
     record(BENCH, f"default {case}", "vs_dense", times["dense"] / ours, "1")
     record(BENCH, f"default {case}", "vs_ideal", times["ideal"] / ours, "1")
+    if followed is not None:
+        record(BENCH, f"following {case}", "us", followed, "us", "default", ours)
+        for name in ("dense", "ideal"):
+            record(BENCH, f"following {case}", f"vs_{name}", times[name] / followed, "1")
     if forced_own is not None:
         for name in ("dense", "masked beforehand"):
             record(BENCH, f"{own} {case}", "us", forced_own, "us", name, times[name])

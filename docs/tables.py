@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The order of columns.
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
-KERNELS = ("bench_block_sensitivity", "bench_select_threshold", "bench_masked_adamw", "bench_masked_linear")
+KERNELS = tuple(
+    f"bench_{op}" for op in ("block_sensitivity", "select_threshold", "gather_kept", "masked_adamw", "masked_linear")
+)
 KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "seed")
 NOTHING = "No rows yet."
 
