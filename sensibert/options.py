@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .artifacts import Budget, Grid
 
 PRECISIONS = ("fp32", "bf16")
-METHODS = ("fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
+METHODS = ("fisher", "obs", "taylor", "saliency", "magnitude", "random", "paper", "dense")
 POLICIES = ("global", "uniform")
 LAYOUTS = ("trimmed", "dense", "both")
 GRIDS = ("unit", "element", "block64")

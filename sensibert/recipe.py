@@ -26,18 +26,18 @@ from .models.structure import is_trimmed, structure_of
 from .options import SNAPSHOT, Options, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
-from .pipeline.compensate import compensate, input_moments
+from .pipeline.compensate import compensate
 from .pipeline.export import export
 from .pipeline.finetune import finetune, predict
 from .pipeline.trim import restructure, trim
 from .report import write_report
 from .schedule import Schedule
 from .sources import check_family, load_data, load_model, load_tokenizer
+from .surgeon import collect_moments
 from .tasks import TaskData, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
-COMPENSATION_SAMPLES = 512
 RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
@@ -82,7 +82,12 @@ class TrimCallback(TrainerCallback):
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
-        self.samples, self.micro_batch, self.seed, self.compensate = samples, micro_batch, seed, compensate
+        self.samples, self.micro_batch, self.seed, self.compensate = (
+            samples,
+            micro_batch,
+            seed,
+            compensate and grid is None,
+        )
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose, self.grid = choose, grid
@@ -138,28 +143,38 @@ class TrimCallback(TrainerCallback):
         if first and self.before_cut is not None:
             self.memory.metrics_dense = self.before_cut(model)
             self.spend("evaluate")
-        per_step = args.train_batch_size * args.gradient_accumulation_steps
-        allowed = max(16 * self.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
-        samples = min(self.samples, allowed) // len(self.cuts)
-        seed, data, collator = self.seed + state.global_step, train_dataloader.dataset, train_dataloader.collate_fn
-        batches = micro_batches(data, collator, samples, self.micro_batch, seed)
-        target = self._target(self.cuts[state.global_step])
-        if self.choose is not None:
-            plan = self.choose(model, batches, target)
-        else:
-            found = analyze(model, batches, self.method, self.loss, seed, self.autocast, self.grid)
-            if first:
-                few = micro_batches(data, collator, min(samples, RANKED_SAMPLES), self.micro_batch, seed)
-                self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
-            plan = allocate(found, target, self.step, self.policy)
-        if self.compensate:
-            some = micro_batches(data, collator, min(samples, COMPENSATION_SAMPLES), args.train_batch_size, seed)
-            compensate(model, plan, input_moments(model, plan, some, self.loss, seed, self.autocast))
+        plan = self._decide(model, state, args, train_dataloader)
         self.spend("analyze")
         trim(model, plan, optimizer)
         if state.global_step == max(self.cuts):
             self._recover(model)
         self.spend("cut")
+
+    def _decide(self, model: nn.Module, state, args, loader) -> Plan:
+        """Analyze and allocate for this step's share of the way; the kept units of the model may take over."""
+        per_step = args.train_batch_size * args.gradient_accumulation_steps
+        allowed = max(16 * self.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
+        samples, seed = min(self.samples, allowed) // len(self.cuts), self.seed + state.global_step
+
+        def batches(number: int, size: int) -> Iterator[dict]:
+            return micro_batches(loader.dataset, loader.collate_fn, number, size, seed)
+
+        target, moments, sensing = self._target(self.cuts[state.global_step]), None, self.choose is None
+        if self.compensate or (sensing and self.method == "obs"):
+            rows = batches(samples, args.train_batch_size)  # sums over tokens: the size of a batch does not matter
+            moments = collect_moments(model, describe(model), rows, self.loss, seed, self.autocast)
+        few = batches(samples, self.micro_batch)
+        if sensing:
+            found = analyze(model, few, self.method, self.loss, seed, self.autocast, self.grid, moments)
+            if state.global_step == min(self.cuts):
+                few = batches(min(samples, RANKED_SAMPLES), self.micro_batch)
+                self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
+            plan = allocate(found, target, self.step, self.policy)
+        else:
+            plan = self.choose(model, few, target)
+        if self.compensate:
+            compensate(model, plan, moments)
+        return plan
 
     def _recover(self, model: nn.Module) -> None:
         self._dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]

@@ -26,6 +26,7 @@ FLOORS = {
             "options",
             "sources",
             "checkpoints",
+            "surgeon",
             "_register",
         ),
         4,

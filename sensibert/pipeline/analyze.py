@@ -7,6 +7,7 @@ the unit (its columns). So one call of `block_sensitivity` on weights and gradie
     taylor     S_j += |g_j|, given labels
     saliency   S_j += sum of |w * g| over all members of the unit, given labels
     magnitude  sum of w^2 over all members; random: a coin. Controls that need no data.
+    obs        the rise of the loss as units go one after the other and the rest takes over (sensibert.surgeon)
     paper      our reading of the Sensi-BERT abstract: soft gates m_j, learned with an L1 penalty in a short run
 
 Michel et al., arXiv 1905.10650 (gates); Kwon et al., arXiv 2204.09656 (Fisher of masks).
@@ -27,6 +28,7 @@ from ..models import base_of, describe, evaluating
 from ..models.base import attribute
 from ..models.masks import masks_of
 from ..ops import block_sensitivity
+from ..surgeon import Moments, collect_moments, consumer, removal_costs
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[object, Batch, torch.Generator], Tensor]
@@ -49,6 +51,7 @@ STATISTICS = {
     "saliency": Statistic("abs", all_members=True),
     "magnitude": Statistic("weight_square", data=False, all_members=True),
     "random": Statistic("random", data=False),
+    "obs": Statistic("moments", sampled=True),
     "paper": Statistic("gates"),
 }
 GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
@@ -186,6 +189,15 @@ def _gate_scores(
     return {name: gate.detach().abs().cpu() for name, gate in gates.items()}, samples
 
 
+def _removal_scores(model: nn.Module, layout: Layout, moments: Mapping[str, Moments]) -> tuple[dict[str, Tensor], int]:
+    scores = {}
+    for site in layout.sites:
+        linear, found = consumer(model, site.consumer.parameter), moments[site.consumer.parameter]
+        columns = site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
+        scores[site.name] = removal_costs(linear.weight, found, linear.bias, columns).float()
+    return scores, max((found.samples for found in moments.values()), default=0)
+
+
 def analyze(
     model: nn.Module,
     batches: Iterable[Batch] = (),
@@ -194,21 +206,23 @@ def analyze(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     grid: Grid | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> Sensitivity:
     """Score every unit of a transformers model; weights, gradients, mode and random state stay as they are.
 
     batches: micro-batches as the model takes them (1 to 8 samples each; the square is taken per micro-batch); not read
     by magnitude and random. sampled_loss: (outputs, batch, generator) -> loss with labels drawn from the prediction,
-    needed by fisher (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass. grid: score
-    the blocks of every weight instead of units; a block that is masked already scores -inf.
+    needed by fisher and obs (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass. grid:
+    score the blocks of every weight instead of units; a block that is masked already scores -inf. moments: for obs,
+    where they were collected already (`sensibert.surgeon.collect_moments`).
     SensibertError for an unknown statistic, no data, or a loss that is not finite."""
     if statistic not in STATISTICS:
         raise SensibertError(f"analyze: statistic is {statistic!r}, want one of {', '.join(STATISTICS)}")
     rule, layout, samples = STATISTICS[statistic], describe(model), 0
     if rule.sampled and sampled_loss is None:
         raise SensibertError(f"analyze: {statistic} samples labels, want sampled_loss (see sensibert.tasks)")
-    if grid is not None and rule.reduce == "gates":
-        raise SensibertError(f"analyze: statistic {statistic!r} puts gates on whole units, want another with a grid")
+    if grid is not None and rule.reduce in ("gates", "moments"):
+        raise SensibertError(f"analyze: statistic {statistic!r} is of whole units, want another with a grid")
     loss, blocks = sampled_loss if rule.sampled else given_loss, _blocks(layout, rule, grid)
     if statistic == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -220,6 +234,9 @@ def analyze(
         scores = _collect(blocks, _reduce(blocks, weights, None, rule, None))
     elif statistic == "paper":
         scores, samples = _gate_scores(model, layout, batches, loss, seed, autocast)
+    elif statistic == "obs":
+        moments = moments or collect_moments(model, layout, batches, loss, seed, autocast)
+        scores, samples = _removal_scores(model, layout, moments)
     else:
         scores, samples = _gradient_scores(model, blocks, batches, rule, loss, seed, autocast)
     masks = masks_of(model)

@@ -10,8 +10,9 @@ from sensibert.errors import SensibertError
 from sensibert.models import base_of, describe
 from sensibert.models.base import attribute
 from sensibert.pipeline.analyze import given_loss
-from sensibert.pipeline.compensate import compensate, input_moments
+from sensibert.pipeline.compensate import compensate
 from sensibert.pipeline.trim import trim
+from sensibert.surgeon import collect_moments
 from tests.helpers import tiny_batch, tiny_model
 
 FAMILIES = ["bert", "modernbert", "albert"]  # separate layers, gated and without biases, one layer shared by all
@@ -36,7 +37,7 @@ def consumer_of(model, plan, site_name=SITE):
 
 
 def compensated(model, plan, damp=1e-2, **options):
-    compensate(model, plan, input_moments(model, plan, batches(**options), given_loss), damp)
+    compensate(model, plan, collect_moments(model, plan.layout, batches(**options), given_loss), damp)
     return model
 
 
@@ -116,8 +117,10 @@ def test_a_frozen_encoder_is_compensated_too():
     assert not any(p.requires_grad for p in base_of(frozen).parameters())
 
 
-def test_moments_that_mean_nothing_are_refused():
+def test_activations_that_are_not_finite_are_refused():
     model = tiny_model()
     plan = half_plan(model)
+    moments = collect_moments(model, plan.layout, batches(), given_loss)
+    moments[plan.layout.site(SITE).consumer.parameter].second[0, 0] = torch.nan
     with pytest.raises(SensibertError, match=rf"compensate: the moments of {SITE} are not finite"):
-        compensated(model, plan, count=0)
+        compensate(model, plan, moments)

@@ -154,7 +154,7 @@ def test_masks_come_back_from_a_file_bit_by_bit(tmp_path, grid):
 def test_what_does_not_go_together_is_said(tmp_path):
     model = tiny_model()
     plan = plan_for(model)
-    with pytest.raises(SensibertError, match="'paper' puts gates on whole units, want another with a grid"):
+    with pytest.raises(SensibertError, match="'paper' is of whole units, want another with a grid"):
         analyze(model, batches(), "paper", grid=Grid.element())
     with pytest.raises(SensibertError, match="the optimizer holds none of the weights"):
         trim(model, plan, torch.optim.AdamW(tiny_model().parameters()))

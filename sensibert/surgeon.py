@@ -1,0 +1,166 @@
+"""Optimal Brain Surgeon for whole units, under a Kronecker-factored Fisher matrix of every consuming weight.
+
+A consumer computes y = W h + b, W [N, K]; a unit is a set of its columns. With delta_t = dL/dy at token t, labels drawn
+from the model's prediction, and a_t = |delta_t|^2, the loss rises with a change of W by about
+
+    1/2 tr(G dW C dW^T),   C = sum_t a_t (h_t - m)(h_t - m)^T,   G = sum_t delta_t delta_t^T / sum_t a_t
+
+(m: the mean of h weighted by a_t, which b takes up; both factors of one step of the power iteration for the nearest
+Kronecker product). Removing the units D and letting the others take over at best costs, with H = C^-1,
+
+    1/2 tr(G W_D (H_DD)^-1 W_D^T),   and   W' = W - W_D (H_DD)^-1 H_D
+
+Hassibi & Stork, 1993 (OBS); Martens & Grosse, arXiv 1503.05671 (the factors); Kurtic et al., arXiv 2302.04089, and van
+der Ouderaa et al., arXiv 2312.17244, for structures of language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .artifacts import Layout
+from .errors import SensibertError
+from .models import base_of, evaluating
+from .models.base import attribute
+
+DAMP = 1e-2  # added to C: this share of its mean diagonal
+ROUND = 32  # units are removed in rounds of one in so many of those that are left
+STEP_UP = 1 + 1e-6  # what goes later is worth more, in fp32 too
+
+
+class Moments:
+    """Sums over tokens at one consuming weight, in fp64: of a, a h, a h h^T and delta delta^T. samples: rows seen."""
+
+    def __init__(self, width: int, height: int, device: torch.device):
+        self.samples = 0
+        self.weight, self.first, self.second, self.output = (
+            torch.zeros(shape, dtype=torch.float64, device=device)
+            for shape in ((), (width,), (width, width), (height, height))
+        )
+
+    def add(self, h: Tensor, delta: Tensor) -> None:
+        """h [..., K] and the gradient of the loss at the output, delta [..., N], of the same tokens."""
+        h, delta = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (h, delta))
+        a = delta.square().sum(-1, keepdim=True)
+        self.weight += a.sum()
+        self.first += (a * h).sum(0)
+        self.second += h.T @ (a * h)
+        self.output += delta.T @ delta
+
+    def inner(self, bias: Tensor | None, damp: float = DAMP) -> tuple[Tensor, Tensor]:
+        """m [K] and C [K, K], damped; around 0 where no bias could take up the mean."""
+        mean = self.first / self.weight if bias is not None else torch.zeros_like(self.first)
+        covariance = self.second - self.weight * mean[:, None] * mean
+        covariance.diagonal().add_(damp * covariance.diagonal().mean())
+        return mean, covariance
+
+
+def consumer(model: nn.Module, parameter: str) -> nn.Linear:
+    return attribute(base_of(model), parameter.removesuffix(".weight"))
+
+
+def collect_moments(
+    model: nn.Module,
+    layout: Layout,
+    batches: Iterable[Mapping[str, Tensor]],
+    sampled_loss: Callable,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Moments]:
+    """Consuming weight -> moments; one pass forward and back a batch. The model stays as it is.
+
+    sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sensibert.tasks.sampled_loss`).
+    SensibertError for no data, or a loss that is not finite."""
+    found, handles, seen, samples = {}, [], [], 0
+    for name in dict.fromkeys(site.consumer.parameter for site in layout.sites):  # a layer used again has sites again
+        linear = consumer(model, name)
+        found[name] = Moments(linear.in_features, linear.out_features, linear.weight.device)
+
+        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, moments: Moments = found[name]) -> Tensor:
+            out = out if out.requires_grad else out.requires_grad_()  # a frozen encoder
+            seen.append((moments, args[0].detach(), out))
+            return out
+
+        handles.append(linear.register_forward_hook(watch))
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with evaluating(model, autocast) as device:
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                rows = len(next(iter(batch.values())))
+                loss = sampled_loss(model(**batch), batch, generator) * rows
+                if not torch.isfinite(loss):
+                    raise SensibertError(
+                        f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
+                    )
+                deltas = torch.autograd.grad(loss, [out for *_, out in seen], allow_unused=True, materialize_grads=True)
+                for (moments, h, _), delta in zip(seen, deltas, strict=True):
+                    moments.add(h, delta)
+                seen.clear()
+                samples += rows
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not samples:
+        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+    for moments in found.values():
+        moments.samples = samples
+    return found
+
+
+@torch.no_grad()
+def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns: Tensor) -> Tensor:
+    """What the loss rises by, over all samples, when each unit goes in its turn, the cheapest first: [units] fp64.
+
+    weight [N, K]; columns [units, span]: the columns of each unit. Units go in rounds, and after each round the others
+    have taken over, so a unit that could stand in for those before it has become dear. Costs rise along the order of
+    removal (a unit that got cheaper costs what the one before did), so any threshold on them is a set of that order."""
+    if not moments.weight > 0:  # the loss does not depend on this output
+        return torch.zeros(len(columns), dtype=torch.float64)
+    _, covariance = moments.inner(bias)
+    spectrum, axes = torch.linalg.eigh(moments.output / moments.weight)
+    left = (spectrum.clamp_min(0).sqrt()[:, None] * axes.T) @ weight.double()  # G^1/2 W
+    inverse, (units, span) = torch.linalg.inv(covariance), columns.shape
+    order = columns.flatten().to(left.device)
+    left, inverse = left[:, order], inverse[order][:, order]
+    alive, costs, floor = torch.arange(units), torch.zeros(units, dtype=torch.float64), 0.0
+    while len(alive):
+        if span == 1:
+            rise = 0.5 * (left.square().sum(0) / inverse.diagonal()).cpu()
+        else:
+            blocks = inverse.view(len(alive), span, len(alive), span).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            mine = left.view(len(left), len(alive), span).transpose(0, 1)  # [alive, N, span]
+            rise = 0.5 * (torch.linalg.solve(blocks, mine, left=False) * mine).sum((1, 2)).cpu()
+        size = max(1, len(alive) // ROUND)
+        going = torch.argsort(rise, stable=True)[:size]
+        for unit in going.tolist():
+            floor = max(float(rise[unit]), floor * STEP_UP)
+            costs[alive[unit]] = floor
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[going] = False
+        out, rest = (mask.repeat_interleave(span).nonzero()[:, 0].to(left.device) for mask in (~stays, stays))
+        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, rest])  # (H_DD)^-1 H_D
+        left = left[:, rest] - left[:, out] @ share
+        inverse = inverse[rest][:, rest] - inverse[rest][:, out] @ share
+        alive = alive[stays]
+    return costs
+
+
+@torch.no_grad()
+def take_over(linear: nn.Linear, moments: Moments, kept: Tensor, damp: float = DAMP) -> None:
+    """Change the kept columns and the bias, in place, to what is best once the other columns are gone; those stay.
+
+    W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the same solution by way of C. kept: column numbers [n]."""
+    mean, covariance = moments.inner(linear.bias, damp)
+    drop = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
+    drop[kept] = False
+    old, shift = linear.weight[:, drop].double(), mean[drop]
+    if len(kept):
+        share = torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])  # [kept, dropped]
+        linear.weight[:, kept] += (old @ share.T).to(linear.weight.dtype)
+        shift = shift - share.T @ mean[kept]
+    if linear.bias is not None:
+        linear.bias += (old @ shift).to(linear.bias.dtype)
