@@ -27,6 +27,9 @@ from .models import base_of, evaluating
 from .models.base import attribute
 
 DAMP = 1e-2  # added to C: this share of its mean diagonal
+# The same where weights are changed. As good right after the cut as a tenth of it or a hundredth (71.5 to 71.2 % on
+# banking77 at 30 %), but the weights that training goes on from grow by a tenth, not by a half or threefold.
+DAMP_WEIGHTS = 1.0
 ROUND = 32  # units are removed in rounds of one in so many of those that are left
 STEP_UP = 1 + 1e-6  # what goes later is worth more, in fp32 too
 
@@ -50,7 +53,7 @@ class Moments:
         self.second += h.T @ (a * h)
         self.output += delta.T @ delta
 
-    def inner(self, bias: Tensor | None, damp: float = DAMP) -> tuple[Tensor, Tensor]:
+    def inner(self, bias: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
         """m [K] and C [K, K], damped; around 0 where no bias could take up the mean."""
         mean = self.first / self.weight if bias is not None else torch.zeros_like(self.first)
         covariance = self.second - self.weight * mean[:, None] * mean
@@ -120,7 +123,7 @@ def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns
     removal (a unit that got cheaper costs what the one before did), so any threshold on them is a set of that order."""
     if not moments.weight > 0:  # the loss does not depend on this output
         return torch.zeros(len(columns), dtype=torch.float64)
-    _, covariance = moments.inner(bias)
+    _, covariance = moments.inner(bias, DAMP)
     spectrum, axes = torch.linalg.eigh(moments.output / moments.weight)
     left = (spectrum.clamp_min(0).sqrt()[:, None] * axes.T) @ weight.double()  # G^1/2 W
     inverse, (units, span) = torch.linalg.inv(covariance), columns.shape
@@ -150,7 +153,7 @@ def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns
 
 
 @torch.no_grad()
-def take_over(linear: nn.Linear, moments: Moments, kept: Tensor, damp: float = DAMP) -> None:
+def take_over(linear: nn.Linear, moments: Moments, kept: Tensor, damp: float = DAMP_WEIGHTS) -> None:
     """Change the kept columns and the bias, in place, to what is best once the other columns are gone; those stay.
 
     W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the same solution by way of C. kept: column numbers [n]."""

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..artifacts import Plan
 from ..errors import SensibertError
-from ..surgeon import DAMP, Moments, consumer, take_over
+from ..surgeon import DAMP_WEIGHTS, Moments, consumer, take_over
 
 
-def compensate(model: nn.Module, plan: Plan, moments: Mapping[str, Moments], damp: float = DAMP) -> None:
+def compensate(model: nn.Module, plan: Plan, moments: Mapping[str, Moments], damp: float = DAMP_WEIGHTS) -> None:
     """Solve the consuming weights of the cut sites anew, in place; dropped columns stay for `trim` to remove.
 
     moments: `surgeon.collect_moments` of the same model. SensibertError if they are not finite."""
