@@ -1,0 +1,130 @@
+"""Removal costs against a search that solves every step anew; moments that do not depend on how rows are batched."""
+
+import copy
+
+import pytest
+import torch
+
+from sensibert.artifacts import Budget
+from sensibert.errors import SensibertError
+from sensibert.models import describe
+from sensibert.pipeline.allocate import allocate
+from sensibert.pipeline.analyze import analyze, given_loss
+from sensibert.surgeon import DAMP, STEP_UP, Moments, collect_moments, removal_costs
+from sensibert.tasks import sampled_loss
+from tests.helpers import tiny_batch, tiny_model
+
+
+def problem(units, span, height=5, seed=0):
+    """A weight, its moments over 200 random tokens with correlated inputs, and the columns of each unit."""
+    generator = torch.Generator().manual_seed(seed)
+    width = units * span
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    h = torch.randn(200, width, generator=generator, dtype=torch.float64) @ mix + 1
+    delta = torch.randn(200, height, generator=generator, dtype=torch.float64)
+    moments = Moments(width, height, torch.device("cpu"))
+    moments.add(h, delta)
+    weight = torch.randn(height, width, generator=generator, dtype=torch.float64)
+    return weight, moments, torch.arange(width).view(units, span)
+
+
+def rise(weight, covariance, output, gone):
+    """1/2 tr(G dW C dW^T) of the best dW that clears the columns `gone`: a plain least-squares solution."""
+    stay = torch.ones(weight.shape[1], dtype=torch.bool)
+    stay[gone] = False
+    change = torch.zeros_like(weight)
+    change[:, gone] = -weight[:, gone]
+    if stay.any():
+        change[:, stay] = torch.linalg.solve(covariance[stay][:, stay], covariance[stay][:, gone] @ weight[:, gone].T).T
+    return 0.5 * float(torch.trace(output @ change @ covariance @ change.T))
+
+
+@pytest.mark.parametrize(("units", "span"), [(7, 1), (4, 3)], ids=["neurons", "heads"])
+@pytest.mark.parametrize("bias", [None, torch.zeros(5, dtype=torch.float64)], ids=["no-bias", "bias"])
+def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, span, bias):
+    weight, moments, columns = problem(units, span)
+    _, covariance = moments.inner(bias, DAMP)
+    output = moments.output / moments.weight
+    gone, before, floor, want = [], 0.0, 0.0, torch.zeros(units, dtype=torch.float64)
+    while len(gone) < units:
+        after = {
+            unit: rise(weight, covariance, output, columns[[*gone, unit]].flatten())
+            for unit in range(units)
+            if unit not in gone
+        }
+        unit = min(after, key=after.get)
+        floor = max(after[unit] - before, floor * STEP_UP)
+        want[unit], before = floor, after[unit]
+        gone.append(unit)
+    torch.testing.assert_close(removal_costs(weight, moments, bias, columns), want, rtol=1e-9, atol=0)
+
+
+def test_of_two_units_that_do_the_same_one_is_free_and_the_other_dear(monkeypatch):
+    monkeypatch.setattr("sensibert.surgeon.DAMP", 1e-9)
+    weight, moments, columns = problem(6, 1)
+    twin = Moments(7, 5, torch.device("cpu"))
+    pick = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+    twin.weight, twin.output = moments.weight, moments.output
+    twin.first, twin.second = moments.first[pick], moments.second[pick][:, pick]
+    costs = removal_costs(weight[:, pick], twin, None, torch.arange(7)[:, None])
+    assert costs[5:].min() < 0.02 * costs[:5].min()
+    assert costs[5:].max() > 0.5 * removal_costs(weight, moments, None, columns)[5]
+
+
+def test_rounds_of_many_choose_nearly_as_well_as_one_at_a_time(monkeypatch):
+    weight, moments, columns = problem(96, 1)
+    _, covariance = moments.inner(None, DAMP)
+    rounds = removal_costs(weight, moments, None, columns)
+    monkeypatch.setattr("sensibert.surgeon.ROUND", 10**6)
+    singly = removal_costs(weight, moments, None, columns)
+    half = [rise(weight, covariance, moments.output / moments.weight, c.argsort()[:48]) for c in (rounds, singly)]
+    chance = rise(weight, covariance, moments.output / moments.weight, torch.arange(48))
+    assert half[0] < 1.1 * half[1] < 0.5 * chance
+    assert len(rounds.float().unique()) == 96  # a threshold takes any number
+
+
+def test_an_output_that_the_loss_does_not_see_costs_nothing():
+    weight, _, columns = problem(4, 1)
+    assert not removal_costs(weight, Moments(4, 5, torch.device("cpu")), None, columns).any()
+
+
+def rows(size, count=6):
+    whole = {**tiny_batch(count, 7), "labels": torch.arange(count) % 2}
+    whole["attention_mask"][:] = 1
+    for begin in range(0, count, size):
+        yield {name: value[begin : begin + size] for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "albert"])
+def test_moments_do_not_depend_on_the_size_of_a_batch(family):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    all_at_once, by_two = (collect_moments(model, describe(model), rows(size), given_loss) for size in (6, 2))
+    for name, moments in by_two.items():
+        assert moments.samples == 6
+        for field in ("weight", "first", "second", "output"):
+            wanted = getattr(all_at_once[name], field)
+            torch.testing.assert_close(
+                getattr(moments, field), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
+            )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_obs_scores_every_unit_and_can_be_allocated():
+    model = tiny_model()
+    found = analyze(model, rows(3), "obs", sampled_loss)
+    assert found.samples == 6 and found.statistic == "obs"
+    assert all(score.isfinite().all() and (score >= 0).all() for score in found.scores.values())
+    plan = allocate(found, Budget.parse("50%params"), step=1)
+    assert plan.params <= 0.5 * found.layout.encoder_params
+
+
+def test_no_data_and_a_loss_that_is_not_finite_are_refused():
+    model = tiny_model()
+    with pytest.raises(SensibertError, match="no batches came, want at least one micro-batch"):
+        collect_moments(model, describe(model), [], sampled_loss)
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(SensibertError, match="the loss after 0 samples is nan, want a finite number"):
+        collect_moments(model, describe(model), rows(3), sampled_loss)
