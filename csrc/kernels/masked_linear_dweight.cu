@@ -1,18 +1,21 @@
 // sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
 //
 // dW [N, K] = (dY [M, N]^T X [M, K]) * keep, keep in blocks of 64 x 64. A product of a warpgroup is 64 rows of dW high,
-// so an output tile is one row of blocks, and of that row up to six kept blocks, wherever they lie: dropped ones cost
-// nothing, at any pattern. The tokens are cut into chunks; a block of threads stays on its SM and takes (tile, chunk)s:
+// so it takes one row of blocks, and of that row up to four kept blocks, wherever they lie: dropped ones cost nothing,
+// at any pattern. An output tile is two such rows. The bands of X that both keep lie between those of the one and those
+// of the other: loaded once, and side by side for each. The tokens are cut into chunks; a block of threads stays on its
+// SM and takes (tile, chunk)s:
 //
-//   warpgroup 0     one thread copies, per step of 64 tokens, dY [64, 64] and the tile's bands of X [64, 64] into the
-//                   next stage of a ring in shared memory; the other warps write the dropped blocks of dW meanwhile
-//   warpgroups 1,2  half of the bands each, at most three, in one wgmma a k16 (both operands lie by depth), one step in
-//                   flight; then rounding and out, with the score of the block while it is in registers
+//   warpgroup 0     one thread copies, per step of 32 tokens, two bands of dY and the tile's bands of X, [32, 64] each,
+//                   into the next stage of a ring in shared memory; the other warps write the dropped blocks of dW
+//   warpgroups 1,2  a row of blocks each, one wgmma a k16 as wide as its bands (both operands lie by depth), one step
+//                   in flight; then rounding and out, with the score of the block while it is in registers
 //
 // With several chunks each leaves its partial sums in scratch, and whoever comes last adds them up, first chunk first:
 // nobody waits, and neither the order of arrival nor the number of blocks changes a bit.
-// Cost: 2 * 64 * 64 * 64 a band and step, at 4096 FLOP a clock and SM: 768 clocks a step of six; 8 KB and 8 KB a band
-// from L2. A chunk: 96 KB to scratch and back. The score: 4096 elements of w a block, once.
+// Cost: 2 * 64 * 64 * 32 a block and step, at 4096 FLOP a clock and SM: 512 clocks a step of eight; 4 KB a band from
+// L2, that is 48 bytes a clock where all is kept (as much as a dense tile of 128 x 256), about 60 where random halves
+// are, which L2 may not give. A chunk: 128 KB to scratch and back. The score: 4096 elements of w a block, once.
 #include "masked_linear_dweight.h"
 
 #include "masked_linear_hopper.h"
@@ -22,15 +25,17 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kBand = 64;  // the side of a block of dW, and tokens of a step
-constexpr int kConsumers = 2, kBandsEach = kDweightBands / kConsumers;
+constexpr int kBand = 64;   // the side of a block of dW
+constexpr int kDepth = 32;  // tokens of a step
+constexpr int kConsumers = 2, kBandsEach = kDweightBands;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kBox = kBand * kBand * 2;  // bytes
-constexpr int kStages = 4, kStage = (1 + kDweightBands) * kBox;
+constexpr int kBox = kDepth * kBand * 2;  // bytes
+constexpr int kStages = 5, kStage = kConsumers * (1 + kBandsEach) * kBox;
 constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8, kSums = kLast + kConsumers * 4;
 constexpr int kBytes = kSums + kConsumers * 4 * kBandsEach * 4 + kAtom;  // of shared memory
 constexpr int kPartial = kBand * kBandsEach * kBand;                     // floats that a consumer leaves in scratch
 constexpr int kCardSms = 132, kMostChunks = 16;
+static_assert(kBand * 2 == 128 && kBox % kAtom == 0, "a row of a box is one 128-byte swizzle row");
 static_assert(kBytes <= 227 * 1024, "the ring fits the shared memory of an SM");
 
 struct Problem {
@@ -43,15 +48,20 @@ struct Problem {
 };
 
 struct Item {
-    int tile, chunk, row, count, first_step, last_step;
-    const int32_t* cols;
+    int tile, chunk, first_step, last_step;
+    const int32_t* words;  // of the tile
     __device__ __forceinline__ Item(const Problem& p, int item) {
         tile = item % p.list.num_tiles, chunk = item / p.list.num_tiles;  // at one time, one part of dY and X: L2
-        const int32_t* const words = p.list.tiles + int64_t(tile) * kDweightTileWords;
-        row = words[0], count = words[1], cols = words + 2;
+        words = p.list.tiles + int64_t(tile) * kDweightTileWords;
         first_step = int(int64_t(p.num_steps) * chunk / p.num_chunks);
         last_step = int(int64_t(p.num_steps) * (chunk + 1) / p.num_chunks);
     }
+    __device__ __forceinline__ int row(int consumer) const { return words[consumer]; }
+    __device__ __forceinline__ int num_rows() const { return words[0] == words[1] ? 1 : 2; }
+    __device__ __forceinline__ int num_bands() const { return words[2] + words[3] + words[4]; }
+    __device__ __forceinline__ int first_band(int consumer) const { return consumer ? words[2] : 0; }
+    __device__ __forceinline__ int width(int consumer) const { return words[3] + words[consumer ? 4 : 2]; }
+    __device__ __forceinline__ int col(int band) const { return words[5 + band]; }
 };
 
 __device__ __forceinline__ void write_score(const DweightScore& s, int64_t block, float total) {
@@ -66,11 +76,11 @@ __device__ __forceinline__ float2 load_pair(const T* p) {
     return unpack<T>(*reinterpret_cast<const uint32_t*>(p));
 }
 
-// The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, X from band `first` of each on.
+// The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, from box `dy_box` of each and from `x_box` on.
 template <typename T, int kWidth>
 __device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], const unsigned char* shared,
-                                         uint64_t* full, uint64_t* empty, Place<kStages>& at, int num_steps,
-                                         int first) {
+                                         uint64_t* full, uint64_t* empty, Place<kStages>& at, int num_steps, int dy_box,
+                                         int x_box) {
     constexpr int kNext = 16 * 128 >> 4;  // to the next 16 tokens, in descriptor units of 16 bytes
     const bool leads = threadIdx.x % 32 == 0;
     int before = 0;  // the stage of the step before, still being read
@@ -78,10 +88,10 @@ __device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], c
     for (int step = 0; step < num_steps; ++step) {
         const unsigned char* const stage = shared + at.stage * kStage;
         barrier_wait(&full[at.stage], at.parity);
-        const uint64_t dy = operand(stage, kBox), x = operand(stage + (1 + first) * kBox, kBox);
+        const uint64_t dy = operand(stage + dy_box * kBox, kBox), x = operand(stage + x_box * kBox, kBox);
         matmul_begin();
 #pragma unroll
-        for (int k = 0; k < kBand / 16; ++k) matmul<T, kWidth * kBand, true, true>(acc, dy + kNext * k, x + kNext * k);
+        for (int k = 0; k < kDepth / 16; ++k) matmul<T, kWidth * kBand, true, true>(acc, dy + kNext * k, x + kNext * k);
         matmul_commit();
         matmul_wait<1>();
         if (step > 0 && leads) barrier_arrive(&empty[before]);
@@ -142,20 +152,20 @@ __device__ __forceinline__ bool add_chunks(float (&acc)[kBandsEach * kBand / 2],
 // acc into the blocks of dW that it is. With a weight, each thread's part of their scores into `totals`.
 template <bool kScore, typename T, typename W>
 __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBand / 2], T* dw, const Problem& p,
-                                             const Item& item, int width, int first, const W* w,
-                                             float (&totals)[kBandsEach]) {
+                                             const Item& item, int consumer, const W* w, float (&totals)[kBandsEach]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const unsigned keep_bits = p.score.reduce == Reduce::kAbs ? 0x7fffffffu : 0xffffffffu;
     const bool square = p.score.reduce == Reduce::kSquare;
+    const int width = item.width(consumer), row = item.row(consumer) * kBand;
 #pragma unroll
     for (int b = 0; b < kBandsEach; ++b) {
         if (b >= width) continue;
-        const int col = item.cols[first + b] * kBand;
+        const int col = item.col(item.first_band(consumer) + b) * kBand;
 #pragma unroll
         for (int c = 0; c < kBand / 8; ++c) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int r = item.row * kBand + warp * 16 + lane / 4 + h * 8, here = col + c * 8 + lane % 4 * 2;
+                const int r = row + warp * 16 + lane / 4 + h * 8, here = col + c * 8 + lane % 4 * 2;
                 if (r >= p.N || here >= p.K) continue;
                 const int64_t at = int64_t(r) * p.K + here;
                 const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
@@ -173,8 +183,8 @@ __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBa
 }
 
 // The scores of the blocks of an item: threads, then lanes, then warps, always in this order.
-__device__ __forceinline__ void add_scores(float (&totals)[kBandsEach], const Problem& p, const Item& item, int width,
-                                           int first, int consumer, float* sums) {
+__device__ __forceinline__ void add_scores(float (&totals)[kBandsEach], const Problem& p, const Item& item,
+                                           int consumer, float* sums) {
     const int thread = threadIdx.x % 128;
 #pragma unroll
     for (int b = 0; b < kBandsEach; ++b) {
@@ -182,18 +192,19 @@ __device__ __forceinline__ void add_scores(float (&totals)[kBandsEach], const Pr
         if (thread % 32 == 0) sums[(consumer * 4 + thread / 32) * kBandsEach + b] = totals[b];
     }
     group_sync(1 + consumer, 128);
-    if (thread < width) {
+    if (thread < item.width(consumer)) {
         const float* const of = sums + consumer * 4 * kBandsEach + thread;
         const float total = of[0] + of[kBandsEach] + of[2 * kBandsEach] + of[3 * kBandsEach];
-        write_score(p.score, int64_t(item.row) * ((p.K + kBand - 1) / kBand) + item.cols[first + thread], total);
+        const int col = item.col(item.first_band(consumer) + thread);
+        write_score(p.score, int64_t(item.row(consumer)) * ((p.K + kBand - 1) / kBand) + col, total);
     }
     group_sync(1 + consumer, 128);  // the sums have been read
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    masked_linear_dweight_kernel(const __grid_constant__ TensorMap dy_map,  // [M, N], boxes of 64
-                                 const __grid_constant__ TensorMap x_map,   // [M, K], boxes of 64
+    masked_linear_dweight_kernel(const __grid_constant__ TensorMap dy_map,  // [M, N], boxes of kDepth
+                                 const __grid_constant__ TensorMap x_map,   // [M, K], boxes of kDepth
                                  T* __restrict__ dw, const __grid_constant__ Problem p) {
     SENSIBERT_DYNAMIC_SHARED(unsigned char, raw);
     unsigned char* const shared = raw + (kAtom - shared_address(raw) % kAtom) % kAtom;
@@ -220,10 +231,12 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int step = item.first_step; step < item.last_step; ++step, at.advance()) {
                 unsigned char* const stage = shared + at.stage * kStage;
                 barrier_wait(&empty[at.stage], at.parity ^ 1);
-                barrier_arrive_expect(&full[at.stage], (1 + item.count) * kBox);
-                load_box(&dy_map, &full[at.stage], stage, item.row * kBand, step * kBand);
-                for (int b = 0; b < item.count; ++b)
-                    load_box(&x_map, &full[at.stage], stage + (1 + b) * kBox, item.cols[b] * kBand, step * kBand);
+                barrier_arrive_expect(&full[at.stage], (item.num_rows() + item.num_bands()) * kBox);
+                for (int r = 0; r < item.num_rows(); ++r)
+                    load_box(&dy_map, &full[at.stage], stage + r * kBox, item.row(r) * kBand, step * kDepth);
+                for (int b = 0; b < item.num_bands(); ++b)
+                    load_box(&x_map, &full[at.stage], stage + (kConsumers + b) * kBox, item.col(b) * kBand,
+                             step * kDepth);
             }
         }
         return;
@@ -234,27 +247,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     float acc[kBandsEach * kBand / 2];
     for (int i = blockIdx.x; i < p.num_items; i += gridDim.x) {
         const Item item(p, i);
-        const int half = (item.count + 1) / 2, first = consumer * half, width = consumer ? item.count - half : half;
-        const int num_steps = item.last_step - item.first_step;
+        const int width = item.width(consumer), num_steps = item.last_step - item.first_step;
+        const int dy_box = consumer < item.num_rows() ? consumer : 0;
+        const int x_box = kConsumers + (width ? item.first_band(consumer) : 0);
 #pragma unroll
         for (int j = 0; j < kBandsEach * kBand / 2; ++j) acc[j] = 0.f;
-        if (width == 3)
-            multiply<T, 3>(acc, shared, full, empty, at, num_steps, first);
+        if (width == 4)
+            multiply<T, 4>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
+        else if (width == 3)
+            multiply<T, 3>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
         else if (width == 2)
-            multiply<T, 2>(acc, shared, full, empty, at, num_steps, first);
-        else  // of a tile of one block the second consumer multiplies band 0 too, for nothing: it must give stages back
-            multiply<T, 1>(acc, shared, full, empty, at, num_steps, width ? first : 0);
+            multiply<T, 2>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
+        else  // without a block of its own it multiplies one of the other's, for nothing: it must give stages back
+            multiply<T, 1>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
         if (width == 0 || (p.num_chunks > 1 && !add_chunks(acc, p, item, width, consumer, last))) continue;
         float totals[kBandsEach] = {};
         if (p.score.out == nullptr) {
-            write_blocks<false>(acc, dw, p, item, width, first, dw, totals);
+            write_blocks<false>(acc, dw, p, item, consumer, dw, totals);
             continue;
         }
         dispatch_dtype(p.score.w_dtype, [&](auto tag) {
             using W = typename decltype(tag)::type;
-            write_blocks<true>(acc, dw, p, item, width, first, static_cast<const W*>(p.score.w), totals);
+            write_blocks<true>(acc, dw, p, item, consumer, static_cast<const W*>(p.score.w), totals);
         });
-        add_scores(totals, p, item, width, first, consumer, sums);
+        add_scores(totals, p, item, consumer, sums);
     }
 }
 
@@ -272,10 +288,10 @@ int64_t counter_bytes(int64_t num_tiles) { return (num_tiles * kConsumers * 4 + 
 
 }  // namespace
 
-// The fewest steps for the busiest SM of a card of kCardSms; handing a chunk over takes about three steps, adding it up
-// at the end three more.
+// The fewest steps of 64 tokens for the busiest SM of a card of kCardSms; handing a chunk over takes about three of
+// them, adding it up at the end three more.
 int dweight_chunks(int64_t num_tokens, int64_t num_tiles) {
-    const int64_t num_steps = (num_tokens + kBand - 1) / kBand;
+    const int64_t num_steps = (num_tokens + 63) / 64;
     int best = 1;
     int64_t least = 0;
     for (int64_t chunks = 1; chunks <= kMostChunks && (chunks == 1 || chunks * 8 <= num_steps); ++chunks) {
@@ -294,7 +310,7 @@ int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks) {
 cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockList& list, const DweightScore& score,
                                          void* scratch, cudaStream_t stream) {
     if (q.N == 0 || q.K == 0) return cudaSuccess;
-    const int64_t num_steps = (q.M + kBand - 1) / kBand, num_items = int64_t(list.num_tiles) * q.num_chunks;
+    const int64_t num_steps = (q.M + kDepth - 1) / kDepth, num_items = int64_t(list.num_tiles) * q.num_chunks;
     const bool scored =
         score.reduce == Reduce::kSigned || score.reduce == Reduce::kAbs || score.reduce == Reduce::kSquare;
     if (q.dtype == DType::kFloat32 || q.N % 8 != 0 || q.K % 8 != 0 || q.num_chunks < 1 || q.num_chunks > kMostChunks ||
@@ -306,8 +322,8 @@ cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockLis
         return cudaErrorInvalidValue;
     TensorMap dy{}, x{};
     if (q.M > 0) {
-        if (cudaError_t e = make_tensor_map(&dy, q.dtype, q.dy, q.M, q.N, q.dy_stride, kBand)) return e;
-        if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kBand)) return e;
+        if (cudaError_t e = make_tensor_map(&dy, q.dtype, q.dy, q.M, q.N, q.dy_stride, kDepth)) return e;
+        if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kDepth)) return e;
     }
     Problem p{int(q.N), int(q.K), int(num_steps), q.num_chunks, int(num_items), list, score, nullptr, nullptr};
     if (q.num_chunks > 1 && num_items > 0) {

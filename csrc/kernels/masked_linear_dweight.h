@@ -4,11 +4,12 @@
 
 namespace sensibert {
 
-constexpr int kDweightBands = 6;  // blocks of an output tile
-constexpr int kDweightTileWords = 2 + kDweightBands;
+constexpr int kDweightBands = 4;  // blocks of a row in an output tile, at most
+constexpr int kDweightTileWords = 5 + 2 * kDweightBands;
 
 // The blocks of dW [N, K], block (i, j) = rows from 64 i on, columns from 64 j on; all in device memory. An output tile
-// is up to kDweightBands kept blocks of one i, in kDweightTileWords words: i, count, j_0 .. j_{count - 1}.
+// is kept blocks of two i, up to kDweightBands of each, in kDweightTileWords words: i_0, i_1, only_0, both, only_1,
+// then the j that i_0 alone keeps, those of both, those of i_1 alone. i_1 may be i_0: then both is 0.
 struct BlockList {
     const int32_t* tiles;    // [num_tiles, kDweightTileWords]: longest first balances
     const int32_t* dropped;  // [num_dropped] i * ceil(K / 64) + j

@@ -4,6 +4,7 @@ in masked_linear_tiles."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,30 +21,59 @@ define(
     "(Tensor(a!) out, Tensor dy, Tensor x, Tensor weight, Tensor tiles, Tensor dropped, str reduce, str finish, "
     "float decay, float scale) -> Tensor",
 )
-TILE_BANDS = 6  # blocks of an output tile
+TILE_BANDS = 4  # blocks of a row in an output tile, at most
 
 
 class BlockList(NamedTuple):
     """The blocks of dW [N, K]; masked_linear_dweight.h has the format."""
 
-    tiles: Tensor  # [T, 2 + TILE_BANDS] int32: block row, count, block columns; longest first, ties by position
+    tiles: Tensor  # [T, 5 + 2 * TILE_BANDS] int32; most blocks first, ties by position
     dropped: Tensor  # [D] int32: block row * ceil(K / 64) + block column, ascending
 
 
 def block_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> BlockList:
-    """keep bool grid.shape(N, K) -> BlockList. The kept blocks of a row share as few tiles as hold them, evenly."""
+    """keep bool grid.shape(N, K) -> BlockList. Rows that keep many of the same blocks share tiles: what both keep is
+    loaded once."""
     kept = kept_blocks(keep, grid, num_rows, num_cols)
-    row, col = kept.nonzero(as_tuple=True)  # ascending in both
-    count = kept.sum(1)
-    num_tiles = -(-count // TILE_BANDS)  # of each row
-    rank = kept.cumsum(1)[kept] - 1
-    tile = (num_tiles.cumsum(0) - num_tiles)[row] + rank * num_tiles[row] // count[row]
-    size = torch.bincount(tile)
-    place = torch.arange(len(tile), device=keep.device) - (size.cumsum(0) - size)[tile]
-    tiles = keep.new_zeros(len(size), 2 + TILE_BANDS, dtype=torch.int32)
-    tiles[tile, 0], tiles[:, 1], tiles[tile, 2 + place] = row.int(), size.int(), col.int()
-    order = torch.sort(size, descending=True, stable=True).indices
-    return BlockList(tiles[order], (~kept).flatten().nonzero()[:, 0].int())
+    rows = [{col for col, alive in enumerate(row) if alive} for row in kept.tolist()]
+    tiles = [tile for pair in _pairs(rows) for tile in _tiles(rows, *pair)]
+    tiles.sort(key=_num_blocks, reverse=True)
+    words = [tile + [0] * (5 + 2 * TILE_BANDS - len(tile)) for tile in tiles]
+    tiles = torch.tensor(words, dtype=torch.int32, device=keep.device).view(len(words), 5 + 2 * TILE_BANDS)
+    return BlockList(tiles, (~kept).flatten().nonzero()[:, 0].int())
+
+
+def _pairs(rows: list[set[int]]) -> list[tuple[int, int]]:
+    """Each row once: the longest left with the one that shares most with it, the last alone as (row, row)."""
+    left, pairs = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
+    while left:
+        first = left.pop(0)
+        other = max(left, key=lambda i: len(rows[first] & rows[i]), default=first)
+        if left:
+            left.remove(other)
+        pairs.append((first, other))
+    return pairs
+
+
+def _tiles(rows: list[set[int]], i: int, j: int) -> Iterator[list[int]]:
+    """The tiles of block rows i and j, each as words: i, j, counts, block columns."""
+    both = sorted(rows[i] & rows[j]) if i != j else []
+    only_i, only_j = sorted(rows[i] - set(both)), sorted(rows[j] - set(both)) if i != j else []
+    while both or (only_i and only_j):
+        shared, both = both[:TILE_BANDS], both[TILE_BANDS:]
+        room = TILE_BANDS - len(shared)
+        own_i, own_j, only_i, only_j = only_i[:room], only_j[:room], only_i[room:], only_j[room:]
+        yield [i, j, len(own_i), len(shared), len(own_j), *own_i, *shared, *own_j]
+    row, rest = (i, only_i) if only_i else (j, only_j)
+    num_tiles = -(-len(rest) // (2 * TILE_BANDS))
+    for t in range(num_tiles):  # of one row, as evenly as can be
+        cols = rest[t * len(rest) // num_tiles : (t + 1) * len(rest) // num_tiles]
+        half = (len(cols) + 1) // 2
+        yield [row, row, half, 0, len(cols) - half, *cols]
+
+
+def _num_blocks(tile: list[int]) -> int:
+    return tile[2] + 2 * tile[3] + tile[4]
 
 
 def reference(dy: Tensor, x: Tensor, tiles: Tensor, dropped: Tensor) -> Tensor:
@@ -68,8 +98,9 @@ def reference_score(out, dy, x, weight, tiles, dropped, reduce, finish, decay, s
 
 def _blank(t: Tensor, tiles: Tensor) -> Tensor:
     kept = torch.zeros([-(-size // BAND) for size in t.shape], dtype=torch.bool, device=t.device)
-    for row, count, *cols in tiles.tolist():
-        kept[row, cols[:count]] = True
+    for i, j, only_i, both, only_j, *cols in tiles.tolist():
+        kept[i, cols[: only_i + both]] = True
+        kept[j, cols[only_i : only_i + both + only_j]] = True
     wide = kept.repeat_interleave(BAND, 0).repeat_interleave(BAND, 1)[: len(t), : t.shape[1]]
     return t.masked_fill(~wide, 0)
 

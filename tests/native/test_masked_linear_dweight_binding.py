@@ -48,7 +48,7 @@ def refused(said, op, *args):
 refused("dy and x must both be bfloat16, or both float16", op, dy.float(), x, *blocks)
 refused("want multiples of 8", op, dy[..., :70], x, *blocks)
 refused("dy has 35 rows, want 70 as x", op, dy[0], x, *blocks)
-refused("tiles is not [.., 8]", op, dy, x, blocks.tiles[:, :7], blocks.dropped)
+refused("tiles is not [.., 13]", op, dy, x, blocks.tiles[:, :12], blocks.dropped)
 refused("dropped is not contiguous int32", op, dy, x, blocks.tiles, blocks.dropped.long())
 refused("weight is not [72, 136]", score, ours, dy, x, weight.T, *blocks, *words)
 refused("out is not contiguous float32", score, ours[:1], dy, x, weight, *blocks, *words)

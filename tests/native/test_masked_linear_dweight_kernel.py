@@ -58,10 +58,21 @@ def test_values(kernel, M, N, K, chunks, dtype):
     check(run(kernel, *args, chunks=chunks)[0], *args)
 
 
-@pytest.mark.parametrize("num_kept", range(8))
-def test_every_number_of_blocks_in_a_row(kernel, num_kept):
-    dy, x, keep = make_inputs(70, 64, 512, kept=0)
-    keep[0, torch.randperm(8)[:num_kept]] = True
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("num_kept", range(0, 10, 3))
+def test_every_number_of_blocks_in_a_row(kernel, num_kept, rows):
+    dy, x, keep = make_inputs(38, 64 * rows, 640, kept=0)
+    for row in keep:
+        row[torch.randperm(10)[:num_kept]] = True
+    check(run(kernel, dy, x, keep)[0], dy, x, keep)
+
+
+@pytest.mark.parametrize("only_0,both,only_1", [(0, 4, 0), (2, 2, 0), (1, 2, 2), (4, 0, 1), (1, 0, 4), (0, 1, 3)])
+def test_two_rows_share_what_both_keep(kernel, only_0, both, only_1):
+    dy, x, keep = make_inputs(38, 128, 512, kept=0)
+    cols = torch.randperm(8)
+    keep[0, cols[: only_0 + both]] = True
+    keep[1, cols[only_0 : only_0 + both + only_1]] = True
     check(run(kernel, dy, x, keep)[0], dy, x, keep)
 
 

@@ -16,18 +16,39 @@ DWEIGHT = torch.ops.sensibert.masked_linear_tiles_dweight.default
 SCORE = torch.ops.sensibert.masked_linear_tiles_dweight_score_.default
 
 
+def words(tiles):
+    return [row[: 5 + sum(row[2:5])] for row in tiles.tolist()]
+
+
 def test_a_list_by_hand():
-    keep = bools(".x.x", "....", "xxxx")
-    tiles, dropped = block_list(keep, BLOCKS, 192, 256)
-    assert [t[: 2 + t[1]] for t in tiles.tolist()] == [[2, 4, 0, 1, 2, 3], [0, 2, 1, 3]]  # longest first
-    assert dropped.tolist() == [0, 2, 4, 5, 6, 7]
+    keep = bools(".x.x.", ".....", "xxx..")
+    tiles, dropped = block_list(keep, BLOCKS, 192, 320)
+    assert words(tiles) == [[2, 0, 2, 1, 1, 0, 2, 1, 3]]  # the longer row first, what both keep in the middle
+    assert dropped.tolist() == [0, 2, 4, 5, 6, 7, 8, 9, 13, 14]
 
 
-@pytest.mark.parametrize("num_kept,want", [(6, [6]), (7, [4, 3]), (12, [6, 6]), (13, [5, 4, 4]), (0, [])])
-def test_a_row_is_shared_out_evenly(num_kept, want):
-    keep = torch.arange(16)[None] < num_kept
-    tiles = block_list(keep, BLOCKS, 64, 1024).tiles
-    assert tiles[:, 1].tolist() == want and tiles.shape[1] == 2 + TILE_BANDS
+def test_rows_that_share_most_are_paired_and_the_longest_tile_comes_first():
+    keep = bools("x..x....", ".xx.xx..", "xx.x....", ".xx.xx..")
+    tiles = block_list(keep, BLOCKS, 256, 512).tiles
+    assert words(tiles) == [[1, 3, 0, 4, 0, 1, 2, 4, 5], [2, 0, 1, 2, 0, 1, 0, 3]]
+
+
+@pytest.mark.parametrize("num_kept,want", [(0, []), (1, [(1, 0)]), (8, [(4, 4)]), (9, [(2, 2), (3, 2)][::-1])])
+def test_a_row_of_its_own_is_shared_out_evenly(num_kept, want):
+    tiles = block_list(torch.arange(16)[None] < num_kept, BLOCKS, 64, 1024).tiles
+    assert [(row[2], row[4]) for row in tiles.tolist()] == want and tiles.shape[1] == 5 + 2 * TILE_BANDS
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_each_kept_block_is_in_one_tile_and_no_row_of_a_tile_is_too_long(density):
+    keep = torch.rand(7, 11) < density
+    tiles, dropped = block_list(keep, BLOCKS, 448, 704)
+    seen = torch.zeros(7, 11, dtype=torch.int64)
+    for i, j, only_i, both, only_j, *cols in tiles.tolist():
+        assert max(only_i, only_j) + both <= TILE_BANDS and (i != j or both == 0)
+        for row, of_row in ((i, cols[: only_i + both]), (j, cols[only_i : only_i + both + only_j])):
+            seen[row, of_row] += 1
+    assert torch.equal(seen, keep.long()) and torch.equal(dropped.long(), (~keep).flatten().nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.1])
@@ -38,7 +59,6 @@ def test_the_reference_reads_it_back(grid, kept):
     blocks = block_list(keep, grid, 328, 200)
     want = torch.einsum("bsn,bsk->nk", dy, x) * grid.expand(keep, 328, 200)
     torch.testing.assert_close(reference(dy, x, *blocks), want)
-    assert len(blocks.dropped) + blocks.tiles[:, 1].sum() == 6 * 4
 
 
 @pytest.mark.parametrize("finish", ["none", "square", "abs"])
