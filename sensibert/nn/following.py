@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .masked_linear import MaskedLinear
 
 
-@dataclass
+@dataclass(eq=False)
 class _Follower:
     """One layer, and the matrix [n, k] of its kept rows and columns that stands for its weight in a matmul."""
 
@@ -45,6 +45,7 @@ class Followers:
     def __init__(self, optimizer) -> None:
         self.optimizer = ref(optimizer)
         self.members: list[_Follower] = []
+        self.renew = WeakMethod(self.refresh)
         optimizer.register_step_pre_hook(self.before_step)
         optimizer.register_step_post_hook(self.after_step)
 
@@ -82,7 +83,7 @@ class Followers:
             self._publish(member)
 
     def _publish(self, member: _Follower) -> None:
-        publish(member.weight, member.keep, member.layer.grid, member.compact, WeakMethod(self.refresh))
+        publish(member.weight, member.keep, member.layer.grid, member.compact, self.renew)
 
     def before_step(self, optimizer, *_) -> None:
         self.refresh()

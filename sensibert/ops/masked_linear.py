@@ -60,17 +60,18 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, bloc
 
 
 def _forward(x, weight, bias, keep, block_rows, block_cols):
-    path, kept = _plan(x, weight.shape, keep, Grid(block_rows, block_cols))
+    grid = Grid(block_rows, block_cols)
+    path, kept = _plan(x, weight.shape, keep, grid)
     if path == "reference":
         return reference(x, weight, bias, keep, block_rows, block_cols)
     bias = None if bias is None else bias.to(x.dtype)
     if path == "tiles":
-        tiles = remember(tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
-        return ops.masked_linear_tiles(x, weight.to(x.dtype), bias, *tiles, False)
+        tiles = remember(tile_list, keep, grid, *weight.shape)
+        return ops.masked_linear_tiles(x, _whole(weight, keep, grid, x.dtype), bias, *tiles, False)
     if path == "bits":
-        bits = remember(row_bits, keep, Grid(block_rows, block_cols), *weight.shape)
-        return ops.masked_linear_bits(_only(x, kept.cols), weight.to(x.dtype), bias, bits, False)
-    w, rows = _weight(path, weight, keep, Grid(block_rows, block_cols), kept, x.dtype), kept.rows
+        bits = remember(row_bits, keep, grid, *weight.shape)
+        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, keep, grid, x.dtype), bias, bits, False)
+    w, rows = _weight(path, weight, keep, grid, kept, x.dtype), kept.rows
     y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
     if rows is not None:
         empty = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
@@ -80,14 +81,15 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
 
 def _dx(dy, weight, keep, block_rows, block_cols):
     """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
-    path, kept = _plan(dy, weight.shape, keep, Grid(block_rows, block_cols))
+    grid = Grid(block_rows, block_cols)
+    path, kept = _plan(dy, weight.shape, keep, grid)
     if path == "tiles":
-        tiles = remember(column_tile_list, keep, Grid(block_rows, block_cols), *weight.shape)
-        return ops.masked_linear_tiles(dy, weight.to(dy.dtype), None, *tiles, True)
+        tiles = remember(column_tile_list, keep, grid, *weight.shape)
+        return ops.masked_linear_tiles(dy, _whole(weight, keep, grid, dy.dtype), None, *tiles, True)
     if path == "bits":
-        bits = remember(column_bits, keep, Grid(block_rows, block_cols), *weight.shape)
-        return ops.masked_linear_bits(_only(dy, kept.rows), weight.to(dy.dtype), None, bits, True)
-    w = _weight(path, weight, keep, Grid(block_rows, block_cols), kept, dy.dtype)
+        bits = remember(column_bits, keep, grid, *weight.shape)
+        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, keep, grid, dy.dtype), None, bits, True)
+    w = _weight(path, weight, keep, grid, kept, dy.dtype)
     dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
@@ -118,6 +120,12 @@ def _weight(path: str, weight: Tensor, keep: Tensor, grid: Grid, kept: Live, dty
     if path == "dense":
         return weight.to(dtype)
     return blank(_take(_take(weight, kept.rows, 0), kept.cols).to(dtype), kept.bits)
+
+
+def _whole(weight: Tensor, keep: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in the compute dtype, for kernels that apply keep themselves."""
+    compact = published(weight, keep, grid, dtype)
+    return compact if compact is not None and compact.shape == weight.shape else weight.to(dtype)
 
 
 def _flat(t: Tensor) -> Tensor:

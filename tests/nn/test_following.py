@@ -11,6 +11,7 @@ from torch import nn
 
 from sensibert.artifacts import Grid
 from sensibert.nn import MaskedLinear, following
+from sensibert.ops import masked_linear_path as paths
 from sensibert.ops.masked_linear_live import live, published
 from sensibert.optim import MaskedAdamW
 
@@ -97,7 +98,7 @@ def test_without_an_empty_row_or_column_it_has_full_size():
 
 
 def test_forward_and_input_gradient_read_the_matrix_and_not_the_weight():
-    layer, optimizer = make_pair(Grid.rows(4))
+    layer, _ = make_pair(Grid.rows(4))
     seen(layer).fill_(7)  # not what the weight holds: so we see who was asked
     x = torch.eye(12, requires_grad=True)
     with torch.autocast("cpu", BF16):
@@ -105,6 +106,23 @@ def test_forward_and_input_gradient_read_the_matrix_and_not_the_weight():
     assert ((y - layer.bias.bfloat16())[:, live(layer.keep, layer.grid, 8, 12).rows].float() - 7).abs().max() < 0.1
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert (dx == 7 * 4).all()
+
+
+@pytest.mark.parametrize("path, grid", [("tiles", Grid.block(64, 64)), ("bits", Grid.element())])
+def test_kernels_that_apply_the_masks_get_the_cast_weight_if_it_is_whole(path, grid, monkeypatch):
+    monkeypatch.setattr(paths, "resolve", lambda problem: paths.Choice(path, "as if on sm_90"))
+    x = torch.randn(5, 128, requires_grad=True)
+    for whole in (True, False):
+        layer = MaskedLinear(128, 128, bias=False, grid=grid)
+        keep = torch.eye(*layer.keep.shape, dtype=torch.bool)
+        keep[-1] = whole  # without its last row nothing is at full size
+        layer.set_keep(keep)
+        layer.follow(MaskedAdamW(layer.parameters()))
+        with torch.autocast("cpu", BF16):
+            want = torch.autograd.grad(copy.deepcopy(layer)(x).float().sum(), x)[0]
+            assert torch.equal(torch.autograd.grad(layer(x).float().sum(), x)[0], want)
+            seen(layer).zero_()
+            assert layer(x).any().item() != whole
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
