@@ -12,7 +12,7 @@ from torch import Tensor
 from ..artifacts import Grid
 from ..ops.gather_kept import gather_kept
 from ..ops.masked_adamw import index_map
-from ..ops.masked_linear_live import live, publish, withdraw
+from ..ops.masked_linear_live import Published, live, publish, withdraw
 
 if TYPE_CHECKING:
     from .masked_linear import MaskedLinear
@@ -25,8 +25,8 @@ class _Follower:
     layer: MaskedLinear
     weight: Tensor
     keep: Tensor
-    seen: tuple[int, Grid] | None = None  # version of keep and grid that `compact` was made for
-    compact: Tensor | None = None
+    seen: tuple[int, Grid] | None = None  # version of keep and grid that the matrix was made for
+    promise: Published | None = None
 
     @property
     def now(self) -> tuple[int, Grid]:
@@ -79,11 +79,8 @@ class Followers:
             ]
             optimizer.set_keep(member.weight, member.keep, member.layer.grid)
             optimizer.set_shadow(member.weight, compact, *maps)
-            member.seen, member.compact = member.now, compact
-            self._publish(member)
-
-    def _publish(self, member: _Follower) -> None:
-        publish(member.weight, member.keep, member.layer.grid, member.compact, self.renew)
+            member.seen = member.now
+            member.promise = publish(member.weight, member.keep, member.layer.grid, compact, self.renew)
 
     def before_step(self, optimizer, *_) -> None:
         self.refresh()
@@ -94,9 +91,9 @@ class Followers:
     def after_step(self, optimizer, *_) -> None:
         for member in self.members:
             # Without a gradient the step wrote nothing: what was published before stays as true as it was.
-            written = member.weight.grad is not None and optimizer.shadow(member.weight) is member.compact
-            if written and member.follows and member.seen == member.now:
-                self._publish(member)
+            written = member.weight.grad is not None and optimizer.shadow(member.weight) is member.promise.compact
+            if written and member.seen == member.now:
+                member.promise.weight_version = member.weight._version
 
 
 _known: WeakKeyDictionary = WeakKeyDictionary()  # optimizer -> its Followers

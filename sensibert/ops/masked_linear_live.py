@@ -8,6 +8,7 @@ keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 from weakref import WeakMethod
 
@@ -82,7 +83,10 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
 
 
-class _Published(NamedTuple):
+@dataclass(eq=False)
+class Published:
+    """What `publish` promised, of the weight with this version; who has written both again says so here."""
+
     weight_version: int
     keep: Tensor
     keep_version: int
@@ -91,17 +95,18 @@ class _Published(NamedTuple):
     renew: WeakMethod | None
 
 
-_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> _Published, which must not hold the weight
+_published: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> Published, which must not hold the weight
 
 
-def publish(weight: Tensor, keep: Tensor, grid: Grid, compact: Tensor, renew: WeakMethod | None = None) -> None:
+def publish(weight: Tensor, keep: Tensor, grid: Grid, compact: Tensor, renew: WeakMethod | None = None) -> Published:
     """Promise that compact [n, k] holds the kept rows and columns of weight * keep in the compute dtype, so that no
     call has to gather, cast or mask.
 
     For an optimizer that writes it in its own pass. It is used until the version counter of weight or keep moves; who
-    publishes does so again after each step. torch's fused optimizers do not move it: they must not hold the weight.
-    renew is called when keep has changed, and may publish anew."""
-    _published[weight] = _Published(weight._version, keep, keep._version, grid, compact, renew)
+    publishes brings weight_version up to date after each step. torch's fused optimizers do not move the counter: they
+    must not hold the weight. renew is called when keep has changed, and may publish anew."""
+    promise = _published[weight] = Published(weight._version, keep, keep._version, grid, compact, renew)
+    return promise
 
 
 def withdraw(weight: Tensor) -> None:
