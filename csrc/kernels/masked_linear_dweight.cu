@@ -6,8 +6,8 @@
 // of the other: loaded once, and side by side for each. The tokens are cut into chunks; a block of threads stays on its
 // SM and takes (tile, chunk)s:
 //
-//   warpgroup 0     one thread copies, per step of 32 tokens, two bands of dY and the tile's bands of X, [32, 64] each,
-//                   into the next stage of a ring in shared memory; the other warps write the dropped blocks of dW
+//   warpgroup 0     two threads copy, per step of 32 tokens, two bands of dY and the tile's bands of X, [32, 64] each,
+//                   into the next stage of a ring in shared memory; two warps write the dropped blocks of dW
 //   warpgroups 1,2  a row of blocks each, one wgmma a k16 as wide as its bands (both operands lie by depth), one step
 //                   in flight; then rounding and out, with the score of the block while it is in registers
 //
@@ -28,6 +28,8 @@ using namespace hopper;
 constexpr int kBand = 64;   // the side of a block of dW
 constexpr int kDepth = 32;  // tokens of a step
 constexpr int kConsumers = 2, kBandsEach = kDweightBands;
+constexpr int kLoaders = 2;  // threads that copy, each a band of dY and every other of X
+static_assert(kLoaders == kConsumers, "a loader copies the band of dY of one consumer");
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kBox = kDepth * kBand * 2;  // bytes
 constexpr int kStages = 5, kStage = kConsumers * (1 + kBandsEach) * kBox;
@@ -103,18 +105,18 @@ __device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], c
     if (num_steps > 0 && leads) barrier_arrive(&empty[before]);
 }
 
-// Dropped blocks: 0 into dW, and their score. Warps 1 to 3.
+// Dropped blocks: 0 into dW, and their score. The warps of the first group that do not load.
 template <typename T>
 __device__ __forceinline__ void write_dropped(T* dw, const Problem& p) {
     const int blocks_across = (p.K + kBand - 1) / kBand;
     for (int i = blockIdx.x; i < p.list.num_dropped; i += gridDim.x) {
         const int block = p.list.dropped[i];
         const int row = block / blocks_across * kBand, col = block % blocks_across * kBand;
-        for (int j = int(threadIdx.x) - 32; j < kBand * kBand / 8; j += 96) {
+        for (int j = int(threadIdx.x) - 32 * kLoaders; j < kBand * kBand / 8; j += 128 - 32 * kLoaders) {
             const int r = row + j / 8, c = col + j % 8 * 8;
             if (r < p.N && c < p.K) *reinterpret_cast<uint4*>(dw + int64_t(r) * p.K + c) = make_uint4(0, 0, 0, 0);
         }
-        if (p.score.out != nullptr && threadIdx.x == 32) write_score(p.score, block, 0.f);
+        if (p.score.out != nullptr && threadIdx.x == 32 * kLoaders) write_score(p.score, block, 0.f);
     }
 }
 
@@ -215,34 +217,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group = threadIdx.x / 128;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kConsumers * 4);
+        for (int s = 0; s < kStages; ++s) barrier_init(&full[s], kLoaders), barrier_init(&empty[s], kConsumers * 4);
         barrier_init_done();
     }
     __syncthreads();
 
-    Place<kStages> at;
     if (group == 0) {
         give_registers<40>();
-        if (threadIdx.x >= 32) write_dropped(dw, p);
-        if (threadIdx.x != 0 || p.num_steps == 0) return;
+        // By shuffle: ptxas then keeps the coordinates in uniform registers, where TMA wants them.
+        const int loader = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+        if (loader >= kLoaders) write_dropped(dw, p);
+        if (loader >= kLoaders || threadIdx.x % 32 != 0 || p.num_steps == 0) return;
         prefetch_map(&dy_map), prefetch_map(&x_map);
+        Place<kStages> at;
         for (int i = blockIdx.x; i < p.num_items; i += gridDim.x) {
             const Item item(p, i);
+            const bool loads_row = loader < item.num_rows();
+            const int num_bands = (item.num_bands() + kLoaders - 1 - loader) / kLoaders, row = item.row(loader) * kBand;
+            int cols[kBandsEach];  // in registers: a box every 50 clocks leaves no time to read the list
+#pragma unroll
+            for (int b = 0; b < kBandsEach; ++b) cols[b] = b < num_bands ? item.col(b * kLoaders + loader) * kBand : 0;
+#pragma unroll 1
             for (int step = item.first_step; step < item.last_step; ++step, at.advance()) {
                 unsigned char* const stage = shared + at.stage * kStage;
+                unsigned char* const bands = stage + (kConsumers + loader) * kBox;
                 barrier_wait(&empty[at.stage], at.parity ^ 1);
-                barrier_arrive_expect(&full[at.stage], (item.num_rows() + item.num_bands()) * kBox);
-                for (int r = 0; r < item.num_rows(); ++r)
-                    load_box(&dy_map, &full[at.stage], stage + r * kBox, item.row(r) * kBand, step * kDepth);
-                for (int b = 0; b < item.num_bands(); ++b)
-                    load_box(&x_map, &full[at.stage], stage + (kConsumers + b) * kBox, item.col(b) * kBand,
-                             step * kDepth);
+                barrier_arrive_expect(&full[at.stage], (loads_row + num_bands) * kBox);
+                if (loads_row) load_box(&dy_map, &full[at.stage], stage + loader * kBox, row, step * kDepth);
+#pragma unroll
+                for (int b = 0; b < kBandsEach; ++b)
+                    if (b < num_bands)
+                        load_box(&x_map, &full[at.stage], bands + b * kLoaders * kBox, cols[b], step * kDepth);
             }
         }
         return;
     }
 
     take_registers<232>();
+    Place<kStages> at;
     const int consumer = group - 1;
     float acc[kBandsEach * kBand / 2];
     for (int i = blockIdx.x; i < p.num_items; i += gridDim.x) {
