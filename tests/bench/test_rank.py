@@ -50,11 +50,14 @@ def test_the_loss_falls_as_the_slope_says_when_little_is_removed(model):
     site = layout.site("layer.1.ffn")
     gradients = bench.gate_gradients(model, layout, batches(), sampled=False)
     drop = bench.Drop(site.name, site.kind, 1.0, torch.arange(site.units))
-    slope = bench.with_slope(gradients)(drop) - bench.together(gradients)(drop)
-    before = bench.loss_of(model, batches())
+    before = bench.losses_of(model, batches()).mean()
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight *= 1 - step
-    assert bench.loss_of(model, batches()) - before == pytest.approx(slope * step, rel=0.05, abs=1e-6)
+    change = float(bench.losses_of(model, batches()).mean() - before)
+    assert change == pytest.approx(bench.slope(gradients)(drop) * step, rel=0.05, abs=1e-6)
+    assert bench.plus(bench.slope(gradients), bench.alone(gradients), 2.0)(drop) == pytest.approx(
+        bench.slope(gradients)(drop) + 2 * bench.alone(gradients)(drop)
+    )
 
 
 def test_units_that_cancel_are_worth_nothing_together():
@@ -74,13 +77,13 @@ def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_mode
     ]
     assert wanted[1].units.tolist() == [3, 2]
     above = next(drop for drop in wanted if drop.site == "layer.1.head" and drop.share == 0.5)
-    found = bench.measured(model, layout, [above, wanted[1]], batches())
-    before = bench.loss_of(model, batches())
+    found = bench.measured(model, layout, [above, wanted[1]], batches()).mean(1).tolist()
+    before = float(bench.losses_of(model, batches()).mean())
     with torch.no_grad():
         weight = model.bert.encoder.layer[1].attention.output.dense.weight
         old = weight.clone()
         weight[:, 16:] = 0
-        assert found[0] == pytest.approx(bench.loss_of(model, batches()) - before, abs=1e-6)
+        assert found[0] == pytest.approx(float(bench.losses_of(model, batches()).mean()) - before, abs=1e-6)
         weight.copy_(old)
         model.bert.encoder.layer[0].attention.output.dense.weight[:, 16:] = 0
         after = sum(
@@ -90,8 +93,15 @@ def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_mode
     assert found[1] == pytest.approx(after / 2 - before, abs=1e-6)
 
 
-def test_the_picture_is_drawn(tmp_path):
-    wanted = [bench.Drop("s", kind, share, torch.arange(2)) for kind in ("head", "ffn") for share in bench.SHARES]
-    values = [float(n) for n in range(len(wanted))]
-    bench.draw(tmp_path / "rank.png", wanted, values, {"fisher": values, "other": [-v for v in values]})
-    assert (tmp_path / "rank.png").stat().st_size > 1000
+def test_all_predictors_become_rows_and_the_best_is_drawn_beside_ours(tmp_path, monkeypatch):
+    rows = {}
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "record", lambda name, case, metric, value, unit, **rival: rows.update({case: value}))
+    drop = [bench.Drop("s", kind, share, torch.arange(2)) for kind in ("head", "ffn") for share in bench.SHARES]
+    by_row = torch.arange(8.0)[:, None] + torch.tensor([0.0, 1.0, 5.0, 9.0])
+    place = {id(one): float(number) for number, one in enumerate(drop)}
+    found = {"fisher": lambda drop: drop.share, "worse": lambda drop: -drop.share, "best": lambda drop: place[id(drop)]}
+    bench.report("toy seed 1", drop, by_row, found)
+    assert rows["toy seed 1 best"] == rows["toy seed 1 measured on the other half of the rows"] == pytest.approx(1)
+    assert rows["toy seed 1 worse"] == -rows["toy seed 1 fisher"] < 0
+    assert (tmp_path / "bench_rank_toy_seed_1.png").stat().st_size > 1000
