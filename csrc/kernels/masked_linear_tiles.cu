@@ -1,19 +1,20 @@
 // sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
 //
-// y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64; with kByColumns W is [K, N] and y = x (W *
-// keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor multiplied. A block of
-// threads stays on its SM and takes output tiles of 128 tokens x kCols features:
+// y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64; with kByColumns W is [K, N] and
+// y = x (W * keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor multiplied.
+// A block of threads stays on its SM and takes output tiles of 128 tokens x kCols features:
 //
 //   warpgroup 0     one thread copies, per step of 64 input features, x [128, 64] and the kept bands of W [64, 64] into
 //                   the next stage of a ring in shared memory
-//   warpgroups 1,2  64 tokens each: first the steps that keep all bands, one wide wgmma a k16, always one step in flight;
-//                   then the others, one narrow wgmma a band; then bias, GELU or its derivative, rounding, and out
+//   warpgroups 1,2  64 tokens each: first the steps that keep all bands, one wide wgmma a k16, always one step in
+//                   flight; then the others, one narrow wgmma a band; then bias, GELU or its slope, rounding, and out
 //                   through shared memory while the ring fills for the next tile
 //
 // Narrow wgmmas exist at kCols = 192 only: beside 128 accumulators ptxas serializes every wgmma of the kernel (C7511),
 // as it does when narrow ones overlap in more than one way, or share one wait. At 256 a dropped band of a step that is
 // needed at all arrives as zeros (no traffic) and is multiplied: right, and faster where whole steps drop.
 // Cost: 2 * 128 * 64 * 64 a band, at 4096 FLOP a clock and SM; 16 KB of x and 8 KB a band from L2 a step.
+// A GELU or its slope is some 30 instructions an element that no product hides: both warpgroups do them at once.
 // A sum has one order, set by the list: bitwise repeatable.
 #include "masked_linear_tiles.h"
 
