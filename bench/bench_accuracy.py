@@ -36,8 +36,8 @@ from sensibert.tasks import get_task, load_examples
 
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
-OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "magnitude": {"method": "magnitude"}}
-OURS |= {"random": {"method": "random"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
+OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
+OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
 SETTING = ("epochs", "learning_rate", "train_rows", "max_steps")  # what runs must share to be compared
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
@@ -122,7 +122,7 @@ def options_of(asked: dict, **usual) -> Options:
     """The Options of a run; the schedule's fields may stand among the others."""
     method = asked["method"]
     settings = {"method": "dense"} if method == "dense" else {"budget": asked["budget"], **OURS.get(method, {})}
-    settings |= {"compensate": False} if method == "layers" else {}  # nothing that stays has lost an input
+    settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
     settings |= asked.get("override", {})
     shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
     settings |= {name: asked[name] for name in ("seed", "epochs", "learning_rate", "max_steps") if name in asked}

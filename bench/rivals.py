@@ -11,8 +11,8 @@ torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency g
                  labels, summed over all samples, as its examples do it.
 torch-pruning-magnitude   the same with its group L2 norm, as its BERT example does it
 
-Widths are rounded, and what that frees is filled again, as for ours. Torch-Pruning itself never removes a whole
-sub-layer: one that would lose its last unit stays whole.
+Widths are rounded, and what that frees is filled again, as for ours; the kept units take over nothing (`compensate`).
+Torch-Pruning itself never removes a whole sub-layer: one that would lose its last unit stays whole.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def finetune(
     scope: Scope = _DEFAULT.scope,
     flops_length: FlopsLength = _DEFAULT.flops_length,
     method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}. dense: the control without a cut.")
-    ] = _DEFAULT.method,
+        str | None, typer.Option(help=f"{', '.join(METHODS)} (blocks: fisher). dense: the control without a cut.")
+    ] = None,
     policy: Policy = _DEFAULT.policy,
     step: Step = None,
     samples: Samples = _DEFAULT.samples,
@@ -156,8 +156,9 @@ def finetune(
         _SHAPE.recover_dropout
     ),
     compensate: Annotated[
-        bool, typer.Option(help="Let the kept units take over by least squares what the dropped ones gave.")
-    ] = _DEFAULT.compensate,
+        bool | None,
+        typer.Option(help="Let the kept units take over by least squares what the dropped ones gave. With obs: yes."),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help=f"Fine-tuned model to distil from, or {SNAPSHOT}.")] = None,
     distil: Annotated[float, typer.Option(help="Weight of the distillation loss.")] = _DEFAULT.distil,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = _DEFAULT.temperature,
@@ -222,7 +223,7 @@ def analyze(
     task: Task = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS[:-1]))] = _DEFAULT.method,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS[:-1])} (blocks: fisher).")] = None,
     grid: GridName = _DEFAULT.grid,
     samples: Samples = _DEFAULT.samples,
     micro_batch: MicroBatch = _DEFAULT.micro_batch,
@@ -244,7 +245,11 @@ def analyze(
     from .steps import analyze_file
 
     result, sensitivity = analyze_file(Options(**_given(Options, context)))
-    text = ranking(sensitivity) if sensitivity.tensors else f"no ranking of whole tensors: {method} reads no data"
+    text = (
+        ranking(sensitivity)
+        if sensitivity.tensors
+        else f"no ranking of whole tensors: {result['method']} reads no data"
+    )
     _say(as_json, result, f"{text}\n\nwritten to {output}")
 
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .artifacts import Budget, Grid
 
 PRECISIONS = ("fp32", "bf16")
-METHODS = ("fisher", "obs", "taylor", "saliency", "magnitude", "random", "paper", "dense")
+METHODS = ("obs", "fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
 POLICIES = ("global", "uniform")
 LAYOUTS = ("trimmed", "dense", "both")
 GRIDS = ("unit", "element", "block64")
+UNITS_ONLY = ("obs", "paper")
 SNAPSHOT = "snapshot"
 _CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
 _POSITIVE = (
@@ -40,6 +41,11 @@ def parse_grid(text: str) -> Grid | None:
     return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
 
 
+def default_method(grid: object) -> str:
+    """For a grid as an option, or parsed."""
+    return "obs" if grid in (None, "unit") else "fisher"
+
+
 def grid_name(grid: Grid | None) -> str:
     """Inverse of parse_grid, for any grid."""
     if grid is None:
@@ -50,7 +56,7 @@ def grid_name(grid: Grid | None) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a run depends on. Fields left None take the preset's or the task's value."""
+    """Everything a run depends on. Fields left None take the preset's, the task's or the method's value."""
 
     model: str
     output: str
@@ -63,12 +69,12 @@ class Options:
     grid: str = "unit"
     scope: str = "encoder"
     flops_length: int = 128
-    method: str = "fisher"
+    method: str | None = None  # obs; of the blocks of a grid, fisher
     policy: str = "global"
     step: int | None = None
     samples: int = 1024
     micro_batch: int = 4
-    compensate: bool = False  # solve the consuming weights anew at each cut
+    compensate: bool | None = None  # solve the consuming weights anew at each cut; None: with obs
     schedule: Schedule = field(default_factory=Schedule)
     teacher: str | None = None  # a model folder or hub name, or "snapshot": the run's own dense model at the cut
     distil: float = 0.5
@@ -107,7 +113,7 @@ class Options:
         from .tasks import PRESETS, get_task
 
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in (*known, getattr(Options, name)):
                 raise SensibertError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(known)}")
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -137,18 +143,20 @@ class Options:
         if grid is None or self.method == "dense":
             return
         check_budget(self.parsed_budget(), grid)
-        wrong = {"method": self.method == "paper", "step": self.step is not None, "compensate": self.compensate}
+        wrong = {"method": self.method in UNITS_ONLY, "step": self.step is not None, "compensate": self.compensate}
         for name in filter(wrong.get, wrong):
             said = f"{name} is {getattr(self, name)!r}, which means whole units"
             raise SensibertError(f"{said}, and grid is {self.grid!r}: want grid unit, or another {name}")
 
     def resolved(self) -> Options:
-        """With the preset's settings where nothing else was asked for."""
+        """With the preset's and the method's settings where nothing else was asked for."""
         from .tasks import PRESETS
 
         preset, usual = PRESETS.get(self.task or ""), {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
+        usual["method"] = default_method(self.grid)
+        usual["compensate"] = (self.method or usual["method"]) == "obs"
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def settings(self) -> dict:

@@ -23,7 +23,7 @@ from .errors import SensibertError
 from .models import describe
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
-from .options import SNAPSHOT, Options, parse_grid
+from .options import SNAPSHOT, Options, default_method, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
@@ -56,7 +56,7 @@ class Memory:
 class TrimCallback(TrainerCallback):
     """Trims the model of a running Trainer at the steps of a schedule. For your own Trainer: add it, nothing else.
 
-    budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for method fisher.
+    budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for obs and fisher.
     before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
     micro-batches, budget) -> Plan, in place of analyze and allocate. grid: mask blocks of the weights, cut no units.
     Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
@@ -65,7 +65,7 @@ class TrimCallback(TrainerCallback):
     def __init__(
         self,
         budget: Budget | str = "50%params",
-        method: str = "fisher",
+        method: str | None = None,
         schedule: Schedule | None = None,
         samples: int = 1024,
         micro_batch: int = 4,
@@ -77,17 +77,14 @@ class TrimCallback(TrainerCallback):
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
         save_before_cut: bool = False,
         choose: Choose | None = None,
-        compensate: bool = Options.compensate,
+        compensate: bool | None = None,
         grid: Grid | None = None,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
-        self.method, self.schedule, self.step, self.policy = method, schedule or Schedule(), step, policy
-        self.samples, self.micro_batch, self.seed, self.compensate = (
-            samples,
-            micro_batch,
-            seed,
-            compensate and grid is None,
-        )
+        self.method, self.schedule = method or default_method(grid), schedule or Schedule()
+        self.step, self.policy = step, policy
+        self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
+        self.compensate = self.method == "obs" if compensate is None else compensate
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose, self.grid = choose, grid

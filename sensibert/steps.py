@@ -65,6 +65,7 @@ def outline(options: Options) -> dict:
 
 def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     """Scores of a fine-tuned model on a file, written to options.output."""
+    options = options.resolved()
     rule = STATISTICS.get(options.method)
     options.check(needs_data=rule is None or rule.data)
     if rule is None:

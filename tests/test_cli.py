@@ -80,7 +80,7 @@ def test_one_name_means_one_thing_in_all_commands(chain):
     assert planned["encoder_params_before"] == chain["finetune"].json["encoder_params_after"]
     assert planned["flops_after"] <= 0.4 * planned["flops_before"]
     assert small["inspect"]["budget"] == small["trim"]["budget"] == "40%flops"
-    assert small["inspect"]["method"] == chain["analyze"].json["method"] == "fisher"
+    assert small["inspect"]["method"] == chain["analyze"].json["method"] == "obs"
 
 
 def test_the_small_folder_is_what_the_commands_say(chain, here):
@@ -111,7 +111,7 @@ def test_people_get_tables(chain):
     assert any(line.startswith("layer 1") for line in lines["plan"])
     assert any(line.startswith("flops") and line.endswith("%") for line in lines["trim"])
     assert any(line.startswith("accuracy: 0.") or line == "accuracy: 1.0000" for line in lines["eval"])
-    assert "method: fisher" in lines["inspect"] and any(line.startswith("layer 0") for line in lines["inspect"])
+    assert "method: obs" in lines["inspect"] and any(line.startswith("layer 0") for line in lines["inspect"])
 
 
 @pytest.mark.parametrize(

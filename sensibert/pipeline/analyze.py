@@ -46,12 +46,12 @@ class Statistic:
 
 
 STATISTICS = {
+    "obs": Statistic("moments", sampled=True),
     "fisher": Statistic("signed", "square", sampled=True),
     "taylor": Statistic("signed", "abs"),
     "saliency": Statistic("abs", all_members=True),
     "magnitude": Statistic("weight_square", data=False, all_members=True),
     "random": Statistic("random", data=False),
-    "obs": Statistic("moments", sampled=True),
     "paper": Statistic("gates"),
 }
 GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
