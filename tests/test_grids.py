@@ -172,6 +172,7 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
             ("--grid", "element", "--method", "paper"),
             "method is 'paper', which means whole units, and grid is",
         ),
+        (("--grid", "block64", "--method", "obs"), "method is 'obs', which means whole units, and grid is 'block64'"),
         (("--grid", "block64", "--step", "4"), "step is 4, which means whole units, and grid is 'block64'"),
         (("--grid", "block64", "--compensate"), "compensate is True, which means whole units"),
         (("--grid", "element", "--budget", "3params"), "cannot be trimmed; the smallest reachable budget is"),
