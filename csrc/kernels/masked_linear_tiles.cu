@@ -1,8 +1,8 @@
 // sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
 //
 // y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64; with kByColumns W is [K, N] and
-// y = x (W * keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor multiplied.
-// A block of threads stays on its SM and takes output tiles of 128 tokens x kCols features:
+// y = x (W * keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor
+// multiplied. A block of threads stays on its SM and takes output tiles of 128 tokens x kCols features:
 //
 //   warpgroup 0     one thread copies, per step of 64 input features, x [128, 64] and the kept bands of W [64, 64] into
 //                   the next stage of a ring in shared memory

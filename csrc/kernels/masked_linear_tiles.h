@@ -5,10 +5,10 @@
 namespace sensibert {
 
 // What is left of W, for output tiles of tile_cols (192 or 256) features, all in device memory. Output tile n
-// multiplies the steps entries[offsets[2 n] .. offsets[2 n + 2]), each 64 input features wide: (input feature / 64) << 4
-// | bands, where bit b of bands says that the 64 features from n * tile_cols + 64 b on keep their block; those that keep
-// all of tile_cols / 64 bands come first, up to offsets[2 n + 1]. Tiles are computed in the order given: longest first
-// balances.
+// multiplies the steps entries[offsets[2 n] .. offsets[2 n + 2]), each 64 input features wide: (input feature / 64)
+// << 4 | bands, where bit b of bands says that the 64 features from n * tile_cols + 64 b on keep their block; those
+// that keep all of tile_cols / 64 bands come first, up to offsets[2 n + 1]. Tiles are computed in the order given:
+// longest first balances.
 struct TileList {
     const int32_t* offsets;  // [2 * ceil(N / tile_cols) + 1]
     const int32_t* entries;  // [offsets[2 * ceil(N / tile_cols)]]
