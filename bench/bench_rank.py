@@ -208,8 +208,12 @@ def draw(path: Path, wanted: list[Drop], actual: list[float], predicted: dict[st
                 x, y = [values[i] for i in chosen], [max(actual[i], 1e-4) for i in chosen]
                 label = f"{'heads' if kind == 'head' else 'FFN'}, {share:.0%} dropped"
                 axis.scatter(x, y, color=color, marker=marker, label=label)
-        positive = all(value > 0 for value in values)
-        axis.set(xscale="log" if positive else "symlog", yscale="log", xlabel=f"predicted: {name}")
+        if min(values) > 0:
+            axis.set_xscale("log")
+        else:
+            axis.set_xscale("symlog", linthresh=max(map(abs, values)) / 20)
+            axis.tick_params(axis="x", labelrotation=30)
+        axis.set(yscale="log", xlabel=f"predicted: {name}")
         axis.set(ylabel="measured increase of the loss", title=f"rank correlation {spearman(values, actual):.3f}")
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
