@@ -22,7 +22,7 @@ def problem(units, span, height=5, seed=0):
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
     h = torch.randn(200, width, generator=generator, dtype=torch.float64) @ mix + 1
     delta = torch.randn(200, height, generator=generator, dtype=torch.float64)
-    moments = Moments(width, height, torch.device("cpu"))
+    moments = Moments(width, height, torch.device("cpu"), torch.float64)
     moments.add(h, delta)
     weight = torch.randn(height, width, generator=generator, dtype=torch.float64)
     return weight, moments, torch.arange(width).view(units, span)
@@ -62,7 +62,7 @@ def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, sp
 def test_of_two_units_that_do_the_same_one_is_free_and_the_other_dear(monkeypatch):
     monkeypatch.setattr("sensibert.surgeon.DAMP", 1e-9)
     weight, moments, columns = problem(6, 1)
-    twin = Moments(7, 5, torch.device("cpu"))
+    twin = Moments(7, 5, torch.device("cpu"), torch.float64)
     pick = torch.tensor([0, 1, 2, 3, 4, 5, 5])
     twin.weight, twin.output = moments.weight, moments.output
     twin.first, twin.second = moments.first[pick], moments.second[pick][:, pick]
