@@ -12,14 +12,15 @@ g_n [units] on training rows, the predictions for removing a set S are, up to a 
     slope           -1/N * sum over j in S, n of g_nj, with the given labels (sampled ones have none)
 
 (the quadratic form of Kwon et al., arXiv 2204.09656). The score is Spearman's rank correlation over all (site, share).
-The units that are dropped are those our default statistic ranks lowest, whatever predicts. `slope + twice ...` was
-found on the checkpoint of seed 0: judge it on others. How much could be reached at all says the correlation of the
-measurement on one half of the rows with that on the other.
+The units that are dropped are those --method ranks lowest, whatever predicts; with obs the kept units of the site take
+over before the measurement, as in a run. `slope + twice ...` was found on the checkpoint of seed 0: judge it on others.
+How much could be reached at all says the correlation of the measurement on one half of the rows with that on the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,18 +34,18 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from sensibert.artifacts import Budget, Layout, Plan
-from sensibert.models import base_of, describe, layers
-from sensibert.models.base import attribute
-from sensibert.options import Options
+from sensibert.models import describe, layers
+from sensibert.options import Options, default_method
 from sensibert.pipeline.analyze import analyze
+from sensibert.pipeline.compensate import compensate
 from sensibert.pipeline.export import load
 from sensibert.pipeline.trim import silenced
 from sensibert.recipe import micro_batches
 from sensibert.sources import encode, load_tokenizer, training_examples, validation_examples
+from sensibert.surgeon import Moments, collect_moments, consumer
 from sensibert.tasks import TaskData, sampled_loss
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SHIPPED = "fisher"
 Batch = Mapping[str, Tensor]
 
 
@@ -81,8 +82,7 @@ def gate_gradients(model: nn.Module, layout: Layout, batches: Iterable[Batch], s
             def gated(module, args, gate=gate, span=site.consumer.span):
                 return (args[0] * gate.repeat_interleave(span, -1), *args[1:])
 
-            consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
-            handles.append(consumer.register_forward_pre_hook(gated))
+            handles.append(consumer(model, site.consumer.parameter).register_forward_pre_hook(gated))
             gates.append(gate)
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         for handle in handles:
@@ -122,8 +122,27 @@ def remembering(model: nn.Module, first: int, memory: list) -> Iterator[None]:
             del layer.forward
 
 
-def measured(model: nn.Module, layout: Layout, wanted: list[Drop], batches: list[Batch]) -> Tensor:
-    """Loss with each drop minus loss without, row by row: [drops, rows]."""
+@contextmanager
+def taken_over(model: nn.Module, plan: Plan, drop: Drop, moments: Mapping[str, Moments] | None) -> Iterator[None]:
+    """Inside, the units of the site that stay do what they can for the dropped ones."""
+    weight = consumer(model, plan.layout.site(drop.site).consumer.parameter)
+    before = copy.deepcopy(weight.state_dict())
+    if moments is not None:
+        compensate(model, plan, moments)
+    try:
+        yield
+    finally:
+        weight.load_state_dict(before)
+
+
+def measured(
+    model: nn.Module,
+    layout: Layout,
+    wanted: list[Drop],
+    batches: list[Batch],
+    moments: Mapping[str, Moments] | None = None,
+) -> Tensor:
+    """Loss with each drop minus loss without, row by row: [drops, rows]. With moments, the kept units take over."""
     outputs: list[list] = [[] for _ in layers(model)]
     handles = [
         layer.register_forward_hook(lambda module, args, output, rows=rows: rows.append(output))
@@ -137,7 +156,8 @@ def measured(model: nn.Module, layout: Layout, wanted: list[Drop], batches: list
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         keep[drop.site][drop.units] = False
         first = layout.site(drop.site).layer
-        with silenced(model, Plan(layout, keep, Budget(1.0, "params", True), SHIPPED)):
+        plan = Plan(layout, keep, Budget(1.0, "params", True), "rank")
+        with taken_over(model, plan, drop, moments), silenced(model, plan):
             with remembering(model, first, outputs[first - 1]):
                 found.append(losses_of(model, batches) - dense)
         print(f"{drop.site} {drop.share:.0%}: {found[-1].mean():+.4f}", flush=True)
@@ -175,14 +195,14 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def predictors(model: nn.Module, data: TaskData, layout: Layout, shipped: dict, samples: int, seed: int) -> dict:
-    """Name -> (drop -> predicted loss, up to a factor)."""
+def predictors(model: nn.Module, data: TaskData, layout: Layout, samples: int, seed: int, known: Iterable[str]) -> dict:
+    """Name -> (drop -> predicted loss, up to a factor), of those that are not known."""
 
     def batches(size: int):
         return micro_batches(data.train, data.collator, samples, size, seed)
 
-    found = {SHIPPED: summed(shipped)}
-    for statistic in ("taylor", "saliency", "magnitude"):
+    found = {}
+    for statistic in [name for name in ("fisher", "taylor", "saliency", "magnitude") if name not in known]:
         found[statistic] = summed(analyze(model, batches(4), statistic, sampled_loss, seed).scores)
     sampled, given = (gate_gradients(model, layout, batches(16), kind, seed) for kind in (True, False))
     by_four = {name: grouped(gradients, 4) for name, gradients in sampled.items()}
@@ -226,6 +246,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="a folder of DATA with a classification task")
     parser.add_argument("--model", required=True, help="where the tokenizer is")
     parser.add_argument("--checkpoint", required=True, help="the fine-tuned dense model")
+    parser.add_argument("--method", default=default_method(None), help="the statistic that ranks the units")
     parser.add_argument("--samples", type=int, default=512, help="training rows for the predictions")
     parser.add_argument("--rows", type=int, default=512, help="validation rows for the measurements")
     parser.add_argument("--seed", type=int, default=0)
@@ -239,28 +260,37 @@ def main() -> None:
     examples = training_examples(options), validation_examples(options)
     data = encode(options, load_tokenizer(arguments.model), *examples, names)
     layout = describe(model)
-    ours = micro_batches(data.train, data.collator, arguments.samples, Options.micro_batch, arguments.seed)
-    shipped = analyze(model, ours, SHIPPED, sampled_loss, arguments.seed).scores
-    wanted = drops(layout, shipped)
+
+    def train_rows(size: int):
+        return micro_batches(data.train, data.collator, arguments.samples, size, arguments.seed)
+
+    moments = None
+    if arguments.method == "obs":
+        moments = collect_moments(model, layout, train_rows(32), sampled_loss, arguments.seed)
+    few = train_rows(Options.micro_batch)
+    scores = analyze(model, few, arguments.method, sampled_loss, arguments.seed, moments=moments).scores
+    wanted = drops(layout, scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)
-    by_row = measured(model, layout, wanted, list(rows))
-    found = predictors(model, data, layout, shipped, arguments.samples, arguments.seed)
+    by_row = measured(model, layout, wanted, list(rows), moments)
+    found = {arguments.method: summed(scores)}
+    found |= predictors(model, data, layout, arguments.samples, arguments.seed, found)
     report(f"{arguments.task}{arguments.name}", wanted, by_row, found)
 
 
 def report(task: str, wanted: list[Drop], by_row: Tensor, found: dict[str, Callable[[Drop], float]]) -> None:
-    """Rows, and the picture of what we ship beside the best of the others."""
+    """Rows, and the picture of the first of `found`, which is ours, beside the best of the others."""
     actual = by_row.mean(1).tolist()
     predicted = {name: [predict(drop) for drop in wanted] for name, predict in found.items()}
     scores = {name: spearman(values, actual) for name, values in predicted.items()}
+    ours = next(iter(found))
     for name, score in scores.items():
-        rival = {} if name == SHIPPED else {"rival": SHIPPED, "rival_value": scores[SHIPPED]}
+        rival = {} if name == ours else {"rival": ours, "rival_value": scores[ours]}
         record("bench_rank", f"{task} {name}", "spearman", score, "1", **rival)
     halves = (by_row[:, half::2].mean(1).tolist() for half in (0, 1))
     record("bench_rank", f"{task} measured on the other half of the rows", "spearman", spearman(*halves), "1")
-    best = max((name for name in scores if name != SHIPPED), key=scores.get)
+    best = max((name for name in scores if name != ours), key=scores.get)
     path = RESULTS / f"bench_rank_{task.replace(' ', '_')}.png"
-    draw(path, wanted, actual, {name: predicted[name] for name in (SHIPPED, best)})
+    draw(path, wanted, actual, {name: predicted[name] for name in (ours, best)})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """The rank bench: its gradients, its predictions and its measurements on a tiny model."""
 
+import copy
+
 import bench_rank as bench
 import pytest
 import torch
 import torch.nn.functional as F
 
+from sensibert.artifacts import Budget, Plan
 from sensibert.models import describe
 from sensibert.pipeline.analyze import analyze
+from sensibert.pipeline.compensate import compensate
+from sensibert.pipeline.trim import trim
+from sensibert.surgeon import collect_moments
+from sensibert.tasks import sampled_loss
 from tests.helpers import tiny_batch, tiny_model
 
 
@@ -91,6 +98,22 @@ def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_mode
             for b in batches()
         )
     assert found[1] == pytest.approx(after / 2 - before, abs=1e-6)
+
+
+def test_with_moments_the_kept_units_take_over_for_as_long_as_it_takes(model):
+    layout = describe(model)
+    moments = collect_moments(model, layout, batches(), sampled_loss)
+    drop = bench.Drop("layer.1.ffn", "ffn", 0.5, torch.arange(32))
+    before = copy.deepcopy(model.state_dict())
+    plain, helped = (bench.measured(model, layout, [drop], batches(), m)[0] for m in (None, moments))
+    assert not torch.allclose(plain, helped)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
+    keep["layer.1.ffn"][:32] = False
+    dense = bench.losses_of(model, batches())
+    plan = Plan(layout, keep, Budget.parse("50%params"), "test")
+    compensate(model, plan, moments)
+    torch.testing.assert_close(bench.losses_of(trim(model, plan), batches()) - dense, helped, atol=1e-5, rtol=1e-4)
 
 
 def test_all_predictors_become_rows_and_the_best_is_drawn_beside_ours(tmp_path, monkeypatch):
