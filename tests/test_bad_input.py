@@ -174,7 +174,7 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"method": "best"}, "method is 'best', want one of fisher"),
+        ({"method": "best"}, "method is 'best', want one of obs"),
         ({"layout": "tall"}, "layout is 'tall', want one of trimmed"),
         ({"policy": "fair"}, "policy is 'fair', want one of global"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
