@@ -149,10 +149,16 @@ def speed(rows: list[dict]) -> str:
 
 
 def rank(rows: list[dict]) -> str:
-    """Rank correlation of every predictor with the measured loss, best first."""
-    found = [row for row in rows if row["bench"] == "bench_rank"]
-    lines = [[row["case"], f"{row['value']:.3f}"] for row in sorted(found, key=lambda row: -row["value"])]
-    return markdown(["predicted by", "Spearman's rank correlation"], lines)
+    """One line a predictor, one column a measurement: rank correlation of the predicted and the measured loss."""
+    cells: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["bench"] == "bench_rank":
+            found = re.fullmatch(r"(\S+ seed \d+(?: compensated \d+ rows)?) (.+)", row["case"])
+            cells.setdefault(found[2], {})[found[1]] = row["value"]
+    columns = sorted({case for line in cells.values() for case in line}, key=lambda case: ("compensated" in case, case))
+    order = sorted(cells, key=lambda name: -statistics.mean(cells[name].values()))
+    lines = [[name, *(f"{cells[name][c]:.2f}" if c in cells[name] else "-" for c in columns)] for name in order]
+    return markdown(["predicted by", *columns], lines)
 
 
 TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed, "ablation": ablation, "rank": rank}
