@@ -68,24 +68,30 @@ def off_budget(row: dict, budget: str) -> str:
 
 
 def accuracy(rows: list[dict]) -> str:
-    """One line a task and budget, one column a method; the dense control of a task stands in all its lines."""
+    """One line a task and budget, one column a method; the dense control of a task stands in all its lines.
+
+    A cell with fewer seeds than its line says so."""
+    most: dict[tuple[str, str], int] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
     controls: dict[str, str] = {}
     for row in scores(rows):
+        place = task_label(row), row["case"].split()[1]
+        most[place] = max(most.get(place, 1), row.get("seeds", 1))
+    for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
-        task = task_label(row)
+        task, seeds = task_label(row), row.get("seeds", 1)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
         if method == "dense":
             controls[task] = text
             continue
-        cell = cells.setdefault((task, budget), {})
-        cell["seeds"] = str(min(int(cell.get("seeds", 10**6)), row.get("seeds", 1)))
-        cell[method] = text + (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
-    found = {name for cell in cells.values() for name in cell if name != "seeds"}
+        text += (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
+        text += f", {seeds} seed{'s' * (seeds > 1)}" if seeds < most[task, budget] else ""
+        cells.setdefault((task, budget), {})[method] = text
+    found = {name for cell in cells.values() for name in cell}
     methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
     lines = [
-        [task, budget, controls.get(task, "-"), *(cell.get(m, "-") for m in methods), cell["seeds"]]
-        for (task, budget), cell in cells.items()
+        [*place, controls.get(place[0], "-"), *(cell.get(m, "-") for m in methods), str(most[place])]
+        for place, cell in cells.items()
     ]
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 

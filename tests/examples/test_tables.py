@@ -45,7 +45,7 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
         "<!-- table: accuracy -->",
         "| task | budget | dense | ours | random | seeds |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| mrpc | 50%params | 80.40 | 79.94 ± 0.50 (99.4 %) | 70.00 | 2 |",
+        "| mrpc | 50%params | 80.40 | 79.94 ± 0.50 (99.4 %) | 70.00, 2 seeds | 3 |",
         "| qnli | 50%params | - | 82.00 | - | 1 |",
         "<!-- end -->",
     ]
