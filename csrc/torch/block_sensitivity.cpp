@@ -12,20 +12,12 @@ namespace {
 
 constexpr const char* kOp = "block_sensitivity";
 
-template <typename Word>
-Word parse(const char* argument, const std::string& word, std::initializer_list<const char*> words) {
-    int code = 0;
-    for (const char* known : words) {
-        if (word == known) return Word(code);
-        ++code;
-    }
-    STD_TORCH_CHECK(false, kOp, ": ", argument, " is ", word, ", which the kernel does not know");
-    return Word(0);
-}
 Reduce parse_reduce(const std::string& word) {
-    return parse<Reduce>("reduce", word, {"signed", "abs", "square", "grad_square", "weight_square"});
+    return parse_word<Reduce>(kOp, "reduce", word, {"signed", "abs", "square", "grad_square", "weight_square"});
 }
-Finish parse_finish(const std::string& word) { return parse<Finish>("finish", word, {"none", "square", "abs"}); }
+Finish parse_finish(const std::string& word) {
+    return parse_word<Finish>(kOp, "finish", word, {"none", "square", "abs"});
+}
 
 std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -43,6 +44,19 @@ inline void check_launch(cudaError_t error, const char* op) {
                     error == cudaErrorNoKernelImageForDevice
                         ? "; build for this card with SENSIBERT_CUDA_ARCHS, or set SENSIBERT_NO_NATIVE=1"
                         : "");
+}
+
+// The enumerator whose place `word` has among `words`.
+template <typename Word>
+Word parse_word(const char* op, const char* argument, const std::string& word,
+                std::initializer_list<const char*> words) {
+    int code = 0;
+    for (const char* known : words) {
+        if (word == known) return Word(code);
+        ++code;
+    }
+    STD_TORCH_CHECK(false, op, ": ", argument, " is ", word, ", which the kernel does not know");
+    return Word(0);
 }
 
 // A matrix as TMA reads it: dense rows from 16-byte aligned addresses on. A copy where `t` is not.

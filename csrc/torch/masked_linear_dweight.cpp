@@ -65,17 +65,6 @@ Tensor dweight_cuda(const Tensor& dy, const Tensor& x, const Tensor& tiles, cons
     return run(dy, x, tiles, dropped, {});
 }
 
-template <typename Word>
-Word parse(const char* argument, const std::string& word, std::initializer_list<const char*> words) {
-    int code = 0;
-    for (const char* known : words) {
-        if (word == known) return Word(code);
-        ++code;
-    }
-    STD_TORCH_CHECK(false, kOp, ": ", argument, " is ", word, ", which the kernel does not know");
-    return Word(0);
-}
-
 Tensor dweight_score_cuda(Tensor out, const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& tiles,
                           const Tensor& dropped, std::string reduce, std::string finish, double decay, double scale) {
     const int64_t N = dy.size(-1), K = x.size(-1);
@@ -91,8 +80,8 @@ Tensor dweight_score_cuda(Tensor out, const Tensor& dy, const Tensor& x, const T
         .out = static_cast<float*>(out.mutable_data_ptr()),
         .w = w.const_data_ptr(),
         .w_dtype = dtype_of(w, kOp, "weight", 0),
-        .reduce = parse<Reduce>("reduce", reduce, {"signed", "abs", "square"}),
-        .finish = parse<Finish>("finish", finish, {"none", "square", "abs"}),
+        .reduce = parse_word<Reduce>(kOp, "reduce", reduce, {"signed", "abs", "square"}),
+        .finish = parse_word<Finish>(kOp, "finish", finish, {"none", "square", "abs"}),
         .decay = float(decay),
         .scale = float(scale),
     };
