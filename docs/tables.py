@@ -150,8 +150,8 @@ def kernels(rows: list[dict]) -> str:
 
 
 def speed(rows: list[dict]) -> str:
-    """Whole models: fine-tuning throughput and forward passes."""
-    return grouped([row for row in rows if row["bench"] in ("bench_finetune", "bench_forward")])
+    """Whole models: fine-tuning throughput, forward passes, and what a whole run costs."""
+    return grouped([row for row in rows if row["bench"] in ("bench_finetune", "bench_forward", "bench_cost")])
 
 
 def rank(rows: list[dict]) -> str:
