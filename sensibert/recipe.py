@@ -58,7 +58,8 @@ class TrimCallback(TrainerCallback):
 
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for obs and fisher.
     before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
-    micro-batches, budget) -> Plan, in place of analyze and allocate. grid: mask blocks of the weights, cut no units.
+    micro-batches, budget) -> Plan, in place of analyze and allocate. compensate: the kept units take over before a cut,
+    whoever chose them; None: with method obs. grid: mask blocks of the weights, cut no units (and so nothing takes over).
     Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
     the stock Trainer cannot load a checkpoint of a trimmed model."""
 
@@ -85,6 +86,10 @@ class TrimCallback(TrainerCallback):
         self.step, self.policy = step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.compensate = self.method == "obs" if compensate is None else compensate
+        if self.compensate and grid is not None:
+            raise SensibertError(
+                f"compensate is True, which means whole units, and grid is {grid}: want one of the two"
+            )
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose, self.grid = choose, grid

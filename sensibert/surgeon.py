@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .artifacts import Layout
 from .errors import SensibertError
-from .models import base_of, evaluating
+from .models import base_of, evaluating, require_finite
 from .models.base import attribute
 
 DAMP = 1e-2  # added to C: this share of its mean diagonal
@@ -97,10 +97,7 @@ def collect_moments(
                 batch = {name: value.to(device) for name, value in batch.items()}
                 rows = len(next(iter(batch.values())))
                 loss = sampled_loss(model(**batch), batch, generator) * rows
-                if not torch.isfinite(loss):
-                    raise SensibertError(
-                        f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
-                    )
+                require_finite(loss, samples)
                 deltas = torch.autograd.grad(loss, [out for *_, out in seen], allow_unused=True, materialize_grads=True)
                 for (moments, h, _), delta in zip(seen, deltas, strict=True):
                     moments.add(h, delta)

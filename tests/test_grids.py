@@ -197,3 +197,8 @@ def test_grids_have_names():
         assert grid_name(parse_grid(name)) == name
     assert parse_grid("block64") == Grid(64, 64) and grid_name(Grid(64, 32)) == "64x32"
     assert json.loads(json.dumps(Options(model="", output="", grid="block8").settings()))["grid"] == "block8"
+
+
+def test_a_callback_is_told_that_blocks_have_nothing_to_take_over():
+    with pytest.raises(SensibertError, match="compensate is True, which means whole units, and grid is element"):
+        TrimCallback(compensate=True, grid=Grid.element())

@@ -1,7 +1,7 @@
 """Where each model family keeps its trimmable axes: one table a file."""
 
 from .base import Axis, Family, base_of, base_type, describe, families, family_of, layers, sites
-from .evaluating import evaluating
+from .evaluating import evaluating, require_finite
 
 __all__ = [
     "Axis",
@@ -13,5 +13,6 @@ __all__ = [
     "families",
     "family_of",
     "layers",
+    "require_finite",
     "sites",
 ]

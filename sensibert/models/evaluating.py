@@ -1,4 +1,4 @@
-"""A model in eval mode for a while, gradients allowed, and afterwards exactly as it was."""
+"""A model in eval mode for a while, gradients allowed, and afterwards exactly as it was; what an analysis checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..errors import SensibertError
 
 
 @contextlib.contextmanager
@@ -22,3 +24,11 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     finally:
         for module in training:  # one by one: a frozen part may be in eval mode on purpose
             module.training = True
+
+
+def require_finite(loss: Tensor, samples: int) -> None:
+    """SensibertError if the loss after so many samples is NaN or inf."""
+    if not torch.isfinite(loss):
+        raise SensibertError(
+            f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
+        )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Grid, Layout, Sensitivity
 from ..errors import SensibertError
-from ..models import base_of, describe, evaluating
+from ..models import base_of, describe, evaluating, require_finite
 from ..models.base import attribute
 from ..models.masks import masks_of
 from ..ops import block_sensitivity
@@ -119,13 +119,6 @@ def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _require_finite(loss: Tensor, samples: int) -> None:
-    if not torch.isfinite(loss):
-        raise SensibertError(
-            f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
-        )
-
-
 def _gradient_scores(
     model: nn.Module, blocks: list[_Scored], batches: Iterable[Batch], statistic: Statistic, loss: Loss, seed, autocast
 ) -> tuple[dict[str, Tensor], int]:
@@ -142,7 +135,7 @@ def _gradient_scores(
                 value = loss(model(**batch), batch, generator)
                 # Asking for these gradients alone skips the embeddings and leaves every .grad as it is.
                 grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
-                _require_finite(value, samples)
+                require_finite(value, samples)
                 out = _reduce(blocks, [w.detach() for w in weights], list(grads), statistic, out)
                 samples += _size(batch)
     finally:
@@ -176,7 +169,7 @@ def _gate_scores(
                 batch = {name: value.to(device) for name, value in batch.items()}
                 value = loss(model(**batch), batch, generator)
                 total = value + GATE_PENALTY * torch.cat(used).abs().mean()
-                _require_finite(total, samples)
+                require_finite(total, samples)
                 for gate, grad in zip(used, torch.autograd.grad(total, used), strict=True):
                     gate.grad = grad
                 optimizer.step()
@@ -266,7 +259,7 @@ def rank_tensors(
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             value = (sampled_loss or given_loss)(model(**batch), batch, generator)
-            _require_finite(value, samples)
+            require_finite(value, samples)
             grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
             samples += _size(batch)
