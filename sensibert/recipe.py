@@ -59,7 +59,7 @@ class TrimCallback(TrainerCallback):
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for obs and fisher.
     before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
     micro-batches, budget) -> Plan, in place of analyze and allocate. compensate: the kept units take over before a cut,
-    whoever chose them; None: with method obs. grid: mask blocks of the weights, cut no units (and so nothing takes over).
+    whoever chose them; None: with method obs. grid: mask blocks of the weights, cut no units.
     Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
     the stock Trainer cannot load a checkpoint of a trimmed model."""
 

@@ -44,6 +44,14 @@ def sentence_file(path: Path, rows: int = 96, seed: int = 0, header=("sentence",
     return str(path)
 
 
+def workplace(folder: Path) -> Path:
+    """A tiny model, 160 sentences to train on and 40 to validate with, in one folder."""
+    model_folder(folder / "model")
+    sentence_file(folder / "train.csv", 160, seed=1)
+    sentence_file(folder / "dev.csv", 40, seed=2)
+    return folder
+
+
 def question_file(path: Path, rows: int = 24, seed: int = 0) -> str:
     rng = random.Random(seed)
     with open(path, "w") as file:

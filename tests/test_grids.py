@@ -23,11 +23,7 @@ from tests.runs import RESULT_KEYS, command, tree
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grids")
-    runs.model_folder(folder / "model")
-    runs.sentence_file(folder / "train.csv", 160, seed=1)
-    runs.sentence_file(folder / "dev.csv", 40, seed=2)
-    return folder
+    return runs.workplace(tmp_path_factory.mktemp("grids"))
 
 
 @pytest.fixture(autouse=True)

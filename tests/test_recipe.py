@@ -28,11 +28,7 @@ from tests.runs import RESULT_KEYS
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    runs.model_folder(folder / "model")
-    runs.sentence_file(folder / "train.csv", 160, seed=1)
-    runs.sentence_file(folder / "dev.csv", 40, seed=2)
-    return folder
+    return runs.workplace(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(autouse=True)
