@@ -8,8 +8,9 @@
 
 DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
 jsonl (with --override of bench_accuracy_ablation.jsonl); a run that is there already is not made again, so an
-interrupted bench is simply started again. Runs of one seed share their dense warm-up: it is trained once and all
-methods branch from its last step (bit for bit what separate runs would do; their `seconds` include it). `ours` is the
+interrupted bench is simply started again. Runs of one seed share their dense warm-up: the first run that trims leaves
+its last dense step behind and the others, dense too, go on from there (bit for bit what separate runs would do; their
+`seconds` include it). `ours` is the
 default recipe; `dense` is the control with the same steps; the rivals are those of rivals.py.
 """
 
@@ -151,7 +152,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     partial = partial_folder(output)
     if isinstance(rival, Layers):
         shutil.rmtree(partial, ignore_errors=True)  # a checkpoint of its own would have the dropped layers back
-    if trims and branch and not any(partial.glob("checkpoint-*")):
+    if branch and not any(partial.glob("checkpoint-*")):
         shutil.copytree(warm, partial, dirs_exist_ok=True)
     first = trims and not branch
     options = options_of(
@@ -250,8 +251,8 @@ def main() -> None:
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
-        cases = [("100%params", "dense")] if "dense" in methods else []
-        cases += [(budget, m) for budget in arguments.budgets for m in methods if m != "dense"]
+        cases = [(budget, m) for budget in arguments.budgets for m in methods if m != "dense"]
+        cases += [("100%params", "dense")] if "dense" in methods else []  # last: from the warm-up of the others
         for budget, method in cases:
             asked = question(arguments, budget, method, seed)
             if any(identity(row) == identity(asked) for row in read(RUNS) + read(ABLATION)):

@@ -7,6 +7,8 @@ import sys
 
 import bench_accuracy as bench
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sensibert import recipe
 from sensibert.checkpoints import partial_folder
@@ -36,8 +38,8 @@ def start(here, monkeypatch, *more):
 def test_every_method_takes_the_same_steps_and_none_runs_twice(here, monkeypatch):
     methods = ("dense", "ours", "uniform", "layers")
     rows = start(here, monkeypatch, "--methods", *methods)
-    assert [row["method"] for row in rows] == list(methods) and {row["steps"] for row in rows} == {6}
-    dense, _, uniform, layers = rows
+    assert [row["method"] for row in rows] == [*methods[1:], "dense"] and {row["steps"] for row in rows} == {6}
+    _, uniform, layers, dense = rows
     assert dense["encoder_params_after"] == dense["encoder_params_before"]
     assert layers["encoder_params_after"] == layers["encoder_params_before"] // 2  # a whole layer
     assert uniform["encoder_params_after"] < layers["encoder_params_after"]
@@ -60,6 +62,21 @@ def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatc
     assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
     monkeypatch.setattr(bench, "run", None)
     start(here, monkeypatch, *asked)
+
+
+def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
+    weights, evaluate = [], bench.evaluate_folder
+
+    def look(options):
+        weights.append(load_file(f"{options.model}/model.safetensors"))
+        return evaluate(options)
+
+    monkeypatch.setattr(bench, "evaluate_folder", look)
+    start(here, monkeypatch, "--methods", "dense")
+    bench.RUNS.unlink()
+    start(here, monkeypatch, "--methods", "ours", "dense")
+    alone, _, branched = weights
+    assert all(torch.equal(alone[name], branched[name]) for name in alone | branched)
 
 
 def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatch):
