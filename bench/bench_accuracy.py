@@ -29,7 +29,7 @@ from _harness import RESULTS, machine
 from rivals import RIVALS, Layers
 
 from sensibert.checkpoints import partial_folder
-from sensibert.options import Options
+from sensibert.options import AVERAGE, SNAPSHOT, Options
 from sensibert.recipe import finetune_and_trim
 from sensibert.schedule import Schedule
 from sensibert.steps import evaluate_folder
@@ -44,7 +44,8 @@ KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
 AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout"}
-TEACHING = {"teacher", "distil", "temperature"}  # after the cut where the run's own snapshot teaches
+# The same where the run is its own teacher.
+TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
 GIVEN |= {"max_steps", "schedule", "save_before_cut", "keep_checkpoints", "save_steps", "resume", "overwrite", "quiet"}
 
@@ -109,7 +110,7 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
 
 
 def before_the_cut(override: dict) -> dict:
-    later = AFTER_THE_CUT | (TEACHING if override.get("teacher", "snapshot") == "snapshot" else set())
+    later = AFTER_THE_CUT | (TEACHING if override.get("teacher", SNAPSHOT) in (SNAPSHOT, AVERAGE) else set())
     return {name: value for name, value in override.items() if name not in later}
 
 

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from .errors import SensibertError
-from .options import GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
+from .options import AVERAGE, GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
 from .schedule import SHAPES, Schedule
 
 app = typer.Typer(
@@ -159,9 +159,21 @@ def finetune(
         bool | None,
         typer.Option(help="Let the kept units take over by least squares what the dropped ones gave. With obs: yes."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help=f"Fine-tuned model to distil from, or {SNAPSHOT}.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help=f"Fine-tuned model to distil from, {SNAPSHOT} (at the cut) or {AVERAGE} (of the weights)."),
+    ] = None,
     distil: Annotated[float, typer.Option(help="Weight of the distillation loss.")] = _DEFAULT.distil,
+    distil_hidden: Annotated[float, typer.Option(help="Weight of the loss on hidden states.")] = (
+        _DEFAULT.distil_hidden
+    ),
+    distil_until: Annotated[
+        float | None, typer.Option(help="Share of the recovery in which the teacher fades out.", show_default="stays")
+    ] = _SHAPE.distil_until,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = _DEFAULT.temperature,
+    average_decay: Annotated[float, typer.Option(help=f"Of the teacher {AVERAGE}, per step.")] = (
+        _DEFAULT.average_decay
+    ),
     epochs: Annotated[float | None, typer.Option(help="3 unless the preset says otherwise.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps instead of epochs.")] = _DEFAULT.max_steps,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; 1e-4 unless the preset says otherwise.")] = None,

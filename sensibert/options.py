@@ -22,7 +22,7 @@ POLICIES = ("global", "uniform")
 LAYOUTS = ("trimmed", "dense", "both")
 GRIDS = ("unit", "element", "block64")
 UNITS_ONLY = ("obs", "paper")
-SNAPSHOT = "snapshot"
+SNAPSHOT, AVERAGE = "snapshot", "average"
 _CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
 _POSITIVE = (
     *("epochs", "learning_rate", "batch_size", "gradient_accumulation", "samples", "micro_batch", "temperature"),
@@ -76,9 +76,12 @@ class Options:
     micro_batch: int = 4
     compensate: bool | None = None  # solve the consuming weights anew at each cut; None: with obs
     schedule: Schedule = field(default_factory=Schedule)
-    teacher: str | None = None  # a model folder or hub name, or "snapshot": the run's own dense model at the cut
+    # a model folder or hub name; "snapshot": the run's own dense model at the cut; "average": of its weights since then
+    teacher: str | None = None
     distil: float = 0.5
+    distil_hidden: float = 0.0
     temperature: float = 2.0
+    average_decay: float = 0.99
     epochs: float | None = None
     max_steps: int = -1
     learning_rate: float | None = None
@@ -121,14 +124,20 @@ class Options:
                 raise SensibertError(f"{name} is {value}, want more than 0")
         if not 0 <= self.distil <= 1:
             raise SensibertError(f"distil is {self.distil}, want a weight in [0, 1]")
+        if not 0 <= self.distil_hidden < math.inf:
+            raise SensibertError(f"distil_hidden is {self.distil_hidden}, want a weight of at least 0")
+        if self.distil_hidden and self.teacher is None:
+            raise SensibertError(f"distil_hidden is {self.distil_hidden}, and there is no teacher: want one, or 0")
+        if not 0 <= self.average_decay < 1:
+            raise SensibertError(f"average_decay is {self.average_decay}, want a share in [0, 1)")
         if not 0 <= self.weight_decay < math.inf:
             raise SensibertError(f"weight_decay is {self.weight_decay}, want at least 0")
         if self.max_steps < 1 and self.max_steps != -1:
             raise SensibertError(f"max_steps is {self.max_steps}, want at least 1, or -1 to count epochs")
         if not 0 <= self.seed < 2**32:
             raise SensibertError(f"seed is {self.seed}, want 0 to {2**32 - 1}")
-        if self.teacher == SNAPSHOT and self.method == "dense":
-            raise SensibertError("teacher is 'snapshot', the model before the cut, and method dense never cuts")
+        if self.teacher in (SNAPSHOT, AVERAGE) and self.method == "dense":
+            raise SensibertError(f"teacher is {self.teacher!r}, which begins at the cut, and method dense never cuts")
         self.parsed_budget()
         self._check_grid()
         if self.task is not None:

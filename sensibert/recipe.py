@@ -19,11 +19,12 @@ from transformers.utils import logging as transformers_logging
 from . import cost
 from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
+from .distil import Average, Distillation
 from .errors import SensibertError
 from .models import describe
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
-from .options import SNAPSHOT, Options, default_method, parse_grid
+from .options import AVERAGE, SNAPSHOT, Options, default_method, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
@@ -265,7 +266,7 @@ def _save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def _teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
     """The given teacher, or the snapshot this run has made already; None until there is one."""
-    if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
+    if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,6 +303,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
     teacher = _teacher(options, data, folder)
+    average = Average(lambda total: max(options.schedule.cuts(total)) + 1, options.average_decay)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
@@ -333,12 +335,11 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         data.train,
         data.collator,
         training_arguments(options, folder),
-        [callback],
+        [average, callback] if options.teacher == AVERAGE else [callback],
         checkpoint,
         lr_shape=options.schedule.lr(dense=options.method == "dense"),
-        teacher=lambda: teacher,
-        distil=options.distil,
-        temperature=options.temperature,
+        teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
+        distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
         restructure=restructure,
     )
     metrics = score(model)

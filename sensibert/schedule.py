@@ -19,7 +19,8 @@ class Schedule:
     """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
 
     warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut, where it
-    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on."""
+    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on. distil_until: the share of
+    the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
 
     shape: str = "oneshot"
     warm_share: float = 1 / 3
@@ -29,6 +30,7 @@ class Schedule:
     rewarm: float = 0.03
     recover_peak: float = 1.6
     recover_dropout: float = 0.0
+    distil_until: float | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -42,6 +44,8 @@ class Schedule:
             raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
         if not self.recover_peak > 0:
             raise SensibertError(f"schedule: recover_peak is {self.recover_peak}, want more than 0")
+        if self.distil_until is not None and not 0 < self.distil_until <= 1:
+            raise SensibertError(f"schedule: distil_until is {self.distil_until}, want a fraction in (0, 1]")
 
     def cuts(self, total: int) -> dict[int, float]:
         """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
@@ -57,6 +61,13 @@ class Schedule:
     def ratio(self, progress: float, final: float) -> float:
         """r = r_f + (1 - r_f) (1 - t)^3: the share of the cost that is left at progress t."""
         return final + (1 - final) * (1 - progress) ** 3
+
+    def fade(self, step: int, total: int) -> float:
+        """Factor on a teacher's weight: 1 until the last cut, then to 0 over distil_until of the rest."""
+        last = max(self.cuts(total))
+        if self.distil_until is None or step <= last:
+            return 1.0
+        return max(0.0, 1 - (step - last) / (self.distil_until * (total - last)))
 
     def lr(self, dense: bool = False) -> Callable[[int, int], float]:
         """(step, total) -> factor on the peak: warm-up then linear to 0; after the last cut once more from the top."""

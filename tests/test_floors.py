@@ -26,6 +26,7 @@ FLOORS = {
             "options",
             "sources",
             "checkpoints",
+            "distil",
             "surgeon",
             "_register",
         ),

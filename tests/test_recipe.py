@@ -123,13 +123,15 @@ class Killed(BaseException):
 
 def short(kind="oneshot", **changed) -> dict:
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    shape = Schedule(kind, milestones=2)
-    return {"batch_size": 32, "save_steps": 2, "schedule": shape, "teacher": "snapshot"} | changed
+    shape, teaching = Schedule("cubic" if kind == "cubic" else "oneshot", milestones=2), {"teacher": "snapshot"}
+    if kind == "average":
+        teaching = {"teacher": "average", "distil_hidden": 0.5}
+    return {"batch_size": 32, "save_steps": 2, "schedule": shape, **teaching, **changed}
 
 
 @pytest.fixture(scope="module")
 def whole(here, tmp_path_factory):
-    """kind of schedule -> folder of the unbroken run, made when first asked for."""
+    """kind of run -> folder of the unbroken run, made when first asked for."""
     made = {}
 
     def run(kind):
@@ -157,7 +159,7 @@ def test_a_plan_may_come_from_elsewhere(here, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])  # from a dense checkpoint; between two cuts, mid-epoch; near the end
-@pytest.mark.parametrize("kind", ["oneshot", "cubic"])
+@pytest.mark.parametrize("kind", ["oneshot", "cubic", "average"])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, kind, monkeypatch):
     step_end = TrimCallback.on_step_end
 
@@ -238,6 +240,7 @@ def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
     outside = short(teacher=str(tmp_path / "plain"), distil=0.9, save_steps=100)
     finetune_and_trim(options(here, tmp_path / "outside", **outside))
     assert not same_weights(tmp_path / "plain", tmp_path / "outside")
+    assert not same_weights(tmp_path / "plain", whole("average"))
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):

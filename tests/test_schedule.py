@@ -85,3 +85,11 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
 def test_impossible_schedules_are_refused_in_words(changed, said):
     with pytest.raises(SensibertError, match=said):
         Schedule(**changed)
+
+
+def test_a_teacher_fades_over_its_share_of_the_recovery():
+    assert {Schedule(warm_share=0.4).fade(step, 100) for step in range(100)} == {1.0}
+    fade = Schedule(warm_share=0.4, distil_until=0.5).fade
+    assert [fade(step, 100) for step in (0, 40, 55, 70, 99)] == pytest.approx([1, 1, 0.5, 0, 0])
+    with pytest.raises(SensibertError, match="distil_until is 0, want a fraction"):
+        Schedule(distil_until=0)

@@ -7,18 +7,18 @@ What happens *between* the steps is a callback handed in from above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..checkpoints import STRUCTURE, check_checkpoint, writing
+from ..distil import Distillation
 from ..errors import SensibertError
 from ..models.masks import Masks
 from ..models.structure import read_structure
@@ -41,45 +41,19 @@ class LengthSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of softened predictions, mean over samples (Hinton et al., arXiv 1503.02531).
-
-    Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead."""
-    losses = []
-    for name, target in teacher.items():
-        if not name.endswith("logits"):
-            continue
-        student, target = logits[name].float(), target.float()
-        if target.shape[-1] == 1:
-            losses.append(F.mse_loss(student, target))
-            continue
-        classes = target.shape[-1]
-        losses.append(
-            F.kl_div(
-                F.log_softmax(student.reshape(-1, classes) / temperature, -1),
-                F.log_softmax(target.reshape(-1, classes) / temperature, -1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            * temperature**2
-        )
-    return torch.stack(losses).mean()
-
-
 class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is (1 - distil) * loss + distil * distillation_loss. restructure: (model, kept units or masks) cuts
-    a fresh model as a checkpoint is cut. A train set that offers `.lengths` is read in batches of similar length."""
+    model, the loss is what `distil` makes of both. restructure: (model, kept units or masks) cuts a fresh model as a
+    checkpoint is cut. A train set that offers `.lengths` is read in batches of similar length."""
 
     def __init__(
         self,
         *args,
         lr_shape: Callable[[int, int], float] | None = None,
         teacher: Callable[[], nn.Module | None] | None = None,
-        distil: float = 0.0,
-        temperature: float = 2.0,
+        distil: Distillation | None = None,
         restructure: Callable[[nn.Module, dict[str, Tensor] | Masks], object] | None = None,
         **kwargs,
     ):
@@ -90,7 +64,7 @@ class TrimTrainer(Trainer):
                 "trim first (sensibert trim), then train the smaller model in as many as you like"
             )
         self.lr_shape, self.restructure = lr_shape, restructure
-        self.teacher, self.distil, self.temperature = teacher, distil, temperature
+        self.teacher, self.distil = teacher, distil or Distillation()
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_shape is None:
@@ -109,13 +83,15 @@ class TrimTrainer(Trainer):
         return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        teacher = self.teacher() if self.teacher is not None and model.training else None
+        factor = self.distil.fade(self.state.global_step, self.state.max_steps) if model.training else 0.0
+        teacher = self.teacher() if self.teacher is not None and factor else None
         if teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "output_hidden_states": True} if self.distil.hidden else inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
-        loss = (1 - self.distil) * loss + self.distil * distillation_loss(outputs, target, self.temperature)
+        loss = self.distil.mix(loss, outputs, target, inputs.get("attention_mask"), factor)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -153,8 +129,8 @@ def finetune(
 ) -> TrimTrainer:
     """Train a model in place, from a checkpoint of the same run if one is given; returns the trainer when it is done.
 
-    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil, temperature, restructure
-    of `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
+    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil, restructure of
+    `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
     trainer = TrimTrainer(
         model=model,
         args=arguments,

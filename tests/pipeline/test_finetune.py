@@ -7,8 +7,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from sensibert.checkpoints import MANIFEST
+from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
-from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, distillation_loss, finetune, predict
+from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
 
@@ -50,31 +51,6 @@ def test_the_length_sampler_is_a_permutation_told_by_seed_and_epoch():
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
     waste = [max(lengths[i] for i in batch) * 8 for batch in np.reshape(order(0, 0)[:496], (-1, 8))]
     assert sum(waste) < 1.15 * sum(lengths)  # padded tokens; about 1.8 in random order
-
-
-def by_hand(student, teacher, temperature):
-    """T^2 sum_c p_t (log p_t - log p_s), mean over rows, in float64."""
-    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
-    return temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (4, 6, 3)], ids=["classes", "tags"])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_is_the_divergence_of_softened_predictions(shape, temperature):
-    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    loss = distillation_loss({"logits": student, "loss": torch.tensor(9.0)}, {"logits": teacher}, temperature)
-    torch.testing.assert_close(loss.double(), by_hand(student, teacher, temperature), rtol=1e-5, atol=1e-7)
-    loss.backward()
-    assert student.grad.abs().sum() > 0
-    assert float(distillation_loss({"logits": teacher}, {"logits": teacher}, temperature)) == pytest.approx(0, abs=1e-6)
-
-
-def test_distillation_of_answers_is_the_mean_of_both_ends_and_of_numbers_the_squared_error():
-    student, teacher = ({f"{end}_logits": torch.randn(4, 7) for end in ("start", "end")} for _ in range(2))
-    wanted = sum(by_hand(student[name], teacher[name], 2.0) for name in student) / 2
-    torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), wanted, rtol=1e-5, atol=1e-7)
-    a, b = torch.randn(5, 1), torch.randn(5, 1)
-    torch.testing.assert_close(distillation_loss({"logits": a}, {"logits": b}, 2.0), (a - b).square().mean())
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
@@ -125,8 +101,7 @@ def test_a_teacher_is_mixed_into_the_training_loss_once_there_is_one(tmp_path):
     trainer = TrimTrainer(
         *(student, arguments(tmp_path), Collator(0), Rows()),
         teacher=lambda: there[0] if there else None,
-        distil=0.75,
-        temperature=2.0,
+        distil=Distillation(0.75, 2.0, fade=lambda step, total: 1.0 if step < 2 else 0.0),
     )
     batch = Collator(0)([Rows()[place] for place in range(4)])
     outputs = student(**batch)
@@ -135,8 +110,23 @@ def test_a_teacher_is_mixed_into_the_training_loss_once_there_is_one(tmp_path):
     there.append(teacher)
     wanted = 0.25 * outputs.loss + 0.75 * distillation_loss(outputs, teacher(**batch), 2.0)
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), wanted)
+    trainer.state.global_step = 2  # the teacher has faded out
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+    trainer.state.global_step = 0
     student.eval()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+
+
+def test_hidden_states_join_the_loss_where_they_are_asked_for(tmp_path):
+    student, teacher = tiny_model(seed=0), tiny_model(seed=1)
+    distil = Distillation(0.0, hidden=2.0)
+    trainer = TrimTrainer(
+        student, arguments(tmp_path), Collator(0), Rows(), teacher=lambda: teacher.eval(), distil=distil
+    )
+    batch = Collator(0)([Rows()[place] for place in range(4)])
+    mine, other = (model(**batch, output_hidden_states=True) for model in (student.eval(), teacher.eval()))
+    wanted = mine.loss + 2 * hidden_loss(mine.hidden_states, other.hidden_states, batch["attention_mask"])
+    torch.testing.assert_close(trainer.compute_loss(student.train(), dict(batch)), wanted)
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):

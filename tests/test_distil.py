@@ -1,0 +1,92 @@
+"""What a teacher adds to the loss, by hand, and the average of a student that teaches it."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState
+
+from sensibert.distil import Average, Distillation, distillation_loss, hidden_loss
+from sensibert.errors import SensibertError
+
+
+def by_hand(student, teacher, temperature):
+    """T^2 sum_c p_t (log p_t - log p_s), mean over rows, in float64."""
+    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 6, 3)], ids=["classes", "tags"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_of_softened_predictions(shape, temperature):
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    loss = distillation_loss({"logits": student, "loss": torch.tensor(9.0)}, {"logits": teacher}, temperature)
+    torch.testing.assert_close(loss.double(), by_hand(student, teacher, temperature), rtol=1e-5, atol=1e-7)
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert float(distillation_loss({"logits": teacher}, {"logits": teacher}, temperature)) == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_of_answers_is_the_mean_of_both_ends_and_of_numbers_the_squared_error():
+    student, teacher = ({f"{end}_logits": torch.randn(4, 7) for end in ("start", "end")} for _ in range(2))
+    wanted = sum(by_hand(student[name], teacher[name], 2.0) for name in student) / 2
+    torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), wanted, rtol=1e-5, atol=1e-7)
+    a, b = torch.randn(5, 1), torch.randn(5, 1)
+    torch.testing.assert_close(distillation_loss({"logits": a}, {"logits": b}, 2.0), (a - b).square().mean())
+
+
+def test_hidden_states_are_compared_layer_by_layer_where_there_are_tokens():
+    student, teacher = ([torch.randn(2, 5, 8) for _ in range(4)] for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+
+    def normal(states):
+        centred = states.double() - states.double().mean(-1, keepdim=True)
+        return centred / centred.square().mean(-1, keepdim=True).add(1e-5).sqrt()
+
+    rows = [(normal(a) - normal(b)).square().mean(-1)[mask.bool()] for a, b in zip(student[1:], teacher[1:])]
+    wanted = torch.stack(rows).mean()
+    torch.testing.assert_close(hidden_loss(tuple(student), tuple(teacher), mask).double(), wanted, rtol=1e-5, atol=1e-7)
+    unmasked = hidden_loss(tuple(student), tuple(teacher), None)
+    torch.testing.assert_close(unmasked, hidden_loss(tuple(student), tuple(teacher), torch.ones_like(mask)))
+    scaled = tuple(3 * states + 1 for states in student)
+    assert float(hidden_loss(scaled, tuple(student), mask)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "width"), [(3, 8), (4, 6)])
+def test_a_teacher_of_another_shape_has_no_hidden_states_to_teach(layers, width):
+    student, teacher = (torch.randn(1, 2, 8),) * 4, (torch.randn(1, 2, width),) * layers
+    with pytest.raises(SensibertError, match=rf"layers 3 of 8 and {layers - 1} of {width}, want the same number"):
+        hidden_loss(student, teacher, None)
+
+
+def test_the_loss_is_mixed_by_weight_and_factor():
+    outputs, target = ({"logits": torch.randn(3, 4), "hidden_states": (torch.randn(3, 2, 8),) * 2} for _ in range(2))
+    loss, mask = torch.tensor(2.0), torch.ones(3, 2)
+    logits = distillation_loss(outputs, target, 3.0)
+    hidden = hidden_loss(outputs["hidden_states"], target["hidden_states"], mask)
+    mixed = Distillation(0.4, 3.0, hidden=5.0).mix(loss, outputs, target, mask, factor=0.5)
+    torch.testing.assert_close(mixed, 0.8 * loss + 0.2 * logits + 2.5 * hidden)
+    assert Distillation(0.4, 3.0).mix(loss, outputs, target, mask, factor=0.0) == loss
+
+
+def test_the_average_is_the_mean_at_first_and_then_forgets(tmp_path):
+    args, state, control = type("", (), {"output_dir": str(tmp_path)}), TrainerState(max_steps=9), TrainerControl()
+    student = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))
+    average, seen, wanted = Average(begin=lambda total: total - 6, decay=0.75), [], None
+    for step in range(1, 10):
+        nn.init.normal_(student[0].weight)
+        state.global_step = step
+        average.on_step_end(args, state, control, model=student)
+        if step < 3:
+            assert average.teacher() is None
+            continue
+        seen.append(student[0].weight.detach().clone())
+        wanted = torch.stack(seen).mean(0) if len(seen) <= 4 else 0.75 * wanted + 0.25 * seen[-1]
+        torch.testing.assert_close(average.teacher()[0].weight, wanted)
+    assert student.training and not average.teacher()[1].training and student[0].weight.requires_grad
+    (tmp_path / "checkpoint-9").mkdir()
+    average.on_save(args, state, control)
+    again = Average(begin=lambda total: total - 6, decay=0.75)
+    again.on_train_begin(args, state, control, model=student)
+    for one in (average, again):
+        one.on_step_end(args, state, control, model=student)
+    assert torch.equal(average.teacher()[0].weight, again.teacher()[0].weight)
