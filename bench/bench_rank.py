@@ -6,7 +6,8 @@ In every site (the heads of a layer, the FFN of a layer) the lowest-ranked 25, 5
 silenced, one site at a time, and the loss on validation rows is measured. With the per-sample gate gradients
 g_n [units] on training rows, the predictions for removing a set S are, up to a factor that does not move a rank:
 
-    sum over j in S of a statistic of `analyze`, as shipped (fisher: micro-batches of 4)
+    obs             what `Sensitivity.predicted_rise` says: slope along the change of the weights, and costs
+    sum over j in S of a statistic of `analyze`, as shipped (fisher: micro-batches of 4; obs: the costs alone)
     units alone     1/2N * sum over j in S, n of g_nj^2
     units together  1/2N * sum_n (sum over j in S of g_nj)^2
     slope           -1/N * sum over j in S, n of g_nj, with the given labels (sampled ones have none)
@@ -268,11 +269,14 @@ def main() -> None:
     if arguments.method == "obs":
         moments = collect_moments(model, layout, train_rows(32), sampled_loss, arguments.seed)
     few = train_rows(Options.micro_batch)
-    scores = analyze(model, few, arguments.method, sampled_loss, arguments.seed, moments=moments).scores
-    wanted = drops(layout, scores)
+    sensitivity = analyze(model, few, arguments.method, sampled_loss, arguments.seed, moments=moments)
+    wanted = drops(layout, sensitivity.scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)
     by_row = measured(model, layout, wanted, list(rows), moments)
-    found = {arguments.method: summed(scores)}
+    found = {arguments.method: summed(sensitivity.scores)}
+    if sensitivity.curves:
+        costs = {"obs, costs alone": found.pop("obs")}
+        found = {"obs": lambda drop: sensitivity.predicted_rise(drop.site, len(drop.units))} | costs
     found |= predictors(model, data, layout, arguments.samples, arguments.seed, found)
     report(f"{arguments.task}{arguments.name}", wanted, by_row, found)
 

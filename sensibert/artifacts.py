@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -254,10 +255,22 @@ class Sensitivity:
     samples: int = 0
     seed: int = 0
     tensors: dict[str, float] = field(default_factory=dict)  # parameter name -> mean |w * g| of its elements
+    # site name -> (units gone, predicted rise of the mean loss), the least important first; obs alone predicts it
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     grid: Grid | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sensitivity) and _facts(self) == _facts(other) and _same(self.scores, other.scores)
+
+    def predicted_rise(self, site: str, gone: int) -> float:
+        """What the loss is predicted to rise by when a site alone loses its `gone` least important units."""
+        if site not in self.curves:
+            known = f"the sites {', '.join(self.curves)}" if self.curves else "a sensitivity of method obs"
+            raise SensibertError(f"predicted_rise: site is {site!r}, want {known}")
+        units, rises = zip(*self.curves[site])
+        if not 0 <= gone <= units[-1]:
+            raise SensibertError(f"predicted_rise: gone is {gone}, want 0 to {units[-1]} units of {site}")
+        return float(np.interp(gone, units, rises))
 
     def save(self, path: str | Path) -> None:
         _save(path, "sensitivity", self.scores, _facts(self))
@@ -323,6 +336,7 @@ _DECODE = {
     "layout": _layout,
     "budget": lambda data: Budget(**data),
     "grid": lambda data: None if data is None else Grid(**data),
+    "curves": lambda data: {name: [(gone, rise) for gone, rise in curve] for name, curve in data.items()},
 }
 
 

@@ -148,6 +148,34 @@ def _draw_tensors(path: Path, layout: Layout, values: Mapping[str, float], title
     figure.savefig(path, dpi=130)
 
 
+CURVE_FLOOR = 1e-4
+CURVES_HEADER = ("site", "units_gone", "units", "predicted_rise")
+
+
+def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
+    """Predicted rise of the loss against the share of units gone, a line a site; it ends at CURVE_FLOOR below."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = dict(zip(("head", "ffn"), figure.subplots(1, 2, sharey=True)))
+    sites = [site for site in sensitivity.layout.sites if site.units]
+    scale = ScalarMappable(Normalize(0, max(1, max(site.layer for site in sites))), colormaps["viridis"])
+    for site in sites:
+        gone, rises = zip(*sensitivity.curves[site.name])
+        heights = [max(rise, CURVE_FLOOR) for rise in rises]
+        axes[site.kind].plot([n / site.units for n in gone], heights, "o-", ms=3, color=scale.to_rgba(site.layer))
+    for kind, axis in axes.items():
+        axis.set(title={"head": "heads of a layer", "ffn": "FFN of a layer"}[kind], xlabel="share of the units gone")
+        axis.set(yscale="log", ylim=(CURVE_FLOOR, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes["head"].set_ylabel("predicted rise of the loss")
+    figure.colorbar(scale, ax=list(axes.values()), label="layer")
+    figure.savefig(path, dpi=130)
+
+
 def _role(parameter: str) -> str:
     """`encoder.layer.3.output.dense.weight` -> `output.dense`: the tensor's name without its layer."""
     parts = parameter.removesuffix(".weight").split(".")
@@ -156,7 +184,8 @@ def _role(parameter: str) -> str:
 
 
 def write_report(folder: str | Path, result: dict, sensitivity: Sensitivity | None, plan: Plan | None) -> list[Path]:
-    """summary.txt, ranking.csv, kept.png and sensitivity.png into folder; the pictures need matplotlib."""
+    """summary.txt, ranking.csv, kept.png and sensitivity.png into folder, with obs also curves.csv and curves.png; the
+    pictures need matplotlib."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = [summary(result)]
@@ -174,4 +203,11 @@ def write_report(folder: str | Path, result: dict, sensitivity: Sensitivity | No
         if drawn:
             said = "tensor sensitivity", "mean |w · gradient|"
             _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *said)
+    if sensitivity is not None and sensitivity.curves:
+        units = {site.name: site.units for site in sensitivity.layout.sites}
+        rows = [(s, n, units[s], f"{r:.4e}") for s, curve in sensitivity.curves.items() for n, r in curve]
+        with open(folder / "curves.csv", "w", newline="") as file:
+            csv.writer(file).writerows([CURVES_HEADER, *rows])
+        if drawn:
+            _draw_curves(folder / "curves.png", sensitivity)
     return sorted(folder.iterdir())

@@ -89,7 +89,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     facts = {"task": data.task.name if rule.data else None, "model": options.model, "method": options.method}
     facts |= {"grid": options.grid}
     sizes = {"seed": options.seed, "samples": found.samples, "encoder_params_before": found.layout.encoder_params}
-    return {**facts, **sizes, "tensors": found.tensors, "output": options.output}, found
+    return {**facts, **sizes, "tensors": found.tensors, "curves": found.curves, "output": options.output}, found
 
 
 def plan_file(

@@ -17,6 +17,7 @@ der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +32,31 @@ DAMP = 1e-2  # added to C: this share of its mean diagonal
 # banking77 at 30 %), but the weights that training goes on from grow by a tenth, not by a half or threefold.
 DAMP_WEIGHTS = 1.0
 ROUND = 32  # units are removed in rounds of one in so many of those that are left
+POINTS = 4  # of a predicted curve, besides its origin: each is a solution of its own
 STEP_UP = 1 + 1e-6  # what goes later is worth more, in fp32 too
 
 
 class Moments:
     """Sums over tokens at one consuming weight: of a, a h, a h h^T and delta delta^T. samples: rows seen.
 
+    With the labels of the data, where there are any, also of delta and delta h^T: the gradients of bias and weight.
     In fp32, for fp64 weights in fp64: the widest is K x K, 38 MB for an FFN of BERT-base."""
 
     def __init__(self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32):
         self.samples = 0
-        self.weight, self.first, self.second, self.output = (
-            torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
-            for shape in ((), (width,), (width, width), (height, height))
+        shapes = ((), (width,), (width, width), (height, height), (height,), (height, width))
+        self.weight, self.first, self.second, self.output, self.bias_slope, self.slope = (
+            torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device) for shape in shapes
         )
 
-    def add(self, h: Tensor, delta: Tensor) -> None:
-        """h [..., K] and the gradient of the loss at the output, delta [..., N], of the same tokens."""
+    def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
+        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: with labels drawn, and
+        with the labels given."""
         h, delta = (t.flatten(0, -2).to(self.second.dtype) for t in (h, delta))
+        if given is not None:
+            given = given.flatten(0, -2).to(self.second.dtype)
+            self.bias_slope += given.sum(0)
+            self.slope.addmm_(given.T, h)
         a = delta.square().sum(-1, keepdim=True)
         self.weight += a.sum()
         self.first += (a * h).sum(0)
@@ -75,7 +83,8 @@ def collect_moments(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Moments]:
-    """Consuming weight -> moments; one pass forward and back a batch. The model stays as it is.
+    """Consuming weight -> moments; one pass forward and one back a batch, two where the batch has labels (the outputs a
+    loss). The model stays as it is.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sensibert.tasks.sampled_loss`).
     SensibertError for no data, or a loss that is not finite."""
@@ -95,12 +104,16 @@ def collect_moments(
         with evaluating(model, autocast) as device:
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
-                rows = len(next(iter(batch.values())))
-                loss = sampled_loss(model(**batch), batch, generator) * rows
-                require_finite(loss, samples)
-                deltas = torch.autograd.grad(loss, [out for *_, out in seen], allow_unused=True, materialize_grads=True)
-                for (moments, h, _), delta in zip(seen, deltas, strict=True):
-                    moments.add(h, delta)
+                rows, outputs = len(next(iter(batch.values()))), model(**batch)
+                drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
+                require_finite(drawn, samples)
+                places, how = [out for *_, out in seen], {"allow_unused": True, "materialize_grads": True}
+                slopes = repeat(None)
+                if given is not None:
+                    slopes = torch.autograd.grad(given * rows, places, retain_graph=True, **how)
+                deltas = torch.autograd.grad(drawn * rows, places, **how)
+                for (moments, h, _), delta, slope in zip(seen, deltas, slopes):
+                    moments.add(h, delta, slope)
                 seen.clear()
                 samples += rows
     finally:
@@ -151,18 +164,51 @@ def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns
     return costs
 
 
+def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
+    """(C_SS)^-1 C_SD: what of each dropped column each kept one takes over, [kept, dropped]."""
+    return torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])
+
+
+def _others(kept: Tensor, width: int) -> Tensor:
+    drop = torch.ones(width, dtype=torch.bool, device=kept.device)
+    drop[kept] = False
+    return drop
+
+
 @torch.no_grad()
 def take_over(linear: nn.Linear, moments: Moments, kept: Tensor, damp: float = DAMP_WEIGHTS) -> None:
     """Change the kept columns and the bias, in place, to what is best once the other columns are gone; those stay.
 
     W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the same solution by way of C. kept: column numbers [n]."""
     mean, covariance = moments.inner(linear.bias, damp)
-    drop = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
-    drop[kept] = False
+    drop = _others(kept.to(mean.device), len(mean))
     old, shift = linear.weight[:, drop].double(), mean[drop]
     if len(kept):
-        share = torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])  # [kept, dropped]
+        share = _share(covariance, kept, drop)
         linear.weight[:, kept] += (old @ share.T).to(linear.weight.dtype)
         shift = shift - share.T @ mean[kept]
     if linear.bias is not None:
         linear.bias += (old @ shift).to(linear.bias.dtype)
+
+
+@torch.no_grad()
+def predicted_curve(linear: nn.Linear, moments: Moments, costs: Tensor, columns: Tensor) -> list[tuple[int, float]]:
+    """(units gone, predicted rise of the mean loss) when the units go in the order of their costs and the rest takes
+    over: slope along that change of the weights, plus the costs. At 0 and at every POINTS-th of the units.
+
+    costs: `removal_costs` [units]; columns [units, span]. The moments must have seen labels for the slope."""
+    mean, covariance = moments.inner(linear.bias, DAMP_WEIGHTS)
+    slope = moments.slope.double() - moments.bias_slope.double()[:, None] * mean
+    weight, order, curve = linear.weight.double(), costs.argsort(stable=True), [(0, 0.0)]
+    for point in range(1, POINTS + 1):
+        gone = len(order) * point // POINTS
+        if gone == curve[-1][0]:
+            continue
+        kept = columns[order[gone:]].flatten().sort().values.to(mean.device)
+        drop = _others(kept, len(mean))
+        rise = costs[order[:gone]].sum().item() - (slope[:, drop] * weight[:, drop]).sum().item()
+        if len(kept):
+            change = weight[:, drop] @ _share(covariance, kept, drop).T
+            rise += (slope[:, kept] * change).sum().item()
+        curve.append((gone, rise / moments.samples))
+    return curve

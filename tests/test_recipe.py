@@ -69,7 +69,7 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
     ranking = Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").tensors
     assert len(ranking) == 12 and list(ranking.values()) == sorted(ranking.values(), reverse=True)
     pictures = {p.name for p in (tmp_path / "out" / "report").iterdir()}
-    assert pictures == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png"}
+    assert pictures == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png", "curves.csv", "curves.png"}
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -11,6 +11,7 @@ import torch
 from sensibert.artifacts import Budget, Plan, Sensitivity
 from sensibert.models import describe
 from sensibert.report import (
+    CURVES_HEADER,
     RANKING_HEADER,
     ranking,
     ranking_rows,
@@ -134,6 +135,19 @@ def test_a_report_holds_tables_and_pictures_with_something_in_them(tmp_path, sen
         assert 0.02 < (pixels < 0.98).any(-1).mean() < 0.98, name  # neither blank nor one block of colour
     blue = np.abs(picture(tmp_path / "report" / "kept.png") - np.array([0x2F, 0x6F, 0x9F]) / 255).max(-1) < 0.02
     assert blue.mean() > 0.02  # the bars of what was kept
+
+
+def test_a_report_draws_what_the_loss_is_predicted_to_rise_by(tmp_path, layout):
+    curves = {s.name: [(0, 0.0), (s.units // 2, -1e-3 * s.layer), (s.units, 0.1 + s.layer)] for s in layout.sites}
+    scores = {site.name: torch.ones(site.units) for site in layout.sites}
+    files = write_report(tmp_path, RESULT, Sensitivity(layout, scores, "obs", 64, curves=curves), None)
+    assert {file.name for file in files} == {"summary.txt", "curves.csv", "curves.png"}
+    with open(tmp_path / "curves.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert tuple(rows[0]) == CURVES_HEADER and len(rows) == 1 + 3 * len(layout.sites)
+    assert ["layer.1.ffn", "64", "64", "1.1000e+00"] in rows
+    pixels = picture(tmp_path / "curves.png")
+    assert min(pixels.shape[:2]) > 300 and 0.02 < (pixels < 0.98).any(-1).mean() < 0.98
 
 
 def test_a_report_of_a_run_without_ranking_or_plan(tmp_path, plan):

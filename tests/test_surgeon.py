@@ -5,12 +5,20 @@ import copy
 import pytest
 import torch
 
-from sensibert.artifacts import Budget
+from sensibert.artifacts import Budget, Sensitivity
 from sensibert.errors import SensibertError
 from sensibert.models import describe
 from sensibert.pipeline.allocate import allocate
 from sensibert.pipeline.analyze import analyze, given_loss
-from sensibert.surgeon import DAMP, STEP_UP, Moments, collect_moments, removal_costs
+from sensibert.surgeon import (
+    DAMP,
+    STEP_UP,
+    Moments,
+    collect_moments,
+    predicted_curve,
+    removal_costs,
+    take_over,
+)
 from sensibert.tasks import sampled_loss
 from tests.helpers import tiny_batch, tiny_model
 
@@ -86,6 +94,66 @@ def test_rounds_of_many_choose_nearly_as_well_as_one_at_a_time(monkeypatch):
 def test_an_output_that_the_loss_does_not_see_costs_nothing():
     weight, _, columns = problem(4, 1)
     assert not removal_costs(weight, Moments(4, 5, torch.device("cpu")), None, columns).any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias):
+    """y = W h + b with the loss sum(v . y): the slope of a change is what the loss changes by."""
+    weight, moments, columns = problem(6, 2)
+    h, slope = torch.randn(50, 12, dtype=torch.float64), torch.randn(50, 5, dtype=torch.float64)
+    moments.add(h, torch.zeros(50, 5), slope)
+    moments.samples = 10
+    linear = torch.nn.Linear(12, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(weight)
+    costs = removal_costs(linear.weight, moments, linear.bias, columns)
+    curve, before = predicted_curve(linear, moments, costs, columns), (slope * linear(h)).sum()
+    assert [gone for gone, _ in curve] == [0, 1, 3, 4, 6] and curve[0] == (0, 0.0)
+    for gone, rise in curve[1:]:
+        changed, order = copy.deepcopy(linear), costs.argsort()
+        kept = columns[order[gone:]].flatten().sort().values
+        take_over(changed, moments, kept)
+        clear = torch.ones(12, dtype=torch.bool)
+        clear[kept] = False
+        changed.weight[:, clear] = 0
+        wanted = (slope * changed(h)).sum() - before + costs[order[:gone]].sum()
+        assert rise == pytest.approx(float(wanted) / 10)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(labelled, tmp_path):
+    model = tiny_model().requires_grad_(True)
+    batches = [{name: value for name, value in row.items() if labelled or name != "labels"} for row in rows(3)]
+
+    def drawn(outputs, batch, generator):  # that of the library looks at the labels to know their kind
+        return torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 1]))
+
+    found = analyze(model, batches, "obs", drawn)
+    assert found.curves.keys() == found.scores.keys()
+    found.save(tmp_path / "s")
+    assert Sensitivity.load(tmp_path / "s") == found
+    site = found.layout.site("layer.1.ffn")
+    sums = found.scores[site.name].sort().values.double().cumsum(0) / 6
+    predicted = [found.predicted_rise(site.name, gone) for gone in (0, 32, 64)]
+    quadratic = [0.0, float(sums[31]), float(sums[63])]
+    assert (predicted == pytest.approx(quadratic, rel=1e-4, abs=0)) is not labelled
+    assert found.predicted_rise(site.name, 8) == pytest.approx(found.predicted_rise(site.name, 16) / 2)
+    with pytest.raises(SensibertError, match="gone is 65, want 0 to 64 units of layer.1.ffn"):
+        found.predicted_rise(site.name, 65)
+    with pytest.raises(SensibertError, match="site is 'x', want the sites layer.0.head, "):
+        found.predicted_rise("x", 0)
+    plain = analyze(model, batches, "magnitude")
+    with pytest.raises(SensibertError, match="want a sensitivity of method obs"):
+        plain.predicted_rise(site.name, 0)
+
+
+def test_slopes_are_the_gradients_of_weight_and_bias():
+    model, whole = tiny_model().eval(), next(rows(6))
+    found = collect_moments(model, describe(model), rows(3), sampled_loss)
+    linear = model.bert.encoder.layer[0].output.dense
+    wanted = torch.autograd.grad(model(**whole).loss * 6, (linear.weight, linear.bias))
+    moments = found["encoder.layer.0.output.dense.weight"]
+    torch.testing.assert_close(moments.slope, wanted[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments.bias_slope, wanted[1], rtol=1e-4, atol=1e-6)
 
 
 def rows(size, count=6):

@@ -28,7 +28,7 @@ from ..models import base_of, describe, evaluating, require_finite
 from ..models.base import attribute
 from ..models.masks import masks_of
 from ..ops import block_sensitivity
-from ..surgeon import Moments, collect_moments, consumer, removal_costs
+from ..surgeon import Moments, collect_moments, consumer, predicted_curve, removal_costs
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[object, Batch, torch.Generator], Tensor]
@@ -182,13 +182,16 @@ def _gate_scores(
     return {name: gate.detach().abs().cpu() for name, gate in gates.items()}, samples
 
 
-def _removal_scores(model: nn.Module, layout: Layout, moments: Mapping[str, Moments]) -> tuple[dict[str, Tensor], int]:
-    scores = {}
+def _remove(
+    model: nn.Module, layout: Layout, moments: Mapping[str, Moments]
+) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, float]]]]:
+    scores, curves = {}, {}
     for site in layout.sites:
         linear, found = consumer(model, site.consumer.parameter), moments[site.consumer.parameter]
         columns = site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
-        scores[site.name] = removal_costs(linear.weight, found, linear.bias, columns).float()
-    return scores, max((found.samples for found in moments.values()), default=0)
+        costs = removal_costs(linear.weight, found, linear.bias, columns)
+        scores[site.name], curves[site.name] = costs.float(), predicted_curve(linear, found, costs, columns)
+    return scores, curves
 
 
 def analyze(
@@ -211,7 +214,7 @@ def analyze(
     SensibertError for an unknown statistic, no data, or a loss that is not finite."""
     if statistic not in STATISTICS:
         raise SensibertError(f"analyze: statistic is {statistic!r}, want one of {', '.join(STATISTICS)}")
-    rule, layout, samples = STATISTICS[statistic], describe(model), 0
+    rule, layout, samples, curves = STATISTICS[statistic], describe(model), 0, {}
     if rule.sampled and sampled_loss is None:
         raise SensibertError(f"analyze: {statistic} samples labels, want sampled_loss (see sensibert.tasks)")
     if grid is not None and rule.reduce in ("gates", "moments"):
@@ -229,14 +232,15 @@ def analyze(
         scores, samples = _gate_scores(model, layout, batches, loss, seed, autocast)
     elif statistic == "obs":
         moments = moments or collect_moments(model, layout, batches, loss, seed, autocast)
-        scores, samples = _removal_scores(model, layout, moments)
+        scores, curves = _remove(model, layout, moments)
+        samples = max((found.samples for found in moments.values()), default=0)
     else:
         scores, samples = _gradient_scores(model, blocks, batches, rule, loss, seed, autocast)
     masks = masks_of(model)
     if masks is not None and masks.grid == grid:
         for name, keep in masks.keep.items():
             scores[name].masked_fill_(~keep, -torch.inf)
-    return Sensitivity(layout, scores, statistic, samples, seed, grid=grid)
+    return Sensitivity(layout, scores, statistic, samples, seed, curves=curves, grid=grid)
 
 
 def rank_tensors(
