@@ -43,7 +43,7 @@ SETTING = ("epochs", "learning_rate", "train_rows", "max_steps")  # what runs mu
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
-AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout"}
+AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout", "search"}
 # The same where the run is its own teacher.
 TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}

@@ -86,7 +86,7 @@ Scope = Annotated[str, typer.Option(help="What the budget counts: encoder, or mo
 FlopsLength = Annotated[int, typer.Option(help="Tokens a sequence, for FLOPs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
 Step = Annotated[int | None, typer.Option(help="FFN widths become multiples of it (64, small models 32).")]
-Policy = Annotated[str, typer.Option(help=f"{' or '.join(POLICIES)}: one threshold for all layers, or equal shares.")]
+Policy = Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}: one threshold for all layers, equal shares, or DP.")]
 
 
 def _given(kind: type, context: typer.Context) -> dict[str, Any]:
@@ -157,8 +157,13 @@ def finetune(
     ),
     compensate: Annotated[
         bool | None,
-        typer.Option(help="Let the kept units take over by least squares what the dropped ones gave. With obs: yes."),
+        typer.Option(
+            help="Let the kept units take over by least squares what the dropped ones gave. With obs, layer-obs: yes."
+        ),
     ] = None,
+    search: Annotated[
+        int, typer.Option(help="Trials of a search for the shares of the layers by the true loss.")
+    ] = _DEFAULT.search,
     teacher: Annotated[
         str | None,
         typer.Option(help=f"Fine-tuned model to distil from, {SNAPSHOT} (at the cut) or {AVERAGE} (of the weights)."),

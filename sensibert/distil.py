@@ -1,22 +1,47 @@
-"""What a teacher adds to the loss, and a teacher that is an average of the student's own weights."""
+"""Who teaches, and what that adds to the loss: a model of somebody else's, or the student itself, as a snapshot of the
+moment before the cut or as an average of its weights since then."""
 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from .errors import SensibertError
+from .options import AVERAGE, SNAPSHOT, Options
+from .sources import load_model
+from .tasks import TaskData
 
 AVERAGE_FILE = "average.safetensors"
+
+
+def save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
+    """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
+    new = folder / f"{SNAPSHOT}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+    os.replace(new, folder / SNAPSHOT)
+
+
+def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
+    """The given teacher, or the snapshot this run has made already; None until there is one."""
+    if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
+        return None
+    source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(source, data).eval().requires_grad_(False).to(device)
 
 
 def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float) -> Tensor:
@@ -90,6 +115,10 @@ class Average(TrainerCallback):
     def __init__(self, begin: Callable[[int], int], decay: float = 0.99):
         self.begin, self.decay, self.average = begin, decay, None
 
+    @staticmethod
+    def _file(args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE_FILE
+
     def teacher(self) -> nn.Module | None:
         return None if self.average is None else self.average.module
 
@@ -105,10 +134,10 @@ class Average(TrainerCallback):
         self.average.eval()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE_FILE
+        file = self._file(args, state)
         if state.global_step >= self.begin(state.max_steps) and file.exists():
             self._start(model)
-            load_model(self.average, file)
+            safetensors.load_model(self.average, file)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step < self.begin(state.max_steps):
@@ -119,4 +148,6 @@ class Average(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.average is not None:
-            save_model(self.average, Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE_FILE)
+            safetensors.save_model(
+                self.average, Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE_FILE
+            )

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from .artifacts import Budget, Grid
 
 PRECISIONS = ("fp32", "bf16")
-METHODS = ("obs", "fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
-POLICIES = ("global", "uniform")
+METHODS = ("obs", "layer-obs", "fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
+POLICIES = ("global", "uniform", "exact")
 LAYOUTS = ("trimmed", "dense", "both")
 GRIDS = ("unit", "element", "block64")
-UNITS_ONLY = ("obs", "paper")
+UNITS_ONLY = ("obs", "layer-obs", "paper")
+SURGICAL = ("obs", "layer-obs")  # what goes is chosen in view of what the others can take over
 SNAPSHOT, AVERAGE = "snapshot", "average"
 _CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
 _POSITIVE = (
@@ -74,7 +75,8 @@ class Options:
     step: int | None = None
     samples: int = 1024
     micro_batch: int = 4
-    compensate: bool | None = None  # solve the consuming weights anew at each cut; None: with obs
+    compensate: bool | None = None  # solve the consuming weights anew at each cut; None: with obs and layer-obs
+    search: int = 0  # trials of a search for shares of the layers by the true loss
     schedule: Schedule = field(default_factory=Schedule)
     # a model folder or hub name; "snapshot": the run's own dense model at the cut; "average": of its weights since then
     teacher: str | None = None
@@ -122,6 +124,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SensibertError(f"{name} is {value}, want more than 0")
+        if self.search < 0:
+            raise SensibertError(f"search is {self.search}, want a number of trials of at least 0")
         if not 0 <= self.distil <= 1:
             raise SensibertError(f"distil is {self.distil}, want a weight in [0, 1]")
         if not 0 <= self.distil_hidden < math.inf:
@@ -152,7 +156,8 @@ class Options:
         if grid is None or self.method == "dense":
             return
         check_budget(self.parsed_budget(), grid)
-        wrong = {"method": self.method in UNITS_ONLY, "step": self.step is not None, "compensate": self.compensate}
+        wrong = {"policy": self.policy == "exact", "search": self.search, "method": self.method in UNITS_ONLY}
+        wrong |= {"step": self.step is not None, "compensate": self.compensate}
         for name in filter(wrong.get, wrong):
             said = f"{name} is {getattr(self, name)!r}, which means whole units"
             raise SensibertError(f"{said}, and grid is {self.grid!r}: want grid unit, or another {name}")
@@ -165,7 +170,7 @@ class Options:
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
         usual["method"] = default_method(self.grid)
-        usual["compensate"] = (self.method or usual["method"]) == "obs"
+        usual["compensate"] = (self.method or usual["method"]) in SURGICAL
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def settings(self) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,22 +20,23 @@ from transformers.utils import logging as transformers_logging
 from . import cost
 from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
-from .distil import Average, Distillation
+from .distil import Average, Distillation, load_teacher, save_snapshot
 from .errors import SensibertError
-from .models import describe
+from .models import describe, evaluating
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
-from .options import AVERAGE, SNAPSHOT, Options, default_method, parse_grid
+from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, default_method, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
 from .pipeline.export import export
 from .pipeline.finetune import finetune, predict
-from .pipeline.trim import restructure, trim
+from .pipeline.trim import restructure, silenced, trim
 from .report import write_report
 from .schedule import Schedule
+from .search import search_shares
 from .sources import check_family, load_data, load_model, load_tokenizer
-from .surgeon import collect_moments
+from .surgeon import Moments, collect_moments
 from .tasks import TaskData, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
@@ -60,7 +62,8 @@ class TrimCallback(TrainerCallback):
     budget, method, schedule: see `Options`. loss: draws labels (`sensibert.tasks.sampled_loss`), for obs and fisher.
     before_cut: called with the dense model, once. save_before_cut: a checkpoint at the last dense step. choose: (model,
     micro-batches, budget) -> Plan, in place of analyze and allocate. compensate: the kept units take over before a cut,
-    whoever chose them; None: with method obs. grid: mask blocks of the weights, cut no units.
+    whoever chose them; None: with obs and layer-obs. grid: mask blocks of the weights, cut no units. search: trials of
+    `sensibert.search`, each worth a cut and a forward pass of what was analyzed.
     Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
     the stock Trainer cannot load a checkpoint of a trimmed model."""
 
@@ -81,19 +84,20 @@ class TrimCallback(TrainerCallback):
         choose: Choose | None = None,
         compensate: bool | None = None,
         grid: Grid | None = None,
+        search: int = 0,
     ):
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule = method or default_method(grid), schedule or Schedule()
         self.step, self.policy = step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
-        self.compensate = self.method == "obs" if compensate is None else compensate
+        self.compensate = self.method in SURGICAL if compensate is None else compensate
         if self.compensate and grid is not None:
             raise SensibertError(
                 f"compensate is True, which means whole units, and grid is {grid}: want one of the two"
             )
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
-        self.choose, self.grid = choose, grid
+        self.choose, self.grid, self.search = choose, grid, search
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
         self._dropout: list[tuple[nn.Dropout, float]] = []  # what recovery has set aside
@@ -163,21 +167,45 @@ class TrimCallback(TrainerCallback):
             return micro_batches(loader.dataset, loader.collate_fn, number, size, seed)
 
         target, moments, sensing = self._target(self.cuts[state.global_step]), None, self.choose is None
-        if self.compensate or (sensing and self.method == "obs"):
+        if self.compensate or (sensing and self.method in SURGICAL):
             rows = batches(samples, args.train_batch_size)  # sums over tokens: the size of a batch does not matter
-            moments = collect_moments(model, describe(model), rows, self.loss, seed, self.autocast)
+            loss = None if self.method == "layer-obs" else self.loss
+            moments = collect_moments(model, describe(model), rows, loss, seed, self.autocast)
         few = batches(samples, self.micro_batch)
         if sensing:
             found = analyze(model, few, self.method, self.loss, seed, self.autocast, self.grid, moments)
             if state.global_step == min(self.cuts):
                 few = batches(min(samples, RANKED_SAMPLES), self.micro_batch)
                 self.sensitivity = replace(found, tensors=rank_tensors(model, few, self.loss, seed, self.autocast))
-            plan = allocate(found, target, self.step, self.policy)
+
+            def allocated(scores: Sensitivity) -> Plan:
+                return allocate(scores, target, self.step, self.policy)
+
+            def loss_of(plan: Plan) -> float:
+                return self._loss_after(model, plan, moments, batches(samples, args.train_batch_size))
+
+            plan = search_shares(found, allocated, loss_of, self.search, seed) if self.search else allocated(found)
         else:
             plan = self.choose(model, few, target)
         if self.compensate:
             compensate(model, plan, moments)
         return plan
+
+    @torch.no_grad()
+    def _loss_after(
+        self, model: nn.Module, plan: Plan, moments: dict[str, Moments] | None, batches: Iterator[dict]
+    ) -> float:
+        """Mean loss, with the given labels, of a copy that is cut like that."""
+        copied, total, rows = copy.deepcopy(model), 0.0, 0
+        vars(copied).pop("forward", None)  # a wrapper for autocast, which would call the model itself
+        if self.compensate:
+            compensate(copied, plan, moments)
+        with evaluating(copied, self.autocast) as device, silenced(copied, plan), torch.no_grad():
+            for batch in batches:
+                size = len(next(iter(batch.values())))
+                total += size * float(copied(**{name: value.to(device) for name, value in batch.items()}).loss)
+                rows += size
+        return total / rows
 
     def _recover(self, model: nn.Module) -> None:
         self._dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -254,25 +282,6 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
     )
 
 
-def _save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
-    """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
-    new = folder / f"{SNAPSHOT}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    os.replace(new, folder / SNAPSHOT)
-
-
-def _teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
-    """The given teacher, or the snapshot this run has made already; None until there is one."""
-    if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
-        return None
-    source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(source, data).eval().requires_grad_(False).to(device)
-
-
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says.
 
@@ -302,14 +311,14 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    teacher = _teacher(options, data, folder)
+    teacher = load_teacher(options, data, folder)
     average = Average(lambda total: max(options.schedule.cuts(total)) + 1, options.average_decay)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
         if options.teacher == SNAPSHOT:
-            _save_snapshot(model, tokenizer, folder)
-            teacher = _teacher(options, data, folder)
+            save_snapshot(model, tokenizer, folder)
+            teacher = load_teacher(options, data, folder)
         return score(model)
 
     callback = TrimCallback(
@@ -327,6 +336,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         choose=choose,
         compensate=options.compensate,
         grid=parse_grid(options.grid),
+        search=options.search,
     )
     callback.prepare(model, checkpoint)
     callback.started(started)

@@ -10,8 +10,11 @@ Kronecker product). Removing the units D and letting the others take over at bes
 
     1/2 tr(G W_D (H_DD)^-1 W_D^T),   and   W' = W - W_D (H_DD)^-1 H_D
 
-Hassibi & Stork, 1993 (OBS); Martens & Grosse, arXiv 1503.05671 (the factors); Kurtic et al., arXiv 2302.04089, and van
-der Ouderaa et al., arXiv 2312.17244, for structures of language models.
+With a_t = 1 and G = I it is the squared error of the layer's output alone, which asks for no gradient and no label
+(`layer-obs`; as ZipLM chooses).
+
+Hassibi & Stork, 1993 (OBS); Martens & Grosse, arXiv 1503.05671 (the factors); Kurtic et al., arXiv 2302.04089 (ZipLM),
+and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 """
 
 from __future__ import annotations
@@ -58,10 +61,19 @@ class Moments:
             self.bias_slope += given.sum(0)
             self.slope.addmm_(given.T, h)
         a = delta.square().sum(-1, keepdim=True)
+        self._add(h, a)
+        self.output.addmm_(delta.T, delta)
+
+    def add_evenly(self, h: Tensor, mask: Tensor) -> None:
+        """h [..., K], every token that mask [...] lets through for 1, and every output: G is the identity."""
+        a = mask.flatten()[:, None].to(self.second.dtype)
+        self._add(h.flatten(0, -2).to(self.second.dtype), a)
+        self.output.diagonal().add_(a.sum())
+
+    def _add(self, h: Tensor, a: Tensor) -> None:
         self.weight += a.sum()
         self.first += (a * h).sum(0)
         self.second.addmm_(h.T, a * h)
-        self.output.addmm_(delta.T, delta)
 
     def inner(self, bias: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
         """m [K] and C [K, K], damped, fp64; around 0 where no bias could take up the mean."""
@@ -79,7 +91,7 @@ def collect_moments(
     model: nn.Module,
     layout: Layout,
     batches: Iterable[Mapping[str, Tensor]],
-    sampled_loss: Callable,
+    sampled_loss: Callable | None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Moments]:
@@ -87,6 +99,7 @@ def collect_moments(
     loss). The model stays as it is.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sensibert.tasks.sampled_loss`).
+    None: forward only, and every token counts the same, whatever the loss says (a_t = 1, G = I).
     SensibertError for no data, or a loss that is not finite."""
     found, handles, seen, samples = {}, [], [], 0
     for name in dict.fromkeys(site.consumer.parameter for site in layout.sites):  # a layer used again has sites again
@@ -94,7 +107,8 @@ def collect_moments(
         found[name] = Moments(linear.in_features, linear.out_features, linear.weight.device, linear.weight.dtype)
 
         def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, moments: Moments = found[name]) -> Tensor:
-            out = out if out.requires_grad else out.requires_grad_()  # a frozen encoder
+            if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
+                out.requires_grad_()
             seen.append((moments, args[0].detach(), out))
             return out
 
@@ -104,7 +118,12 @@ def collect_moments(
         with evaluating(model, autocast) as device:
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
-                rows, outputs = len(next(iter(batch.values()))), model(**batch)
+                rows = len(next(iter(batch.values())))
+                if sampled_loss is None:
+                    _forward_only(model, batch, seen)
+                    samples += rows
+                    continue
+                outputs = model(**batch)
                 drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
                 require_finite(drawn, samples)
                 places, how = [out for *_, out in seen], {"allow_unused": True, "materialize_grads": True}
@@ -124,6 +143,18 @@ def collect_moments(
     for moments in found.values():
         moments.samples = samples
     return found
+
+
+def _forward_only(model: nn.Module, batch: Mapping[str, Tensor], seen: list[tuple[Moments, Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        model(**batch)
+        for moments, h, _ in seen:
+            mask = batch.get("attention_mask")
+            whole = (
+                mask is None or mask.numel() * h.shape[-1] != h.numel()
+            )  # no mask, or the model left the padding out
+            moments.add_evenly(h, torch.ones(h.shape[:-1], device=h.device) if whole else mask)
+    seen.clear()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ FLOORS = {
             "sources",
             "checkpoints",
             "distil",
+            "search",
             "surgeon",
             "_register",
         ),

@@ -243,6 +243,33 @@ def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
     assert not same_weights(tmp_path / "plain", whole("average"))
 
 
+def test_a_search_measures_the_loss_of_the_cut_it_would_make(here, tmp_path, monkeypatch):
+    """With no step after the cut, the loss of the last trial that won is that of the model that is left."""
+    seen, usual, export = [], TrimCallback._loss_after, recipe.export
+
+    def look(self, model, plan, moments, batches):
+        rows = list(batches)
+        seen.append((usual(self, model, plan, moments, iter(rows)), plan, rows))
+        return seen[-1][0]
+
+    monkeypatch.setattr(TrimCallback, "_loss_after", look)
+
+    def remember(model, *rest, **more):
+        after.append(model)
+        return export(model, *rest, **more)
+
+    monkeypatch.setattr(recipe, "export", remember)
+    after, last = [], Schedule(warm_share=0.99)
+    asked = {"method": "layer-obs", "search": 4, "max_steps": 3, "schedule": last}
+    finetune_and_trim(options(here, tmp_path / "out", **asked))
+    lowest, plan, rows = min(seen, key=lambda trial: trial[0])
+    made = Plan.load(tmp_path / "out" / "plan.safetensors")
+    assert 1 < len(seen) <= 5 and all(torch.equal(made.keep[name], keep) for name, keep in plan.keep.items())
+    with torch.no_grad():
+        losses = [(len(row["labels"]), float(after[0].eval()(**row).loss)) for row in rows]
+    assert sum(n * loss for n, loss in losses) / sum(n for n, _ in losses) == pytest.approx(lowest, rel=1e-4)
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):
     with pytest.raises(SensibertError, match=r"the loss is (nan|inf) at step \d+; try a smaller learning rate"):
         finetune_and_trim(options(here, tmp_path / "out", learning_rate=1e30, method="dense"))

@@ -146,6 +146,32 @@ def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(l
         plain.predicted_rise(site.name, 0)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_a_loss_every_token_counts_the_same_but_padding_does_not(masked):
+    model, seen = tiny_model(), []
+    batch = tiny_batch(3, 7)
+    batch["attention_mask"][1, 4:] = 0
+    batch = batch if masked else {name: value for name, value in batch.items() if name != "attention_mask"}
+    consumer = model.bert.encoder.layer[1].output.dense
+    handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.eval()(**batch)
+    handle.remove()
+    found = collect_moments(model, describe(model), [batch], None)["encoder.layer.1.output.dense.weight"]
+    real = batch["attention_mask"].bool() if masked else torch.ones(3, 7, dtype=torch.bool)
+    h = seen[0][real].detach()
+    torch.testing.assert_close(found.second, h.T @ h)
+    torch.testing.assert_close(found.first, h.sum(0))
+    assert found.weight == len(h) and torch.equal(found.output, len(h) * torch.eye(len(found.output)))
+    assert not found.slope.any() and found.samples == 3
+
+
+def test_layer_obs_needs_neither_labels_nor_gradients():
+    model = tiny_model().requires_grad_(False)
+    found = analyze(model, [tiny_batch(3, 7)], "layer-obs")
+    assert found.statistic == "layer-obs" and found.samples == 3 and not found.curves
+    assert all(score.isfinite().all() and (score > 0).any() for score in found.scores.values())
+
+
 def test_slopes_are_the_gradients_of_weight_and_bias():
     model, whole = tiny_model().eval(), next(rows(6))
     found = collect_moments(model, describe(model), rows(3), sampled_loss)

@@ -3,6 +3,7 @@
 Keep a unit while its score per cost is above one global multiplier, i.e. take units in falling score / cost until
 the budget is spent. Then round to what hardware likes: FFN widths to a multiple of `step` (heads are whole anyway), and
 fill what that freed with the best of the dropped, one head or one step of neurons at a time, never above the budget.
+`exact` solves the same with the rounding in it, by dynamic programming.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from ..artifacts import Budget, Layout, Plan, Sensitivity, Site
 from ..cost import flops, limit, params, spent, unit_cost
 from ..errors import SensibertError
+from ..solver import solve_budget
 from .blocks import allocate_blocks
 
 # A gate value, or a coin, says nothing about cost: these compare units of different size as they are.
 RANKED_BY_SCORE = ("paper", "random")
-POLICIES = ("global", "uniform")
+POLICIES = ("global", "uniform", "exact")
+BEYOND_ALL = 1e100  # an infinite score, where scores are added
 # (site, count, size) -> how much the next `size` units of a site that keeps its best `count` are wanted
 Worth = Callable[[Site, int, int], float]
 
@@ -58,6 +61,21 @@ def _uniform(layout: Layout, budget: Budget, allowed: int) -> dict[str, int]:
     return {s.name: max(s.minimum, int(low * s.units)) for s in layout.sites}
 
 
+def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed: int, step: int) -> dict[str, int]:
+    """The rounded counts whose kept scores sum to the most, up to the resolution of `solve_budget`."""
+    none = spent(layout, {site.name: 0 for site in layout.sites}, budget)
+    levels, costs, values = [], [], []
+    for site in layout.sites:
+        price = unit_cost(site, budget)
+        best = ranks[site.name][_order(ranks[site.name])].nan_to_num(nan=0.0, posinf=BEYOND_ALL, neginf=0.0) * price
+        counts = range(site.units + 1) if site.kind == "head" else (*range(0, site.units, step), site.units)
+        levels.append([count for count in counts if count >= site.minimum])
+        costs.append([count * price for count in levels[-1]])
+        values.append([float(best[:count].sum()) for count in levels[-1]])
+    chosen = solve_budget(costs, values, allowed - none)
+    return {site.name: counts[level] for site, counts, level in zip(layout.sites, levels, chosen, strict=True)}
+
+
 def _step(site: Site, step: int, count: int) -> int:
     """Units that the next enlargement of a site adds: one head, or neurons up to the next multiple of step."""
     size = 1 if site.kind == "head" else step - count % step
@@ -89,13 +107,16 @@ def allocate(sensitivity: Sensitivity, budget: Budget, step: int | None = None, 
 
     budget: an upper bound; the plan is below it by less than the cheapest head or rounding step that was left.
     step: FFN widths become multiples of it (1 = no rounding; default by `width_step`).
-    policy: `global` (one threshold for all sites) or `uniform` (the same share everywhere; scores rank inside a site).
+    policy: `global` (one threshold for all sites), `uniform` (the same share everywhere; scores rank inside a site) or
+    `exact` (the largest sum of kept scores at widths that are rounded already).
     A sensitivity of blocks of a grid gives a plan of blocks (`allocate_blocks`), which no step rounds.
     SensibertError if the budget is below what cannot be trimmed."""
     layout = sensitivity.layout
     if policy not in POLICIES:
         raise SensibertError(f"allocate: policy is {policy!r}, want one of {', '.join(POLICIES)}")
     if sensitivity.grid is not None:
+        if policy == "exact":
+            raise SensibertError("allocate: policy is 'exact', which means whole units, and the scores are of a grid")
         if step is not None:
             raise SensibertError(f"allocate: step is {step}, want None: it rounds widths, which a grid leaves whole")
         return allocate_blocks(sensitivity, sensitivity.grid, budget, policy)
@@ -117,8 +138,10 @@ def allocate(sensitivity: Sensitivity, budget: Budget, step: int | None = None, 
         worth = lambda site, count, size: float(ordered[site.name][count : count + size].mean())  # noqa: E731
         smallest = {site.name: site.minimum for site in layout.sites}
         counts = _threshold(layout, ranks, budget, allowed - spent(layout, smallest, budget))
+    if policy == "exact":
+        counts = _exact(layout, ranks, budget, allowed, step)
     for site in layout.sites:
-        if site.kind == "ffn" and counts[site.name] < site.units:
+        if site.kind == "ffn" and counts[site.name] < site.units and policy != "exact":
             counts[site.name] = max(site.minimum, counts[site.name] // step * step)
     counts = _fill(layout, worth, budget, allowed, counts, step)
     keep = {}

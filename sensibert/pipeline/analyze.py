@@ -47,6 +47,7 @@ class Statistic:
 
 STATISTICS = {
     "obs": Statistic("moments", sampled=True),
+    "layer-obs": Statistic("moments"),
     "fisher": Statistic("signed", "square", sampled=True),
     "taylor": Statistic("signed", "abs"),
     "saliency": Statistic("abs", all_members=True),
@@ -183,14 +184,16 @@ def _gate_scores(
 
 
 def _remove(
-    model: nn.Module, layout: Layout, moments: Mapping[str, Moments]
+    model: nn.Module, layout: Layout, moments: Mapping[str, Moments], predict: bool
 ) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, float]]]]:
     scores, curves = {}, {}
     for site in layout.sites:
         linear, found = consumer(model, site.consumer.parameter), moments[site.consumer.parameter]
         columns = site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
         costs = removal_costs(linear.weight, found, linear.bias, columns)
-        scores[site.name], curves[site.name] = costs.float(), predicted_curve(linear, found, costs, columns)
+        scores[site.name] = costs.float()
+        if predict:  # else the costs are not of the loss
+            curves[site.name] = predicted_curve(linear, found, costs, columns)
     return scores, curves
 
 
@@ -209,8 +212,8 @@ def analyze(
     batches: micro-batches as the model takes them (1 to 8 samples each; the square is taken per micro-batch); not read
     by magnitude and random. sampled_loss: (outputs, batch, generator) -> loss with labels drawn from the prediction,
     needed by fisher and obs (`sensibert.tasks.sampled_loss`). autocast: dtype of a mixed-precision forward pass. grid:
-    score the blocks of every weight instead of units; a block that is masked already scores -inf. moments: for obs,
-    where they were collected already (`sensibert.surgeon.collect_moments`).
+    score the blocks of every weight instead of units; a block that is masked already scores -inf. moments: for obs and
+    layer-obs, where they were collected already (`sensibert.surgeon.collect_moments`).
     SensibertError for an unknown statistic, no data, or a loss that is not finite."""
     if statistic not in STATISTICS:
         raise SensibertError(f"analyze: statistic is {statistic!r}, want one of {', '.join(STATISTICS)}")
@@ -230,9 +233,9 @@ def analyze(
         scores = _collect(blocks, _reduce(blocks, weights, None, rule, None))
     elif statistic == "paper":
         scores, samples = _gate_scores(model, layout, batches, loss, seed, autocast)
-    elif statistic == "obs":
-        moments = moments or collect_moments(model, layout, batches, loss, seed, autocast)
-        scores, curves = _remove(model, layout, moments)
+    elif rule.reduce == "moments":
+        moments = moments or collect_moments(model, layout, batches, loss if rule.sampled else None, seed, autocast)
+        scores, curves = _remove(model, layout, moments, rule.sampled)
         samples = max((found.samples for found in moments.values()), default=0)
     else:
         scores, samples = _gradient_scores(model, blocks, batches, rule, loss, seed, autocast)

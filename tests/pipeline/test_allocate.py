@@ -1,5 +1,7 @@
 """Allocation with scores written by hand: never over the budget, the best units per cost, ties by index."""
 
+import contextlib
+import itertools
 import math
 
 import pytest
@@ -194,7 +196,7 @@ def test_the_whole_model_is_a_budget_too():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ({"policy": "greedy"}, "policy is 'greedy', want one of global, uniform"),
+        ({"policy": "greedy"}, "policy is 'greedy', want one of global, uniform, exact"),
         ({"step": 0}, "step is 0, want at least 1"),
         ({"budget": Budget.parse("8ms")}, "latency needs a measured table"),
     ],
@@ -210,3 +212,33 @@ def test_scores_that_do_not_fit_the_layout_are_named(scores):
     layout = make(("ffn", 4, 1), scores=[[1.0] * 4]).layout
     with pytest.raises(SensibertError, match=r"scores of layer.0.ffn are \([03],\), want \(4,\)"):
         allocate(Sensitivity(layout, scores, "fisher"), Budget.parse("100%params"))
+
+
+def worth(plan: Plan, sensitivity: Sensitivity) -> float:
+    return sum(float(sensitivity.scores[name][keep].double().sum()) for name, keep in plan.keep.items())
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(problem=problems())
+def test_exact_never_exceeds_the_budget_whatever_the_scores(problem):
+    sensitivity, budget, step = problem
+    with contextlib.suppress(SensibertError):
+        plan = allocate(sensitivity, budget, step, "exact")
+        assert spent(plan.layout, counts_of(plan.layout, plan.keep), budget) <= limit(plan.layout, budget)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(seed=st.integers(0, 10**6), share=st.integers(10, 90), step=st.sampled_from([1, 3, 4]))
+def test_exact_keeps_the_largest_sum_that_rounded_widths_allow(seed, share, step):
+    generator = torch.Generator().manual_seed(seed)
+    sites = (("head", 3, 17), ("ffn", 8, 5), ("ffn", 7, 3))
+    scores = [torch.rand(units, generator=generator).tolist() for _, units, _ in sites]
+    sensitivity, budget = make(*sites, scores=scores), Budget.parse(f"{share}%params")
+    plan = allocate(sensitivity, budget, step, "exact")
+    best, allowed = 0.0, limit(plan.layout, budget)
+    options = [range(4)] + [sorted({*range(0, units, step), units}) for units in (8, 7)]
+    for counts in itertools.product(*options):
+        if REST + sum(count * cost for count, (_, _, cost) in zip(counts, sites)) <= allowed:
+            best = max(best, sum(sum(sorted(s)[len(s) - c :]) for s, c in zip(scores, counts)))
+    assert worth(plan, sensitivity) == pytest.approx(best)
+    assert worth(plan, sensitivity) >= worth(allocate(sensitivity, budget, step), sensitivity) - 1e-9
