@@ -6,7 +6,7 @@ In every site (the heads of a layer, the FFN of a layer) the lowest-ranked 25, 5
 silenced, one site at a time, and the loss on validation rows is measured. With the per-sample gate gradients
 g_n [units] on training rows, the predictions for removing a set S are, up to a factor that does not move a rank:
 
-    obs             what `Sensitivity.predicted_rise` says: slope along the change of the weights, and costs
+    obs             what `Sensitivity.predicted_rise` says: slope along the change of the weights, costs, and gates
     sum over j in S of a statistic of `analyze`, as shipped (fisher: micro-batches of 4; obs: the costs alone)
     units alone     1/2N * sum over j in S, n of g_nj^2
     units together  1/2N * sum_n (sum over j in S of g_nj)^2
@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="training rows for the predictions")
     parser.add_argument("--rows", type=int, default=512, help="validation rows for the measurements")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="file for the measurements, which take most of the time: used again")
     parser.add_argument("--name", default="", help="of the checkpoint, for the rows, such as ` seed 1`")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -272,7 +273,12 @@ def main() -> None:
     sensitivity = analyze(model, few, arguments.method, sampled_loss, arguments.seed, moments=moments)
     wanted = drops(layout, sensitivity.scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)
-    by_row = measured(model, layout, wanted, list(rows), moments)
+    if arguments.keep is not None and arguments.keep.exists():
+        by_row = torch.load(arguments.keep)  # of the same drops, rows and method: nothing here can tell
+    else:
+        by_row = measured(model, layout, wanted, list(rows), moments)
+        if arguments.keep is not None:
+            torch.save(by_row, arguments.keep)
     found = {arguments.method: summed(sensitivity.scores)}
     if sensitivity.curves:
         costs = {"obs, costs alone": found.pop("obs")}

@@ -10,6 +10,15 @@ Kronecker product). Removing the units D and letting the others take over at bes
 
     1/2 tr(G W_D (H_DD)^-1 W_D^T),   and   W' = W - W_D (H_DD)^-1 H_D
 
+In the midst of a training the loss also has a slope, with the labels of the data. What it is predicted to rise by is
+slope and curvature along the very change of the weights, and beside that what a gate m_j on each dropped unit says of
+every sample n, without anybody taking over (`predicted_curve`):
+
+    tr((dL/dW - dL/db m^T)^T (W' - W))  +  1/2 tr(G W_D (H_DD)^-1 W_D^T)  +  1/2 sum over n and j in D of (dL_n/dm_j)^2
+
+Either curvature alone says too little: far from a minimum, and through layers in a row, the loss bends more than the
+Fisher matrix knows. The sum was found on two checkpoints (`bench/bench_rank.py`): it ranks, its scale is rough.
+
 With a_t = 1 and G = I it is the squared error of the layer's output alone, which asks for no gradient and no label
 (`layer-obs`; as ZipLM chooses).
 
@@ -25,7 +34,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from .artifacts import Layout
+from .artifacts import Layout, Site
 from .errors import SensibertError
 from .models import base_of, evaluating, require_finite
 from .models.base import attribute
@@ -43,12 +52,13 @@ class Moments:
     """Sums over tokens at one consuming weight: of a, a h, a h h^T and delta delta^T. samples: rows seen.
 
     With the labels of the data, where there are any, also of delta and delta h^T: the gradients of bias and weight.
+    And over samples, of the squared gradient of a gate on each unit (`fisher`, exact sample by sample).
     In fp32, for fp64 weights in fp64: the widest is K x K, 38 MB for an FFN of BERT-base."""
 
-    def __init__(self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units=0):
         self.samples = 0
-        shapes = ((), (width,), (width, width), (height, height), (height,), (height, width))
-        self.weight, self.first, self.second, self.output, self.bias_slope, self.slope = (
+        shapes = ((), (width,), (width, width), (height, height), (height,), (height, width), (units,))
+        self.weight, self.first, self.second, self.output, self.bias_slope, self.slope, self.gates = (
             torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device) for shape in shapes
         )
 
@@ -63,6 +73,13 @@ class Moments:
         a = delta.square().sum(-1, keepdim=True)
         self._add(h, a)
         self.output.addmm_(delta.T, delta)
+
+    def add_gates(self, h: Tensor, delta: Tensor, weight: Tensor, columns: Tensor) -> None:
+        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. Where the samples are
+        not told apart ([tokens, K]) they are squared together, which is the same on average: labels drawn cancel."""
+        h, delta = (t.flatten(1, -2) if t.dim() > 2 else t[None] for t in (h, delta))
+        gate = (h * (delta.to(weight.dtype) @ weight)).sum(1)[:, columns.to(h.device)].sum(-1)
+        self.gates += gate.to(self.gates.dtype).square().sum(0)
 
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
         """h [..., K], every token that mask [...] lets through for 1, and every output: G is the identity."""
@@ -87,6 +104,11 @@ def consumer(model: nn.Module, parameter: str) -> nn.Linear:
     return attribute(base_of(model), parameter.removesuffix(".weight"))
 
 
+def unit_columns(site: Site) -> Tensor:
+    """The columns of the consuming weight that belong to each unit, [units, span]."""
+    return site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
+
+
 def collect_moments(
     model: nn.Module,
     layout: Layout,
@@ -101,15 +123,19 @@ def collect_moments(
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sensibert.tasks.sampled_loss`).
     None: forward only, and every token counts the same, whatever the loss says (a_t = 1, G = I).
     SensibertError for no data, or a loss that is not finite."""
-    found, handles, seen, samples = {}, [], [], 0
-    for name in dict.fromkeys(site.consumer.parameter for site in layout.sites):  # a layer used again has sites again
-        linear = consumer(model, name)
-        found[name] = Moments(linear.in_features, linear.out_features, linear.weight.device, linear.weight.dtype)
+    found, handles, seen, samples, columns = {}, [], [], 0, {}
+    for site in layout.sites:
+        name = site.consumer.parameter
+        if name in found:  # a layer used again has sites again
+            continue
+        linear, columns[name] = consumer(model, name), unit_columns(site)
+        like = linear.weight
+        found[name] = Moments(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
 
-        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, moments: Moments = found[name]) -> Tensor:
+        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, name: str = name) -> Tensor:
             if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
                 out.requires_grad_()
-            seen.append((moments, args[0].detach(), out))
+            seen.append((name, args[0].detach(), out))
             return out
 
         handles.append(linear.register_forward_hook(watch))
@@ -120,7 +146,7 @@ def collect_moments(
                 batch = {name: value.to(device) for name, value in batch.items()}
                 rows = len(next(iter(batch.values())))
                 if sampled_loss is None:
-                    _forward_only(model, batch, seen)
+                    _forward_only(model, batch, found, seen)
                     samples += rows
                     continue
                 outputs = model(**batch)
@@ -131,8 +157,9 @@ def collect_moments(
                 if given is not None:
                     slopes = torch.autograd.grad(given * rows, places, retain_graph=True, **how)
                 deltas = torch.autograd.grad(drawn * rows, places, **how)
-                for (moments, h, _), delta, slope in zip(seen, deltas, slopes):
-                    moments.add(h, delta, slope)
+                for (name, h, _), delta, slope in zip(seen, deltas, slopes):
+                    found[name].add(h, delta, slope)
+                    found[name].add_gates(h, delta, consumer(model, name).weight.detach(), columns[name])
                 seen.clear()
                 samples += rows
     finally:
@@ -145,15 +172,15 @@ def collect_moments(
     return found
 
 
-def _forward_only(model: nn.Module, batch: Mapping[str, Tensor], seen: list[tuple[Moments, Tensor, Tensor]]) -> None:
+def _forward_only(model: nn.Module, batch: Mapping[str, Tensor], found: dict[str, Moments], seen: list) -> None:
     with torch.no_grad():
         model(**batch)
-        for moments, h, _ in seen:
+        for name, h, _ in seen:
             mask = batch.get("attention_mask")
             whole = (
                 mask is None or mask.numel() * h.shape[-1] != h.numel()
             )  # no mask, or the model left the padding out
-            moments.add_evenly(h, torch.ones(h.shape[:-1], device=h.device) if whole else mask)
+            found[name].add_evenly(h, torch.ones(h.shape[:-1], device=h.device) if whole else mask)
     seen.clear()
 
 
@@ -225,7 +252,7 @@ def take_over(linear: nn.Linear, moments: Moments, kept: Tensor, damp: float = D
 @torch.no_grad()
 def predicted_curve(linear: nn.Linear, moments: Moments, costs: Tensor, columns: Tensor) -> list[tuple[int, float]]:
     """(units gone, predicted rise of the mean loss) when the units go in the order of their costs and the rest takes
-    over: slope along that change of the weights, plus the costs. At 0 and at every POINTS-th of the units.
+    over: slope along that change of the weights, costs, and gates. At 0 and at every POINTS-th of the units.
 
     costs: `removal_costs` [units]; columns [units, span]. The moments must have seen labels for the slope."""
     mean, covariance = moments.inner(linear.bias, DAMP_WEIGHTS)
@@ -237,7 +264,8 @@ def predicted_curve(linear: nn.Linear, moments: Moments, costs: Tensor, columns:
             continue
         kept = columns[order[gone:]].flatten().sort().values.to(mean.device)
         drop = _others(kept, len(mean))
-        rise = costs[order[:gone]].sum().item() - (slope[:, drop] * weight[:, drop]).sum().item()
+        rise = costs[order[:gone]].sum().item() + 0.5 * moments.gates.cpu()[order[:gone]].sum().item()
+        rise -= (slope[:, drop] * weight[:, drop]).sum().item()
         if len(kept):
             change = weight[:, drop] @ _share(covariance, kept, drop).T
             rise += (slope[:, kept] * change).sum().item()

@@ -102,7 +102,7 @@ def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias
     weight, moments, columns = problem(6, 2)
     h, slope = torch.randn(50, 12, dtype=torch.float64), torch.randn(50, 5, dtype=torch.float64)
     moments.add(h, torch.zeros(50, 5), slope)
-    moments.samples = 10
+    moments.samples, moments.gates = 10, torch.arange(6.0)
     linear = torch.nn.Linear(12, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
     linear.weight.copy_(weight)
     costs = removal_costs(linear.weight, moments, linear.bias, columns)
@@ -115,7 +115,8 @@ def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias
         clear = torch.ones(12, dtype=torch.bool)
         clear[kept] = False
         changed.weight[:, clear] = 0
-        wanted = (slope * changed(h)).sum() - before + costs[order[:gone]].sum()
+        wanted = (slope * changed(h)).sum() - before
+        wanted += costs[order[:gone]].sum() + 0.5 * moments.gates[order[:gone]].sum()
         assert rise == pytest.approx(float(wanted) / 10)
 
 
@@ -125,14 +126,16 @@ def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(l
     batches = [{name: value for name, value in row.items() if labelled or name != "labels"} for row in rows(3)]
 
     def drawn(outputs, batch, generator):  # that of the library looks at the labels to know their kind
-        return torch.nn.functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 1]))
+        return torch.nn.functional.cross_entropy(outputs.logits, batch["input_ids"][:, 1] % 2)
 
     found = analyze(model, batches, "obs", drawn)
+    gates = analyze(model, rows(1), "fisher", drawn).scores
     assert found.curves.keys() == found.scores.keys()
     found.save(tmp_path / "s")
     assert Sensitivity.load(tmp_path / "s") == found
     site = found.layout.site("layer.1.ffn")
-    sums = found.scores[site.name].sort().values.double().cumsum(0) / 6
+    order = found.scores[site.name].argsort()
+    sums = (found.scores[site.name] + 0.5 * gates[site.name])[order].double().cumsum(0) / 6
     predicted = [found.predicted_rise(site.name, gone) for gone in (0, 32, 64)]
     quadratic = [0.0, float(sums[31]), float(sums[63])]
     assert (predicted == pytest.approx(quadratic, rel=1e-4, abs=0)) is not labelled

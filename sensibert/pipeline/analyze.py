@@ -28,7 +28,7 @@ from ..models import base_of, describe, evaluating, require_finite
 from ..models.base import attribute
 from ..models.masks import masks_of
 from ..ops import block_sensitivity
-from ..surgeon import Moments, collect_moments, consumer, predicted_curve, removal_costs
+from ..surgeon import Moments, collect_moments, consumer, predicted_curve, removal_costs, unit_columns
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[object, Batch, torch.Generator], Tensor]
@@ -189,7 +189,7 @@ def _remove(
     scores, curves = {}, {}
     for site in layout.sites:
         linear, found = consumer(model, site.consumer.parameter), moments[site.consumer.parameter]
-        columns = site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
+        columns = unit_columns(site)
         costs = removal_costs(linear.weight, found, linear.bias, columns)
         scores[site.name] = costs.float()
         if predict:  # else the costs are not of the loss

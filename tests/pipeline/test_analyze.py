@@ -198,7 +198,7 @@ def test_mixed_precision_changes_little(model):
 
 
 def test_what_cannot_be_scored_is_said(model):
-    with pytest.raises(SensibertError, match="statistic is 'best', want one of obs, fisher"):
+    with pytest.raises(SensibertError, match="statistic is 'best', want one of obs, layer-obs, fisher"):
         analyze(model, batches(), "best")
     with pytest.raises(SensibertError, match="fisher samples labels, want sampled_loss"):
         analyze(model, batches())
