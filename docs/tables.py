@@ -96,6 +96,26 @@ def accuracy(rows: list[dict]) -> str:
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
 
+def retention(rows: list[dict]) -> str:
+    """One line a budget and method: what share of the dense score stays, mean over tasks, and where it is lowest."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in scores(rows):
+        _, budget, method = row["case"].split(maxsplit=2)
+        if row.get("ratio") and method != "dense" and budget != "100%params":
+            found.setdefault((budget, method), {})[task_label(row)] = row["ratio"]
+    places = [name for name in METHODS if any(method == name for _, method in found)]
+    order = {name: place for place, name in enumerate(places)}
+    budgets = list(dict.fromkeys(budget for budget, _ in found))
+    lines = []
+    for (budget, method), tasks in sorted(
+        found.items(), key=lambda item: (budgets.index(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
+    ):
+        lowest = min(tasks, key=tasks.get)
+        mean = f"{100 * statistics.mean(tasks.values()):.1f} %"
+        lines.append([budget, method, mean, f"{100 * tasks[lowest]:.1f} % ({lowest})", str(len(tasks))])
+    return markdown(["budget", "method", "mean over tasks", "lowest", "tasks"], lines)
+
+
 def ablation(rows: list[dict]) -> str:
     """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds."""
     tried: dict[tuple, dict[str, list[dict]]] = {}
@@ -159,7 +179,7 @@ def rank(rows: list[dict]) -> str:
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["bench"] == "bench_rank":
-            found = re.fullmatch(r"(\S+ seed \d+(?: compensated \d+ rows)?) (.+)", row["case"])
+            found = re.fullmatch(r"(\S+ seed \d+(?: compensated)?) (.+)", row["case"])
             cells.setdefault(found[2], {})[found[1]] = row["value"]
     columns = sorted({case for line in cells.values() for case in line}, key=lambda case: ("compensated" in case, case))
     order = sorted(cells, key=lambda name: -statistics.mean(cells[name].values()))
@@ -167,7 +187,14 @@ def rank(rows: list[dict]) -> str:
     return markdown(["predicted by", *columns], lines)
 
 
-TABLES = {"accuracy": accuracy, "kernels": kernels, "speed": speed, "ablation": ablation, "rank": rank}
+TABLES = {
+    "accuracy": accuracy,
+    "retention": retention,
+    "kernels": kernels,
+    "speed": speed,
+    "ablation": ablation,
+    "rank": rank,
+}
 
 
 def fill(text: str, rows: list[dict]) -> str:

@@ -51,6 +51,24 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
     ]
 
 
+def test_retention_is_the_mean_over_tasks_and_names_the_worst(tables, tmp_path):
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "mrpc 50%params random", 70, "score", ratio=0.9),
+            row("bench_accuracy", "mrpc 50%params ours", 80, "score", ratio=1.0),
+            row("bench_accuracy", "qnli 50%params ours", 82, "score", ratio=0.99),
+            row("bench_accuracy", "qnli 100%params ours", 83, "score", ratio=1.01),
+            row("bench_accuracy", "sst2 50%params ours", 82, "score"),
+            row("bench_accuracy", "qnli 100%params dense", 82, "score", ratio=1.0),
+        )
+    )
+    assert tables.retention(rows).splitlines()[2:] == [
+        "| 50%params | ours | 99.5 % | 99.0 % (qnli) | 2 |",
+        "| 50%params | random | 90.0 % | 90.0 % (mrpc) | 1 |",
+    ]
+
+
 def test_a_part_of_a_set_and_a_missed_budget_are_said(tables, tmp_path):
     part = {"train_rows": 20000, "max_steps": 500}
     rows = tables.load(
