@@ -17,7 +17,8 @@ COMMANDS = ("finetune", "analyze", "plan", "trim", "eval", "inspect")
 SIZES = {f"{name}_{when}" for name in ("encoder_params", "total_params", "flops") for when in ("before", "after")}
 KEYS = {
     "finetune": RESULT_KEYS,
-    "analyze": {"task", "model", "method", "grid", "seed", "samples", "encoder_params_before", "tensors", "output"},
+    "analyze": {"task", "model", "method", "grid", "seed", "samples", "encoder_params_before", "tensors", "curves"}
+    | {"output"},
     "plan": {"method", "budget", "scope", "grid", *SIZES, "flops_length", "output"},
     "trim": {"model", "method", "budget", "scope", "grid", *SIZES, "flops_length", "output"},
     "eval": {"task", "model", "encoder_params_after", "total_params_after", "metrics", "seconds"},
