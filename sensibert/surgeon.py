@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,19 +124,17 @@ def collect_moments(
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sensibert.tasks.sampled_loss`).
     None: forward only, and every token counts the same, whatever the loss says (a_t = 1, G = I).
     SensibertError for no data, or a loss that is not finite."""
-    found, handles, seen, samples, columns = {}, [], [], 0, {}
-    for site in layout.sites:
-        name = site.consumer.parameter
-        if name in found:  # a layer used again has sites again
-            continue
-        linear, columns[name] = consumer(model, name), unit_columns(site)
+    found, handles, seen, samples = {}, [], [], 0
+    sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a layer used again has sites again
+    for name, site in sites.items():
+        linear = consumer(model, name)
         like = linear.weight
         found[name] = Moments(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
 
-        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, name: str = name) -> Tensor:
+        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, site: Site = site) -> Tensor:
             if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
                 out.requires_grad_()
-            seen.append((name, args[0].detach(), out))
+            seen.append(Seen(site, module.weight.detach(), args[0].detach(), out))
             return out
 
         handles.append(linear.register_forward_hook(watch))
@@ -146,20 +145,14 @@ def collect_moments(
                 batch = {name: value.to(device) for name, value in batch.items()}
                 rows = len(next(iter(batch.values())))
                 if sampled_loss is None:
-                    _forward_only(model, batch, found, seen)
-                    samples += rows
-                    continue
-                outputs = model(**batch)
-                drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
-                require_finite(drawn, samples)
-                places, how = [out for *_, out in seen], {"allow_unused": True, "materialize_grads": True}
-                slopes = repeat(None)
-                if given is not None:
-                    slopes = torch.autograd.grad(given * rows, places, retain_graph=True, **how)
-                deltas = torch.autograd.grad(drawn * rows, places, **how)
-                for (name, h, _), delta, slope in zip(seen, deltas, slopes):
-                    found[name].add(h, delta, slope)
-                    found[name].add_gates(h, delta, consumer(model, name).weight.detach(), columns[name])
+                    with torch.no_grad():
+                        model(**batch)
+                    _add_evenly(found, seen, batch.get("attention_mask"))
+                else:
+                    outputs = model(**batch)
+                    drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
+                    require_finite(drawn, samples)
+                    _add_gradients(found, seen, drawn * rows, None if given is None else given * rows)
                 seen.clear()
                 samples += rows
     finally:
@@ -172,16 +165,29 @@ def collect_moments(
     return found
 
 
-def _forward_only(model: nn.Module, batch: Mapping[str, Tensor], found: dict[str, Moments], seen: list) -> None:
-    with torch.no_grad():
-        model(**batch)
-        for name, h, _ in seen:
-            mask = batch.get("attention_mask")
-            whole = (
-                mask is None or mask.numel() * h.shape[-1] != h.numel()
-            )  # no mask, or the model left the padding out
-            found[name].add_evenly(h, torch.ones(h.shape[:-1], device=h.device) if whole else mask)
-    seen.clear()
+class Seen(NamedTuple):
+    """A consumer in a forward pass: y = W h + b."""
+
+    site: Site
+    weight: Tensor  # [N, K]
+    h: Tensor  # [..., K]
+    y: Tensor  # [..., N]
+
+
+def _add_gradients(found: Mapping[str, Moments], seen: list[Seen], drawn: Tensor, given: Tensor | None) -> None:
+    places, how = [one.y for one in seen], {"allow_unused": True, "materialize_grads": True}
+    slopes = repeat(None) if given is None else torch.autograd.grad(given, places, retain_graph=True, **how)
+    for one, delta, slope in zip(seen, torch.autograd.grad(drawn, places, **how), slopes):
+        moments = found[one.site.consumer.parameter]
+        moments.add(one.h, delta, slope)
+        moments.add_gates(one.h, delta, one.weight, unit_columns(one.site))
+
+
+def _add_evenly(found: Mapping[str, Moments], seen: list[Seen], mask: Tensor | None) -> None:
+    for one in seen:
+        padded = mask is not None and mask.numel() * one.h.shape[-1] == one.h.numel()  # some leave the padding out
+        weights = mask if padded else torch.ones(one.h.shape[:-1], device=one.h.device)
+        found[one.site.consumer.parameter].add_evenly(one.h, weights)
 
 
 @torch.no_grad()
