@@ -60,12 +60,14 @@ def test_retention_is_the_mean_over_tasks_and_names_the_worst(tables, tmp_path):
             row("bench_accuracy", "qnli 50%params ours", 82, "score", ratio=0.99),
             row("bench_accuracy", "qnli 100%params ours", 83, "score", ratio=1.01),
             row("bench_accuracy", "sst2 50%params ours", 82, "score"),
+            row("bench_accuracy", "sst2 50%params layers", 78, "score", ratio=0.95),
             row("bench_accuracy", "qnli 100%params dense", 82, "score", ratio=1.0),
         )
     )
     assert tables.retention(rows).splitlines()[2:] == [
-        "| 50%params | ours | 99.5 % | 99.0 % (qnli) | 2 |",
-        "| 50%params | random | 90.0 % | 90.0 % (mrpc) | 1 |",
+        "| 50%params | ours | 99.5 % | - | 99.0 % (qnli) | 2 |",
+        "| 50%params | layers | 95.0 % | - | 95.0 % (sst2) | 1 |",
+        "| 50%params | random | 90.0 % | 100.0 % | 90.0 % (mrpc) | 1 |",
     ]
 
 
