@@ -12,6 +12,7 @@ from tables import METHODS, ROOT, load, scores, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
+LEAST_SPAN = 4.0  # points of score a panel shows
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
@@ -48,7 +49,10 @@ def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]
                     share, score, spread, color=color, linewidth=weight, marker="o", markersize=4, capsize=3
                 )
         axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="score in %")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlim(0, 104)
+        low, high = axis.get_ylim()
+        short = max(0.0, LEAST_SPAN - (high - low)) / 2  # differences within the noise shall look like it
+        axis.set_ylim(low - short, high + short)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
