@@ -103,12 +103,13 @@ def accuracy(rows: list[dict]) -> str:
 def retention(rows: list[dict]) -> str:
     """One line a budget and method: what share of the dense score stays, mean over tasks, and where it is lowest.
 
-    Not every method was run on every task, so `ours` stands beside each on the same ones."""
+    What a task has above the dense score does not make up for another: it counts as 100 %. Not every method was run on
+    every task, so `ours` stands beside each on the same ones."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
         if row.get("ratio") and method != "dense" and budget != "100%params":
-            found.setdefault((budget, method), {})[task_label(row)] = row["ratio"]
+            found.setdefault((budget, method), {})[task_label(row)] = min(1.0, row["ratio"])
     places = [name for name in METHODS if any(method == name for _, method in found)]
     order = {name: place for place, name in enumerate(places)}
     budgets = list(dict.fromkeys(budget for budget, _ in found))
