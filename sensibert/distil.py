@@ -148,6 +148,4 @@ class Average(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.average is not None:
-            safetensors.save_model(
-                self.average, Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE_FILE
-            )
+            safetensors.save_model(self.average, self._file(args, state))

@@ -261,6 +261,8 @@ def predicted_curve(linear: nn.Linear, moments: Moments, costs: Tensor, columns:
     over: slope along that change of the weights, costs, and gates. At 0 and at every POINTS-th of the units.
 
     costs: `removal_costs` [units]; columns [units, span]. The moments must have seen labels for the slope."""
+    if not moments.weight > 0:  # the loss does not depend on this output
+        return [(0, 0.0), (len(costs), 0.0)]
     mean, covariance = moments.inner(linear.bias, DAMP_WEIGHTS)
     slope = moments.slope.double() - moments.bias_slope.double()[:, None] * mean
     weight, order, curve = linear.weight.double(), costs.argsort(stable=True), [(0, 0.0)]

@@ -93,7 +93,10 @@ def test_rounds_of_many_choose_nearly_as_well_as_one_at_a_time(monkeypatch):
 
 def test_an_output_that_the_loss_does_not_see_costs_nothing():
     weight, _, columns = problem(4, 1)
-    assert not removal_costs(weight, Moments(4, 5, torch.device("cpu")), None, columns).any()
+    unseen = Moments(4, 5, torch.device("cpu"))
+    costs = removal_costs(weight, unseen, None, columns)
+    assert not costs.any()
+    assert predicted_curve(torch.nn.Linear(4, 5), unseen, costs, columns) == [(0, 0.0), (4, 0.0)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
