@@ -3,7 +3,6 @@ moment before the cut or as an average of its weights since then."""
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from .errors import SensibertError
+from .models import bare_copy
 from .options import AVERAGE, SNAPSHOT, Options
 from .sources import load_model
 from .tasks import TaskData
@@ -128,9 +128,7 @@ class Average(TrainerCallback):
             number = int(self.average.n_averaged)  # stays on the CPU
             torch._foreach_lerp_(averages, news, max(1 - self.decay, 1 / (number + 1)))
 
-        student = copy.deepcopy(model)
-        vars(student).pop("forward", None)  # a wrapper for autocast, which would call the student
-        self.average = AveragedModel(student.requires_grad_(False), multi_avg_fn=mean)
+        self.average = AveragedModel(bare_copy(model).requires_grad_(False), multi_avg_fn=mean)
         self.average.eval()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

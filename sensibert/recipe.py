@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
 from .distil import Average, Distillation, load_teacher, save_snapshot
 from .errors import SensibertError
-from .models import describe, evaluating
+from .models import bare_copy, describe, evaluating
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
 from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, default_method, parse_grid
@@ -91,10 +90,11 @@ class TrimCallback(TrainerCallback):
         self.step, self.policy = step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.compensate = self.method in SURGICAL if compensate is None else compensate
-        if self.compensate and grid is not None:
-            raise SensibertError(
-                f"compensate is True, which means whole units, and grid is {grid}: want one of the two"
-            )
+        for name, value in (("compensate", self.compensate), ("search", search)):
+            if value and grid is not None:
+                raise SensibertError(
+                    f"{name} is {value}, which means whole units, and grid is {grid}: want one of the two"
+                )
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose, self.grid, self.search = choose, grid, search
@@ -196,8 +196,7 @@ class TrimCallback(TrainerCallback):
         self, model: nn.Module, plan: Plan, moments: dict[str, Moments] | None, batches: Iterator[dict]
     ) -> float:
         """Mean loss, with the given labels, of a copy that is cut like that."""
-        copied, total, rows = copy.deepcopy(model), 0.0, 0
-        vars(copied).pop("forward", None)  # a wrapper for autocast, which would call the model itself
+        copied, total, rows = bare_copy(model), 0.0, 0
         if self.compensate:
             compensate(copied, plan, moments)
         with evaluating(copied, self.autocast) as device, silenced(copied, plan), torch.no_grad():

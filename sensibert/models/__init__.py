@@ -1,11 +1,12 @@
 """Where each model family keeps its trimmable axes: one table a file."""
 
 from .base import Axis, Family, base_of, base_type, describe, families, family_of, layers, sites
-from .evaluating import evaluating, require_finite
+from .evaluating import bare_copy, evaluating, require_finite
 
 __all__ = [
     "Axis",
     "Family",
+    "bare_copy",
     "base_of",
     "base_type",
     "describe",

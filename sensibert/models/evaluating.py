@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,13 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     finally:
         for module in training:  # one by one: a frozen part may be in eval mode on purpose
             module.training = True
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy without the wrapper around `forward` that mixed precision puts there: it would call the model itself."""
+    copied = copy.deepcopy(model)
+    vars(copied).pop("forward", None)
+    return copied
 
 
 def require_finite(loss: Tensor, samples: int) -> None:
