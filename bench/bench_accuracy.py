@@ -29,7 +29,7 @@ from _harness import RESULTS, machine
 from rivals import RIVALS, Layers
 
 from sensibert.checkpoints import partial_folder
-from sensibert.options import AVERAGE, SNAPSHOT, Options
+from sensibert.options import AVERAGE, PRECISIONS, SNAPSHOT, Options
 from sensibert.recipe import finetune_and_trim
 from sensibert.schedule import Schedule
 from sensibert.steps import evaluate_folder
@@ -39,7 +39,7 @@ RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.js
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
-SETTING = ("epochs", "learning_rate", "train_rows", "max_steps")  # what runs must share to be compared
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision")  # what runs must share to be compared
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
@@ -47,7 +47,8 @@ AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout", "se
 # The same where the run is its own teacher.
 TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
-GIVEN |= {"max_steps", "schedule", "save_before_cut", "keep_checkpoints", "save_steps", "resume", "overwrite", "quiet"}
+GIVEN |= {"max_steps", "precision", "schedule", "save_before_cut", "keep_checkpoints", "save_steps", "resume"}
+GIVEN |= {"overwrite", "quiet"}
 
 
 def read(path: Path) -> list[dict]:
@@ -106,7 +107,8 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
     row = {"task": arguments.task, "budget": budget, "method": method, "seed": seed}
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     optional = ("train_rows", "max_steps", "override")
-    return row | {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
+    row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
+    return row | ({"precision": arguments.precision} if arguments.precision != Options.precision else {})
 
 
 def before_the_cut(override: dict) -> dict:
@@ -127,7 +129,7 @@ def options_of(asked: dict, **usual) -> Options:
     settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
     settings |= asked.get("override", {})
     shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
-    settings |= {name: asked[name] for name in ("seed", "epochs", "learning_rate", "max_steps") if name in asked}
+    settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked and name != "train_rows"}
     return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
 
 
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
+    parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision, help="scores are always in fp32")
     parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")
     parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])
     parser.add_argument("--work", default="/tmp/bench_accuracy", help="folder for the runs' files")
