@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainingArguments
 from sensibert.checkpoints import MANIFEST
 from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
-from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
+from sensibert.models import base_of
+from sensibert.pipeline.finetune import SHORT, LengthSampler, TrimTrainer, finetune, predict
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
 
@@ -161,3 +162,13 @@ def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
         TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows())
+
+
+@pytest.mark.parametrize("tokens, bf16, fused", [(SHORT, True, False), (SHORT + 1, True, True), (SHORT, False, True)])
+def test_attention_in_a_step_is_fused_but_for_short_rows_in_bf16(tmp_path, tokens, bf16, fused):
+    seen, model = [], tiny_model(max_position_embeddings=256)
+    base_of(model).register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+
+    rows = [{"input_ids": [5] * tokens, "attention_mask": [1] * tokens, "labels": 1}] * 4
+    finetune(model, rows, Collator(0), arguments(tmp_path, bf16=bf16, max_steps=1))
+    assert seen == [fused] and torch.backends.cuda.flash_sdp_enabled()
