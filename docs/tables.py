@@ -16,7 +16,7 @@ METHODS += ("layers", "magnitude", "random")
 KERNELS = tuple(
     f"bench_{op}" for op in ("block_sensitivity", "select_threshold", "gather_kept", "masked_adamw", "masked_linear")
 )
-KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "seed")
+KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "precision", "seed")
 NOTHING = "No rows yet."
 
 
@@ -57,10 +57,11 @@ def task_label(row: dict) -> str:
 def scores(rows: list[dict]) -> list[dict]:
     """The accuracy rows, of each task those of its longest runs: shorter ones stand beside the ablations."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
-    longest: dict[str, float] = {}
+    longest: dict[str, int] = {}
     for row in found:
-        longest[task_label(row)] = max(longest.get(task_label(row), 0), row.get("epochs", 0))
-    return [row for row in found if row.get("epochs", 0) == longest[task_label(row)]]
+        task = row["case"].split()[0]
+        longest[task] = max(longest.get(task, 0), row.get("steps", 0))
+    return [row for row in found if row.get("steps", 0) == longest[row["case"].split()[0]]]
 
 
 def off_budget(row: dict, budget: str) -> str:
@@ -131,24 +132,24 @@ def ablation(rows: list[dict]) -> str:
     for row in rows:
         if row["bench"] == "bench_accuracy_ablation" and "epochs" in row:
             case, _, change = row["case"].partition(", ")
-            where = (case.removesuffix(" ours"), row["epochs"])
+            where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"))
             tried.setdefault(where, {}).setdefault(change, []).append(row)
     lines = []
-    for (case, epochs), changes in tried.items():
-        same = [row for row in rows if row["bench"] == "bench_accuracy" and row.get("epochs") == epochs]
-        controls = {row["case"].removeprefix(f"{case} "): row for row in same if row["metric"] == "score"}
+    for (case, epochs, precision), changes in tried.items():
+        scored = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
+        same = [row for row in scored if (row.get("epochs"), row.get("precision")) == (epochs, precision)]
+        controls = {row["case"].removeprefix(f"{case} "): row for row in same}
+        length = number(epochs) + (f", {precision}" if precision else "")
         for name, row in controls.items():
             if " " not in name:
                 what = "**the default recipe**" if name == "ours" else name
-                lines.append([case, number(epochs), what, *_cells([row["value"]], row.get("std"), row)])
+                lines.append([case, length, what, *_cells([row["value"]], row.get("std"), row)])
         for change, found in sorted(changes.items()):
             values = [row["value"] for row in found]
             spread = statistics.stdev(values) if len(values) > 1 else None
             dense = [row["rival_value"] for row in found]
             ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
-            lines.append(
-                [case, number(epochs), change, *_cells(values, spread, {"ratio": ratio, "seeds": len(values)})]
-            )
+            lines.append([case, length, change, *_cells(values, spread, {"ratio": ratio, "seeds": len(values)})])
     return markdown(["", "epochs", "", "score", "of dense", "seeds"], lines)
 
 
@@ -188,7 +189,7 @@ def rank(rows: list[dict]) -> str:
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["bench"] == "bench_rank":
-            found = re.fullmatch(r"(\S+ seed \d+(?: compensated)?) (.+)", row["case"])
+            found = re.fullmatch(r"(.+? seed \d+(?: compensated)?) (.+)", row["case"])
             cells.setdefault(found[2], {})[found[1]] = row["value"]
     columns = sorted({case for line in cells.values() for case in line}, key=lambda case: ("compensated" in case, case))
     order = sorted(cells, key=lambda name: -statistics.mean(cells[name].values()))

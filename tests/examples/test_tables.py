@@ -89,6 +89,36 @@ def test_a_part_of_a_set_and_a_missed_budget_are_said(tables, tmp_path):
     ]
 
 
+def test_the_longest_runs_of_a_task_are_shown(tables, tmp_path):
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "squad 50%params ours", 34, "score", steps=128, epochs=3.0, train_rows=2000),
+            row("bench_accuracy", "squad 50%params ours", 61, "score", steps=488, epochs=2.0),
+            row("bench_accuracy", "qnli 50%params ours", 82, "score", steps=420, epochs=3.0),
+        )
+    )
+    lines = tables.accuracy(rows).splitlines()
+    assert lines[2:] == ["| squad | 50%params | - | 61.00 | 1 |", "| qnli | 50%params | - | 82.00 | 1 |"]
+
+
+def test_an_ablation_stands_below_the_controls_of_its_own_precision(tables, tmp_path):
+    half = {"epochs": 3.0, "precision": "bf16"}
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "mrpc 50%params ours", 80, "score", epochs=3.0),
+            row("bench_accuracy", "mrpc 50%params ours", 81, "score", **half),
+            row("bench_accuracy_ablation", "mrpc 50%params ours, step 8", 70, "score", seed=0, **half),
+            row("bench_accuracy_ablation", "mrpc 50%params ours, step 8", 74, "score", seed=1, **half),
+        )
+    )
+    assert tables.ablation(rows).splitlines()[2:] == [
+        "| mrpc 50%params | 3, bf16 | **the default recipe** | 81.00 | - | 1 |",
+        "| mrpc 50%params | 3, bf16 | step 8 | 72.00 ± 2.83 | - | 2 |",
+    ]
+
+
 def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
     slow = row("bench_masked_adamw", "bert-base", 2000.0, rival="fused AdamW", rival_value=1000.0, ratio=0.5)
     rows = tables.load(write(tmp_path, slow | {"ratio": 9.0}, slow, slow | {"rival": "loop", "ratio": 3}))
