@@ -126,6 +126,27 @@ def retention(rows: list[dict]) -> str:
     return markdown(["budget", "method", "mean over tasks", "ours on the same", "lowest", "tasks"], lines)
 
 
+def cost(rows: list[dict]) -> str:
+    """One line a task and budget: what a run of `ours` took beside the dense control, the analysis and all.
+
+    In steps of the dense model with as many FLOPs (without the analysis), and in seconds where both runs were timed."""
+    timed = {}
+    for row in rows:
+        if row["bench"] == "bench_accuracy" and row["metric"] == "seconds":
+            timed[task_label(row), row.get("steps"), *row["case"].split()[1:]] = row["value"]
+    lines = []
+    for row in scores(rows):
+        _, budget, method = row["case"].split(maxsplit=2)
+        where = task_label(row), row.get("steps")
+        if method != "ours" or not row.get("dense_steps"):
+            continue
+        line = [where[0], budget, number(where[1]), f"{row['dense_steps']:,.0f} ({row['dense_steps'] / where[1]:.2f})"]
+        mine, dense = timed.get((*where, budget, "ours")), timed.get((*where, "100%params", "dense"))
+        line += [number(mine), number(dense), f"{mine / dense:.2f}"] if mine and dense else ["-"] * 3
+        lines.append(line)
+    return markdown(["task", "budget", "steps", "worth in dense steps", "seconds", "dense", "of dense"], lines)
+
+
 def ablation(rows: list[dict]) -> str:
     """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds."""
     tried: dict[tuple, dict[str, list[dict]]] = {}
@@ -200,6 +221,7 @@ def rank(rows: list[dict]) -> str:
 TABLES = {
     "accuracy": accuracy,
     "retention": retention,
+    "cost": cost,
     "kernels": kernels,
     "speed": speed,
     "ablation": ablation,

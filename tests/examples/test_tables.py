@@ -102,6 +102,23 @@ def test_the_longest_runs_of_a_task_are_shown(tables, tmp_path):
     assert lines[2:] == ["| squad | 50%params | - | 61.00 | 1 |", "| qnli | 50%params | - | 82.00 | 1 |"]
 
 
+def test_the_cost_stands_beside_the_dense_run_of_as_many_steps(tables, tmp_path):
+    dense, ours = ("bench_accuracy", "mrpc 100%params dense"), ("bench_accuracy", "mrpc 50%params ours")
+    rows = tables.load(
+        write(
+            tmp_path,
+            row(*ours, 80, "score", steps=300, dense_steps=200.4),
+            row(*ours, 24.0, "seconds", steps=300),
+            row(*dense, 30.0, "seconds", steps=300),
+            row("bench_accuracy", "qnli 50%params ours", 80, "score", steps=300, dense_steps=150),
+        )
+    )
+    assert tables.cost(rows).splitlines()[2:] == [
+        "| mrpc | 50%params | 300 | 200 (0.67) | 24 | 30 | 0.80 |",
+        "| qnli | 50%params | 300 | 150 (0.50) | - | - | - |",
+    ]
+
+
 def test_an_ablation_stands_below_the_controls_of_its_own_precision(tables, tmp_path):
     half = {"epochs": 3.0, "precision": "bf16"}
     rows = tables.load(
