@@ -133,7 +133,7 @@ def cost(rows: list[dict]) -> str:
     timed = {}
     for row in rows:
         if row["bench"] == "bench_accuracy" and row["metric"] == "seconds":
-            timed[task_label(row), row.get("steps"), *row["case"].split()[1:]] = row["value"]
+            timed[(task_label(row), row.get("steps"), *row["case"].split()[1:])] = row["value"]
     lines = []
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
