@@ -19,6 +19,8 @@ from pathlib import Path
 
 from _harness import DEVICE, record
 
+from sensibert.options import PRECISIONS, Options
+
 
 def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
     """Processor and wall seconds of one run."""
@@ -40,14 +42,16 @@ def main() -> None:
     parser.add_argument("--train-file", required=True)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--budgets", nargs="+", default=["50%params"])
     arguments = parser.parse_args()
-    length = "--epochs", str(arguments.epochs)
+    length = "--epochs", str(arguments.epochs), "--precision", arguments.precision
     start = run(arguments, "--method", "dense", "--max-steps", "1")
     dense = run(arguments, "--method", "dense", *length)
     for budget in arguments.budgets:
         ours = run(arguments, "--budget", budget, *length)
         case = f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
+        case += f" {arguments.precision}" if arguments.precision != Options.precision else ""
         metrics = ["processor_s"] + (["wall_s"] if DEVICE == "cuda" else [])
         for number, metric in enumerate(metrics):
             value, rival = ours[number] - start[number], dense[number] - start[number]
