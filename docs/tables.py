@@ -17,6 +17,7 @@ KERNELS = tuple(
     f"bench_{op}" for op in ("block_sensitivity", "select_threshold", "gather_kept", "masked_adamw", "masked_linear")
 )
 KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "precision", "seed")
+RUNS = "bench_accuracy_runs"
 NOTHING = "No rows yet."
 
 
@@ -26,8 +27,9 @@ def load(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("bench_*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if "bench" in row:  # other lines are the single runs that a bench sums up
-                rows[tuple(row.get(name) for name in KEY)] = row
+            if "bench" not in row:  # one of the runs that bench_accuracy sums up
+                row |= {"bench": RUNS, "case": f"{row['task']} {row['budget']} {row['method']}"}
+            rows[tuple(row.get(name) for name in KEY)] = row
     return list(rows.values())
 
 
@@ -148,7 +150,9 @@ def cost(rows: list[dict]) -> str:
 
 
 def ablation(rows: list[dict]) -> str:
-    """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds."""
+    """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds.
+
+    Beside a change stands what the default recipe has on the same seeds: one seed is not like another."""
     tried: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         if row["bench"] == "bench_accuracy_ablation" and "epochs" in row:
@@ -156,27 +160,32 @@ def ablation(rows: list[dict]) -> str:
             where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"))
             tried.setdefault(where, {}).setdefault(change, []).append(row)
     lines = []
-    for (case, epochs, precision), changes in tried.items():
-        scored = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
-        same = [row for row in scored if (row.get("epochs"), row.get("precision")) == (epochs, precision)]
-        controls = {row["case"].removeprefix(f"{case} "): row for row in same}
-        length = number(epochs) + (f", {precision}" if precision else "")
+    for (case, *setting), changes in tried.items():
+        same = [row for row in rows if [row.get("epochs"), row.get("precision")] == setting]
+        scored = [row for row in same if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
+        controls = {row["case"].removeprefix(f"{case} "): row for row in scored}
+        runs = {(row["case"], row["seed"]): 100 * row["score"] for row in same if row["bench"] == RUNS}
+        length = number(setting[0]) + (f", {setting[1]}" if setting[1] else "")
         for name, row in controls.items():
             if " " not in name:
                 what = "**the default recipe**" if name == "ours" else name
-                lines.append([case, length, what, *_cells([row["value"]], row.get("std"), row)])
+                cells = _cells([row["value"]], row.get("std"), row.get("ratio"), [], row.get("seeds", 1))
+                lines.append([case, length, what, *cells])
         for change, found in sorted(changes.items()):
-            values = [row["value"] for row in found]
+            values, seeds = [row["value"] for row in found], [row.get("seed") for row in found]
             spread = statistics.stdev(values) if len(values) > 1 else None
-            dense = [row["rival_value"] for row in found]
+            task = case.split()[0]
+            dense = [runs.get((f"{task} 100%params dense", row.get("seed")), row["rival_value"]) for row in found]
             ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
-            lines.append([case, length, change, *_cells(values, spread, {"ratio": ratio, "seeds": len(values)})])
-    return markdown(["", "epochs", "", "score", "of dense", "seeds"], lines)
+            usual = [runs.get((f"{case} ours", seed)) for seed in seeds]
+            lines.append([case, length, change, *_cells(values, spread, ratio, usual, len(values))])
+    return markdown(["", "epochs", "", "score", "of dense", "default, same seeds", "seeds"], lines)
 
 
-def _cells(values: list[float], spread: float | None, row: dict) -> list[str]:
+def _cells(values: list[float], spread: float | None, ratio: float | None, usual: list, seeds: int) -> list[str]:
     score = f"{statistics.mean(values):.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-    return [score, f"{100 * row['ratio']:.1f} %" if row.get("ratio") else "-", str(row.get("seeds", 1))]
+    default = f"{statistics.mean(usual):.2f}" if usual and None not in usual else "-"
+    return [score, f"{100 * ratio:.1f} %" if ratio else "-", default, str(seeds)]
 
 
 def grouped(rows: list[dict]) -> str:
