@@ -98,7 +98,7 @@ def accuracy(rows: list[dict]) -> str:
     methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
     lines = [
         [*place, controls.get(place[0], "-"), *(cell.get(m, "-") for m in methods), str(most[place])]
-        for place, cell in cells.items()
+        for place, cell in sorted(cells.items(), key=lambda item: item[0][0].split()[0])
     ]
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
@@ -137,7 +137,7 @@ def cost(rows: list[dict]) -> str:
         if row["bench"] == "bench_accuracy" and row["metric"] == "seconds":
             timed[(task_label(row), row.get("steps"), *row["case"].split()[1:])] = row["value"]
     lines = []
-    for row in scores(rows):
+    for row in sorted(scores(rows), key=lambda row: row["case"].split()[0]):
         _, budget, method = row["case"].split(maxsplit=2)
         where = task_label(row), row.get("steps")
         if method != "ours" or not row.get("dense_steps"):
@@ -160,7 +160,7 @@ def ablation(rows: list[dict]) -> str:
             where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"))
             tried.setdefault(where, {}).setdefault(change, []).append(row)
     lines = []
-    for (case, *setting), changes in tried.items():
+    for (case, *setting), changes in sorted(tried.items(), key=lambda item: -item[0][1]):  # long runs first
         same = [row for row in rows if [row.get("epochs"), row.get("precision")] == setting]
         scored = [row for row in same if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
         controls = {row["case"].removeprefix(f"{case} "): row for row in scored}

@@ -98,7 +98,7 @@ def test_the_longest_runs_of_a_task_are_shown(tables, tmp_path):
         )
     )
     lines = tables.accuracy(rows).splitlines()
-    assert lines[2:] == ["| squad | 50%params | - | 61.00 | 1 |", "| qnli | 50%params | - | 82.00 | 1 |"]
+    assert lines[2:] == ["| qnli | 50%params | - | 82.00 | 1 |", "| squad | 50%params | - | 61.00 | 1 |"]
 
 
 def test_the_cost_stands_beside_the_dense_run_of_as_many_steps(tables, tmp_path):
