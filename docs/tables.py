@@ -129,24 +129,16 @@ def retention(rows: list[dict]) -> str:
 
 
 def cost(rows: list[dict]) -> str:
-    """One line a task and budget: what a run of `ours` took beside the dense control, the analysis and all.
+    """One line a task and budget: how many steps of the dense model have the FLOPs of a run of `ours`, all in all.
 
-    In steps of the dense model with as many FLOPs (without the analysis), and in seconds where both runs were timed."""
-    timed = {}
-    for row in rows:
-        if row["bench"] == "bench_accuracy" and row["metric"] == "seconds":
-            timed[(task_label(row), row.get("steps"), *row["case"].split()[1:])] = row["value"]
+    No seconds: the runs shared their machine. Those are for bench_cost to say."""
     lines = []
     for row in sorted(scores(rows), key=lambda row: row["case"].split()[0]):
         _, budget, method = row["case"].split(maxsplit=2)
-        where = task_label(row), row.get("steps")
-        if method != "ours" or not row.get("dense_steps"):
-            continue
-        line = [where[0], budget, number(where[1]), f"{row['dense_steps']:,.0f} ({row['dense_steps'] / where[1]:.2f})"]
-        mine, dense = timed.get((*where, budget, "ours")), timed.get((*where, "100%params", "dense"))
-        line += [number(mine), number(dense), f"{mine / dense:.2f}"] if mine and dense else ["-"] * 3
-        lines.append(line)
-    return markdown(["task", "budget", "steps", "worth in dense steps", "seconds", "dense", "of dense"], lines)
+        if method == "ours" and row.get("dense_steps"):
+            share = f"{row['dense_steps'] / row['steps']:.2f}"
+            lines.append([task_label(row), budget, number(row["steps"]), number(row["dense_steps"]), share])
+    return markdown(["task", "budget", "steps", "worth in dense steps", "share"], lines)
 
 
 def ablation(rows: list[dict]) -> str:
