@@ -24,7 +24,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
             share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
             point = (share, row["value"], row.get("std") or 0.0)
             found.setdefault(task_label(row), {}).setdefault(method, []).append(point)
-    return {task: {method: sorted(points) for method, points in lines.items()} for task, lines in found.items()}
+    return {task: {method: sorted(points) for method, points in found[task].items()} for task in sorted(found)}
 
 
 def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:
