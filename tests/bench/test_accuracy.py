@@ -64,6 +64,16 @@ def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatc
     start(here, monkeypatch, *asked)
 
 
+def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
+    start(here, monkeypatch, "--methods", "dense")
+    full, half = start(here, monkeypatch, "--methods", "dense", "--precision", "bf16")
+    assert "precision" not in full and half["precision"] == "bf16"
+    assert bench.identity(full) != bench.identity(half)
+    asked = {name: half[name] for name in bench.KEY if name in half}
+    assert bench.options_of(asked, model="", output="").precision == "bf16"
+    assert bench.folder_name(asked, {}) != bench.folder_name({**asked, "precision": "fp32"}, {})
+
+
 def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
     weights, evaluate = [], bench.evaluate_folder
 
