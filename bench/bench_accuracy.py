@@ -25,7 +25,7 @@ import statistics
 from dataclasses import fields
 from pathlib import Path
 
-from _harness import RESULTS, machine
+from _harness import DEVICE, RESULTS, machine
 from rivals import RIVALS, Layers
 
 from sensibert.checkpoints import partial_folder
@@ -39,7 +39,8 @@ RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.js
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
-SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision")  # what runs must share to be compared
+# What runs must share to be compared. The machine too: a GPU draws other dropout.
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
@@ -108,7 +109,8 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     optional = ("train_rows", "max_steps", "override")
     row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
-    return row | ({"precision": arguments.precision} if arguments.precision != Options.precision else {})
+    row |= {"precision": arguments.precision} if arguments.precision != Options.precision else {}
+    return row | ({"accelerator": DEVICE} if DEVICE != "cpu" else {})
 
 
 def before_the_cut(override: dict) -> dict:
@@ -129,7 +131,8 @@ def options_of(asked: dict, **usual) -> Options:
     settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
     settings |= asked.get("override", {})
     shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
-    settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked and name != "train_rows"}
+    settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked}
+    settings = {name: value for name, value in settings.items() if name not in ("train_rows", "accelerator")}
     return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
 
 

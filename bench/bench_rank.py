@@ -42,7 +42,7 @@ from sensibert.pipeline.compensate import compensate
 from sensibert.pipeline.export import load
 from sensibert.pipeline.trim import silenced
 from sensibert.recipe import micro_batches
-from sensibert.sources import encode, load_tokenizer, training_examples, validation_examples
+from sensibert.sources import best_device, encode, load_tokenizer, training_examples, validation_examples
 from sensibert.surgeon import Moments, collect_moments, consumer
 from sensibert.tasks import TaskData, sampled_loss
 
@@ -74,11 +74,12 @@ def gate_gradients(model: nn.Module, layout: Layout, batches: Iterable[Batch], s
     One gate a sample and unit, so a batch gives the gradients of its samples one by one. L is the cross-entropy with
     the labels of the batch, or with labels sampled from the prediction."""
     found: dict[str, list[Tensor]] = {site.name: [] for site in layout.sites}
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
         size, gates, handles = len(batch["labels"]), [], []
         for site in layout.sites:
-            gate = torch.ones(size, 1, site.units, requires_grad=True)
+            gate = torch.ones(size, 1, site.units, device=device, requires_grad=True)
 
             def gated(module, args, gate=gate, span=site.consumer.span):
                 return (args[0] * gate.repeat_interleave(span, -1), *args[1:])
@@ -90,20 +91,22 @@ def gate_gradients(model: nn.Module, layout: Layout, batches: Iterable[Batch], s
             handle.remove()
         labels = batch["labels"]
         if sampled:
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+            labels = drawn.flatten().to(device)
         grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gates)
         for site, grad in zip(layout.sites, grads, strict=True):
-            found[site.name].append(grad[:, 0])
+            found[site.name].append(grad[:, 0].cpu())
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @torch.no_grad()
 def losses_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """The cross-entropy of every row, in their order."""
-    found = []
+    found, device = [], next(model.parameters()).device
     for batch in batches:
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        found.append(F.cross_entropy(logits, batch["labels"], reduction="none"))
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        found.append(F.cross_entropy(model(**batch).logits, labels, reduction="none").cpu())
     return torch.cat(found)
 
 
@@ -256,7 +259,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     train, validation = map(str, data_files(Path(arguments.data) / arguments.task))
-    model = load(arguments.checkpoint)[0].eval()
+    model = load(arguments.checkpoint)[0].eval().to(best_device())
     options = Options(model=arguments.model, output="", train_file=train, validation_file=validation).resolved()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     examples = training_examples(options), validation_examples(options)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .errors import SensibertError
 from .models import bare_copy
 from .options import AVERAGE, SNAPSHOT, Options
-from .sources import load_model
+from .sources import best_device, load_model
 from .tasks import TaskData
 
 AVERAGE_FILE = "average.safetensors"
@@ -40,8 +40,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(source, data).eval().requires_grad_(False).to(device)
+    return load_model(source, data).eval().requires_grad_(False).to(best_device())
 
 
 def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float) -> Tensor:

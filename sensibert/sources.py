@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -15,6 +16,11 @@ from .tasks import PRESETS, Examples, TaskData, load_examples
 
 # What transformers raises for a folder that is missing, damaged, or of another kind.
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def training_examples(options: Options) -> Examples:

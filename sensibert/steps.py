@@ -24,7 +24,15 @@ from .pipeline.finetune import predict
 from .pipeline.trim import trim
 from .recipe import RANKED_SAMPLES, RESULT, micro_batches
 from .report import kept_rows
-from .sources import check_family, encode, load_model, load_tokenizer, training_examples, validation_examples
+from .sources import (
+    best_device,
+    check_family,
+    encode,
+    load_model,
+    load_tokenizer,
+    training_examples,
+    validation_examples,
+)
 from .tasks import PRESETS, TaskData, get_task, guess_task, sampled_loss
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
@@ -177,7 +185,7 @@ def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
     classes = names if task.name in ("text-classification", "token-classification") else None
     both = (examples, None) if role == "train" else (None, examples)
-    return model, encode(options, tokenizer, *both, classes)
+    return model.to(best_device()), encode(options, tokenizer, *both, classes)
 
 
 def evaluate_folder(options: Options) -> dict:

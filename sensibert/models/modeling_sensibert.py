@@ -1,16 +1,14 @@
 """Transformers models whose layers kept fewer attention heads and feed-forward neurons than their config says.
 
-It needs torch and transformers (and the safetensors it brings), no more: sensibert uses this file, and copies it into
-every trimmed folder for `trust_remote_code=True`. Classes are made on request: the name `SensibertX` is transformers'
-class `X`, cut at construction to what the config's entry `sensibert` says:
+It needs torch and transformers, no more: sensibert uses this file, and copies it into every trimmed folder for
+`trust_remote_code=True`. `SensibertX` is transformers' class `X`, cut when it is built to what config.sensibert says:
 
     table       where a layer keeps its axes: paths of the linear layers that produce and consume the units
     heads, ffn  units left, one number a layer (the config's own sizes stay those of the base model); head_dim: rows
     kept_heads  which of the base model's heads they are; structure.safetensors has that for the neurons too
 """
 
-import os
-import shutil
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -78,18 +76,20 @@ class _Trimmed:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        entry = getattr(config, "sensibert", None)
-        if entry is None:
+        if (entry := getattr(config, "sensibert", None)) is None:
             return
         if entry["format"] != 1:
             raise ValueError(f"sensibert: the folder has format {entry['format']}, this code reads 1; update sensibert")
         table, self.sensibert_structure = entry["table"], {}
-        for number, layer in enumerate(_layers(self.base_model, table["layers"])):
+        stack = _layers(self.base_model, table["layers"])
+        for number, (layer, kept, width) in enumerate(zip(stack, entry["kept_heads"], entry["ffn"])):
             # On the CPU by name: from_pretrained builds under the meta device, and these are no parameters.
-            heads = torch.tensor(entry["kept_heads"][number], dtype=torch.int64, device="cpu")
-            neurons = torch.arange(entry["ffn"][number], device="cpu")
+            heads, neurons = (torch.tensor([*n], dtype=torch.int64, device="cpu") for n in (kept, range(width)))
             _cut(layer, table["head"], len(heads), entry["head_dim"])
-            _cut(layer, table["ffn"], len(neurons), 1)
+            _cut(layer, table["ffn"], width, 1)
+            for part in [m for m in layer.modules() if hasattr(m, "config") and not len(heads)]:
+                part.config = copy(part.config)  # fused attention need not take 0 heads, eager does
+                part.config._attn_implementation = "eager"
             if table["position_bias"]:
                 PickHeads.attach(layer.get_submodule(table["position_bias"]), heads)
             self.sensibert_structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
@@ -118,9 +118,9 @@ class _Trimmed:
         self.config.sensibert = self.config.sensibert | cut
         self.config.auto_map = {auto: name.split("--")[-1] for auto, name in self.config.auto_map.items()}
         if is_main_process:
-            os.makedirs(save_directory, exist_ok=True)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
             save_file({name: kept.int() for name, kept in structure.items()}, Path(save_directory, STRUCTURE_FILE))
-            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+            Path(save_directory, Path(__file__).name).write_bytes(Path(__file__).read_bytes())
         # The keys of this version of transformers: how older files were laid out does not fit the trimmed shapes.
         super().save_pretrained(save_directory, is_main_process, **{"save_original_format": False} | kwargs)
 

@@ -8,13 +8,11 @@ What happens *between* the steps is a callback handed in from above.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -22,19 +20,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..checkpoints import STRUCTURE, check_checkpoint, writing
 from ..distil import Distillation
 from ..errors import SensibertError
+from ..models.evaluating import quick_attention
 from ..models.masks import Masks
 from ..models.structure import read_structure
-
-# Tokens a row up to which fused attention in bf16 on a CPU is slower, forward and back, than plain matrix products: 5
-# times at 18 tokens, 1.25 times at 128, half as slow at 384 (32 rows, 12 heads of 32, one AVX-512 core).
-SHORT = 128
-
-
-def plain_attention(inputs: dict[str, Tensor], device: torch.device, autocast: bool) -> AbstractContextManager:
-    """Inside, scaled_dot_product_attention is plain matrix products where that is faster: bf16, CPU, short rows."""
-    ids = inputs.get("input_ids")
-    short = device.type == "cpu" and autocast and ids is not None and ids.shape[-1] <= SHORT
-    return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
 
 class LengthSampler(Sampler[int]):
@@ -102,13 +90,14 @@ class TrimTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "output_hidden_states": True} if self.distil.hidden else inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
         loss = self.distil.mix(loss, outputs, target, inputs.get("attention_mask"), factor)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with plain_attention(inputs, self.args.device, self.args.bf16):
+        ids = inputs.get("input_ids")
+        with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise SensibertError(
@@ -178,7 +167,8 @@ def predict(
             chosen = [int(i) for i in order[begin : begin + batch_size]]
             batch = collator([data[i] for i in chosen])
             batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+            with mixed, quick_attention(device):
                 outputs = model(**batch)
             names = [name for name in ("logits", "start_logits", "end_logits") if name in outputs]
             logits = [outputs[name].float().cpu().numpy() for name in names]

@@ -106,6 +106,15 @@ def _set_attributes(layer: nn.Module, axis: Axis, count: int, span: int, undo: _
             _assign(attribute(layer, owner) if owner else layer, name, value, undo)
 
 
+def _without_heads(layer: nn.Module, undo: _Undo) -> None:
+    """Fused attention need not take 0 heads (torch 2.11 on CUDA does not), the plain formula does."""
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            config = copy.copy(module.config)
+            config._attn_implementation = "eager"
+            _assign(module, "config", config, undo)
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     """Rounding of a whole encoder, relative to its largest output: 24 wide fp32 layers reach 5e-6, and a toy DeBERTa
     with its heads laid out wrongly is off by no more than 2e-5 to 4e-5."""
@@ -202,6 +211,8 @@ def trim(
             _cut_site(model, site, kept, lambda *cut: cuts.append(cut), undo)
             axis = family.head if site.kind == "head" else family.ffn
             _set_attributes(layer, axis, len(kept), site.consumer.span, undo)
+            if site.kind == "head" and not len(kept):
+                _without_heads(layer, undo)
             if site.kind == "head" and family.position_bias:
                 undo.append(PickHeads.attach(attribute(layer, family.position_bias), kept))
             structure[site.name] = structure[site.name][kept]

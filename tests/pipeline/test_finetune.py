@@ -10,7 +10,8 @@ from sensibert.checkpoints import MANIFEST
 from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
 from sensibert.models import base_of
-from sensibert.pipeline.finetune import SHORT, LengthSampler, TrimTrainer, finetune, predict
+from sensibert.models.evaluating import SHORT
+from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
 

@@ -13,6 +13,7 @@ from torch import nn
 from sensibert.errors import SensibertError
 from sensibert.models import describe, families
 from sensibert.models.structure import is_trimmed, structure_of
+from sensibert.pipeline.export import export, load
 from sensibert.pipeline.trim import restructure, silenced, trim
 from tests.helpers import tiny_batch, tiny_model
 from tests.plans import outputs, random_plan
@@ -305,6 +306,26 @@ def test_a_fresh_model_takes_the_shapes_of_a_stored_structure(family, overrides)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(outputs(fresh, batch), outputs(model, batch))
     assert all(torch.equal(kept, structure_of(model)[name]) for name, kept in structure_of(fresh).items())
+
+
+def test_fused_attention_is_never_asked_for_no_heads(monkeypatch, tmp_path):
+    """torch 2.11 on CUDA cannot compute it; a copy, the same structure and the exported folder must not ask either."""
+    fused = F.scaled_dot_product_attention
+
+    def asked(query, *args, **kwargs):
+        assert query.numel(), "0 heads"
+        return fused(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", asked)
+    model, batch = tiny_model("bert", attn_implementation="sdpa"), tiny_batch()
+    plan = random_plan(describe(model), empty=["layer.0.head"])
+    trimmed = trim(model, plan, copy_model=True)
+    again = restructure(copy.deepcopy(model), structure_of(trimmed))
+    again.load_state_dict(trimmed.state_dict())
+    export(trimmed, tmp_path / "folder")
+    for other in (copy.deepcopy(trimmed), again, load(tmp_path / "folder")[0]):
+        assert torch.equal(outputs(other, batch), outputs(trimmed, batch))
+    assert model.config._attn_implementation == trimmed.config._attn_implementation == "sdpa"
 
 
 def test_a_structure_that_does_not_fit_is_refused():
