@@ -46,22 +46,24 @@ def measure(function: Callable, rotation: Sequence[tuple]) -> Timing:
     for arguments in rotation:
         function(*arguments)  # allocations and compilation are not what is asked for
     times, calls, begin = [], 0, time.perf_counter()
-    while (spent := time.perf_counter() - begin) < WARM_UP_S + MEASURE_S and len(times) < MOST_CALLS:
-        elapsed_us = _one(function, rotation[calls % len(rotation)])
+    host = host_us(function, rotation[0], calls=2)
+    while (spent := time.perf_counter() - begin) < WARM_UP_S + MEASURE_S and len(times) < MOST_CALLS or len(times) < 2:
+        elapsed_us = _one(function, rotation[calls % len(rotation)], host)
         calls += 1
         if spent >= WARM_UP_S:  # clocks have settled
             times.append(elapsed_us)
     return Timing.of(times)
 
 
-def _one(function: Callable, arguments: tuple) -> float:
+def _one(function: Callable, arguments: tuple, host: float = 50.0) -> float:
+    """host: microseconds that the host spends in a call."""
     if DEVICE == "cpu":
         begin = time.perf_counter()
         function(*arguments)
         return 1e6 * (time.perf_counter() - begin)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000)  # the launches queue up meanwhile: what is timed is the card, not the host
+    torch.cuda._sleep(int(3_000 * host + 100_000))  # launches queue up: what is timed is the card, not the host
     begin.record()
     function(*arguments)
     end.record()

@@ -34,7 +34,7 @@ def foreach(weights, grads, grids, out):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32], ids=str)
-@pytest.mark.parametrize("model", reversed(MODELS) if DEVICE == "cuda" else ["bert-base"])
+@pytest.mark.parametrize("model", list(reversed(MODELS)) if DEVICE == "cuda" else ["bert-base"])
 @torch.no_grad()
 def test_fisher_of_every_tensor(model, dtype, benchmark):
     parameters = MODELS[model]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from .artifacts import Grid
-from .ops.masked_adamw import masked_adamw, matrix_shape
+from .ops.masked_adamw import HeldAdamW, matrix_shape
+
+
+@dataclass(eq=False)
+class _Held:
+    """The step of one device: serves as long as it is one of these very tensors with these settings."""
+
+    tensors: list[Tensor | None]
+    settings: tuple
+    step: HeldAdamW
+    rate: torch.dtype
+
+    def serves(self, tensors: list[Tensor | None], settings: tuple) -> bool:
+        return settings == self.settings and len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -39,10 +53,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _start_unsaved(self) -> None:
         self.grad_factor: Tensor | None = None
-        self._lr: dict[torch.device, tuple[list[float], Tensor]] = {}
+        self._lr: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = {}
         self._shadows: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        self._scores: dict[Tensor, tuple[Tensor, Grid]] = {}
-        self._statistic: dict = {}
+        self._held: dict[torch.device, _Held] = {}
+        self.track({})
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -70,6 +84,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
 
         With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that have a place."""
+        self._held.clear()
         self._shadows.pop(param, None)
         if shadow is not None:
             self._want_held(param)
@@ -92,7 +107,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         for param in scores:
             self._want_held(param)
-        self._scores = dict(scores)
+        self._held.clear()
+        self._scores: dict[Tensor, tuple[Tensor, Grid]] = dict(scores)
         self._statistic = {"reduce": reduce, "finish": finish, "decay": decay, "scale": scale}
 
     @torch.no_grad()
@@ -101,44 +117,56 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = defaultdict(list)
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param.grad is not None:
-                    held[param.device].append((param, number))
-        for device, entries in held.items():
-            self._step_on(device, [param for param, _ in entries], [number for _, number in entries])
+        entries = [
+            (param, grad, number)
+            for number, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if (grad := param.grad) is not None
+        ]
+        devices = {param.device for param, _, _ in entries}
+        for device in devices:
+            here = entries if len(devices) == 1 else [entry for entry in entries if entry[0].device == device]
+            self._step_on(device, *map(list, zip(*here, strict=True)))
         return loss
 
-    def _step_on(self, device: torch.device, params: list[Tensor], groups: list[int]) -> None:
+    def _step_on(self, device: torch.device, params: list[Tensor], grads: list[Tensor], groups: list[int]) -> None:
+        for layout in {grad.layout for grad in grads} - {torch.strided}:
+            raise ValueError(f"MaskedAdamW: a gradient is {layout}, want a dense one")
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
-            if param.grad.layout != torch.strided:
-                raise ValueError(f"MaskedAdamW: a gradient is {param.grad.layout}, want a dense one")
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        masked_adamw(
-            params,
-            [param.grad for param in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            steps,
-            self._lr_on(device),
-            groups,
-            betas=[group["betas"] for group in self.param_groups],
-            eps=[group["eps"] for group in self.param_groups],
-            weight_decay=[group["weight_decay"] for group in self.param_groups],
-            grad_factor=None if self.grad_factor is None else self.grad_factor.to(device),
-            keeps={t: (s["keep"], Grid(*s["keep_grid"])) for t, s in enumerate(states) if "keep" in s},
-            **self._shadows_of(params),
-            scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
-            **self._statistic,
-        )
+        held = self._held_for(device, params, groups, states, steps)
+        factor = None if self.grad_factor is None else self.grad_factor.to(device)
+        held.step(grads, self._lr_on(device, held.rate), factor)
         torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
+
+    def _held_for(self, device: torch.device, params, groups, states: list[dict], steps) -> _Held:
+        """The step of the last time, or a new one if anything is another tensor or setting than it was."""
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        keeps = [state.get("keep") for state in states]
+        grids = [state.get("keep_grid") for state in states]
+        betas = [tuple(map(float, group["betas"])) for group in self.param_groups]
+        eps, weight_decay = ([float(group[name]) for group in self.param_groups] for name in ("eps", "weight_decay"))
+        tensors = [*params, *moments[0], *moments[1], *steps, *keeps]
+        settings = groups, grids, betas, eps, weight_decay
+        held = self._held.get(device)
+        if held is None or not held.serves(tensors, settings):
+            step = HeldAdamW(
+                params, *moments, steps, groups, betas, eps, weight_decay,
+                keeps={t: (keep, Grid(*grids[t])) for t, keep in enumerate(keeps) if keep is not None},
+                **self._shadows_of(params),
+                scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
+                **self._statistic,
+            )  # fmt: skip
+            wide = device.type == "cpu" or any(param.dtype == torch.float64 for param in params)
+            held = _Held(tensors, settings, step, torch.float64 if wide else torch.float32)
+            self._held[device] = held
+        return held
 
     def _shadows_of(self, params: list[Tensor]) -> dict[str, dict[int, Tensor]]:
         """Shadows, row maps and column maps by place, as the op wants them."""
@@ -146,18 +174,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         names = ("shadows", "row_maps", "col_maps")
         return {name: {t: s[i] for t, s in held if s[i] is not None} for i, name in enumerate(names)}
 
-    def _lr_on(self, device: torch.device) -> Tensor:
+    def _lr_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """One learning rate a group [G]; copied to the device only when one has changed."""
         rates = [group["lr"] for group in self.param_groups]
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
         if any(isinstance(rate, Tensor) for rate in rates):
             return torch.stack([torch.as_tensor(rate, dtype=dtype, device=device) for rate in rates])
-        if device not in self._lr or self._lr[device][0] != rates:
-            self._lr[device] = rates, torch.tensor(rates, dtype=dtype, device=device)
-        return self._lr[device][1]
+        known = self._lr.get((device, dtype))
+        if known is None or known[0] != rates:
+            known = self._lr[device, dtype] = rates, torch.tensor(rates, dtype=dtype, device=device)
+        return known[1]
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Also takes the state of a torch.optim.AdamW."""
+        self._held.clear()
         super().load_state_dict(state_dict)  # casts what it loads to the dtype of the parameter
         for param, state in self.state.items():
             if "step" in state:
@@ -204,6 +233,7 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         del optimizer.state[old]
         optimizer.state[new] = state
     if isinstance(optimizer, MaskedAdamW):
+        optimizer._held.clear()
         optimizer._shadows.pop(old, None)
         optimizer._scores.pop(old, None)
 

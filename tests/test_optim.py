@@ -1,11 +1,14 @@
 """MaskedAdamW is torch.optim.AdamW plus masks, and its state survives save, load and physical trimming."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sensibert.artifacts import Grid
 from sensibert.ops import block_sensitivity
@@ -321,6 +324,124 @@ def test_trainer_trains_with_it_as_with_adamw(given, tmp_path):
         Trainer(model, arguments, train_dataset=rows, **options).train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def with_gaps(tensor):
+    return tensor.detach().t().contiguous().t()
+
+
+def set_data(tensor, data):
+    tensor.data = data
+
+
+def cut(optimizer):
+    old, rows = optimizer.param_groups[0]["params"][1], torch.tensor([0, 2, 3])
+    slice_state(optimizer, old, nn.Parameter(old.detach()[rows.to(old.device)].clone()), {0: rows})
+
+
+def mapped(weight, places):
+    places = torch.tensor(places, device=weight.device)
+    return torch.zeros(len(places), 4, dtype=torch.bfloat16, device=weight.device), index_map(places, 6)
+
+
+CHANGES = {  # optimizer, its first weight [6, 4] and that weight's state
+    "nothing": lambda o, w, s: None,
+    "a keep": lambda o, w, s: o.set_keep(w, torch.arange(6, device=w.device)[:, None] % 3 != 1, Grid.row()),
+    "another keep": lambda o, w, s: o.set_keep(w, torch.arange(6, device=w.device)[:, None] != 4, Grid.row()),
+    "the keep in place": lambda o, w, s: s["keep"].logical_not_(),
+    "the grid alone": lambda o, w, s: s.update(keep=s["keep"][:1].clone(), keep_grid=(0, 0)),
+    "no keep": lambda o, w, s: o.clear_keep(w),
+    "a shadow": lambda o, w, s: o.set_shadow(w, torch.zeros(6, 4, dtype=torch.bfloat16, device=w.device)),
+    "a compact shadow": lambda o, w, s: o.set_shadow(w, *mapped(w, [1, 4])),
+    "a score": lambda o, w, s: o.track({w: (torch.zeros(6, 1, device=w.device), Grid.row())}),
+    "another statistic": lambda o, w, s: o.track(o._scores, "signed", "square", decay=0.5),
+    "the score elsewhere": lambda o, w, s: set_data(o._scores[w][0], torch.ones(6, 1, device=w.device)),
+    "lr": lambda o, w, s: o.param_groups[0].update(lr=3e-3),
+    "lr, a tensor": lambda o, w, s: o.param_groups[0].update(lr=torch.tensor(2e-3)),
+    "betas": lambda o, w, s: o.param_groups[0].update(betas=(0.7, 0.9)),
+    "eps": lambda o, w, s: o.param_groups[0].update(eps=1e-3),
+    "weight_decay": lambda o, w, s: o.param_groups[0].update(weight_decay=0.3),
+    "a gradient factor": lambda o, w, s: setattr(o, "grad_factor", torch.tensor(0.25)),
+    "no gradient factor": lambda o, w, s: setattr(o, "grad_factor", None),
+    "a weight elsewhere": lambda o, w, s: set_data(w, w.detach() * 2),
+    "a moment elsewhere": lambda o, w, s: set_data(s["exp_avg"], s["exp_avg"] + 1),
+    "another moment": lambda o, w, s: s.update(exp_avg_sq=s["exp_avg_sq"] + 1),
+    "another step count": lambda o, w, s: s.update(step=s["step"] * 0 + 7),
+    "a weight with gaps": lambda o, w, s: set_data(w, with_gaps(w)),
+    "the weight without": lambda o, w, s: set_data(w, w.detach().contiguous()),
+    "a moment with gaps": lambda o, w, s: set_data(s["exp_avg"], with_gaps(s["exp_avg"])),
+    "the moment without": lambda o, w, s: set_data(s["exp_avg"], s["exp_avg"].contiguous()),
+    "a loaded state": lambda o, w, s: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "no shadow": lambda o, w, s: o.set_shadow(w, None),
+    "no score": lambda o, w, s: o.track({}),
+    "a cut parameter": lambda o, w, s: cut(o),
+    "a new group": lambda o, w, s: o.add_param_group({"params": [nn.Parameter(torch.ones(3, 5, device=w.device))]}),
+    "groups swapped": lambda o, w, s: o.param_groups[0].update(params=o.param_groups[0]["params"][::-1]),
+}
+
+
+def changed_between_steps(device, seen=lambda change: None):
+    """Everything that an optimizer leaves behind which is changed between its steps, and one that forgets each step."""
+    twins = [MaskedAdamW(make_params(device=device), **SETTINGS) for _ in range(2)]
+    weights = [twin.param_groups[0]["params"][0] for twin in twins]
+    for number, (change, make) in enumerate(CHANGES.items()):
+        for twin, weight in zip(twins, weights):
+            make(twin, weight, twin.state[weight])
+        for step in range(3):
+            for forgets, twin in enumerate(twins):
+                if forgets:
+                    twin._held.clear()
+                params = [p for group in twin.param_groups for p in group["params"]]
+                for p, g in zip(params, make_params(device=device, shapes=[p.shape for p in params])):
+                    p.grad = g.detach() * (1 + step)
+                weights[forgets].grad = with_gaps(weights[forgets].grad) if step == 1 else weights[forgets].grad
+                params[-1].grad = None if number % 4 == 3 else params[-1].grad
+                twin.step()
+        seen(change)
+        ours, theirs = (
+            [x for p in t.state for x in (p.detach(), *(x for x in t.state[p].values() if isinstance(x, torch.Tensor)))]
+            + [x for x, *_ in (*t._shadows.values(), *t._scores.values())]
+            for t in twins
+        )
+        assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs)), change
+
+
+def test_whatever_changes_between_steps_is_seen(device):
+    changed_between_steps(device)
+
+
+def test_a_moment_that_no_longer_fits_is_named_at_any_step(device):
+    params = make_params(device=device)
+    optimizer = MaskedAdamW(params, **SETTINGS)
+    train(optimizer, 3)
+    optimizer.state[params[0]]["exp_avg"].data = torch.zeros(4, 6, device=device)
+    with pytest.raises(ValueError, match=r"masked_adamw: exp_avgs\[0\] is float32 \(4, 6\)"):
+        train(optimizer, 1)
+    optimizer.state[params[0]]["exp_avg"].data = torch.zeros(6, 4, device=device)
+    optimizer.grad_factor = torch.ones((), dtype=torch.float64)
+    with pytest.raises(ValueError, match="masked_adamw: grad_factor is float64"):
+        train(optimizer, 1)
+
+
+def test_steps_can_be_traced_without_memory():
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(6, 4))
+        weight.grad = torch.empty(6, 4)
+        optimizer = MaskedAdamW([weight], **SETTINGS)
+        for _ in range(3):
+            optimizer.step()
+
+
+def test_a_replaced_state_is_not_kept_alive():
+    params = make_params()
+    optimizer = MaskedAdamW(params)
+    train(optimizer, 3)
+    old = weakref.ref(params[0])
+    rows = torch.tensor([0, 1])
+    slice_state(optimizer, params[0], nn.Parameter(params[0].detach()[rows].clone()), {0: rows})
+    del params[0]
+    gc.collect()
+    assert old() is None
 
 
 @pytest.mark.gpu

@@ -162,20 +162,29 @@ __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBa
 #pragma unroll
     for (int b = 0; b < kBandsEach; ++b) {
         if (b >= width) continue;
-        const int col = item.col(item.first_band(consumer) + b) * kBand;
+        const int left = item.col(item.first_band(consumer) + b) * kBand + lane % 4 * 2,
+                  top = row + warp * 16 + lane / 4;
+        float2 of[kBand / 8][2];  // all of them asked for before the first store, which a load would have to wait for
+        if constexpr (kScore) {
+#pragma unroll
+            for (int c = 0; c < kBand / 8; ++c)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int r = top + h * 8, here = left + c * 8;
+                    of[c][h] = r < p.N && here < p.K ? load_pair(w + int64_t(r) * p.K + here) : make_float2(0.f, 0.f);
+                }
+        }
 #pragma unroll
         for (int c = 0; c < kBand / 8; ++c) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int r = row + warp * 16 + lane / 4 + h * 8, here = col + c * 8 + lane % 4 * 2;
+                const int r = top + h * 8, here = left + c * 8;
                 if (r >= p.N || here >= p.K) continue;
-                const int64_t at = int64_t(r) * p.K + here;
                 const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
-                *reinterpret_cast<uint32_t*>(dw + at) = pack<T>(d[0], d[1]);
+                *reinterpret_cast<uint32_t*>(dw + int64_t(r) * p.K + here) = pack<T>(d[0], d[1]);
                 if constexpr (kScore) {
-                    const float2 of = load_pair(w + at);
-                    const float x = __uint_as_float(__float_as_uint(of.x * d[0]) & keep_bits);
-                    const float y = __uint_as_float(__float_as_uint(of.y * d[1]) & keep_bits);
+                    const float x = __uint_as_float(__float_as_uint(of[c][h].x * d[0]) & keep_bits);
+                    const float y = __uint_as_float(__float_as_uint(of[c][h].y * d[1]) & keep_bits);
                     totals[b] = fmaf(x, square ? x : 1.f, totals[b]);
                     totals[b] = fmaf(y, square ? y : 1.f, totals[b]);
                 }

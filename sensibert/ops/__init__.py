@@ -1,4 +1,4 @@
-"""The five ops. Each file holds schema, public function, reference, fake and gradient, top to bottom."""
+"""The six ops. Each file holds schema, public function, reference, fake and gradient, top to bottom."""
 
 from .. import _native as _native  # registers the CUDA kernels, where they were built
 from .block_sensitivity import BlockSensitivity, block_sensitivity
@@ -6,6 +6,7 @@ from .gather_kept import gather_kept
 from .masked_adamw import masked_adamw
 from .masked_linear import masked_linear
 from .select_threshold import Selection, select_threshold
+from .take_columns import take_columns
 
 __all__ = [
     "BlockSensitivity",
@@ -15,4 +16,5 @@ __all__ = [
     "masked_adamw",
     "masked_linear",
     "select_threshold",
+    "take_columns",
 ]

@@ -20,14 +20,20 @@ from ..artifacts import Grid
 from .block_sensitivity import FINISHES, REDUCES
 
 OP = "sensibert::masked_adamw_"
-torch.library.define(
-    OP,
-    "(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, Tensor lr, "
-    "int[] group, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, Tensor? grad_factor, "
+_MOMENTS = "Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, "
+_SETTINGS = "int[] group, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, "
+_EXTRAS = (
     "Tensor[] keep, int[] keep_of, int[] keep_blocks, Tensor(d!)[] shadow, int[] shadow_of, "
     "Tensor[] row_map, int[] row_map_of, Tensor[] col_map, int[] col_map_of, "
-    "Tensor(e!)[] score, int[] score_of, int[] score_blocks, str reduce, str finish, float decay, float scale) -> ()",
+    "Tensor(e!)[] score, int[] score_of, int[] score_blocks, str reduce, str finish, float decay, float scale"
 )
+torch.library.define(
+    OP,
+    f"(Tensor(a!)[] param, Tensor[] grad, {_MOMENTS}Tensor lr, {_SETTINGS}Tensor? grad_factor, {_EXTRAS}) -> ()",
+)
+HOLD, RUN = "sensibert::masked_adamw_hold", "sensibert::masked_adamw_run_"
+torch.library.define(HOLD, f"({_MOMENTS}{_SETTINGS}{_EXTRAS}) -> Tensor")
+torch.library.define(RUN, "(Tensor held, Tensor(a!)[] param, Tensor[] grad, Tensor lr, Tensor? grad_factor) -> bool")
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int]:
@@ -61,8 +67,8 @@ def masked_adamw(
 ) -> None:
     """Update params, exp_avgs and exp_avg_sqs (fp32, bf16, fp16 or fp64; one dtype a tensor) in place.
 
-    steps: the number of this step, 1 for the first, one fp32 a tensor. lr [G] fp32; groups: the group of each tensor;
-    betas, eps, weight_decay: one entry a group. grad_factor: one fp32 (clipping times inverse loss scale).
+    steps: the number of this step, 1 for the first, one fp32 a tensor. groups: the group of each tensor; lr [G] fp32,
+    fp64 if params are; betas, eps, weight_decay: one entry a group. grad_factor: one fp32 (clipping / loss scale).
     keeps, shadows, scores: by position in params; keep bool and score fp32 in the shape of their grid, shadow bf16 in
     that of its param. row_maps, col_maps (`index_map`) make a shadow compact: int32 [N], [K], the row and column of
     shadow [n, k] that each of the weight [N, K] has, or -1; no map: all of them. Each row and column of the shadow has
@@ -90,22 +96,43 @@ def masked_adamw(
         [next(tensors) for _ in params],
         list(steps),
         lr,
-        list(groups),
-        [beta[0] for beta in betas],
-        [beta[1] for beta in betas],
-        list(eps),
-        list(weight_decay),
+        *_listed_settings(groups, betas, eps, weight_decay),
         grad_factor,
-        [keep.contiguous() for keep, _ in keeps.values()],
+        *_listed_extras(
+            {t: (keep.contiguous(), grid) for t, (keep, grid) in keeps.items()},
+            {t: next(tensors) for t in shadows},
+            {t: row_map.contiguous() for t, row_map in row_maps.items()},
+            {t: col_map.contiguous() for t, col_map in col_maps.items()},
+            {t: (next(tensors), grid) for t, (_, grid) in scores.items()},
+            reduce,
+            finish,
+            decay,
+            scale,
+        ),
+    )
+    for tensor, copy in zip(mutated, packed, strict=True):
+        if tensor is not copy:
+            tensor.copy_(copy)
+
+
+def _listed_settings(groups, betas, eps, weight_decay) -> tuple[list, ...]:
+    """As the op takes them."""
+    return list(groups), [beta[0] for beta in betas], [beta[1] for beta in betas], list(eps), list(weight_decay)
+
+
+def _listed_extras(keeps, shadows, row_maps, col_maps, scores, reduce, finish, decay, scale) -> tuple:
+    """As the op takes them."""
+    return (
+        [keep for keep, _ in keeps.values()],
         list(keeps),
         [size for _, grid in keeps.values() for size in (grid.block_rows, grid.block_cols)],
-        [next(tensors) for _ in shadows],
+        list(shadows.values()),
         list(shadows),
-        [row_map.contiguous() for row_map in row_maps.values()],
+        list(row_maps.values()),
         list(row_maps),
-        [col_map.contiguous() for col_map in col_maps.values()],
+        list(col_maps.values()),
         list(col_maps),
-        [next(tensors) for _ in scores],
+        [score for score, _ in scores.values()],
         list(scores),
         [size for _, grid in scores.values() for size in (grid.block_rows, grid.block_cols)],
         reduce,
@@ -113,9 +140,36 @@ def masked_adamw(
         decay,
         scale,
     )
-    for tensor, copy in zip(mutated, packed, strict=True):
-        if tensor is not copy:
-            tensor.copy_(copy)
+
+
+class HeldAdamW:
+    """masked_adamw of the same tensors with the same settings again and again, for less host time.
+
+    `extras`: the keyword arguments of masked_adamw but grad_factor, all of them. The first call is masked_adamw itself;
+    from the second on a kernel is given parameters, gradients and rates alone. It holds the rest as tensors, not as
+    addresses, and checks all of them at every call: where something no longer fits, the call is masked_adamw again."""
+
+    def __init__(self, params, exp_avgs, exp_avg_sqs, steps, groups, betas, eps, weight_decay, **extras) -> None:
+        self._params, self._moments = params, (exp_avgs, exp_avg_sqs, steps)
+        self._settings, self._extras = (groups, betas, eps, weight_decay), extras
+        self._held: Tensor | None = None
+        self._checked = False
+
+    def __call__(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> None:
+        if self._checked and self._run(grads, lr, grad_factor):
+            return
+        settings, extras = self._settings, self._extras
+        masked_adamw(self._params, grads, *self._moments, lr, *settings, grad_factor=grad_factor, **extras)
+        self._checked = True
+
+    def _run(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> bool:
+        """Whether a kernel has done it."""
+        if self._held is None:
+            lists = *self._moments, *_listed_settings(*self._settings), *_listed_extras(**self._extras)
+            self._held = torch.ops.sensibert.masked_adamw_hold(*lists)
+        if self._held.numel() == 0:
+            return False
+        return torch.ops.sensibert.masked_adamw_run_.default(self._held, self._params, grads, lr, grad_factor)
 
 
 def _named(tensor: Tensor) -> str:
@@ -246,12 +300,34 @@ def reference(
 
 def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:
     """Torch's own kernel: one pass instead of a dozen, in fp32 whatever the dtype."""
+    if not lr.is_cpu and lr.dtype == torch.float64:
+        if params[0].dtype == torch.float64:
+            for entry in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+                _adamw_in_double(*entry, lr, beta1, beta2, eps, weight_decay)
+            return
+        lr = lr.float()
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps,
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
+def _adamw_in_double(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay) -> None:
+    """Where torch's kernel takes the rate as a float32 alone: on a GPU."""
+    w.mul_(1 - lr * weight_decay)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    step = step.double()
+    w.sub_(lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt_().add_(eps)))
+
+
+def _nothing_held(*_) -> Tensor:
+    """No kernel holds tensors on this device."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
+torch.library.register_kernel(HOLD, "default", _nothing_held)
+torch.library.register_fake(HOLD, _nothing_held)
 torch.library.register_kernel(OP, "default", reference)  # not as a decorator: it would bind the name to None
 
 

@@ -7,6 +7,8 @@ Accumulation is that of torch's matmul for the dtype (fp32 for fp16 and bf16); d
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,9 @@ from ..artifacts import Grid
 from . import masked_linear_path as paths
 from .masked_linear_bits import column_bits, row_bits
 from .masked_linear_dweight import block_list
-from .masked_linear_live import Live, blank, live, published, remember
+from .masked_linear_live import Live, blank, live, places, published, remember, wide_bits
 from .masked_linear_tiles import column_tile_list, tile_list
+from .take_columns import DTYPES
 
 OP = "sensibert::masked_linear"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor keep, int block_rows, int block_cols) -> Tensor")
@@ -60,61 +63,72 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, bloc
 
 
 def _forward(x, weight, bias, keep, block_rows, block_cols):
-    grid = Grid(block_rows, block_cols)
-    path, kept = _plan(x, weight.shape, keep, grid)
+    at = (keep, Grid(block_rows, block_cols), *weight.shape)
+    path, kept = _plan("fwd", x, weight, at)
     if path == "reference":
         return reference(x, weight, bias, keep, block_rows, block_cols)
     bias = None if bias is None else bias.to(x.dtype)
     if path == "tiles":
-        tiles = remember(tile_list, keep, grid, *weight.shape)
-        return ops.masked_linear_tiles(x, _whole(weight, keep, grid, x.dtype), bias, *tiles, False)
+        return ops.masked_linear_tiles(x, _whole(weight, at, x.dtype), bias, *remember(tile_list, *at), False)
     if path == "bits":
-        bits = remember(row_bits, keep, grid, *weight.shape)
-        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, keep, grid, x.dtype), bias, bits, False)
-    w, rows = _weight(path, weight, keep, grid, kept, x.dtype), kept.rows
-    y = F.linear(_take(_flat(x), kept.cols), w, bias if rows is None or bias is None else bias[rows])
-    if rows is not None:
-        empty = y.new_zeros(()) if bias is None else bias  # a dropped row of W still has its bias
-        y = empty.expand(len(y), len(weight)).clone(memory_format=torch.contiguous_format).index_copy_(1, rows, y)
+        bits = remember(row_bits, *at)
+        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, at, x.dtype), bias, bits, False)
+    rows, few = kept.rows, _gather(_flat(x), "cols", at)
+    if path == "shadow":
+        y = F.linear(few, _masked("fwd", weight, at, x.dtype), bias)
+    else:
+        y = F.linear(few, _compact(path, weight, at, x.dtype), bias if rows is None or bias is None else bias[rows])
+        y = _spread(y, "rows", at, bias)  # a dropped row of W still has its bias
     return y.view(*x.shape[:-1], len(weight))
 
 
 def _dx(dy, weight, keep, block_rows, block_cols):
     """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
-    grid = Grid(block_rows, block_cols)
-    path, kept = _plan(dy, weight.shape, keep, grid)
+    at = (keep, Grid(block_rows, block_cols), *weight.shape)
+    path, kept = _plan("dx", dy, weight, at)
     if path == "tiles":
-        tiles = remember(column_tile_list, keep, grid, *weight.shape)
-        return ops.masked_linear_tiles(dy, _whole(weight, keep, grid, dy.dtype), None, *tiles, True)
+        return ops.masked_linear_tiles(dy, _whole(weight, at, dy.dtype), None, *remember(column_tile_list, *at), True)
     if path == "bits":
-        bits = remember(column_bits, keep, grid, *weight.shape)
-        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, keep, grid, dy.dtype), None, bits, True)
-    w = _weight(path, weight, keep, grid, kept, dy.dtype)
-    dx = _place(_take(_flat(dy), kept.rows) @ w, kept.cols, weight.shape[1])
+        bits = remember(column_bits, *at)
+        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, at, dy.dtype), None, bits, True)
+    few = _gather(_flat(dy), "rows", at)
+    if path == "shadow":
+        dx = few @ _masked("dx", weight, at, dy.dtype)
+    else:
+        dx = _spread(few @ _compact(path, weight, at, dy.dtype), "cols", at)
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
 def _dweight(dy, x, keep, block_rows, block_cols):
     """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
-    shape, grid = (dy.shape[-1], x.shape[-1]), Grid(block_rows, block_cols)
-    path, (rows, cols, bits, *_) = _plan(x, shape, keep, grid)  # the others differ in W, not read here
+    at = (keep, Grid(block_rows, block_cols), dy.shape[-1], x.shape[-1])
+    path, (rows, cols, bits, *_) = _plan("dw", x, None, at)  # W is not read here
     if path == "tiles":
-        return ops.masked_linear_tiles_dweight(dy, x, *remember(block_list, keep, grid, *shape))
-    dweight = blank(_take(_flat(dy), rows).T @ _take(_flat(x), cols), bits, in_place=True)
-    dweight = _place(dweight, cols, shape[1])
-    return dweight if rows is None else dweight.new_zeros(shape).index_copy_(0, rows, dweight)
+        return ops.masked_linear_tiles_dweight(dy, x, *remember(block_list, *at))
+    if path == "shadow":
+        return blank(_flat(dy).T @ _flat(x), wide_bits("dw", *at), in_place=True)
+    dweight = blank(_gather(_flat(dy), "rows", at).T @ _gather(_flat(x), "cols", at), bits, in_place=True)
+    dweight = _spread(dweight, "cols", at)
+    return dweight if rows is None else dweight.new_zeros(at[2:]).index_copy_(0, rows, dweight)
 
 
-def _plan(x: Tensor, shape: tuple[int, int], keep: Tensor, grid: Grid) -> tuple[str, Live]:
-    kept = live(keep, grid, *shape)
-    num_tokens = x.shape[:-1].numel()
-    where = paths.architecture(x.device)
-    return paths.resolve(paths.Problem(num_tokens, *shape, x.dtype, grid, kept.density, kept.share, where)).path, kept
+At = tuple[Tensor, Grid, int, int]  # keep, grid, N, K
 
 
-def _weight(path: str, weight: Tensor, keep: Tensor, grid: Grid, kept: Live, dtype: torch.dtype) -> Tensor:
+def _plan(part: str, x: Tensor, weight: Tensor | None, at: At) -> tuple[str, Live]:
+    kept = live(*at)
+    row_share = 1.0 if kept.rows is None else len(kept.rows) / at[2]
+    ready = weight is not None and published(weight, *at[:2], x.dtype) is not None
+    problem = paths.Problem(
+        x.shape[:-1].numel(), *at[2:], x.dtype, at[1], kept.density, kept.share, paths.architecture(x.device),
+        part, row_share, ready,
+    )  # fmt: skip
+    return paths.resolve(problem).path, kept
+
+
+def _compact(path: str, weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
     """The matrix [n, k] to multiply with: kept rows and columns, in the compute dtype, 0 in the holes."""
-    compact = published(weight, keep, grid, dtype)
+    compact, kept = published(weight, *at[:2], dtype), live(*at)
     if compact is not None:
         return compact
     if path == "dense":
@@ -122,9 +136,18 @@ def _weight(path: str, weight: Tensor, keep: Tensor, grid: Grid, kept: Live, dty
     return blank(_take(_take(weight, kept.rows, 0), kept.cols).to(dtype), kept.bits)
 
 
-def _whole(weight: Tensor, keep: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+def _masked(part: str, weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
+    """The matrix whose output axis is at full size: [N, k] for part "fwd", [n, K] for "dx"."""
+    compact, kept = published(weight, *at[:2], dtype), live(*at)
+    if compact is not None and kept.share == 1:
+        return compact
+    taken = _take(weight, kept.cols) if part == "fwd" else _take(weight, kept.rows, 0)
+    return blank(taken.to(dtype), wide_bits(part, *at))
+
+
+def _whole(weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
     """W [N, K] in the compute dtype, for kernels that apply keep themselves."""
-    compact = published(weight, keep, grid, dtype)
+    compact = published(weight, *at[:2], dtype)
     return compact if compact is not None and compact.shape == weight.shape else weight.to(dtype)
 
 
@@ -141,9 +164,30 @@ def _only(t: Tensor, index: Tensor | None) -> Tensor:
     return t if index is None else torch.zeros_like(t).index_copy_(-1, index, t.index_select(-1, index))
 
 
-def _place(t: Tensor, cols: Tensor | None, width: int) -> Tensor:
-    """t [M, k] -> [M, width] with t at cols and 0 elsewhere."""
-    return t if cols is None else t.new_zeros(len(t), width).index_copy_(1, cols, t)
+@cache
+def _takes(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether take_columns has a kernel for that, which torch's own indexing is several times slower than."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return device_type == "cuda" and dtype in DTYPES and has_kernel("sensibert::take_columns", "CUDA")
+
+
+def _gather(t: Tensor, axis: str, at: At) -> Tensor:
+    """t [M, size of the axis of W, "rows" or "cols"] -> [M, what is kept of it]."""
+    index = getattr(live(*at), axis)
+    if index is None or not _takes(t.device.type, t.dtype):
+        return _take(t, index)
+    return ops.take_columns(t, getattr(places(*at), axis), None)
+
+
+def _spread(t: Tensor, axis: str, at: At, fill: Tensor | None = None) -> Tensor:
+    """t [M, what is kept of the axis] -> [M, its size], in between fill [size] or 0."""
+    index, size = getattr(live(*at), axis), at[2] if axis == "rows" else at[3]
+    if index is None:
+        return t
+    if _takes(t.device.type, t.dtype):
+        return ops.take_columns(t, getattr(places(*at), f"of_{axis}"), fill)
+    empty = t.new_zeros(()) if fill is None else fill
+    return empty.expand(len(t), size).clone(memory_format=torch.contiguous_format).index_copy_(1, index, t)
 
 
 for _name, _kernel in (("", _forward), ("_dx", _dx), ("_dweight", _dweight)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 from weakref import WeakMethod
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..artifacts import Grid
+from .masked_adamw import index_map
 
 
 class Live(NamedTuple):
@@ -81,6 +83,58 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
         bits = keep[row_block[rows]][:, col_block[cols]].to(torch.int8).neg_()
     full = (len(rows) == num_rows, len(cols) == num_cols)
     return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
+
+
+class Places(NamedTuple):
+    """The kept rows and columns of a weight [N, K] as `take_columns` reads them, int32; None: all are kept."""
+
+    rows: Tensor | None  # [n] numbers
+    cols: Tensor | None  # [k]
+    of_rows: Tensor | None  # [N] place among the kept rows, -1: none
+    of_cols: Tensor | None  # [K]
+
+
+def places(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Places:
+    return remember(_find_places, keep, grid, num_rows, num_cols)
+
+
+def _find_places(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Places:
+    kept = live(keep, grid, num_rows, num_cols)
+    both = ((kept.rows, num_rows), (kept.cols, num_cols))
+    numbers = (None if index is None else index.int() for index, _ in both)
+    return Places(*numbers, *(None if index is None else index_map(index, size) for index, size in both))
+
+
+def wide_bits(part: str, keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor | None:
+    """As `Live.bits`, where one output axis or both stay at full size: of W [N, k] for part "fwd", of W [n, K] for
+    "dx", of dW [N, K] for "dw"; broadcast over an axis along which all is alike."""
+    return remember(_WIDE[part], keep, grid, num_rows, num_cols)
+
+
+def _find_wide(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows: bool, take_cols: bool):
+    kept = live(keep, grid, num_rows, num_cols)
+    rows, cols = kept.rows if take_rows else None, kept.cols if take_cols else None
+    if kept.bits is None:  # no hole but for whole rows and columns
+        bits = torch.ones(1, 1, dtype=torch.bool, device=keep.device)
+        for axis, index, taken in ((0, kept.rows, take_rows), (1, kept.cols, take_cols)):
+            if index is not None and not taken:
+                shape = (-1, 1) if axis == 0 else (1, -1)
+                bits = bits & (index_map(index, (num_rows, num_cols)[axis]) >= 0).view(shape)
+        if bits.numel() == 1:
+            return None
+    else:
+        bits = grid.expand(keep, num_rows, num_cols)
+        bits = bits if rows is None else bits[rows]
+        bits = bits if cols is None else bits[:, cols]
+    # As wide as what they mask: torch is slow on two dtypes. A CPU would rather read less.
+    return bits.to(torch.int16 if keep.is_cuda else torch.int8).neg_()
+
+
+_WIDE = {
+    "fwd": partial(_find_wide, take_rows=False, take_cols=True),
+    "dx": partial(_find_wide, take_rows=True, take_cols=False),
+    "dw": partial(_find_wide, take_rows=False, take_cols=False),
+}
 
 
 @dataclass(eq=False)

@@ -3,10 +3,12 @@
 All paths give the same result up to rounding. They differ in what is multiplied:
   dense      W itself; only where nothing is dropped
   compact    the rows and columns that still hold a kept block, gathered into a smaller matrix
-  shadow     a masked copy of W in the compute dtype, at full size, where no row or column is empty
+  shadow     a masked copy of W in the compute dtype; what it gives (y, dx or dW) comes at full size
   reference  the formula: a masked copy of W and of x
   tiles      W as it lies in memory, empty tiles never loaded (own kernel, sm_90)
   bits       W as it lies in memory, one bit a weight applied on the way (own kernel, sm_90)
+On a GPU the one with the least estimated time is taken: a compact product is smaller, but its result has to be spread
+over the full width again, and for a narrow layer that costs more than what it saves.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import torch
 from ..artifacts import Grid
 
 PATHS = ("compact", "shadow", "bits", "tiles", "dense", "reference")
-# Kernels of our own become a default only when a bench row on that card shows that they win; until then: force().
-MEASURED: frozenset[str] = frozenset()
+# Kernels of our own may be a default once bench rows on that card have shown where they win; until then: force().
+MEASURED: frozenset[str] = frozenset({"tiles", "bits"})
 # path -> the op whose CUDA kernel it needs
 KERNELS = {"tiles": "sensibert::masked_linear_tiles", "bits": "sensibert::masked_linear_bits"}
 TILE = 64  # the k-step and the smallest skipped tile of the kernels
@@ -40,6 +42,9 @@ class Problem(NamedTuple):
     density: float  # kept weights / (N * K)
     share: float  # what is left of N * K once empty rows and columns are gone; density <= share <= 1
     architecture: str  # "cpu", or "sm_80", "sm_90", "sm_100", ...
+    part: str = "fwd"  # or "dx", "dw"
+    row_share: float = 1.0  # of the N rows, those that are not empty
+    published: bool = False  # the compact matrix is there already: an optimizer writes it
 
 
 class Choice(NamedTuple):
@@ -54,18 +59,58 @@ def built() -> frozenset[str]:
     return frozenset(path for path, op in KERNELS.items() if has_kernel(op, "CUDA"))
 
 
+# Of one H200 in bf16, by bench_masked_linear: what decides is how they stand to each other, which other cards share.
+FLOP_PER_US, BYTES_PER_US, LAUNCH_US = 620e6, 3.3e6, 2.5
+
+
+def estimate(path: str, problem: Problem) -> float:
+    """Microseconds on a GPU. Of `dense` what the plain matmul takes, whether or not it may be used."""
+    M, N, K, size = *problem[:3], problem.dtype.itemsize
+    dense = 2 * M * N * K / FLOP_PER_US + LAUNCH_US
+    if path == "bits":
+        return 1.03 * dense
+    if path == "tiles" and problem.part == "dw":  # what it hands from one part of the tokens to the next stays
+        return (0.17 + 1.1 * problem.density) * dense + 14
+    if path == "tiles":  # a product of 64 columns does half of what one of 192 does
+        return (0.5 + 1.05 * problem.density) * dense + LAUNCH_US
+    if path == "dense":
+        return dense
+
+    def moved(*rows_cols: tuple[float, float]) -> float:
+        return LAUNCH_US + size * sum(rows * cols for rows, cols in rows_cols) / BYTES_PER_US
+
+    n, k = problem.row_share * N, problem.share / problem.row_share * K if problem.row_share else 0.0
+    spread = path == "compact"  # else the output is at full size
+    wide, narrow, result = {"fwd": (K, k, (N, n)), "dx": (N, n, (K, k)), "dw": (0, 0, (K, k))}[problem.part]
+    if problem.part == "dw":
+        if not spread:
+            return dense + moved((N, K), (N, K), (N, K))
+        gathered = sum(moved((M, full), (M, left)) for full, left in ((N, n), (K, k)) if left < full)
+        return problem.share * dense + gathered + moved((N, K), (n, k))
+    share = narrow / wide * (result[1] / result[0] if spread else 1.0)
+    total = share * dense + (moved((M, wide), (M, narrow)) if narrow < wide else 0.0)
+    if spread and result[1] < result[0]:
+        total += moved((M, result[0]), (M, result[1]))
+    ready = problem.published and (spread or problem.share == 1)
+    return total + (0.0 if ready else moved((N, K), (n, k), (n, k)))
+
+
 def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozenset[str] = frozenset()) -> Choice:
-    """The default path. `measured`: own kernels that have proved to win; `built`: those this installation has."""
-    own = [path for path in ("tiles", "bits") if path in measured and refusal(path, problem, built) is None]
+    """The default path. `measured`: own kernels that may be chosen; `built`: those this installation has."""
     if problem.density == 1:
         return Choice("dense", "nothing is dropped: the plain matmul, with no work for a mask")
-    if "tiles" in own and problem.density < problem.share:
-        return Choice("tiles", f"{1 - problem.density:.0%} of W are empty tiles: neither loaded nor multiplied")
-    if problem.share < 1:
-        return Choice("compact", f"empty rows and columns are left out: {problem.share:.0%} of the work remains")
-    if "bits" in own:
-        return Choice("bits", "no row or column is empty: one bit a weight on the way, no masked copy in memory")
-    return Choice("shadow", "no row or column is empty: the plain matmul at full size on a masked copy of W")
+    if problem.architecture == "cpu" or problem.share == 0:
+        if problem.share < 1:
+            return Choice("compact", f"empty rows and columns are left out: {problem.share:.0%} of the work remains")
+        return Choice("shadow", "no row or column is empty: the plain matmul at full size on a masked copy of W")
+    able = ["compact"] if problem.share < 1 else []
+    able += ["shadow", *(path for path in ("tiles", "bits") if path in measured)]
+    times = {path: estimate(path, problem) for path in able if refusal(path, problem, built) is None}
+    if problem.part == "dw" or problem.share < 1:  # it has none of its own; and it reads all columns of x
+        times.pop("bits", None)
+    best = min(times, key=times.get)
+    others = ", ".join(f"{path} {time:.0f}" for path, time in times.items() if path != best)
+    return Choice(best, f"about {times[best]:.0f} us for {problem.part}" + (f"; {others}" if others else ""))
 
 
 def refusal(path: str, problem: Problem, built: frozenset[str] = frozenset()) -> str | None:
@@ -74,8 +119,6 @@ def refusal(path: str, problem: Problem, built: frozenset[str] = frozenset()) ->
         return f"unknown, want one of {', '.join(PATHS)}"
     if path == "dense" and problem.density < 1:
         return f"multiplies every weight, but {1 - problem.density:.0%} are dropped"
-    if path == "shadow" and problem.share < 1:
-        return f"is for weights without empty rows or columns; here they leave {problem.share:.0%}: compact"
     if path not in ("tiles", "bits"):
         return None
     if path not in built:

@@ -57,6 +57,50 @@ def refused(index, value, said):
     else:
         raise AssertionError(f"not refused: {said}")
 
+# Held, then run: the same bits wherever parameters and gradients are, and False where something does not fit.
+def run(arguments, held, params=None, grads=None, lr=None):
+    params, grads, lr = params or arguments[0], grads or arguments[1], arguments[5] if lr is None else lr
+    return torch.ops.sensibert.masked_adamw_run_(held, params, grads, lr, arguments[11])
+
+hold = lambda a: torch.ops.sensibert.masked_adamw_hold(*a[2:5], *a[6:11], *a[12:])
+again = clone()
+op(*ours)
+held = hold(again)
+for _ in range(2):
+    assert run(again, held, grads=[again[1][0].t().contiguous().t(), *again[1][1:]])
+for a, b in zip(flat(again), flat(ours)):
+    assert torch.equal(a, b)
+before = [t.clone() for t in flat(again)]
+assert not run(again, held, params=again[0][1:])
+assert not run(again, held, params=[again[0][0].view(7, 5), *again[0][1:]])
+assert not run(again, held, grads=[again[1][0].double(), *again[1][1:]])
+assert not run(again, held, lr=again[5].double())
+moment = again[2][0].data
+again[2][0].data = torch.zeros(3)
+assert not run(again, held)
+again[2][0].data = moment
+assert all(torch.equal(a, b) for a, b in zip(flat(again), before)), "something was written"
+assert run(again, held)
+again[12][0].zero_()
+again[2][0].data = torch.ones_like(moment)
+assert run(again, held) and (again[2][0] == 0).all(), "the moment is written where it is now"
+
+# The optimizer on top of it, in fp32 as on a GPU: held in all but the first step after a change.
+import tests.test_optim as optim
+from sensibert.ops.masked_adamw import HeldAdamW
+rates, ran = optim.MaskedAdamW._lr_on, []
+optim.MaskedAdamW._lr_on = lambda self, device, dtype: rates(self, device, torch.float32)
+run_held = HeldAdamW._run
+HeldAdamW._run = lambda self, *given: ran.append(run_held(self, *given)) or ran[-1]
+
+def seen(change):
+    assert ran and all(ran) == ("with gaps" not in change) and 2 <= len(ran) <= 3, (change, ran)
+    ran.clear()
+
+optim.changed_between_steps("cpu", seen)
+optim.test_a_moment_that_no_longer_fits_is_named_at_any_step("cpu")
+optim.test_a_replaced_state_is_not_kept_alive()
+
 refused(1, lambda grads: grads[1:], "a list has 5 entries, want 6")
 refused(1, lambda grads: [grads[0][:4], *grads[1:]], "grad[0] is not 35 contiguous elements")
 refused(2, lambda moments: [moments[0].t().contiguous().t(), *moments[1:]], "exp_avg[0] is not 35 contiguous elements")

@@ -120,8 +120,8 @@ def test_the_kernel_computes_what_the_list_says(M, N, K, kept, dtype):
         before = torch.rand(keep.shape, device="cuda")
         poisoned, out = weight.masked_fill(dropped, float("nan")), before.clone()
         assert torch.equal(SCORE(out, dy, x, poisoned, *blocks, reduce, finish, 0.5, 2.0), ours)
-        terms = [weight.double() * exact, torch.ones_like(exact)]
-        truth = block_sensitivity(*([t] for t in terms), BLOCKS, reduce, finish)[0].double() * 2 + before.double() / 2
+        terms = [(weight.double() * exact).cpu(), torch.ones(N, K, dtype=torch.float64)]  # fp64 is for the CPU alone
+        truth = block_sensitivity(*([t] for t in terms), BLOCKS, reduce, finish)[0].cuda() * 2 + before.double() / 2
         rival = block_sensitivity([weight], [plain], BLOCKS, reduce, finish, [before.clone()], 0.5, 2.0)[0]
         assert_no_worse(out, rival, truth, factor=2, label=f"{reduce} {finish}")
 
