@@ -204,8 +204,11 @@ def ablation(row: dict, runs: list[dict]) -> dict:
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """A row a (task, budget, method): mean and standard deviation over seeds, beside the dense control's mean."""
+    """A row a (task, budget, method): mean and standard deviation over seeds, beside the dense control's mean.
+
+    A run that has an entry `excluded`, which says why, stays out."""
     groups: dict[tuple, list[dict]] = {}
+    runs = [row for row in runs if "excluded" not in row]
     for row in runs:
         groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
     rows = []

@@ -213,29 +213,39 @@ def semi_structured(data) -> list[tuple] | None:
 
 
 def draw() -> None:
-    """Speed-up over dense by density, one line a grid, one panel a layer: whole steps at the most tokens measured."""
+    """Speed-up over dense by density, one line a grid; one column a layer, one row a number of tokens: whole steps on
+    the device of the newest row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in (RESULTS / f"{BENCH}.jsonl").read_text().splitlines()]
-    speed: dict[str, dict[str, dict[float, float]]] = {}
+    rows = [row for row in rows if row["device"] == rows[-1]["device"] and row["metric"] == "vs_dense"]
+    speed: dict[tuple[str, int], dict[str, dict[float, float]]] = {}
     for row in rows:
         path, grid, layer, tokens, part = row["case"].split()
-        if path == "default" and part == "step" and row["metric"] == "vs_dense" and row["device"] == rows[-1]["device"]:
+        if path == "default" and part == "step":
             name, density = grid.rsplit(":", 1)
-            speed.setdefault(f"{layer}, {tokens} tokens", {}).setdefault(name, {})[float(density)] = row["value"]
-    figure, axes = plt.subplots(1, len(speed), figsize=(4 * len(speed), 3.6), squeeze=False, layout="constrained")
-    for axis, (title, grids) in zip(axes[0], speed.items()):
+            speed.setdefault((layer, int(tokens)), {}).setdefault(name, {})[float(density)] = row["value"]
+    layers, lengths = (sorted({place[axis] for place in speed}) for axis in (0, 1))
+    shape = {"figsize": (3.2 * len(layers), 3.0 * len(lengths) + 0.4), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(lengths), len(layers), sharex=True, sharey=True, **shape)
+    for (layer, tokens), grids in speed.items():
+        axis = axes[lengths.index(tokens)][layers.index(layer)]
         for name, points in grids.items():
-            axis.plot(*zip(*sorted(points.items())), marker="o", label=name)
+            axis.plot(*zip(*sorted(points.items())), marker="o", markersize=3, label=name)
         shares = sorted({density for points in grids.values() for density in points})
         axis.plot(shares, [1 / share for share in shares], "k:", label="all multiplications saved")
-        axis.set(title=title, xlabel="kept share", ylabel="speed-up over dense", yscale="log")
-        axis.legend(fontsize=7)
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.set(title=f"{layer}, {tokens:,} tokens", yscale="log", ylim=(0.4, 4.5))
+        axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        axis.minorticks_off()
+    figure.supxlabel("kept share")
+    figure.supylabel("speed-up over dense")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"masked_linear, forward and backward, {rows[-1]['device']}")
-    figure.savefig(RESULTS / f"{BENCH}.png", dpi=120)
+    figure.savefig(RESULTS / f"{BENCH}.png", dpi=100)
 
 
 if __name__ == "__main__":

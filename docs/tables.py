@@ -16,7 +16,9 @@ METHODS += ("layers", "magnitude", "random")
 KERNELS = tuple(
     f"bench_{op}" for op in ("block_sensitivity", "select_threshold", "gather_kept", "masked_adamw", "masked_linear")
 )
-KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "precision", "seed")
+BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
+KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "learning_rate")
+KEY += ("precision", "accelerator", "seed")
 RUNS = "bench_accuracy_runs"
 NOTHING = "No rows yet."
 
@@ -56,14 +58,25 @@ def task_label(row: dict) -> str:
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
+def _budget(budget: str) -> tuple[int, str]:
+    """For sorting: the usual budgets in their order, then others."""
+    return (BUDGETS.index(budget) if budget in BUDGETS else len(BUDGETS), budget)
+
+
+def length(row: dict) -> tuple[bool, int]:
+    return row.get("accelerator") is not None, row.get("steps", 0)
+
+
 def scores(rows: list[dict]) -> list[dict]:
-    """The accuracy rows, of each task those of its longest runs: shorter ones stand beside the ablations."""
+    """The accuracy rows, of each task those of its longest runs, and where it was run on a GPU those: not a mixture.
+
+    Shorter ones stand beside the ablations."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
-    longest: dict[str, int] = {}
+    longest: dict[str, tuple[bool, int]] = {}
     for row in found:
         task = row["case"].split()[0]
-        longest[task] = max(longest.get(task, 0), row.get("steps", 0))
-    return [row for row in found if row.get("steps", 0) == longest[row["case"].split()[0]]]
+        longest[task] = max(longest.get(task, length(row)), length(row))
+    return [row for row in found if length(row) == longest[row["case"].split()[0]]]
 
 
 def off_budget(row: dict, budget: str) -> str:
@@ -98,7 +111,7 @@ def accuracy(rows: list[dict]) -> str:
     methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
     lines = [
         [*place, controls.get(place[0], "-"), *(cell.get(m, "-") for m in methods), str(most[place])]
-        for place, cell in sorted(cells.items(), key=lambda item: item[0][0].split()[0])
+        for place, cell in sorted(cells.items(), key=lambda item: (item[0][0].split()[0], _budget(item[0][1])))
     ]
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
@@ -115,10 +128,9 @@ def retention(rows: list[dict]) -> str:
             found.setdefault((budget, method), {})[task_label(row)] = min(1.0, row["ratio"])
     places = [name for name in METHODS if any(method == name for _, method in found)]
     order = {name: place for place, name in enumerate(places)}
-    budgets = list(dict.fromkeys(budget for budget, _ in found))
     lines = []
     for (budget, method), tasks in sorted(
-        found.items(), key=lambda item: (budgets.index(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
+        found.items(), key=lambda item: (_budget(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
     ):
         lowest = min(tasks, key=tasks.get)
         same = [found.get((budget, "ours"), {}).get(task) for task in tasks]
@@ -133,7 +145,7 @@ def cost(rows: list[dict]) -> str:
 
     No seconds: the runs shared their machine. Those are for bench_cost to say."""
     lines = []
-    for row in sorted(scores(rows), key=lambda row: row["case"].split()[0]):
+    for row in sorted(scores(rows), key=lambda row: (row["case"].split()[0], _budget(row["case"].split()[1]))):
         _, budget, method = row["case"].split(maxsplit=2)
         if method == "ours" and row.get("dense_steps"):
             share = f"{row['dense_steps'] / row['steps']:.2f}"
@@ -149,20 +161,20 @@ def ablation(rows: list[dict]) -> str:
     for row in rows:
         if row["bench"] == "bench_accuracy_ablation" and "epochs" in row:
             case, _, change = row["case"].partition(", ")
-            where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"))
+            where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"), row.get("accelerator"))
             tried.setdefault(where, {}).setdefault(change, []).append(row)
     lines = []
     for (case, *setting), changes in sorted(tried.items(), key=lambda item: -item[0][1]):  # long runs first
-        same = [row for row in rows if [row.get("epochs"), row.get("precision")] == setting]
+        same = [row for row in rows if [row.get(n) for n in ("epochs", "precision", "accelerator")] == setting]
         scored = [row for row in same if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
         controls = {row["case"].removeprefix(f"{case} "): row for row in scored}
         runs = {(row["case"], row["seed"]): 100 * row["score"] for row in same if row["bench"] == RUNS}
-        length = number(setting[0]) + (f", {setting[1]}" if setting[1] else "")
+        how = ", ".join([number(setting[0]), *(text for text in setting[1:] if text)])
         for name, row in controls.items():
             if " " not in name:
                 what = "**the default recipe**" if name == "ours" else name
                 cells = _cells([row["value"]], row.get("std"), row.get("ratio"), [], row.get("seeds", 1))
-                lines.append([case, length, what, *cells])
+                lines.append([case, how, what, *cells])
         for change, found in sorted(changes.items()):
             values, seeds = [row["value"] for row in found], [row.get("seed") for row in found]
             spread = statistics.stdev(values) if len(values) > 1 else None
@@ -170,7 +182,7 @@ def ablation(rows: list[dict]) -> str:
             dense = [runs.get((f"{task} 100%params dense", row.get("seed")), row["rival_value"]) for row in found]
             ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
             usual = [runs.get((f"{case} ours", seed)) for seed in seeds]
-            lines.append([case, length, change, *_cells(values, spread, ratio, usual, len(values))])
+            lines.append([case, how, change, *_cells(values, spread, ratio, usual, len(values))])
     return markdown(["", "epochs", "", "score", "of dense", "default, same seeds", "seeds"], lines)
 
 
@@ -195,10 +207,30 @@ def grouped(rows: list[dict]) -> str:
 
 
 def kernels(rows: list[dict]) -> str:
-    """What was measured beside a rival; of the masked matmul only the whole steps with half the weight kept."""
+    """What was measured beside a rival; of the masked matmul only whole steps on a CPU with half the weight kept."""
     chosen = [r for r in rows if r["bench"] in KERNELS and r.get("rival")]
-    half = [r for r in chosen if r["case"].endswith(" step") and ":0.5 " in r["case"]]
+    half = [r for r in chosen if r["case"].endswith(" step") and ":0.5 " in r["case"] and " x " in r["device"]]
     return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r in half])
+
+
+def masked(rows: list[dict]) -> str:
+    """The masked matmul on a GPU: a line a grid and pass, a column a kept share; speed-up over dense.
+
+    The median over layers and numbers of tokens, and in brackets the least and the most."""
+    cells: dict[tuple, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["bench"] == "bench_masked_linear" and row["metric"] == "vs_dense" and " x " not in row["device"]:
+            path, grid, _, _, part = row["case"].split()
+            name, kept = grid.rsplit(":", 1)
+            cells.setdefault((name, path, part, row["device"]), {}).setdefault(float(kept), []).append(row["value"])
+    shares = sorted({share for line in cells.values() for share in line}, reverse=True)
+    paths, parts = ["default", "following", "tiles", "bits"], ["step", "fwd", "dX", "dW"]
+    lines = []
+    for key in sorted(cells, key=lambda key: (key[0], paths.index(key[1]), parts.index(key[2]))):
+        found = [cells[key].get(share) for share in shares]
+        texts = [f"{statistics.median(v):.2f} ({min(v):.2f} - {max(v):.2f})" if v else "-" for v in found]
+        lines.append([*key[:3], *texts, str(max(len(v) for v in found if v)), key[3]])
+    return markdown(["grid", "path", "pass", *(f"{share:.0%} kept" for share in shares), "cases", "device"], lines)
 
 
 def speed(rows: list[dict]) -> str:
@@ -224,6 +256,7 @@ TABLES = {
     "retention": retention,
     "cost": cost,
     "kernels": kernels,
+    "masked": masked,
     "speed": speed,
     "ablation": ablation,
     "rank": rank,
