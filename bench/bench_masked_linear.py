@@ -238,9 +238,12 @@ def draw() -> None:
         shares = sorted({density for points in grids.values() for density in points})
         axis.plot(shares, [1 / share for share in shares], "k:", label="all multiplications saved")
         axis.axhline(1, color="0.6", linewidth=0.8)
-        axis.set(title=f"{layer}, {tokens:,} tokens", yscale="log", ylim=(0.4, 4.5))
+        axis.set_title(f"{layer}, {tokens:,} tokens", fontsize=9)
+        axis.set(yscale="log", ylim=(0.4, 4.5))
         axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
         axis.minorticks_off()
+    for axis in [axis for axis in axes.flatten() if not axis.lines]:
+        axis.set_visible(False)
     figure.supxlabel("kept share")
     figure.supylabel("speed-up over dense")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

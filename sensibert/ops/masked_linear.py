@@ -18,7 +18,7 @@ from ..artifacts import Grid
 from . import masked_linear_path as paths
 from .masked_linear_bits import column_bits, row_bits
 from .masked_linear_dweight import block_list
-from .masked_linear_live import Live, blank, live, places, published, remember, wide_bits
+from .masked_linear_live import ALIGN, Live, blank, live, places, published, remember, wide_bits
 from .masked_linear_tiles import column_tile_list, tile_list
 from .take_columns import DTYPES
 
@@ -75,10 +75,12 @@ def _forward(x, weight, bias, keep, block_rows, block_cols):
         return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, at, x.dtype), bias, bits, False)
     rows, few = kept.rows, _gather(_flat(x), "cols", at)
     if path == "shadow":
-        y = F.linear(few, _masked("fwd", weight, at, x.dtype), bias)
+        y = F.linear(few, _aligned(_masked("fwd", weight, at, x.dtype), None, few.shape[1]), bias)
     else:
-        y = F.linear(few, _compact(path, weight, at, x.dtype), bias if rows is None or bias is None else bias[rows])
-        y = _spread(y, "rows", at, bias)  # a dropped row of W still has its bias
+        w = _compact(path, weight, at, x.dtype)
+        w = _aligned(w, None if rows is None else _width(x, len(w)), few.shape[1])
+        some = bias if rows is None or bias is None else F.pad(bias[rows], (0, len(w) - len(rows)))
+        y = _spread(F.linear(few, w, some), "rows", at, bias)  # a dropped row of W still has its bias
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -93,9 +95,11 @@ def _dx(dy, weight, keep, block_rows, block_cols):
         return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, at, dy.dtype), None, bits, True)
     few = _gather(_flat(dy), "rows", at)
     if path == "shadow":
-        dx = few @ _masked("dx", weight, at, dy.dtype)
+        dx = few @ _aligned(_masked("dx", weight, at, dy.dtype), few.shape[1], None)
     else:
-        dx = _spread(few @ _compact(path, weight, at, dy.dtype), "cols", at)
+        w = _compact(path, weight, at, dy.dtype)
+        w = _aligned(w, few.shape[1], None if kept.cols is None else _width(dy, w.shape[1]))
+        dx = _spread(few @ w, "cols", at)
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
@@ -107,8 +111,9 @@ def _dweight(dy, x, keep, block_rows, block_cols):
         return ops.masked_linear_tiles_dweight(dy, x, *remember(block_list, *at))
     if path == "shadow":
         return blank(_flat(dy).T @ _flat(x), wide_bits("dw", *at), in_place=True)
-    dweight = blank(_gather(_flat(dy), "rows", at).T @ _gather(_flat(x), "cols", at), bits, in_place=True)
-    dweight = _spread(dweight, "cols", at)
+    dweight = _gather(_flat(dy), "rows", at).T @ _gather(_flat(x), "cols", at)
+    n, k = (size if index is None else len(index) for index, size in ((rows, at[2]), (cols, at[3])))
+    dweight = _spread(blank(dweight[:n, :k], bits, in_place=True), "cols", at)
     return dweight if rows is None else dweight.new_zeros(at[2:]).index_copy_(0, rows, dweight)
 
 
@@ -171,8 +176,19 @@ def _takes(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in DTYPES and has_kernel("sensibert::take_columns", "CUDA")
 
 
+def _width(like: Tensor, size: int) -> int:
+    """Of a compact axis with so many entries: up to the next multiple of ALIGN where take_columns fills up with 0."""
+    return size + -size % ALIGN if _takes(like.device.type, like.dtype) else size
+
+
+def _aligned(w: Tensor, num_rows: int | None, num_cols: int | None) -> Tensor:
+    """w with rows and columns of 0 behind it, up to these numbers; None: as it is."""
+    below, behind = (0 if size is None else size - have for size, have in zip((num_rows, num_cols), w.shape))
+    return F.pad(w, (0, behind, 0, below)) if below or behind else w
+
+
 def _gather(t: Tensor, axis: str, at: At) -> Tensor:
-    """t [M, size of the axis of W, "rows" or "cols"] -> [M, what is kept of it]."""
+    """t [M, size of the axis of W, "rows" or "cols"] -> [M, what is kept of it, aligned]."""
     index = getattr(live(*at), axis)
     if index is None or not _takes(t.device.type, t.dtype):
         return _take(t, index)
@@ -180,7 +196,7 @@ def _gather(t: Tensor, axis: str, at: At) -> Tensor:
 
 
 def _spread(t: Tensor, axis: str, at: At, fill: Tensor | None = None) -> Tensor:
-    """t [M, what is kept of the axis] -> [M, its size], in between fill [size] or 0."""
+    """t [M, what is kept of the axis, aligned or not] -> [M, its size], in between fill [size] or 0."""
     index, size = getattr(live(*at), axis), at[2] if axis == "rows" else at[3]
     if index is None:
         return t

@@ -1,5 +1,7 @@
 """y = x (W * keep)^T + b: values and gradients against float64, poison in what is dropped, registration, messages."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from sensibert.ops.masked_linear import force, masked_linear, reference
 from tests.helpers import DTYPES, assert_no_worse, dtype_id
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
+module = sys.modules["sensibert.ops.masked_linear"]  # as an attribute of its package that name is the function
 OPS = torch.ops.sensibert
 GRIDS = [Grid.element(), Grid.row(), Grid.column(), Grid.rows(8), Grid.columns(8), Grid.block(16, 8), Grid.tensor()]
 SHAPES = [
@@ -67,6 +70,23 @@ def test_every_path_gives_the_same(path, grid, device):
         ours = run(masked_linear, *args)
     for name in exact:
         assert_no_worse(ours[name], plain[name], exact[name], factor=2, label=name)
+
+
+@pytest.mark.parametrize("path", ["compact", "shadow"])
+@pytest.mark.parametrize("grid", [Grid.row(), Grid.column(), Grid.rows(4), Grid.element(), Grid.tensor()], ids=str)
+def test_columns_are_taken_by_the_op_and_filled_up_to_whole_words(grid, path, monkeypatch):
+    """As on a GPU: what take_columns fills up with 0 changes nothing, and NaN in what is dropped stays there."""
+    args = make_inputs((9,), 26, 42, grid, kept=0.05 if grid == Grid.element() else 0.4)
+    exact, plain = run(formula, *f64(args)), run(formula, *args)
+    called, take = [], OPS.take_columns
+    monkeypatch.setattr(module, "_takes", lambda device_type, dtype: True)
+    monkeypatch.setattr(OPS, "take_columns", lambda *given: called.append(given[1]) or take(*given))
+    x, weight, bias, keep, _ = args
+    with force(path):
+        ours = run(masked_linear, x, weight.masked_fill(~grid.expand(keep, 42, 26), torch.nan), bias, keep, grid)
+    for name in exact:
+        assert_no_worse(ours[name], plain[name], exact[name], factor=2, label=name)
+    assert called and all(len(index) % 8 == 0 or len(index) in (26, 42) for index in called)
 
 
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.row(), Grid.column(), Grid.block(2, 3)], ids=str)
