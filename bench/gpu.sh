@@ -21,19 +21,27 @@ build() {
   stage build pip install --quiet --no-build-isolation --no-deps --editable .
   stage status python -c "from sensibert import _native; print(_native.status()); assert _native.available"
 }
-test() {
-  stage test python -m pytest -m gpu -q
+test() {  # a process a file: an illegal access ends the context of its process. Exit 5: no test for a GPU in it
+  for file in tests/test_optim.py tests/nn/test_*.py tests/ops/test_*.py; do
+    stage "$(basename "$file" .py)" bash -c "python -m pytest $file -m gpu -q --tb=short || [ \$? -eq 5 ]"
+  done
 }
-sanitize() {  # small kernels only: the sanitizers slow a kernel down a hundredfold
-  for tool in memcheck racecheck; do
-    stage "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest tests/ops -m gpu -q -x \
-      -k "not whole and not beyond and not capture"
+sanitize() {  # our kernels alone, at small sizes: a kernel is a hundred times slower under a sanitizer
+  local small="not whole and not model and not more_than and not captur and not reaches and not 16384"
+  for op in block_sensitivity gather_kept take_columns masked_adamw select_threshold masked_linear_{tiles,bits,dweight}; do
+    stage "memcheck_$op" timeout 120 compute-sanitizer --kernel-name kns=sensibert --tool memcheck --error-exitcode 1 \
+      python -m pytest "tests/ops/test_$op.py" -m gpu -q -k "$small"
+  done
+  # racecheck of CUDA 13.0 fails inside itself on kernels with setmaxnreg: not the wgmma kernels
+  for op in block_sensitivity gather_kept take_columns masked_adamw select_threshold; do
+    stage "racecheck_$op" timeout 120 compute-sanitizer --kernel-name kns=sensibert --tool racecheck --error-exitcode 1 \
+      python -m pytest "tests/ops/test_$op.py" -m gpu -q -k "$small"
   done
 }
 bench() {  # no number from a red run
   [ $failed -eq 0 ] || { echo "bench: skipped, something above failed" | tee -a "$OUT/stages.txt"; return; }
-  for name in block_sensitivity select_threshold gather_kept masked_adamw masked_linear; do
-    stage "bench_$name" python -m pytest "bench/bench_$name.py" --benchmark-only -q
+  for name in block_sensitivity select_threshold gather_kept take_columns masked_adamw masked_linear; do
+    stage "bench_$name" python -m pytest "bench/bench_$name.py" --benchmark-only -q -o python_files='bench_*.py'
   done
   stage bench_forward python bench/bench_forward.py
   cp bench/results/*.jsonl "$OUT"/

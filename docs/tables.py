@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
 KERNELS = tuple(
-    f"bench_{op}" for op in ("block_sensitivity", "select_threshold", "gather_kept", "masked_adamw", "masked_linear")
+    f"bench_{op}"
+    for op in ("block_sensitivity", "select_threshold", "gather_kept", "take_columns", "masked_adamw", "masked_linear")
 )
 BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
 KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "learning_rate")

