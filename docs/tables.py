@@ -1,4 +1,4 @@
-"""bench/results/*.jsonl -> the tables of README.md and method.md, between their markers. Use: make readme
+"""bench/results/*.jsonl -> the tables of README.md, method.md and kernels.md, between their markers. Use: make readme
 
 One row of a file is one measurement; a later row of the same bench, case, metric, rival and device replaces an earlier.
 Nothing is typed by hand, and a table without rows says so.
@@ -142,16 +142,17 @@ def retention(rows: list[dict]) -> str:
 
 
 def cost(rows: list[dict]) -> str:
-    """One line a task and budget: how many steps of the dense model have the FLOPs of a run of `ours`, all in all.
+    """One line a budget: what part of the FLOPs of a dense run a run of `ours` costs, all in all; least and most of
+    the tasks.
 
     No seconds: the runs shared their machine. Those are for bench_cost to say."""
-    lines = []
-    for row in sorted(scores(rows), key=lambda row: (row["case"].split()[0], _budget(row["case"].split()[1]))):
+    found: dict[str, list[float]] = {}
+    for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
         if method == "ours" and row.get("dense_steps"):
-            share = f"{row['dense_steps'] / row['steps']:.2f}"
-            lines.append([task_label(row), budget, number(row["steps"]), number(row["dense_steps"]), share])
-    return markdown(["task", "budget", "steps", "worth in dense steps", "share"], lines)
+            found.setdefault(budget, []).append(row["dense_steps"] / row["steps"])
+    lines = [[b, f"{min(found[b]):.2f} - {max(found[b]):.2f}", str(len(found[b]))] for b in sorted(found, key=_budget)]
+    return markdown(["budget", "steps of the dense model a step", "tasks"], lines)
 
 
 def ablation(rows: list[dict]) -> str:
@@ -214,6 +215,13 @@ def kernels(rows: list[dict]) -> str:
     return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r in half])
 
 
+def headline(rows: list[dict]) -> str:
+    """The ops on a GPU at the size of BERT-base: one line each, the whole table is in kernels.md."""
+    chosen = [row for row in rows if row["bench"] in KERNELS and row["metric"] == "us" and " x " not in row["device"]]
+    chosen = [row for row in chosen if row["case"] in ("bert-base", "85M") and row.get("rival")]
+    return grouped([row for row in chosen if not row["rival"].startswith(("one call", "copy"))])
+
+
 def masked(rows: list[dict]) -> str:
     """The masked matmul on a GPU: a line a grid and pass, a column a kept share; speed-up over dense.
 
@@ -257,6 +265,7 @@ TABLES = {
     "retention": retention,
     "cost": cost,
     "kernels": kernels,
+    "headline": headline,
     "masked": masked,
     "speed": speed,
     "ablation": ablation,
@@ -275,5 +284,5 @@ def fill(text: str, rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     measured = load(ROOT / "bench" / "results")
-    for page in (ROOT / "README.md", ROOT / "docs" / "method.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in ("method.md", "kernels.md"))):
         page.write_text(fill(page.read_text(encoding="utf-8"), measured), encoding="utf-8")

@@ -60,7 +60,8 @@ def built() -> frozenset[str]:
 
 
 # Of one H200 in bf16, by bench_masked_linear: what decides is how they stand to each other, which other cards share.
-FLOP_PER_US, BYTES_PER_US, LAUNCH_US = 620e6, 3.3e6, 2.5
+FLOP_PER_US, BYTES_PER_US, LAUNCH_US = 620e6, 3.4e6, 2.5
+TAKE_US = 4.5  # a launch of take_columns, which waits for its index first
 
 
 def estimate(path: str, problem: Problem) -> float:
@@ -70,7 +71,7 @@ def estimate(path: str, problem: Problem) -> float:
     if path == "bits":
         return 1.03 * dense
     if path == "tiles" and problem.part == "dw":  # what it hands from one part of the tokens to the next stays
-        return (0.17 + 1.1 * problem.density) * dense + 14
+        return (0.17 + 1.1 * problem.density) * dense + 18
     if path == "tiles":  # a product of 64 columns does half of what one of 192 does
         return (0.5 + 1.05 * problem.density) * dense + LAUNCH_US
     if path == "dense":
@@ -79,18 +80,18 @@ def estimate(path: str, problem: Problem) -> float:
     def moved(*rows_cols: tuple[float, float]) -> float:
         return LAUNCH_US + size * sum(rows * cols for rows, cols in rows_cols) / BYTES_PER_US
 
+    def taken(full: float, few: float) -> float:
+        return TAKE_US + size * M * (full + few) / BYTES_PER_US if few < full else 0.0
+
     n, k = problem.row_share * N, problem.share / problem.row_share * K if problem.row_share else 0.0
-    spread = path == "compact"  # else the output is at full size
-    wide, narrow, result = {"fwd": (K, k, (N, n)), "dx": (N, n, (K, k)), "dw": (0, 0, (K, k))}[problem.part]
+    if problem.part == "dw" and path == "shadow":
+        return dense + moved((N, K), (N, K), (N, K))
     if problem.part == "dw":
-        if not spread:
-            return dense + moved((N, K), (N, K), (N, K))
-        gathered = sum(moved((M, full), (M, left)) for full, left in ((N, n), (K, k)) if left < full)
-        return problem.share * dense + gathered + moved((N, K), (n, k))
-    share = narrow / wide * (result[1] / result[0] if spread else 1.0)
-    total = share * dense + (moved((M, wide), (M, narrow)) if narrow < wide else 0.0)
-    if spread and result[1] < result[0]:
-        total += moved((M, result[0]), (M, result[1]))
+        return problem.share * dense + taken(N, n) + taken(K, k) + LAUNCH_US + moved((N, K), (n, k))
+    read, written = ((K, k), (N, n)) if problem.part == "fwd" else ((N, n), (K, k))
+    spread = path == "compact"  # else what it gives comes at full size
+    share = read[1] / read[0] * (written[1] / written[0] if spread else 1.0)
+    total = share * dense + taken(*read) + (taken(*written) if spread else 0.0)
     ready = problem.published and (spread or problem.share == 1)
     return total + (0.0 if ready else moved((N, K), (n, k), (n, k)))
 
