@@ -155,3 +155,9 @@ def test_only_runs_of_one_setting_are_averaged_and_compared():
     assert scores["toy 50%params ours", 10] == (10, None)
     (row,) = [r for r in bench.summarize([dense, run_row()]) if r["case"].endswith("ours") and r["metric"] == "score"]
     assert (row["value"], row["rival_value"], row["ratio"], row["seeds"]) == (50, 80, 0.625, 1)
+
+
+def test_runs_that_are_excluded_with_a_reason_count_nowhere():
+    bad = run_row(1, score=0.9) | {"excluded": "its dense run did not learn"}
+    (row,) = [r for r in bench.summarize([run_row(), bad]) if r["metric"] == "score"]
+    assert (row["value"], row["seeds"]) == (50, 1)

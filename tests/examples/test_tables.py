@@ -105,11 +105,42 @@ def test_the_cost_of_ours_is_told_in_dense_steps(tables, tmp_path):
     rows = tables.load(
         write(
             tmp_path,
+            row("bench_accuracy", "mrpc 30%params ours", 80, "score", steps=300, dense_steps=150),
             row("bench_accuracy", "mrpc 50%params ours", 80, "score", steps=300, dense_steps=200.4),
+            row("bench_accuracy", "qnli 50%params ours", 80, "score", steps=100, dense_steps=70),
             row("bench_accuracy", "mrpc 50%params random", 80, "score", steps=300, dense_steps=190),
         )
     )
-    assert tables.cost(rows).splitlines()[2:] == ["| mrpc | 50%params | 300 | 200.4 | 0.67 |"]
+    wanted = ["| 50%params | 0.67 - 0.70 | 2 |", "| 30%params | 0.50 - 0.50 | 1 |"]
+    assert tables.cost(rows).splitlines()[2:] == wanted
+
+
+def test_runs_on_a_gpu_stand_in_for_longer_ones_on_a_cpu_and_budgets_come_largest_first(tables, tmp_path):
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "qnli 30%params ours", 80, "score", steps=100, accelerator="cuda"),
+            row("bench_accuracy", "qnli 50%params ours", 82, "score", steps=100, accelerator="cuda"),
+            row("bench_accuracy", "qnli 50%params ours", 83, "score", steps=200),
+        )
+    )
+    assert tables.accuracy(rows).splitlines()[2:] == [
+        "| qnli | 50%params | - | 82.00 | 1 |",
+        "| qnli | 30%params | - | 80.00 | 1 |",
+    ]
+
+
+def test_the_masked_matmul_is_told_by_median_and_range(tables, tmp_path):
+    def one(layer, value, part="fwd", device="NVIDIA H200"):
+        case = f"default row:0.5 bert-base.{layer} 4096 {part}"
+        return row("bench_masked_linear", case, value, "vs_dense", device=device)
+
+    rows = [one("up", 1.0), one("down", 2.0), one("attention", 1.25), one("up", 3.0, device="a CPU x 1")]
+    assert tables.masked(tables.load(write(tmp_path, *rows))).splitlines() == [
+        "| grid | path | pass | 50% kept | cases | device |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| row | default | fwd | 1.25 (1.00 - 2.00) | 3 | NVIDIA H200 |",
+    ]
 
 
 def test_an_ablation_stands_beside_the_default_and_the_dense_run_of_its_own_seeds(tables, tmp_path):

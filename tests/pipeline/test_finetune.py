@@ -10,7 +10,7 @@ from sensibert.checkpoints import MANIFEST
 from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
 from sensibert.models import base_of
-from sensibert.models.evaluating import SHORT
+from sensibert.models.evaluating import SHORT, quick_attention
 from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
@@ -163,6 +163,13 @@ def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
         TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows())
+
+
+def test_a_gpu_is_not_asked_for_plans_that_each_new_shape_would_need():
+    with quick_attention(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("tokens, bf16, fused", [(SHORT, True, False), (SHORT + 1, True, True), (SHORT, False, True)])
