@@ -31,7 +31,7 @@ from rivals import RIVALS, Layers
 from sensibert.checkpoints import partial_folder
 from sensibert.options import AVERAGE, PRECISIONS, SNAPSHOT, Options
 from sensibert.recipe import finetune_and_trim
-from sensibert.schedule import Schedule
+from sensibert.schedule import RECOVERIES, Schedule
 from sensibert.steps import evaluate_folder
 from sensibert.tasks import get_task, load_examples
 
@@ -40,11 +40,11 @@ ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
 # What runs must share to be compared. The machine too: a GPU draws other dropout.
-SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator", "recovery")
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
-AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout", "search"}
+AFTER_THE_CUT |= {"milestones", "rewarm", "recovery", "recover_peak", "recover_dropout", "search"}
 # The same where the run is its own teacher.
 TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
@@ -107,7 +107,7 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
     """The KEY entries of a run, as they go into its row; what was left at its default stays out."""
     row = {"task": arguments.task, "budget": budget, "method": method, "seed": seed}
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
-    optional = ("train_rows", "max_steps", "override")
+    optional = ("train_rows", "max_steps", "override", *(("recovery",) if method != "dense" else ()))
     row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
     row |= {"precision": arguments.precision} if arguments.precision != Options.precision else {}
     return row | ({"accelerator": DEVICE} if DEVICE != "cpu" else {})
@@ -119,7 +119,7 @@ def before_the_cut(override: dict) -> dict:
 
 
 def folder_name(asked: dict, override: dict, *more: str) -> str:
-    setting = {name: asked[name] for name in SETTING if name in asked} | override
+    setting = {name: asked[name] for name in SETTING if name in asked and name != "recovery"} | override
     parts = (asked["task"], asked["seed"], *(f"{name}={value}" for name, value in sorted(setting.items())), *more)
     return "-".join(map(str, parts)).replace("/", "_")
 
@@ -130,9 +130,9 @@ def options_of(asked: dict, **usual) -> Options:
     settings = {"method": "dense"} if method == "dense" else {"budget": asked["budget"], **OURS.get(method, {})}
     settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
     settings |= asked.get("override", {})
-    shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
     settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked}
     settings = {name: value for name, value in settings.items() if name not in ("train_rows", "accelerator")}
+    shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
     return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
 
 
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     if "train_rows" in asked:
         train = subset(train, asked["train_rows"], work)
     warm = work / folder_name(asked, before_the_cut(override), "warm")
-    output = work / folder_name(asked, override, asked["budget"], method)
+    output = work / folder_name(asked, override, asked["budget"], method, *filter(None, [asked.get("recovery")]))
     trims, branch, rival = method != "dense", warm.exists(), RIVALS[method]() if method in RIVALS else None
     partial = partial_folder(output)
     if isinstance(rival, Layers):
@@ -189,7 +189,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
 
 def _control(row: dict, runs: list[dict]) -> float | None:
     """The dense score in percent with the same seed and setting."""
-    wanted = identity({**row, "budget": "100%params", "method": "dense", "override": None})
+    wanted = identity({**row, "budget": "100%params", "method": "dense", "override": None, "recovery": None})
     return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
 
 
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision, help="scores are always in fp32")
+    parser.add_argument("--recovery", choices=RECOVERIES, help="of all methods; else what the task wants")
     parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")
     parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])
     parser.add_argument("--work", default="/tmp/bench_accuracy", help="folder for the runs' files")

@@ -16,7 +16,9 @@ LEAST_SPAN = 4.0  # points of score a panel shows
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
-    """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only."""
+    """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only.
+
+    A task that was run with several budgets only with another than its default recovery has its panel of that."""
     found: dict[str, dict[str, list]] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
@@ -24,7 +26,12 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
             share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
             point = (share, row["value"], row.get("std") or 0.0)
             found.setdefault(task_label(row), {}).setdefault(method, []).append(point)
-    return {task: {method: sorted(points) for method, points in found[task].items()} for task in sorted(found)}
+    for task in [task for task in found if " (recovery" in task]:
+        usual = found.get(task.split()[0], {})
+        found[task].setdefault("dense", usual.get("dense", []))  # it has no recovery to choose
+        if all(len(points) == 1 for points in usual.values()):
+            found.pop(task.split()[0], None)
+    return {task: {m: sorted(points) for m, points in found[task].items()} for task in sorted(found)}
 
 
 def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:

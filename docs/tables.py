@@ -19,7 +19,7 @@ KERNELS = tuple(
 )
 BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
 KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "learning_rate")
-KEY += ("precision", "accelerator", "seed")
+KEY += ("precision", "accelerator", "recovery", "seed")
 RUNS = "bench_accuracy_runs"
 NOTHING = "No rows yet."
 
@@ -56,6 +56,7 @@ def task_label(row: dict) -> str:
     """The task of an accuracy row, and how much of it was trained on where that was not all."""
     parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
     parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
+    parts += [f"recovery {row['recovery']}"] if row.get("recovery") else []
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -94,7 +95,8 @@ def accuracy(rows: list[dict]) -> str:
     A cell with fewer seeds than its line says so."""
     most: dict[tuple[str, str], int] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    controls: dict[str, str] = {}
+    controls: dict[str, str] = {}  # a dense run has no recovery to choose
+    control: dict[str, str] = {}
     for row in scores(rows):
         place = task_label(row), row["case"].split()[1]
         most[place] = max(most.get(place, 1), row.get("seeds", 1))
@@ -102,6 +104,7 @@ def accuracy(rows: list[dict]) -> str:
         _, budget, method = row["case"].split(maxsplit=2)
         task, seeds = task_label(row), row.get("seeds", 1)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
+        control[task] = task_label({**row, "recovery": None})
         if method == "dense":
             controls[task] = text
             continue
@@ -110,9 +113,11 @@ def accuracy(rows: list[dict]) -> str:
         cells.setdefault((task, budget), {})[method] = text
     found = {name for cell in cells.values() for name in cell}
     methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
+    labels = [label for label, _ in cells]
+    order = sorted(cells, key=lambda at: (at[0].split()[0], labels.index(at[0]), _budget(at[1])))
     lines = [
-        [*place, controls.get(place[0], "-"), *(cell.get(m, "-") for m in methods), str(most[place])]
-        for place, cell in sorted(cells.items(), key=lambda item: (item[0][0].split()[0], _budget(item[0][1])))
+        [*at, controls.get(control[at[0]], "-"), *(cells[at].get(m, "-") for m in methods), str(most[at])]
+        for at in order
     ]
     return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
 
@@ -121,7 +126,8 @@ def retention(rows: list[dict]) -> str:
     """One line a budget and method: what share of the dense score stays, mean over tasks, and where it is lowest.
 
     What a task has above the dense score does not make up for another: it counts as 100 %. Not every method was run on
-    every task, so `ours` stands beside each on the same ones."""
+    every task, so `ours` stands beside each on the same ones, with the same recovery. In the line of `ours` a task
+    counts with its default recovery, where that was run."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
@@ -133,6 +139,9 @@ def retention(rows: list[dict]) -> str:
     for (budget, method), tasks in sorted(
         found.items(), key=lambda item: (_budget(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
     ):
+        if method == "ours":
+            other = [name for name in tasks if " (recovery" in name and name.split()[0] in tasks]
+            tasks = {name: share for name, share in tasks.items() if name not in other}
         lowest = min(tasks, key=tasks.get)
         same = [found.get((budget, "ours"), {}).get(task) for task in tasks]
         ours = percent(statistics.mean(same)) if method != "ours" and None not in same else "-"

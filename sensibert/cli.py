@@ -149,12 +149,17 @@ def finetune(
     milestones: Annotated[int, typer.Option(help="Cuts the cubic takes.")] = _SHAPE.milestones,
     warmup: Annotated[float, typer.Option(help="Share of the steps of learning-rate warm-up.")] = _SHAPE.warmup,
     rewarm: Annotated[float, typer.Option(help="The same after the last cut.")] = _SHAPE.rewarm,
-    recover_peak: Annotated[float, typer.Option(help="Peak after the last cut, times the learning rate.")] = (
-        _SHAPE.recover_peak
-    ),
-    recover_dropout: Annotated[float, typer.Option(help="The model's dropout after the last cut.")] = (
-        _SHAPE.recover_dropout
-    ),
+    recovery: Annotated[
+        str | None,
+        typer.Option(
+            help="After the last cut. lifted: to 1.6 times the learning rate, no dropout; plain: both stay.",
+            show_default="plain for question answering, else lifted",
+        ),
+    ] = None,
+    recover_peak: Annotated[
+        float | None, typer.Option(help="Another peak after the last cut, times the learning rate.")
+    ] = None,
+    recover_dropout: Annotated[float | None, typer.Option(help="Another dropout after the last cut.")] = None,
     compensate: Annotated[
         bool | None,
         typer.Option(

@@ -207,9 +207,11 @@ class TrimCallback(TrainerCallback):
         return total / rows
 
     def _recover(self, model: nn.Module) -> None:
-        self._dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
-        for module, _ in self._dropout:
-            module.p = self.schedule.recover_dropout
+        p = self.schedule.dropout()
+        found = [module for module in model.modules() if isinstance(module, nn.Dropout)] if p is not None else []
+        self._dropout = [(module, module.p) for module in found]
+        for module in found:
+            module.p = p
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
@@ -299,6 +301,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
+    options = replace(options, schedule=options.schedule.for_task(data.task.recovery))
     set_seed(options.seed)
     model = load_model(options.model, data)
     autocast = options.autocast()

@@ -1,26 +1,30 @@
 """When a run trims, and how fast it learns: pure functions of the step. Fractions are of all steps of the run.
 
 A  dense warm-up until `warm_share` · B analysis · C trim, at once or along a cubic over `trim_share` · D recover at a
-fixed structure, the learning rate re-warmed and then linear to 0.
+fixed structure, linear to 0, after another warm-up (`lifted`) or from where the rate was (`plain`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import SensibertError
 
 SHAPES = ("oneshot", "cubic")
+RECOVERIES = ("lifted", "plain")
+LIFTED_PEAK = 1.6
 
 
 @dataclass(frozen=True)
 class Schedule:
     """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
 
-    warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut, where it
-    reaches recover_peak times the peak. recover_dropout: the model's dropout from then on. distil_until: the share of
-    the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
+    warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut. recovery:
+    from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: from the rate that it was, with the
+    model's dropout; None: what the task wants (`for_task`), lifted if nobody says. recover_peak (times the peak) and
+    recover_dropout: other values than those. distil_until: the share of the recovery in which a teacher's weight falls
+    linearly to 0; None: it stays."""
 
     shape: str = "oneshot"
     warm_share: float = 1 / 3
@@ -28,24 +32,37 @@ class Schedule:
     milestones: int = 6
     warmup: float = 0.06
     rewarm: float = 0.03
-    recover_peak: float = 1.6
-    recover_dropout: float = 0.0
+    recovery: str | None = None
+    recover_peak: float | None = None
+    recover_dropout: float | None = None
     distil_until: float | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise SensibertError(f"schedule: shape is {self.shape!r}, want one of {', '.join(SHAPES)}")
+        if self.recovery not in (*RECOVERIES, None):
+            raise SensibertError(f"schedule: recovery is {self.recovery!r}, want one of {', '.join(RECOVERIES)}")
         for name in ("warm_share", "trim_share", "warmup", "rewarm", "recover_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise SensibertError(f"schedule: {name} is {getattr(self, name)}, want a fraction in [0, 1)")
         if self.warm_share + (self.trim_share if self.shape == "cubic" else 0) >= 1:
             raise SensibertError("schedule: warm_share + trim_share leave no steps to recover, want a sum below 1")
         if self.milestones < 1:
             raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
-        if not self.recover_peak > 0:
+        if self.recover_peak is not None and not self.recover_peak > 0:
             raise SensibertError(f"schedule: recover_peak is {self.recover_peak}, want more than 0")
         if self.distil_until is not None and not 0 < self.distil_until <= 1:
             raise SensibertError(f"schedule: distil_until is {self.distil_until}, want a fraction in (0, 1]")
+
+    def for_task(self, recovery: str) -> Schedule:
+        """With the task's recovery where none was asked for."""
+        return replace(self, recovery=self.recovery or recovery)
+
+    def dropout(self) -> float | None:
+        """The dropout after the last cut; None: the model's own."""
+        if self.recover_dropout is None and self.recovery == "plain":
+            return None
+        return self.recover_dropout or 0.0
 
     def cuts(self, total: int) -> dict[int, float]:
         """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
@@ -84,8 +101,9 @@ class Schedule:
                 return line(step, total)
             again = max(1, round(self.rewarm * total))
             begin = line(last, total)
+            peak = self.recover_peak or (begin if self.recovery == "plain" else LIFTED_PEAK)
             if step < last + again:
-                return begin + (self.recover_peak - begin) * (step - last + 1) / again
-            return self.recover_peak * max(0.0, (total - step) / max(1, total - last - again))
+                return begin + (peak - begin) * (step - last + 1) / again
+            return peak * max(0.0, (total - step) / max(1, total - last - again))
 
         return factor

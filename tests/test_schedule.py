@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensibert.errors import SensibertError
-from sensibert.schedule import Schedule
+from sensibert.schedule import LIFTED_PEAK, Schedule
+from sensibert.tasks.table import TASKS
 
 
 def test_oneshot_cuts_once_after_the_warm_share():
@@ -50,6 +51,22 @@ def test_the_rate_warms_up_falls_and_re_warms_after_the_last_cut():
     assert factors[100] == 0
 
 
+def test_a_plain_recovery_goes_on_where_the_rate_was_and_keeps_the_dropout():
+    usual, plain = Schedule(warm_share=0.4, rewarm=0.05), Schedule(warm_share=0.4, rewarm=0.05, recovery="plain")
+    rates = [plain.lr()(step, 100) for step in range(40, 101)]
+    assert rates == pytest.approx([0.6] * 5 + [0.6 * n / 55 for n in range(55, -1, -1)])
+    assert max(usual.lr()(step, 100) for step in range(40, 101)) == LIFTED_PEAK
+    assert (usual.dropout(), plain.dropout()) == (0.0, None)
+    own = Schedule(recovery="plain", recover_peak=1.2, recover_dropout=0.3)
+    assert own.dropout() == 0.3 and max(own.lr()(step, 90) for step in range(30, 91)) == pytest.approx(1.2)
+
+
+def test_the_task_says_how_to_recover_unless_the_user_does():
+    assert Schedule().for_task("plain").recovery == "plain"
+    assert Schedule(recovery="lifted").for_task("plain").recovery == "lifted"
+    assert [task.recovery for task in TASKS.values()] == ["lifted", "lifted", "plain", "lifted"]
+
+
 def test_the_dense_control_has_one_line():
     lr = Schedule(warmup=0.1).lr(dense=True)
     assert [lr(step, 100) for step in (0, 9, 10, 50, 100)] == pytest.approx([0.1, 1, 0.9, 0.5, 0])
@@ -66,7 +83,7 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
     schedule = Schedule(shape, warm_share=warm)
     last, lr = max(schedule.cuts(total)), schedule.lr()
     for step in range(total + 1):
-        assert 0 <= lr(step, total) <= (1 if step < last else max(1, schedule.recover_peak)) + 1e-9
+        assert 0 <= lr(step, total) <= (1 if step < last else max(1, LIFTED_PEAK)) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -78,6 +95,7 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
         ({"warmup": float("nan")}, "warmup is nan"),
         ({"shape": "cubic", "warm_share": 0.8, "trim_share": 0.3}, "leave no steps to recover"),
         ({"milestones": 0}, "milestones is 0, want at least 1"),
+        ({"recovery": "fast"}, "recovery is 'fast', want one of lifted, plain"),
         ({"recover_peak": 0}, "recover_peak is 0, want more than 0"),
         ({"recover_dropout": 1.0}, "recover_dropout is 1.0, want a fraction"),
     ],

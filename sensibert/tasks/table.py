@@ -9,7 +9,8 @@ from ..errors import SensibertError
 
 @dataclass(frozen=True)
 class Task:
-    """input_columns: the sets of columns looked for, in this order; label_columns likewise."""
+    """input_columns: the sets of columns looked for, in this order; label_columns likewise. recovery: of `Schedule`,
+    where none is asked for (the rows in docs/method.md)."""
 
     name: str
     auto_class_name: str
@@ -17,6 +18,7 @@ class Task:
     label_columns: tuple[str, ...]
     main_metric: str
     max_length: int = 128
+    recovery: str = "lifted"
 
 
 SENTENCES = (
@@ -35,7 +37,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, ("label",), "accuracy"),
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
-        Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", max_length=384),
+        Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "plain"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
     )
 }
