@@ -23,6 +23,7 @@ from sensibert.recipe import TrimCallback, finetune_and_trim
 from sensibert.schedule import Schedule
 from sensibert.tasks import TaskData, load_examples
 from tests import runs
+from tests.helpers import tiny_model
 from tests.runs import RESULT_KEYS
 
 
@@ -268,6 +269,18 @@ def test_a_search_measures_the_loss_of_the_cut_it_would_make(here, tmp_path, mon
     with torch.no_grad():
         losses = [(len(row["labels"]), float(after[0].eval()(**row).loss)) for row in rows]
     assert sum(n * loss for n, loss in losses) / sum(n for n, _ in losses) == pytest.approx(lowest, rel=1e-4)
+
+
+@pytest.mark.parametrize("recovery, after", [(None, 0.0), ("lifted", 0.0), ("plain", 0.25)])
+def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
+    model = tiny_model(hidden_dropout_prob=0.25)
+    callback = TrimCallback(schedule=Schedule(recovery=recovery))
+    callback.cuts = {1: 1.0}
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    callback._recover(model)
+    assert dropouts and {module.p for module in dropouts} == {after}
+    callback.on_train_end(None, None, None)
+    assert {module.p for module in dropouts} == {0.25}
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):
