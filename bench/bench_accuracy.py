@@ -8,10 +8,10 @@
 
 DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
 jsonl (with --override of bench_accuracy_ablation.jsonl); a run that is there already is not made again, so an
-interrupted bench is simply started again. Runs of one seed share their dense warm-up: the first run that trims leaves
-its last dense step behind and the others, dense too, go on from there (bit for bit what separate runs would do; their
-`seconds` include it). `ours` is the
-default recipe; `dense` is the control with the same steps; the rivals are those of rivals.py.
+interrupted bench is simply started again, and processes with other seeds or tasks may run side by side. Runs of one
+seed share their dense warm-up: the first run that trims leaves its last dense step behind and the others, dense too, go
+on from there (bit for bit what separate runs would do; their `seconds` include it). `ours` is the default recipe;
+`dense` is the control with the same steps; the rivals are those of rivals.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from _harness import DEVICE, RESULTS, machine
 from rivals import RIVALS, Layers
 
+from sensibert.artifacts import write_atomically
 from sensibert.checkpoints import partial_folder
 from sensibert.options import AVERAGE, PRECISIONS, SNAPSHOT, Options
 from sensibert.recipe import finetune_and_trim
@@ -237,6 +238,11 @@ def summarize(runs: list[dict]) -> list[dict]:
     return rows
 
 
+def write_summary() -> None:
+    text = "".join(json.dumps(line) + "\n" for line in summarize(read(RUNS)))
+    write_atomically(ROWS, lambda path: Path(path).write_text(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -273,7 +279,7 @@ def main() -> None:
                 append(ABLATION, ablation(row, read(RUNS)))
             else:
                 append(RUNS, row)
-                ROWS.write_text("".join(json.dumps(line) + "\n" for line in summarize(read(RUNS))))
+                write_summary()
             case = " ".join(map(str, (arguments.task, budget, method, *arguments.override.items(), "seed", seed)))
             print(f"{case}: {100 * row['score']:.2f}", flush=True)
 
