@@ -152,7 +152,8 @@ def finetune(
     recovery: Annotated[
         str | None,
         typer.Option(
-            help="After the last cut. lifted: to 1.6 times the learning rate, no dropout; plain: both stay.",
+            help="After the last cut. lifted: up to 1.6 times the learning rate, without dropout; "
+            "plain: rate and dropout go on as they were.",
             show_default="plain for question answering, else lifted",
         ),
     ] = None,
