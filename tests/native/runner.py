@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -97,3 +98,18 @@ def build_binding(op: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     return library
+
+
+def python(binding: Path, *command: str) -> str:
+    """What a process says that must succeed, in which CPU tensors may go through the binding (`through_binding.py`)."""
+    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(binding), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def ops_tests_pass(binding: Path, op: str, chosen: str) -> None:
+    """tests/ops/test_<op>.py, those of the CPU that `-k chosen` names, through the binding."""
+    choice = [f"tests/ops/test_{op}.py", "-k", chosen, "-m", "not gpu"]
+    said = python(binding, "-m", "pytest", "-q", "-x", "-p", "tests.native.through_binding", *choice)
+    assert " passed" in said, said

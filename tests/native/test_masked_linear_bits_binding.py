@@ -1,17 +1,13 @@
 """The binding of the bit kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process
 of its own, it must answer through the dispatcher as the reference does, and refuse what does not fit."""
 
-import os
-import subprocess
-import sys
-
-from .runner import ROOT, build_binding
+from .runner import build_binding, python
 
 PROGRAM = """
 import torch
 import torch.nn.functional as F
 from sensibert.ops.masked_linear_bits import pack, reference
-import tests.native.through_binding
+from tests.native.through_binding import refused
 op = torch.ops.sensibert.masked_linear_bits
 torch.manual_seed(0)
 kept = torch.rand(72, 136) < 0.5
@@ -30,27 +26,16 @@ for dtype in (torch.bfloat16, torch.float16):
 assert op(x[:, :0], w, b, bits, False).shape == (2, 0, 72)
 torch.library.opcheck(op.default, (x, w.nan_to_num(), b, bits, False))
 
-def refused(said, *args):
-    try:
-        op(*args)
-    except RuntimeError as error:
-        assert said in str(error), error
-    else:
-        raise AssertionError(f"not refused: {said}")
-
-refused("x and weight must both be bfloat16, or both float16", x.float(), w, b, bits, False)
-refused("x has 128 columns, want 136 as weight", x[..., :128], w, b, bits, False)
-refused("weight is for 136 -> 70 features, want multiples of 8", x, w[:70], b[:70], bits[:70], False)
-refused("bits are not uint8 (72, 17)", x, w, b, bits[:, :16], False)
-refused("bits are not uint8 (72, 17)", x, w, b, bits.bool(), False)
-refused("bits are not uint8 (72, 17)", x, w.T.contiguous(), b, pack(kept.T), True)
-refused("bias does not fit weight", x, w, b[:64], bits, False)
+refused("x and weight must both be bfloat16, or both float16", op, x.float(), w, b, bits, False)
+refused("x has 128 columns, want 136 as weight", op, x[..., :128], w, b, bits, False)
+refused("weight is for 136 -> 70 features, want multiples of 8", op, x, w[:70], b[:70], bits[:70], False)
+refused("bits are not uint8 (72, 17)", op, x, w, b, bits[:, :16], False)
+refused("bits are not uint8 (72, 17)", op, x, w, b, bits.bool(), False)
+refused("bits are not uint8 (72, 17)", op, x, w.T.contiguous(), b, pack(kept.T), True)
+refused("bias does not fit weight", op, x, w, b[:64], bits, False)
 print("passed")
 """
 
 
 def test_the_binding_agrees_with_the_reference_and_refuses_what_does_not_fit(tmp_path):
-    library = build_binding("masked_linear_bits", tmp_path)
-    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(library), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-6000:]
+    assert python(build_binding("masked_linear_bits", tmp_path), "-c", PROGRAM).endswith("passed\n")

@@ -1,17 +1,13 @@
 """The binding of the dW kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process
 of its own, it must answer through the dispatcher as the reference does, and refuse what would read out of bounds."""
 
-import os
-import subprocess
-import sys
-
-from .runner import ROOT, build_binding
+from .runner import build_binding, python
 
 PROGRAM = """
 import torch
 from sensibert.artifacts import Grid
 from sensibert.ops.masked_linear_dweight import block_list, reference, reference_score
-import tests.native.through_binding
+from tests.native.through_binding import refused
 op, score = (getattr(torch.ops.sensibert, "masked_linear_tiles_dweight" + name) for name in ("", "_score_"))
 torch.manual_seed(0)
 grid = Grid.block(64, 64)
@@ -37,14 +33,6 @@ assert op(dy[..., :0], x, *block_list(keep[:0], grid, 0, 136)).shape == (0, 136)
 torch.library.opcheck(op.default, (dy, x, *blocks))
 torch.library.opcheck(score.default, (ours, dy, x, weight, *blocks, *words))
 
-def refused(said, op, *args):
-    try:
-        op(*args)
-    except RuntimeError as error:
-        assert said in str(error), error
-    else:
-        raise AssertionError(f"not refused: {said}")
-
 refused("dy and x must both be bfloat16, or both float16", op, dy.float(), x, *blocks)
 refused("want multiples of 8", op, dy[..., :70], x, *blocks)
 refused("dy has 35 rows, want 70 as x", op, dy[0], x, *blocks)
@@ -58,7 +46,4 @@ print("passed")
 
 
 def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(tmp_path):
-    binding = build_binding("masked_linear_dweight", tmp_path)
-    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(binding), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "passed", done.stdout + done.stderr[-4000:]
+    assert python(build_binding("masked_linear_dweight", tmp_path), "-c", PROGRAM).endswith("passed\n")

@@ -1,17 +1,13 @@
 """The binding of the tile kernel, run without a GPU: built for the CPU machine, registered for CPU tensors in a process
 of its own, it must answer through the dispatcher as the reference does, and refuse what would read out of bounds."""
 
-import os
-import subprocess
-import sys
-
-from .runner import ROOT, build_binding
+from .runner import build_binding, python
 
 PROGRAM = """
 import torch
 from sensibert.artifacts import Grid
 from sensibert.ops.masked_linear_tiles import column_tile_list, reference, reference_dgelu, reference_gelu, tile_list
-import tests.native.through_binding
+from tests.native.through_binding import refused
 op, gelu, dgelu = (getattr(torch.ops.sensibert, "masked_linear_tiles" + name) for name in ("", "_gelu", "_dgelu"))
 torch.manual_seed(0)
 grid = Grid.block(64, 64)
@@ -32,14 +28,6 @@ torch.library.opcheck(op.default, (x, weight, bias, *rows, False))
 torch.library.opcheck(gelu.default, (x, weight, None, *rows))
 torch.library.opcheck(dgelu.default, (dy, weight, x, *columns))
 
-def refused(said, op, *args):
-    try:
-        op(*args)
-    except RuntimeError as error:
-        assert said in str(error), error
-    else:
-        raise AssertionError(f"not refused: {said}")
-
 refused("x and weight must both be bfloat16, or both float16", op, x.float(), weight, bias, *rows, False)
 refused("tile_cols is 128, want 192 or 256", op, x, weight, bias, *rows[:3], 128, False)
 refused("x has 72 columns, want 136", op, dy, weight, bias, *rows, False)
@@ -53,7 +41,4 @@ print("passed")
 
 
 def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(tmp_path):
-    binding = build_binding("masked_linear_tiles", tmp_path)
-    env = {**os.environ, "SENSIBERT_TEST_BINDING": str(binding), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "passed", done.stdout + done.stderr[-4000:]
+    assert python(build_binding("masked_linear_tiles", tmp_path), "-c", PROGRAM).endswith("passed\n")
