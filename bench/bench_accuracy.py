@@ -115,12 +115,13 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
 
 
 def before_the_cut(override: dict) -> dict:
+    """What of an override, or of a question, the warm-up depends on."""
     later = AFTER_THE_CUT | (TEACHING if override.get("teacher", SNAPSHOT) in (SNAPSHOT, AVERAGE) else set())
     return {name: value for name, value in override.items() if name not in later}
 
 
 def folder_name(asked: dict, override: dict, *more: str) -> str:
-    setting = {name: asked[name] for name in SETTING if name in asked and name != "recovery"} | override
+    setting = {name: asked[name] for name in SETTING if name in asked} | override
     parts = (asked["task"], asked["seed"], *(f"{name}={value}" for name, value in sorted(setting.items())), *more)
     return "-".join(map(str, parts)).replace("/", "_")
 
@@ -153,8 +154,8 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     train, validation = data_files(Path(arguments.data) / asked["task"])
     if "train_rows" in asked:
         train = subset(train, asked["train_rows"], work)
-    warm = work / folder_name(asked, before_the_cut(override), "warm")
-    output = work / folder_name(asked, override, asked["budget"], method, *filter(None, [asked.get("recovery")]))
+    warm = work / folder_name(before_the_cut(asked), before_the_cut(override), "warm")
+    output = work / folder_name(asked, override, asked["budget"], method)
     trims, branch, rival = method != "dense", warm.exists(), RIVALS[method]() if method in RIVALS else None
     partial = partial_folder(output)
     if isinstance(rival, Layers):

@@ -8,7 +8,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, scores, task_label
+from tables import METHODS, ROOT, load, scores, task_label, usual_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
@@ -20,17 +20,20 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
 
     A task that was run with several budgets only with another than its default recovery has its panel of that."""
     found: dict[str, dict[str, list]] = {}
+    other: dict[str, str] = {}  # panels of another recovery than the default one
     for row in scores(rows):
+        if row.get("recovery"):
+            other[task_label(row)] = usual_label(row)
         _, budget, method = row["case"].split(maxsplit=2)
         if budget.endswith("%params"):
             share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
             point = (share, row["value"], row.get("std") or 0.0)
             found.setdefault(task_label(row), {}).setdefault(method, []).append(point)
-    for task in [task for task in found if " (recovery" in task]:
-        usual = found.get(task.split()[0], {})
-        found[task].setdefault("dense", usual.get("dense", []))  # it has no recovery to choose
-        if all(len(points) == 1 for points in usual.values()):
-            found.pop(task.split()[0], None)
+    for task, usual in other.items():
+        lines = found.get(usual, {})
+        found[task].setdefault("dense", lines.get("dense", []))  # it has no recovery to choose
+        if all(len(points) == 1 for points in lines.values()):
+            found.pop(usual, None)
     return {task: {m: sorted(points) for m, points in found[task].items()} for task in sorted(found)}
 
 

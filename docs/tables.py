@@ -60,12 +60,22 @@ def task_label(row: dict) -> str:
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
+def usual_label(row: dict) -> str:
+    """The same of the runs with the default recovery, of which the dense control is one."""
+    return task_label({**row, "recovery": None})
+
+
+def on_gpu(row: dict) -> bool:
+    return " x " not in row["device"]  # a CPU is named with its number of threads
+
+
 def _budget(budget: str) -> tuple[int, str]:
     """For sorting: the usual budgets in their order, then others."""
     return (BUDGETS.index(budget) if budget in BUDGETS else len(BUDGETS), budget)
 
 
-def length(row: dict) -> tuple[bool, int]:
+def _extent(row: dict) -> tuple[bool, int]:
+    """Of a run, for the largest of a task: a GPU before a CPU, then the number of steps."""
     return row.get("accelerator") is not None, row.get("steps", 0)
 
 
@@ -77,8 +87,8 @@ def scores(rows: list[dict]) -> list[dict]:
     longest: dict[str, tuple[bool, int]] = {}
     for row in found:
         task = row["case"].split()[0]
-        longest[task] = max(longest.get(task, length(row)), length(row))
-    return [row for row in found if length(row) == longest[row["case"].split()[0]]]
+        longest[task] = max(longest.get(task, _extent(row)), _extent(row))
+    return [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
 
 
 def off_budget(row: dict, budget: str) -> str:
@@ -104,7 +114,7 @@ def accuracy(rows: list[dict]) -> str:
         _, budget, method = row["case"].split(maxsplit=2)
         task, seeds = task_label(row), row.get("seeds", 1)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
-        control[task] = task_label({**row, "recovery": None})
+        control[task] = usual_label(row)
         if method == "dense":
             controls[task] = text
             continue
@@ -129,8 +139,10 @@ def retention(rows: list[dict]) -> str:
     every task, so `ours` stands beside each on the same ones, with the same recovery. In the line of `ours` a task
     counts with its default recovery, where that was run."""
     found: dict[tuple[str, str], dict[str, float]] = {}
+    usual: dict[str, str] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
+        usual[task_label(row)] = usual_label(row)
         if row.get("ratio") and method != "dense" and budget != "100%params":
             found.setdefault((budget, method), {})[task_label(row)] = min(1.0, row["ratio"])
     places = [name for name in METHODS if any(method == name for _, method in found)]
@@ -140,8 +152,7 @@ def retention(rows: list[dict]) -> str:
         found.items(), key=lambda item: (_budget(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
     ):
         if method == "ours":
-            other = [name for name in tasks if " (recovery" in name and name.split()[0] in tasks]
-            tasks = {name: share for name, share in tasks.items() if name not in other}
+            tasks = {name: share for name, share in tasks.items() if usual[name] == name or usual[name] not in tasks}
         lowest = min(tasks, key=tasks.get)
         same = [found.get((budget, "ours"), {}).get(task) for task in tasks]
         ours = percent(statistics.mean(same)) if method != "ours" and None not in same else "-"
@@ -220,13 +231,13 @@ def grouped(rows: list[dict]) -> str:
 def kernels(rows: list[dict]) -> str:
     """What was measured beside a rival; of the masked matmul only whole steps on a CPU with half the weight kept."""
     chosen = [r for r in rows if r["bench"] in KERNELS and r.get("rival")]
-    half = [r for r in chosen if r["case"].endswith(" step") and ":0.5 " in r["case"] and " x " in r["device"]]
+    half = [r for r in chosen if r["case"].endswith(" step") and ":0.5 " in r["case"] and not on_gpu(r)]
     return grouped([r for r in chosen if r["bench"] != "bench_masked_linear" or r in half])
 
 
 def headline(rows: list[dict]) -> str:
     """The ops on a GPU at the size of BERT-base: one line each, the whole table is in kernels.md."""
-    chosen = [row for row in rows if row["bench"] in KERNELS and row["metric"] == "us" and " x " not in row["device"]]
+    chosen = [row for row in rows if row["bench"] in KERNELS and row["metric"] == "us" and on_gpu(row)]
     chosen = [row for row in chosen if row["case"] in ("bert-base", "85M") and row.get("rival")]
     return grouped([row for row in chosen if not row["rival"].startswith(("one call", "copy"))])
 
@@ -237,7 +248,7 @@ def masked(rows: list[dict]) -> str:
     The median over layers and numbers of tokens, and in brackets the least and the most."""
     cells: dict[tuple, dict[float, list[float]]] = {}
     for row in rows:
-        if row["bench"] == "bench_masked_linear" and row["metric"] == "vs_dense" and " x " not in row["device"]:
+        if row["bench"] == "bench_masked_linear" and row["metric"] == "vs_dense" and on_gpu(row):
             path, grid, _, _, part = row["case"].split()
             name, kept = grid.rsplit(":", 1)
             cells.setdefault((name, path, part, row["device"]), {}).setdefault(float(kept), []).append(row["value"])

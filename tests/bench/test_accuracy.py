@@ -74,6 +74,18 @@ def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
     assert bench.folder_name(asked, {}) != bench.folder_name({**asked, "precision": "fp32"}, {})
 
 
+def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_dense_run(here, monkeypatch):
+    start(here, monkeypatch, "--methods", "dense", "ours")
+    usual, dense, plain = start(here, monkeypatch, "--methods", "dense", "ours", "--recovery", "plain")
+    assert "recovery" not in usual and "recovery" not in dense and plain["recovery"] == "plain"
+    assert len(list((here / "work").iterdir())) == 1  # the warm-up
+    asked = {name: plain[name] for name in bench.KEY if name in plain}
+    assert bench.options_of(asked, model="", output="").schedule.recovery == "plain"
+    scores = [row for row in bench.read(bench.ROWS) if row["metric"] == "score" and "ours" in row["case"]]
+    controls = {row.get("recovery"): row["rival_value"] for row in scores}
+    assert controls == {None: 100 * dense["score"], "plain": 100 * dense["score"]}
+
+
 def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
     weights, evaluate = [], bench.evaluate_folder
 

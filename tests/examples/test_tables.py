@@ -130,6 +130,31 @@ def test_runs_on_a_gpu_stand_in_for_longer_ones_on_a_cpu_and_budgets_come_larges
     ]
 
 
+def test_another_recovery_has_lines_of_its_own_beside_the_same_dense_run(tables, tmp_path):
+    lifted = {"recovery": "lifted", "ratio": 0.9, "accelerator": "cuda"}
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "squad 100%params dense", 60, "score", accelerator="cuda"),
+            row("bench_accuracy", "squad 50%params ours", 59.4, "score", ratio=0.99, accelerator="cuda"),
+            row("bench_accuracy", "squad 50%params ours", 54, "score", **lifted),
+            row("bench_accuracy", "squad 30%params ours", 54, "score", **lifted),
+            row("bench_accuracy", "squad 50%params random", 48, "score", **{**lifted, "ratio": 0.8}),
+        )
+    )
+    label = "squad (recovery lifted)"
+    assert tables.accuracy(rows).splitlines()[2:] == [
+        "| squad | 50%params | 60.00 | 59.40 (99.0 %) | - | 1 |",
+        f"| {label} | 50%params | 60.00 | 54.00 (90.0 %) | 48.00 (80.0 %) | 1 |",
+        f"| {label} | 30%params | 60.00 | 54.00 (90.0 %) | - | 1 |",
+    ]
+    assert tables.retention(rows).splitlines()[2:] == [
+        "| 50%params | ours | 99.0 % | - | 99.0 % (squad) | 1 |",
+        f"| 50%params | random | 80.0 % | 90.0 % | 80.0 % ({label}) | 1 |",
+        f"| 30%params | ours | 90.0 % | - | 90.0 % ({label}) | 1 |",
+    ]
+
+
 def test_the_masked_matmul_is_told_by_median_and_range(tables, tmp_path):
     def one(layer, value, part="fwd", device="NVIDIA H200"):
         case = f"default row:0.5 bert-base.{layer} 4096 {part}"
