@@ -86,7 +86,7 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
 
 
-ALIGN = 8  # cuBLAS is ten times slower on an H200 where a row of half-precision values is not whole 16-byte words
+ALIGN = 8  # where a row of half-precision values is not whole 16-byte words, cuBLAS is three times slower on an H200
 
 
 class Places(NamedTuple):

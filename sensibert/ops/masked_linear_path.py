@@ -104,11 +104,10 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
         if problem.share < 1:
             return Choice("compact", f"empty rows and columns are left out: {problem.share:.0%} of the work remains")
         return Choice("shadow", "no row or column is empty: the plain matmul at full size on a masked copy of W")
-    able = ["compact"] if problem.share < 1 else []
-    able += ["shadow", *(path for path in ("tiles", "bits") if path in measured)]
-    times = {path: estimate(path, problem) for path in able if refusal(path, problem, built) is None}
+    able = {"shadow", *measured} | ({"compact"} if problem.share < 1 else set())
     if problem.part == "dw" or problem.share < 1:  # it has none of its own; and it reads all columns of x
-        times.pop("bits", None)
+        able.discard("bits")
+    times = {path: estimate(path, problem) for path in PATHS if path in able and refusal(path, problem, built) is None}
     best = min(times, key=times.get)
     others = ", ".join(f"{path} {time:.0f}" for path, time in times.items() if path != best)
     return Choice(best, f"about {times[best]:.0f} us for {problem.part}" + (f"; {others}" if others else ""))
