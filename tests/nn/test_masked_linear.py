@@ -274,7 +274,8 @@ def _ddp_worker(rank, world, file, queue):
 def test_ddp_averages_the_gradients_of_two_processes(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    workers = [context.Process(target=_ddp_worker, args=(r, 2, tmp_path / "store", queue), daemon=True) for r in range(2)]
+    given = [(rank, 2, tmp_path / "store", queue) for rank in range(2)]
+    workers = [context.Process(target=_ddp_worker, args=args, daemon=True) for args in given]
     for worker in workers:
         worker.start()
     results = sorted(queue.get() for _ in workers)
