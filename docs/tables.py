@@ -53,10 +53,11 @@ def percent(share: float) -> str:
 
 
 def task_label(row: dict) -> str:
-    """The task of an accuracy row, and how much of it was trained on where that was not all."""
+    """The task of an accuracy row, and what sets it apart from the other rows of that task."""
     parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
     parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
     parts += [f"recovery {row['recovery']}"] if row.get("recovery") else []
+    parts += [row["place"]] if "place" in row else []
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -82,13 +83,19 @@ def _extent(row: dict) -> tuple[bool, int]:
 def scores(rows: list[dict]) -> list[dict]:
     """The accuracy rows, of each task those of its longest runs, and where it was run on a GPU those: not a mixture.
 
-    Shorter ones stand beside the ablations."""
+    Shorter ones stand beside the ablations. Equally long ones of a CPU, marked as such, are there for each budget that
+    they have a method at that the GPU was not given, or not with the default recovery."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
     longest: dict[str, tuple[bool, int]] = {}
     for row in found:
         task = row["case"].split()[0]
         longest[task] = max(longest.get(task, _extent(row)), _extent(row))
-    return [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
+    chosen = [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
+    usual = {row["case"] for row in chosen if not row.get("recovery")}
+    beside = [row for row in found if longest[row["case"].split()[0]] == (True, _extent(row)[1]) and row not in chosen]
+    more = {tuple(row["case"].split()[:2]) for row in beside if row["case"] not in usual}
+    more |= {(task, "100%params") for task, _ in more}
+    return chosen + [{**row, "place": "CPU"} for row in beside if tuple(row["case"].split()[:2]) in more]
 
 
 def off_budget(row: dict, budget: str) -> str:
@@ -97,6 +104,11 @@ def off_budget(row: dict, budget: str) -> str:
         return ""
     share = 100 * row["encoder_share"]
     return f" at {share:.0f} %" if abs(share - float(budget.removesuffix("%params"))) > 1 else ""
+
+
+def columns_of(methods: set[str]) -> list[str]:
+    """In the usual order, unknown ones last."""
+    return sorted(methods, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
 
 
 def accuracy(rows: list[dict]) -> str:
@@ -121,8 +133,7 @@ def accuracy(rows: list[dict]) -> str:
         text += (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
         text += f", {seeds} seed{'s' * (seeds > 1)}" if seeds < most[task, budget] else ""
         cells.setdefault((task, budget), {})[method] = text
-    found = {name for cell in cells.values() for name in cell}
-    methods = sorted(found, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name))
+    methods = columns_of({name for cell in cells.values() for name in cell})
     labels = [label for label, _ in cells]
     order = sorted(cells, key=lambda at: (at[0].split()[0], labels.index(at[0]), _budget(at[1])))
     lines = [
@@ -133,32 +144,45 @@ def accuracy(rows: list[dict]) -> str:
 
 
 def retention(rows: list[dict]) -> str:
-    """One line a budget and method: what share of the dense score stays, mean over tasks, and where it is lowest.
+    """One line a budget, one column a method: what share of the dense score stays, mean over tasks.
 
-    What a task has above the dense score does not make up for another: it counts as 100 %. Not every method was run on
-    every task, so `ours` stands beside each on the same ones, with the same recovery. In the line of `ours` a task
-    counts with its default recovery, where that was run."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    usual: dict[str, str] = {}
-    for row in scores(rows):
+    What a task has above the dense score does not make up for another: it counts as 100 %. A task counts once, with its
+    default recovery where that was run. For `ours` the lowest task is named; beside a rival stands what `ours` has in
+    the same runs, and how many tasks they are, where fewer than those of `ours`."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(scores(rows), key=lambda row: (row.get("recovery") is not None, "place" in row)):
         _, budget, method = row["case"].split(maxsplit=2)
-        usual[task_label(row)] = usual_label(row)
         if row.get("ratio") and method != "dense" and budget != "100%params":
-            found.setdefault((budget, method), {})[task_label(row)] = min(1.0, row["ratio"])
-    places = [name for name in METHODS if any(method == name for _, method in found)]
-    order = {name: place for place, name in enumerate(places)}
+            found.setdefault(budget, {}).setdefault(method, {})[task_label(row)] = min(1.0, row["ratio"])
+    rivals = columns_of({method for methods in found.values() for method in methods} - {"ours"})
     lines = []
-    for (budget, method), tasks in sorted(
-        found.items(), key=lambda item: (_budget(item[0][0]), order.get(item[0][1], len(order)), item[0][1])
-    ):
-        if method == "ours":
-            tasks = {name: share for name, share in tasks.items() if usual[name] == name or usual[name] not in tasks}
-        lowest = min(tasks, key=tasks.get)
-        same = [found.get((budget, "ours"), {}).get(task) for task in tasks]
-        ours = percent(statistics.mean(same)) if method != "ours" and None not in same else "-"
-        mean = percent(statistics.mean(tasks.values()))
-        lines.append([budget, method, mean, ours, f"{percent(tasks[lowest])} ({lowest})", str(len(tasks))])
-    return markdown(["budget", "method", "mean over tasks", "ours on the same", "lowest", "tasks"], lines)
+    for budget in sorted(found, key=_budget):
+        all_ours = found[budget].get("ours", {})
+        ours = _once_a_task(all_ours)
+        cells = [f"{_mean(ours)}, {_lowest(ours)}" if ours else "-"]
+        for rival in rivals:
+            shares = _once_a_task(found[budget].get(rival, {}))
+            same = {label: all_ours[label] for label in shares if label in all_ours}
+            said = [f"ours {_mean(same)}"] if same and len(same) == len(shares) else []
+            said += [f"{len(shares)} task{'s' * (len(shares) > 1)}"] if len(shares) < len(ours) else []
+            cells.append((_mean(shares) + (f" ({', '.join(said)})" if said else "")) if shares else "-")
+        lines.append([budget, str(len(ours)), *cells])
+    return markdown(["budget", "tasks", "ours, lowest task", *rivals], lines)
+
+
+def _once_a_task(shares: dict[str, float]) -> dict[str, float]:
+    """Of the labels of one task the first."""
+    first = {label.split()[0]: label for label in reversed(shares)}
+    return {label: shares[label] for label in shares if first[label.split()[0]] == label}
+
+
+def _mean(shares: dict[str, float]) -> str:
+    return percent(statistics.mean(shares.values()))
+
+
+def _lowest(shares: dict[str, float]) -> str:
+    label = min(shares, key=shares.get)
+    return f"{label} {percent(shares[label])}"
 
 
 def cost(rows: list[dict]) -> str:
@@ -166,12 +190,15 @@ def cost(rows: list[dict]) -> str:
     the tasks.
 
     No seconds: the runs shared their machine. Those are for bench_cost to say."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for row in scores(rows):
-        _, budget, method = row["case"].split(maxsplit=2)
+        task, budget, method = row["case"].split(maxsplit=2)
         if method == "ours" and row.get("dense_steps"):
-            found.setdefault(budget, []).append(row["dense_steps"] / row["steps"])
-    lines = [[b, f"{min(found[b]):.2f} - {max(found[b]):.2f}", str(len(found[b]))] for b in sorted(found, key=_budget)]
+            found.setdefault(budget, {}).setdefault(task, []).append(row["dense_steps"] / row["steps"])
+    lines = []
+    for budget in sorted(found, key=_budget):
+        shares = [share for of_task in found[budget].values() for share in of_task]
+        lines.append([budget, f"{min(shares):.2f} - {max(shares):.2f}", str(len(found[budget]))])
     return markdown(["budget", "steps of the dense model a step", "tasks"], lines)
 
 
@@ -188,13 +215,12 @@ def ablation(rows: list[dict]) -> str:
     lines = []
     for (case, *setting), changes in sorted(tried.items(), key=lambda item: -item[0][1]):  # long runs first
         same = [row for row in rows if [row.get(n) for n in ("epochs", "precision", "accelerator")] == setting]
-        scored = [row for row in same if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
-        controls = {row["case"].removeprefix(f"{case} "): row for row in scored}
-        runs = {(row["case"], row["seed"]): 100 * row["score"] for row in same if row["bench"] == RUNS}
+        usual = [row for row in same if not row.get("recovery")]
+        runs = {(row["case"], row["seed"]): 100 * row["score"] for row in usual if row["bench"] == RUNS}
         how = ", ".join([number(setting[0]), *(text for text in setting[1:] if text)])
-        for name, row in controls.items():
-            if " " not in name:
-                what = "**the default recipe**" if name == "ours" else name
+        for row in same:
+            what = _control_label(row, case)
+            if what is not None:
                 cells = _cells([row["value"]], row.get("std"), row.get("ratio"), [], row.get("seeds", 1))
                 lines.append([case, how, what, *cells])
         for change, found in sorted(changes.items()):
@@ -203,9 +229,19 @@ def ablation(rows: list[dict]) -> str:
             task = case.split()[0]
             dense = [runs.get((f"{task} 100%params dense", row.get("seed")), row["rival_value"]) for row in found]
             ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
-            usual = [runs.get((f"{case} ours", seed)) for seed in seeds]
-            lines.append([case, how, change, *_cells(values, spread, ratio, usual, len(values))])
+            default = [runs.get((f"{case} ours", seed)) for seed in seeds]
+            lines.append([case, how, change, *_cells(values, spread, ratio, default, len(values))])
     return markdown(["", "epochs", "", "score", "of dense", "default, same seeds", "seeds"], lines)
+
+
+def _control_label(row: dict, case: str) -> str | None:
+    """How a row is named among the controls of a case; None: it is none of them."""
+    if row["bench"] != "bench_accuracy" or row["metric"] != "score" or not row["case"].startswith(f"{case} "):
+        return None
+    method = row["case"].removeprefix(f"{case} ")
+    if method == "ours":
+        return f"recovery {row['recovery']}" if row.get("recovery") else "**the default recipe**"
+    return None if row.get("recovery") else method
 
 
 def _cells(values: list[float], spread: float | None, ratio: float | None, usual: list, seeds: int) -> list[str]:

@@ -63,10 +63,10 @@ def test_retention_is_the_mean_over_tasks_and_names_the_worst(tables, tmp_path):
             row("bench_accuracy", "qnli 100%params dense", 82, "score", ratio=1.0),
         )
     )
-    assert tables.retention(rows).splitlines()[2:] == [
-        "| 50%params | ours | 99.5 % | - | 99.0 % (qnli) | 2 |",
-        "| 50%params | layers | 95.0 % | - | 95.0 % (sst2) | 1 |",
-        "| 50%params | random | 90.0 % | 100.0 % | 90.0 % (mrpc) | 1 |",
+    assert tables.retention(rows).splitlines() == [
+        "| budget | tasks | ours, lowest task | layers | random |",
+        "| --- | --- | --- | --- | --- |",
+        "| 50%params | 2 | 99.5 %, qnli 99.0 % | 95.0 % (1 task) | 90.0 % (ours 100.0 %, 1 task) |",
     ]
 
 
@@ -149,9 +149,32 @@ def test_another_recovery_has_lines_of_its_own_beside_the_same_dense_run(tables,
         f"| {label} | 30%params | 60.00 | 54.00 (90.0 %) | - | 1 |",
     ]
     assert tables.retention(rows).splitlines()[2:] == [
-        "| 50%params | ours | 99.0 % | - | 99.0 % (squad) | 1 |",
-        f"| 50%params | random | 80.0 % | 90.0 % | 80.0 % ({label}) | 1 |",
-        f"| 30%params | ours | 90.0 % | - | 90.0 % ({label}) | 1 |",
+        "| 50%params | 1 | 99.0 %, squad 99.0 % | 80.0 % (ours 90.0 %) |",
+        f"| 30%params | 1 | 90.0 %, {label} 90.0 % | - |",
+    ]
+
+
+def test_what_only_a_cpu_has_stands_beside_the_runs_of_the_gpu(tables, tmp_path):
+    gpu, cpu = {"steps": 100, "accelerator": "cuda"}, {"steps": 100}
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "squad 50%params ours", 60, "score", ratio=1.0, **gpu),
+            row("bench_accuracy", "squad 30%params ours", 54, "score", ratio=0.9, recovery="lifted", **gpu),
+            row("bench_accuracy", "squad 50%params ours", 61, "score", ratio=0.97, **cpu),
+            row("bench_accuracy", "squad 30%params ours", 57, "score", ratio=0.95, **cpu),
+            row("bench_accuracy", "squad 100%params dense", 58, "score", **cpu),
+            row("bench_accuracy", "squad 20%params ours", 40, "score", ratio=0.8, steps=50),
+        )
+    )
+    assert tables.accuracy(rows).splitlines()[2:] == [
+        "| squad | 50%params | - | 60.00 (100.0 %) | 1 |",
+        "| squad (recovery lifted) | 30%params | - | 54.00 (90.0 %) | 1 |",
+        "| squad (CPU) | 30%params | 58.00 | 57.00 (95.0 %) | 1 |",
+    ]
+    assert tables.retention(rows).splitlines()[2:] == [
+        "| 50%params | 1 | 100.0 %, squad 100.0 % |",
+        "| 30%params | 1 | 95.0 %, squad (CPU) 95.0 % |",
     ]
 
 
