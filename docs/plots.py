@@ -18,7 +18,7 @@ LEAST_SPAN = 4.0  # points of score a panel shows
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only.
 
-    A task that was run with several budgets only with another than its default recovery has its panel of that."""
+    Where a task was run on a CPU too, or with another recovery, whatever has more than one budget has a panel."""
     found: dict[str, dict[str, list]] = {}
     other: dict[str, str] = {}  # panels of another recovery than the default one
     for row in scores(rows):
@@ -32,9 +32,10 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
     for task, usual in other.items():
         lines = found.get(usual, {})
         found[task].setdefault("dense", lines.get("dense", []))  # it has no recovery to choose
-        if all(len(points) == 1 for points in lines.values()):
-            found.pop(usual, None)
-    return {task: {m: sorted(points) for m, points in found[task].items()} for task in sorted(found)}
+    lines = {task for task, methods in found.items() if any(len(points) > 1 for points in methods.values())}
+    drawn = {task.split()[0] for task in lines}
+    panels = sorted(task for task in found if task in lines or task.split()[0] not in drawn)
+    return {task: {method: sorted(points) for method, points in found[task].items()} for task in panels}
 
 
 def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:

@@ -43,6 +43,22 @@ def test_points_stand_at_the_true_share_and_only_scores_of_parameter_budgets_cou
     }
 
 
+def test_of_several_runs_of_a_task_those_at_one_budget_have_no_panel(plots):
+    gpu = {"accelerator": "cuda", "steps": 9}
+    rows = [
+        score("mrpc 50%params ours", 80, **gpu),
+        score("mrpc 50%params ours", 70, recovery="lifted", **gpu),
+        score("mrpc 30%params ours", 60, recovery="lifted", **gpu),
+        score("mrpc 100%params dense", 81, **gpu),
+        score("mrpc 10%params ours", 55, steps=9),
+        score("qnli 50%params ours", 82, **gpu),
+    ]
+    assert plots.curves(rows) == {
+        "mrpc (recovery lifted)": {"ours": [(30.0, 60, 0.0), (50.0, 70, 0.0)], "dense": [(100.0, 81, 0.0)]},
+        "qnli": {"ours": [(50.0, 82, 0.0)]},
+    }
+
+
 def test_a_panel_a_task_and_every_method_in_the_legend(plots, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
