@@ -213,11 +213,14 @@ class TrimCallback(TrainerCallback):
         for module in found:
             module.p = p
 
+    def left(self) -> float:
+        """The share of the dense model's cost that the budget leaves."""
+        return self.budget.value if self.budget.relative else self.budget.value / self.memory.layout_dense
+
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
-        dense = self.memory.layout_dense
-        final = self.budget.value if self.budget.relative else self.budget.value / dense
-        value = int(dense * (self.schedule.ratio(progress, final) if progress < 1 else final))
+        final = self.left()
+        value = int(self.memory.layout_dense * (self.schedule.ratio(progress, final) if progress < 1 else final))
         return replace(self.budget, relative=False, value=float(value))
 
     def whole_plan(self, model: nn.Module) -> Plan:
@@ -342,6 +345,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     )
     callback.prepare(model, checkpoint)
     callback.started(started)
+    is_dense = options.method == "dense"
     trainer = finetune(
         model,
         data.train,
@@ -349,7 +353,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         training_arguments(options, folder),
         [average, callback] if options.teacher == AVERAGE else [callback],
         checkpoint,
-        lr_shape=options.schedule.lr(dense=options.method == "dense"),
+        lr_shape=options.schedule.lr(is_dense, 1.0 if is_dense else callback.left()),
         teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
         distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
         restructure=restructure,

@@ -1,7 +1,7 @@
 """When a run trims, and how fast it learns: pure functions of the step. Fractions are of all steps of the run.
 
 A  dense warm-up until `warm_share` · B analysis · C trim, at once or along a cubic over `trim_share` · D recover at a
-fixed structure, linear to 0, after another warm-up (`lifted`) or from where the rate was (`plain`).
+fixed structure, linear to 0, after another warm-up (`lifted`) or about from where the rate was (`plain`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Schedule:
     """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
 
     warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut. recovery:
-    from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: from the rate that it was, with the
-    model's dropout; None: what the task wants (`for_task`), lifted if nobody says. recover_peak (times the peak) and
-    recover_dropout: other values than those. distil_until: the share of the recovery in which a teacher's weight falls
-    linearly to 0; None: it stays."""
+    from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: with the model's dropout, and from
+    the rate that it was, or the higher the further the cut goes below half (`peak`); None: what the task wants
+    (`for_task`), lifted if nobody says. recover_peak (times the peak) and recover_dropout: other values than those.
+    distil_until: the share of the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
 
     shape: str = "oneshot"
     warm_share: float = 1 / 3
@@ -86,8 +86,16 @@ class Schedule:
             return 1.0
         return max(0.0, 1 - (step - last) / (self.distil_until * (total - last)))
 
-    def lr(self, dense: bool = False) -> Callable[[int, int], float]:
-        """(step, total) -> factor on the peak: warm-up then linear to 0; after the last cut once more from the top."""
+    def peak(self, begin: float, left: float) -> float:
+        """What the rate rises to after the last cut, from begin; left: the share of the cost that the budget leaves."""
+        if self.recover_peak is not None:
+            return self.recover_peak
+        if self.recovery != "plain":
+            return LIFTED_PEAK
+        return begin + (LIFTED_PEAK - begin) * max(0.0, 1 - 2 * left)
+
+    def lr(self, dense: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
+        """(step, total) -> factor on the peak: warm-up then linear to 0; after the last cut once more from `peak`."""
 
         def line(step: int, total: int) -> float:
             return max(0.0, 1 - step / max(1, total))
@@ -101,7 +109,7 @@ class Schedule:
                 return line(step, total)
             again = max(1, round(self.rewarm * total))
             begin = line(last, total)
-            peak = self.recover_peak or (begin if self.recovery == "plain" else LIFTED_PEAK)
+            peak = self.peak(begin, left)
             if step < last + again:
                 return begin + (peak - begin) * (step - last + 1) / again
             return peak * max(0.0, (total - step) / max(1, total - last - again))

@@ -55,10 +55,19 @@ def test_a_plain_recovery_goes_on_where_the_rate_was_and_keeps_the_dropout():
     usual, plain = Schedule(warm_share=0.4, rewarm=0.05), Schedule(warm_share=0.4, rewarm=0.05, recovery="plain")
     rates = [plain.lr()(step, 100) for step in range(40, 101)]
     assert rates == pytest.approx([0.6] * 5 + [0.6 * n / 55 for n in range(55, -1, -1)])
-    assert max(usual.lr()(step, 100) for step in range(40, 101)) == LIFTED_PEAK
+    assert max(usual.lr(left=0.1)(step, 100) for step in range(40, 101)) == LIFTED_PEAK
     assert (usual.dropout(), plain.dropout()) == (0.0, None)
     own = Schedule(recovery="plain", recover_peak=1.2, recover_dropout=0.3)
     assert own.dropout() == 0.3 and max(own.lr()(step, 90) for step in range(30, 91)) == pytest.approx(1.2)
+
+
+def test_a_plain_recovery_rises_the_more_is_cut_beyond_half():
+    plain = Schedule(warm_share=0.4, rewarm=0.05, recovery="plain")
+    peaks = [max(plain.lr(left=left)(step, 100) for step in range(40, 101)) for left in (1.0, 0.5, 0.25, 0.1, 0.0)]
+    assert peaks == pytest.approx([0.6, 0.6, 1.1, 1.4, LIFTED_PEAK])
+    assert max(
+        Schedule("oneshot", 0.4, recovery="plain", recover_peak=0.7).lr(left=0.1)(step, 100) for step in range(40, 101)
+    ) == pytest.approx(0.7)
 
 
 def test_the_task_says_how_to_recover_unless_the_user_does():
