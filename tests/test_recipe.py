@@ -283,6 +283,22 @@ def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
     assert {module.p for module in dropouts} == {0.25}
 
 
+@pytest.mark.parametrize("budget, peak", [("40%params", 0.85), ("{third}params", 0.98), ("75%params", 0.67)])
+def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(here, tmp_path, budget, peak, monkeypatch):
+    rates = []
+
+    def stop(*_, lr_shape, **__):
+        rates.append(lr_shape)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "finetune", stop)
+    third = describe(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
+    asked = {"budget": budget.format(third=third), "schedule": Schedule(recovery="plain")}
+    with pytest.raises(KeyboardInterrupt):
+        finetune_and_trim(options(here, tmp_path / "out", **asked))
+    assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):
     with pytest.raises(SensibertError, match=r"the loss is (nan|inf) at step \d+; try a smaller learning rate"):
         finetune_and_trim(options(here, tmp_path / "out", learning_rate=1e30, method="dense"))
