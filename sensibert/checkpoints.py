@@ -87,7 +87,10 @@ def check_output(output: str | Path, overwrite: bool) -> None:
     output = Path(output)
     if not output.name:
         raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        what = "a link" if output.is_symlink() else "a file"
+        raise SensibertError(f"output: {output} is {what}, want the name of a new folder, or of one to replace")
+    if output.exists() and not overwrite and any(output.iterdir()):
         raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
 
 

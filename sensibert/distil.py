@@ -3,7 +3,6 @@ moment before the cut or as an average of its weights since then."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from transformers import TrainerCallback
 from .errors import SensibertError
 from .models import bare_copy
 from .options import AVERAGE, SNAPSHOT, Options
-from .sources import best_device, load_model
+from .pipeline.export import export, load
+from .sources import best_device, check_family
 from .tasks import TaskData
 
 AVERAGE_FILE = "average.safetensors"
@@ -27,26 +27,54 @@ AVERAGE_FILE = "average.safetensors"
 
 def save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
     """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
-    new = folder / f"{SNAPSHOT}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
     shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    os.replace(new, folder / SNAPSHOT)
+    export(model, folder / SNAPSHOT, tokenizer)
 
 
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
-    """The given teacher, or the snapshot this run has made already; None until there is one."""
+    """The given teacher, or the snapshot this run has made already; None until there is one.
+
+    SensibertError for one of another task. Its classes may stand in another order than those of the data."""
     if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
-    return load_model(source, data).eval().requires_grad_(False).to(best_device())
+    check_family(source)
+    teacher = load(source)[0].requires_grad_(False).to(best_device())
+    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), teacher.config.num_labels
+    if kind not in type(teacher).__name__ or outputs != data.num_labels:
+        raise SensibertError(
+            f"teacher: {source} is a {type(teacher).__name__} with {outputs} outputs, want a model fine-tuned for "
+            f"{data.task.name} with {data.num_labels}"
+        )
+    names = [str(teacher.config.id2label[i]).casefold() for i in range(outputs)]
+    wanted = [str(name).casefold() for name in data.label_names]
+    if not wanted or names in (wanted, [f"label_{i}" for i in range(outputs)]):  # or it does not say
+        return teacher
+    if sorted(names) != sorted(wanted):
+        raise SensibertError(f"teacher: {source} has the classes {', '.join(names)}, want {', '.join(wanted)}")
+    return Reordered(teacher, [names.index(name) for name in wanted]).eval()
 
 
-def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float) -> Tensor:
+class Reordered(nn.Module):
+    """A classifier whose classes stand in another order: class i of it is class order[i] of the model."""
+
+    def __init__(self, model: nn.Module, order: list[int]):
+        super().__init__()
+        self.model, self.order = model, order
+
+    def forward(self, **inputs):
+        outputs = self.model(**inputs)
+        outputs["logits"] = outputs["logits"][..., self.order]
+        return outputs
+
+
+def distillation_loss(
+    logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float, counted: Tensor | None = None
+) -> Tensor:
     """T^2 * KL(teacher || student) of softened predictions, mean over samples (Hinton et al., arXiv 1503.02531).
 
-    Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead."""
+    Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead. counted:
+    bool [B, S], the tokens whose logits [B, S, C] count; None: all."""
     losses = []
     for name, target in teacher.items():
         if not name.endswith("logits"):
@@ -55,6 +83,8 @@ def distillation_loss(logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor
         if target.shape[-1] == 1:
             losses.append(F.mse_loss(student, target))
             continue
+        if target.dim() == 3 and counted is not None:
+            student, target = student[counted], target[counted]
         classes = target.shape[-1]
         losses.append(
             F.kl_div(
@@ -97,9 +127,11 @@ class Distillation:
     hidden: float = 0.0
     fade: Callable[[int, int], float] = lambda step, total: 1.0
 
-    def mix(self, loss: Tensor, outputs: Mapping, target: Mapping, mask: Tensor | None, factor: float) -> Tensor:
-        weight = factor * self.weight
-        loss = (1 - weight) * loss + weight * distillation_loss(outputs, target, self.temperature)
+    def mix(self, loss: Tensor, outputs: Mapping, target: Mapping, inputs: Mapping, factor: float) -> Tensor:
+        """inputs: the batch. Logits of tokens count where there is a label, hidden states where there is no padding."""
+        weight, labels, mask = factor * self.weight, inputs.get("labels"), inputs.get("attention_mask")
+        counted = None if labels is None else labels != -100
+        loss = (1 - weight) * loss + weight * distillation_loss(outputs, target, self.temperature, counted)
         if self.hidden:
             loss = loss + factor * self.hidden * hidden_loss(outputs["hidden_states"], target["hidden_states"], mask)
         return loss

@@ -203,9 +203,10 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
-    shape of `old` is cut, and so is a keep of MaskedAdamW; all else (step counts) is carried over; a shadow or score of
-    `old` is let go. Any torch optimizer, also one wrapped by accelerate (`.optimizer`). ValueError if `old` is not
-    held, or if `new` has not the shape that index leaves.
+    shape of `old` is cut, and so are the factors of Adafactor and a keep of MaskedAdamW; single numbers (step counts)
+    are carried over; a shadow or score of `old` is let go. Any torch optimizer, also one wrapped by accelerate
+    (`.optimizer`). ValueError if `old` is not held, if `new` has not the shape that index leaves, or for a state of
+    another shape.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -224,8 +225,8 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         if not keep.all():
             state["keep"], state["keep_grid"] = keep, (1, 1)
     for name, value in (state or {}).items():
-        if isinstance(value, Tensor) and value.shape == old.shape and name not in ("step", "keep"):
-            state[name] = _take(value, index)
+        if isinstance(value, Tensor) and value.numel() != 1 and name not in ("step", "keep"):
+            state[name] = _take(value, _state_index(optimizer, name, value, old, index))
     # Nothing has been changed so far: an error above leaves the optimizer as it was.
     for params, i in places:
         params[i] = new
@@ -236,6 +237,19 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         optimizer._held.clear()
         optimizer._shadows.pop(old, None)
         optimizer._scores.pop(old, None)
+
+
+def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The index for a state tensor: of the shape of `old`, or one of the factors of Adafactor (arXiv 1804.04235)."""
+    if value.dim() == old.dim() and all(n in (1, full) for n, full in zip(value.shape, old.shape, strict=True)):
+        return {dim: kept for dim, kept in index.items() if value.shape[dim] == old.shape[dim]}
+    for dim, end in ((0, "_row"), (1, "_col")):  # as transformers has them
+        if old.dim() == 2 and name.endswith(end) and value.shape == old.shape[dim : dim + 1]:
+            return {0: index[dim]} if dim in index else {}
+    raise ValueError(
+        f"slice_state: {type(optimizer).__name__} keeps {name} {tuple(value.shape)} for a parameter "
+        f"{tuple(old.shape)}, want a state that can be cut along (quantized ones cannot)"
+    )
 
 
 def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:

@@ -55,6 +55,17 @@ def grid_name(grid: Grid | None) -> str:
     return f"block{grid.block_rows}" if square else str(grid)
 
 
+def check_blocks(
+    grid: Grid, method: str | None, policy: str, step: int | None, compensate: bool | None, search: int
+) -> None:
+    """SensibertError for a setting that means whole units, where blocks of a grid are masked."""
+    given = {"policy": policy, "search": search, "method": method, "step": step, "compensate": compensate}
+    wrong = {"policy": policy == "exact", "method": method in UNITS_ONLY, "step": step is not None}
+    for name in filter({**given, **wrong}.get, given):
+        said = f"{name} is {given[name]!r}, which means whole units"
+        raise SensibertError(f"{said}, and grid is {grid_name(grid)!r}: want grid unit, or another {name}")
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything a run depends on. Fields left None take the preset's, the task's or the method's value."""
@@ -156,11 +167,7 @@ class Options:
         if grid is None or self.method == "dense":
             return
         check_budget(self.parsed_budget(), grid)
-        wrong = {"policy": self.policy == "exact", "search": self.search, "method": self.method in UNITS_ONLY}
-        wrong |= {"step": self.step is not None, "compensate": self.compensate}
-        for name in filter(wrong.get, wrong):
-            said = f"{name} is {getattr(self, name)!r}, which means whole units"
-            raise SensibertError(f"{said}, and grid is {self.grid!r}: want grid unit, or another {name}")
+        check_blocks(grid, self.method, self.policy, self.step, self.compensate, self.search)
 
     def resolved(self) -> Options:
         """With the preset's and the method's settings where nothing else was asked for."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -21,16 +21,17 @@ from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
 from .distil import Average, Distillation, load_teacher, save_snapshot
 from .errors import SensibertError
-from .models import bare_copy, describe, evaluating
+from .models import bare_copy, base_of, describe, evaluating
+from .models.base import positions
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
-from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, default_method, parse_grid
+from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default_method, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
 from .pipeline.export import export
 from .pipeline.finetune import finetune, predict
-from .pipeline.trim import restructure, silenced, trim
+from .pipeline.trim import silenced, trim
 from .report import write_report
 from .schedule import Schedule
 from .search import search_shares
@@ -63,8 +64,10 @@ class TrimCallback(TrainerCallback):
     micro-batches, budget) -> Plan, in place of analyze and allocate. compensate: the kept units take over before a cut,
     whoever chose them; None: with obs and layer-obs. grid: mask blocks of the weights, cut no units. search: trials of
     `sensibert.search`, each worth a cut and a forward pass of what was analyzed.
-    Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`:
-    the stock Trainer cannot load a checkpoint of a trimmed model."""
+    Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`,
+    with the callback among its `callbacks=`: the stock Trainer cannot load a checkpoint of a trimmed model.
+    SensibertError at once for settings that cannot be, and when the training begins for a Trainer in which trimming
+    cannot work: several processes, data without a length, `load_best_model_at_end`."""
 
     def __init__(
         self,
@@ -90,22 +93,24 @@ class TrimCallback(TrainerCallback):
         self.step, self.policy = step, policy
         self.samples, self.micro_batch, self.seed = samples, micro_batch, seed
         self.compensate = self.method in SURGICAL if compensate is None else compensate
-        for name, value in (("compensate", self.compensate), ("search", search)):
-            if value and grid is not None:
-                raise SensibertError(
-                    f"{name} is {value}, which means whole units, and grid is {grid}: want one of the two"
-                )
+        asked = {"method": self.method, "step": step, "policy": policy, "compensate": self.compensate, "search": search}
+        Options("", "", **asked, samples=samples, micro_batch=micro_batch, seed=seed).check(needs_data=False)
+        if grid is not None:
+            check_blocks(grid, **asked)
         self.autocast, self.loss = autocast, loss
         self.before_cut, self.save_before_cut, self.memory = before_cut, save_before_cut, Memory()
         self.choose, self.grid, self.search = choose, grid, search
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
-        self._dropout: list[tuple[nn.Dropout, float]] = []  # what recovery has set aside
+        self._units: dict[str, Tensor] = {}  # of the dense model, in the numbers of its base model
+        self._resumed = False  # a checkpoint's memory has been taken up
+        self._dropout: list[tuple[nn.Module, str, float]] = []  # what recovery has set aside
         self._clock = time.perf_counter()
 
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Note the costs of the dense model; with a checkpoint, take up its memory."""
         self.layout = layout = describe(model)
+        self._units = structure_of(model)
         counts = cost.counts_of(layout)
         if self.method != "dense":
             cost.limit(layout, self.budget, self.grid)
@@ -117,9 +122,24 @@ class TrimCallback(TrainerCallback):
             cost.flops(layout, counts, self.budget.scope, 1, self.budget.length),
         )
         if checkpoint is not None:
-            kept = json.loads((Path(checkpoint) / MEMORY).read_text())
-            self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
-            self.sensitivity = _load_if(Sensitivity, Path(checkpoint) / "sensitivity.safetensors")
+            self._remember(Path(checkpoint))
+
+    def _remember(self, checkpoint: Path) -> None:
+        """Take up the memory of a checkpoint; SensibertError if it was cut to something else than this run wants."""
+        kept = json.loads((checkpoint / MEMORY).read_text())
+        cut = kept["cut"] if (checkpoint / STRUCTURE).exists() else None
+        if cut not in (None, self._wanted()):
+            raise SensibertError(
+                f"resume: {checkpoint} was cut to {cut}, and this run wants {self._wanted()}: want the same settings"
+            )
+        self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
+        self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
+        self._resumed = True
+
+    def _wanted(self) -> str:
+        """What a cut depends on, in words; kept in every checkpoint."""
+        grid = "units" if self.grid is None else f"grid {self.grid}"
+        return f"{self.budget} of the {self.budget.scope} by {self.method}, {grid}"
 
     def started(self, clock: float) -> None:
         """Book what came before the training, since that reading of time.perf_counter()."""
@@ -132,9 +152,22 @@ class TrimCallback(TrainerCallback):
         self.memory.seconds[phase] = self.memory.seconds.get(phase, 0.0) + now - self._clock
         self._clock = now
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.memory.layout_dense:
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is still dense
             self.prepare(model)
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if self.method != "dense":
+            _refuse_trainer(args, model, getattr(train_dataloader, "dataset", None))
+        if self.layout is None:
+            if state.global_step and is_trimmed(model):
+                raise SensibertError(
+                    "TrimCallback: it came after the model was cut, want it among the Trainer's callbacks="
+                )
+            self.prepare(model)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step and not self._resumed and (checkpoint / MEMORY).exists():
+            self._remember(checkpoint)
         self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
         if self.cuts and state.global_step >= max(self.cuts):
             self._recover(model)
@@ -161,7 +194,8 @@ class TrimCallback(TrainerCallback):
         """Analyze and allocate for this step's share of the way; the kept units of the model may take over."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps
         allowed = max(16 * self.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
-        samples, seed = min(self.samples, allowed) // len(self.cuts), self.seed + state.global_step
+        samples = max(1, min(self.samples, allowed) // len(self.cuts))
+        seed = self.seed + state.global_step
 
         def batches(number: int, size: int) -> Iterator[dict]:
             return micro_batches(loader.dataset, loader.collate_fn, number, size, seed)
@@ -208,10 +242,13 @@ class TrimCallback(TrainerCallback):
 
     def _recover(self, model: nn.Module) -> None:
         p = self.schedule.dropout()
-        found = [module for module in model.modules() if isinstance(module, nn.Dropout)] if p is not None else []
-        self._dropout = [(module, module.p) for module in found]
-        for module in found:
-            module.p = p
+        if p is None:
+            return
+        for module in model.modules():
+            name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"  # a number in ModernBERT
+            if isinstance(getattr(module, name, None), float):
+                self._dropout.append((module, name, getattr(module, name)))
+                setattr(module, name, p)
 
     def left(self) -> float:
         """The share of the dense model's cost that the budget leaves."""
@@ -219,16 +256,17 @@ class TrimCallback(TrainerCallback):
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
-        final = self.left()
-        value = int(self.memory.layout_dense * (self.schedule.ratio(progress, final) if progress < 1 else final))
-        return replace(self.budget, relative=False, value=float(value))
+        value = self.budget.value
+        if progress < 1 or self.budget.relative:
+            value = self.memory.layout_dense * self.schedule.ratio(progress, self.left())
+        return replace(self.budget, relative=False, value=float(int(value)))
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the dense model."""
         kept, layout, budget = structure_of(model), self.layout, self.budget
         keep, grid = kept_of(model)
         if keep is None:
-            keep = {s.name: torch.isin(torch.arange(s.units), kept[s.name]) for s in layout.sites}
+            keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
         sizes = cost.left(layout, keep, grid, budget.scope, budget.length)
         return Plan(layout, keep, budget, self.method, *sizes, grid=grid)
 
@@ -241,13 +279,34 @@ class TrimCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.sensitivity is not None:
             self.sensitivity.save(folder / "sensitivity.safetensors")
-        seal(folder, model, {"metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds})
+        memory = {"cut": self._wanted(), "metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds}
+        seal(folder, model, memory)
         self.spend("save")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.spend("recover" if self.cuts else "train")
-        for module, p in self._dropout:
-            module.p = p
+        for module, name, p in self._dropout:
+            setattr(module, name, p)
+        self._dropout.clear()
+
+
+def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
+    """SensibertError for a Trainer that would fail at the cut or, worse, behind it."""
+    if args.world_size > 1:
+        raise SensibertError(
+            f"finetune: trimming while training runs in one process, {args.world_size} were started; "
+            "trim first (sensibert trim), then train the smaller model in as many as you like"
+        )
+    if args.load_best_model_at_end:
+        raise SensibertError(
+            "finetune: load_best_model_at_end is True, but a checkpoint from before the cut does not fit the model "
+            "after it: want False"
+        )
+    if isinstance(data, IterableDataset):
+        raise SensibertError("finetune: the analysis draws rows of the train set, want one with a length and an index")
+    trimmable = {member.parameter for site in describe(model).sites for member in site.members}
+    if not any(weight.requires_grad for name, weight in base_of(model).named_parameters() if name in trimmable):
+        raise SensibertError("finetune: all that could be trimmed is frozen, want weights that learn")
 
 
 def _load_if(kind: type, path: Path):
@@ -277,7 +336,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         seed=options.seed,
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
-        save_total_limit=2,
+        save_total_limit=None if options.save_before_cut else 2,  # which would drop the one before the cut
         logging_steps=50,
         report_to="none",
         disable_tqdm=options.quiet,
@@ -307,6 +366,9 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     options = replace(options, schedule=options.schedule.for_task(data.task.recovery))
     set_seed(options.seed)
     model = load_model(options.model, data)
+    longest = max(max(part.lengths) for part in (data.train, data.validation) if part is not None)
+    if longest > (positions(model) or longest):
+        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
     autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:
@@ -356,7 +418,6 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         lr_shape=options.schedule.lr(is_dense, 1.0 if is_dense else callback.left()),
         teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
         distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
-        restructure=restructure,
     )
     metrics = score(model)
     dense = {f"dense_{name}": value for name, value in (callback.memory.metrics_dense or {}).items()}

@@ -8,9 +8,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
 
+from .checkpoints import STRUCTURE
 from .errors import SensibertError
 from .models import base_type, families
+from .models.masks import Masks
+from .models.structure import read_structure
 from .options import Options
 from .tasks import PRESETS, Examples, TaskData, load_examples
 
@@ -80,11 +84,17 @@ def load_tokenizer(source: str):
 
 
 def load_model(source: str, data: TaskData | None = None) -> nn.Module:
-    """A pre-trained encoder, with a head for the task if data is given. Unknown families are refused first."""
+    """A pre-trained encoder in fp32, with a head for the task if data is given.
+
+    SensibertError for an unknown family, or for a folder masked by a grid, whose zeros training would not keep."""
     check_family(source)
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
-        return (data.auto_class() if data else AutoModel).from_pretrained(source, **kwargs)
+        structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
+        if structure is not None and isinstance(read_structure(structure), Masks):
+            raise SensibertError(f"model: {source} is masked by a grid, want a model that is whole, or cut by units")
+        # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
+        return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 

@@ -46,7 +46,9 @@ def outline(options: Options) -> dict:
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
     task = options.task or guess_task(train, options.text_column, options.label_column)
-    layout = describe(load_model(options.model))
+    columns = options.text_column, options.label_column
+    data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
+    layout = describe(load_model(options.model, data))
     budget, counts = options.parsed_budget(), cost.counts_of(layout)
     return {
         "task": get_task(task).name,

@@ -125,9 +125,13 @@ def test_what_is_in_the_way_is_named(tmp_path):
     (tmp_path / "full" / "file").write_text("")
     check_output(tmp_path / "new", overwrite=False)
     check_output(tmp_path / "full", overwrite=True)
-    for taken in ("full", "full/file"):
-        with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
-            check_output(tmp_path / taken, overwrite=False)
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "a_file").write_text("kept")
+    for taken, said in (("link", "is a link, want"), ("a_file", "is a file, want")):
+        with pytest.raises(SensibertError, match=said):
+            check_output(tmp_path / taken, overwrite=True)
+    with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
+        check_output(tmp_path / "full", overwrite=False)
     check_file(tmp_path / "new", overwrite=False)
     check_file(tmp_path / "full" / "file", overwrite=True)
     for path, said in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):

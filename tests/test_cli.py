@@ -176,6 +176,8 @@ def test_a_dry_run_tells_and_writes_nothing(chain, here):
     assert (told.code, told.json["limit"], told.json["family"]) == (0, 9000, "bert")
     names = ("task", "train_rows", "validation_rows", "encoder_params_before")
     assert [told.json[name] for name in names] == ["text-classification", 64, 24, 17088]
+    run = chain["finetune"].json
+    assert told.json["total_params_before"] == run["total_params_before"]  # with the head that the run would give it
     planned = command("plan", "--sensitivity", here / "scores.safetensors", "--dry-run", "--json")
     assert (planned.code, planned.json["output"]) == (0, None)
     trimmed = command(

@@ -1,12 +1,17 @@
 """What a teacher adds to the loss, by hand, and the average of a student that teaches it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from sensibert.distil import Average, Distillation, distillation_loss, hidden_loss
+from sensibert.distil import Average, Distillation, distillation_loss, hidden_loss, load_teacher
 from sensibert.errors import SensibertError
+from sensibert.options import Options
+from sensibert.tasks import get_task
+from tests.helpers import tiny_batch, tiny_model
 
 
 def by_hand(student, teacher, temperature):
@@ -32,6 +37,51 @@ def test_distillation_of_answers_is_the_mean_of_both_ends_and_of_numbers_the_squ
     torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), wanted, rtol=1e-5, atol=1e-7)
     a, b = torch.randn(5, 1), torch.randn(5, 1)
     torch.testing.assert_close(distillation_loss({"logits": a}, {"logits": b}, 2.0), (a - b).square().mean())
+
+
+def test_tokens_without_a_label_teach_nothing():
+    outputs, target = ({"logits": torch.randn(2, 3, 4)} for _ in range(2))
+    inputs = {"labels": torch.tensor([[1, 0, -100], [2, -100, -100]])}
+    counted = inputs["labels"] != -100
+    mixed = Distillation(1.0, 2.0).mix(torch.tensor(9.0), outputs, target, inputs, factor=1.0)
+    wanted = by_hand(outputs["logits"][counted], target["logits"][counted], 2.0)
+    torch.testing.assert_close(mixed.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def asked_of(folder, label_names, task="text-classification"):
+    """What load_teacher looks at."""
+    data = SimpleNamespace(task=get_task(task), num_labels=len(label_names), label_names=label_names)
+    return Options(model="", output="", teacher=str(folder)), data, folder
+
+
+def test_a_teacher_answers_in_the_order_of_the_classes_of_the_data(tmp_path):
+    model, batch = tiny_model(num_labels=3), tiny_batch()
+    model.config.id2label = {0: "Yes", 1: "no", 2: "perhaps"}
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for names, order in ((["yes", "no", "perhaps"], [0, 1, 2]), (["no", "perhaps", "yes"], [1, 2, 0])):
+            found = load_teacher(*asked_of(tmp_path, names))(**batch)["logits"]
+            torch.testing.assert_close(found, logits[:, order])
+
+
+def test_a_teacher_of_something_else_is_refused(tmp_path):
+    tiny_model(num_labels=2).save_pretrained(tmp_path / "two")
+    tiny_model(head="").save_pretrained(tmp_path / "bare")
+    named = tiny_model(num_labels=2)
+    named.config.id2label = {0: "yes", 1: "no"}
+    named.save_pretrained(tmp_path / "named")
+    assert (
+        load_teacher(*asked_of(tmp_path / "two", ["good", "bad"])) is not None
+    )  # it does not say what its classes are
+    for folder, names, task, said in (
+        ("two", ["a", "b", "c"], "text-classification", "with 2 outputs, want a model .* text-classification with 3"),
+        ("two", ["a", "b"], "token-classification", "is a BertForSequenceClassification .* token-classification"),
+        ("bare", ["a", "b"], "text-classification", "is a BertModel with 2 outputs, want a model fine-tuned"),
+        ("named", ["a", "b"], "text-classification", "has the classes yes, no, want a, b"),
+    ):
+        with pytest.raises(SensibertError, match=said):
+            load_teacher(*asked_of(tmp_path / folder, names, task))
 
 
 def test_hidden_states_are_compared_layer_by_layer_where_there_are_tokens():
@@ -63,9 +113,9 @@ def test_the_loss_is_mixed_by_weight_and_factor():
     loss, mask = torch.tensor(2.0), torch.ones(3, 2)
     logits = distillation_loss(outputs, target, 3.0)
     hidden = hidden_loss(outputs["hidden_states"], target["hidden_states"], mask)
-    mixed = Distillation(0.4, 3.0, hidden=5.0).mix(loss, outputs, target, mask, factor=0.5)
+    mixed = Distillation(0.4, 3.0, hidden=5.0).mix(loss, outputs, target, {"attention_mask": mask}, factor=0.5)
     torch.testing.assert_close(mixed, 0.8 * loss + 0.2 * logits + 2.5 * hidden)
-    assert Distillation(0.4, 3.0).mix(loss, outputs, target, mask, factor=0.0) == loss
+    assert Distillation(0.4, 3.0).mix(loss, outputs, target, {"attention_mask": mask}, factor=0.0) == loss
 
 
 def test_the_average_is_the_mean_at_first_and_then_forgets(tmp_path):

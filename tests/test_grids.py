@@ -196,5 +196,5 @@ def test_grids_have_names():
 
 
 def test_a_callback_is_told_that_blocks_have_nothing_to_take_over():
-    with pytest.raises(SensibertError, match="compensate is True, which means whole units, and grid is element"):
+    with pytest.raises(SensibertError, match="compensate is True, which means whole units, and grid is 'element'"):
         TrimCallback(compensate=True, grid=Grid.element())

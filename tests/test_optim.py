@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.optimization import Adafactor
 
 from sensibert.artifacts import Grid
 from sensibert.ops import block_sensitivity
@@ -257,6 +258,22 @@ def test_slicing_before_the_first_step_only_swaps_the_parameter():
     assert optimizer.param_groups[0]["params"] == [new] and not optimizer.state
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, Adafactor])
+def test_the_factors_of_adafactor_are_sliced_with_their_rows_and_columns(kind):
+    def factors(parameter):
+        return [v.flatten().clone() for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.dim()]
+
+    weight = nn.Parameter(torch.randn(6, 4))
+    optimizer = kind([weight])
+    train(optimizer, 2)
+    (of_rows, of_cols), rows, cols = factors(weight), torch.tensor([4, 0, 1]), torch.tensor([3, 1])
+    new = nn.Parameter(weight.detach()[rows][:, cols].clone())
+    slice_state(optimizer, weight, new, {0: rows, 1: cols})
+    for found, wanted in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
+        assert torch.equal(found, wanted)
+    train(optimizer, 1)
+
+
 def test_what_cannot_be_sliced_is_named():
     weight, other = make_params()[:2]
     optimizer = torch.optim.AdamW([weight])
@@ -264,6 +281,9 @@ def test_what_cannot_be_sliced_is_named():
         slice_state(optimizer, other, other, {})
     with pytest.raises(ValueError, match=r"slice_state: new is \(6, 4\), want \(2, 4\)"):
         slice_state(optimizer, weight, weight, {0: torch.tensor([0, 1])})
+    optimizer.state[weight]["absmax"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"AdamW keeps absmax \(3,\) for a parameter \(6, 4\), want a state that can"):
+        slice_state(optimizer, weight, nn.Parameter(weight.detach()[:2]), {0: torch.tensor([0, 1])})
 
 
 def test_a_slice_that_fails_leaves_the_optimizer_as_it_was():

@@ -1,24 +1,28 @@
 """Whole runs on a tiny model: what the recipe promises about budgets, resuming, teachers and files."""
 
 import contextlib
+import copy
 import json
 import os
 import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import sensibert
 from sensibert import cost, recipe
-from sensibert.artifacts import Plan, Sensitivity
+from sensibert.artifacts import Grid, Plan, Sensitivity
 from sensibert.errors import SensibertError
 from sensibert.models import describe
 from sensibert.options import Options
+from sensibert.pipeline.finetune import TrimTrainer
 from sensibert.recipe import TrimCallback, finetune_and_trim
 from sensibert.schedule import Schedule
 from sensibert.tasks import TaskData, load_examples
@@ -216,6 +220,59 @@ def test_runs_can_branch_from_the_last_dense_step(here, tmp_path):
     assert same_weights(tmp_path / "alone", tmp_path / "branch")
 
 
+def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
+    finetune_and_trim(options(here, tmp_path / "out", **short(epochs=3, save_before_cut=True, keep_checkpoints=True)))
+    found = {int(path.name.rpartition("-")[2]) for path in (tmp_path / "out.partial").glob("checkpoint-*")}
+    assert {4, 14} <= found  # the cut comes after step 5 of 15
+
+
+def test_a_checkpoint_behind_the_cut_goes_on_with_the_settings_of_its_cut(here, tmp_path):
+    asked = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6}
+    finetune_and_trim(options(here, tmp_path / "out", **asked))
+    said = "was cut to 50%params of the encoder by obs, units, and this run wants 30%params of the encoder by fisher"
+    with pytest.raises(SensibertError, match=said):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, budget="30%params", method="fisher", **asked))
+
+
+def test_a_trimmed_model_is_trimmed_again_and_told_in_its_own_units(here, tmp_path):
+    first = finetune_and_trim(options(here, tmp_path / "first", max_steps=3))
+    again = options(here, tmp_path / "again", max_steps=3, budget="60%params", teacher="snapshot")
+    result = finetune_and_trim(replace(again, model=str(tmp_path / "first")))
+    plan, model = Plan.load(tmp_path / "again" / "plan.safetensors"), sensibert.load(tmp_path / "again")[0]
+    assert plan.layout.encoder_params == first["encoder_params_after"] == result["encoder_params_before"]
+    assert plan.params == result["encoder_params_after"]
+    assert {site.name: len(plan.kept(site.name)) for site in plan.layout.sites} == {
+        site.name: site.units for site in describe(model).sites
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_kept_in_half_precision_is_trained_in_fp32(here, tmp_path, dtype):
+    shutil.copytree(here / "model", tmp_path / "half")
+    AutoModelForSequenceClassification.from_pretrained(here / "model", dtype=dtype).save_pretrained(tmp_path / "half")
+    finetune_and_trim(replace(options(here, tmp_path / "out", max_steps=3), model=str(tmp_path / "half")))
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_what_a_grid_has_masked_is_no_model_to_start_from(here, tmp_path):
+    finetune_and_trim(options(here, tmp_path / "masked", max_steps=3, grid="element", step=None))
+    with pytest.raises(SensibertError, match="masked is masked by a grid, want a model that is whole"):
+        finetune_and_trim(replace(options(here, tmp_path / "out"), model=str(tmp_path / "masked")))
+
+
+def test_rows_longer_than_the_model_are_refused(here, tmp_path):
+    folder = runs.model_folder(tmp_path / "short", max_position_embeddings=8)
+    asked = replace(options(here, tmp_path / "out"), model=folder)
+    with pytest.raises(SensibertError, match="max_length: a row has 10 tokens, want at most 8, as the model"):
+        finetune_and_trim(asked)
+    assert finetune_and_trim(replace(asked, max_length=8, max_steps=3))["steps"] == 3
+
+
+def test_few_samples_still_give_one_to_every_cut(here, tmp_path):
+    asked = options(here, tmp_path / "out", samples=2, schedule=Schedule("cubic", milestones=3), max_steps=9)
+    assert Sensitivity.load((finetune_and_trim(asked), tmp_path / "out" / "sensitivity.safetensors")[1]).samples == 1
+
+
 def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
     asked = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
     first = finetune_and_trim(options(here, tmp_path / "out", **asked))
@@ -311,18 +368,20 @@ def test_gradient_accumulation_and_bf16_run(here, tmp_path):
     assert result["steps"] == 5 and result["encoder_params_after"] < result["encoder_params_before"]
 
 
-def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
-    from transformers import AutoTokenizer
+def own_trainer(here, output, callback, kind=Trainer, model=None, data=None, **arguments):
+    """A Trainer as its owner would build it."""
+    tokenizer = AutoTokenizer.from_pretrained(here / "model")
+    built = TaskData.build(None, load_examples(str(here / "train.csv")), None, tokenizer)
+    model = model or AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
+    usual = {"max_steps": 12, "learning_rate": 3e-3, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(str(output), **(usual | arguments))
+    return kind(model, arguments, built.collator, train_dataset=data or built.train, callbacks=[callback])
 
-    data = TaskData.build(
-        None, load_examples(str(here / "train.csv")), None, AutoTokenizer.from_pretrained(here / "model")
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=12, learning_rate=3e-3, use_cpu=True, report_to="none", disable_tqdm=True
-    )
+
+def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
     callback = TrimCallback("40%params", "taylor", step=4)
-    trainer = Trainer(model, arguments, data.collator, train_dataset=data.train, callbacks=[callback])
+    trainer = own_trainer(here, tmp_path, callback)
+    model = trainer.model
     trainer.train()
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}  # the trap: trimmed tensors that no optimizer holds
@@ -333,3 +392,96 @@ def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
     )
     sensibert.export(model, tmp_path / "small")
     assert describe(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")) == layout
+
+
+def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
+    def run(folder, checkpoint=None):
+        callback = TrimCallback("50%params", step=4, schedule=Schedule("cubic", milestones=3))
+        trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=5, save_strategy="steps", seed=3)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.model, callback
+
+    (whole, first), (resumed, again) = run(tmp_path), run(tmp_path, str(tmp_path / "checkpoint-5"))
+    assert first.cuts.keys() == {4, 5, 6} and describe(whole).encoder_params == describe(resumed).encoder_params
+    assert first.memory.params_before == again.memory.params_before
+    assert again.sensitivity == first.sensitivity and again.whole_plan(resumed) == first.whole_plan(whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
+    trainer = own_trainer(here, tmp_path, TrimCallback("50%params", step=4), TrimTrainer, save_steps=6)
+    trainer.train()
+    other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
+    other.add_callback(TrimCallback("50%params", step=4))
+    with pytest.raises(SensibertError, match="it came after the model was cut, want it among the Trainer's callbacks="):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_step(here, tmp_path, monkeypatch):
+    frozen = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
+    frozen.bert.encoder.requires_grad_(False)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    for said, more in (
+        ("all that could be trimmed is frozen", {"model": frozen}),
+        ("draws rows of the train set, want one with a length", {"data": Stream()}),
+        ("load_best_model_at_end is True", {**best, "kind": NeverEvaluates}),
+    ):
+        trainer = own_trainer(here, tmp_path, TrimCallback(step=4), **more)
+        with pytest.raises(SensibertError, match=said):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    trainer = own_trainer(here, tmp_path, TrimCallback(step=4))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(SensibertError, match="runs in one process, 2 were started"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+class NeverEvaluates(Trainer):
+    """One that was given an eval set would do; what matters comes before it is looked at."""
+
+    def __init__(self, model, arguments, collator, train_dataset, callbacks):
+        super().__init__(model, arguments, collator, train_dataset, train_dataset, callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"method": "fischer"}, "method is 'fischer', want one of"),
+        ({"policy": "globl"}, "policy is 'globl', want one of"),
+        ({"samples": 0}, "samples is 0, want more than 0"),
+        ({"grid": Grid.element(), "method": "paper"}, "method is 'paper', which means whole units"),
+        ({"grid": Grid.block(64, 64), "step": 8}, "step is 8, which means whole units, and grid is 'block64'"),
+    ],
+)
+def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(asked, said):
+    with pytest.raises(SensibertError, match=said):
+        TrimCallback("50%params", **asked)
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(here, tmp_path):
+    """BERT takes any keyword, so a stock Trainer takes it to divide by the number of items itself: N times too much."""
+    norms, whole = [], tiny_model(vocab_size=64)  # without dropout
+    for size, steps in ((8, 1), (2, 4)):
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 1e9}
+        arguments |= {"max_steps": 1, "logging_steps": 1, "model": copy.deepcopy(whole)}
+        trainer = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer, **arguments)
+        trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, range(8))
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_recovery_finds_the_dropout_that_is_only_a_number():
+    model = tiny_model("modernbert", attention_dropout=0.3)
+    callback = TrimCallback(schedule=Schedule(recovery="lifted"))
+    rates = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    callback.cuts = {1: 1.0}
+    callback._recover(model)
+    assert rates and {module.attention_dropout for module in rates} == {0.0}
+    callback.on_train_end(None, None, None)
+    assert {module.attention_dropout for module in rates} == {0.3}

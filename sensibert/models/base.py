@@ -102,6 +102,14 @@ def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence that a table of absolute positions allows; None: there is no such table."""
+    table = getattr(getattr(base_of(model), "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 def attribute(root: object, path: str) -> object:
     for part in path.split("."):
         root = getattr(root, part)

@@ -255,13 +255,14 @@ def rank_tensors(
 ) -> dict[str, float]:
     """Mean |w * g| of every trimmable weight matrix: the ranking of whole parameter tensors, most sensitive first.
 
-    The sum over the matrix is the first-order change of the loss if each weight went on its own; per element, so that
-    large tensors do not win by size. Arguments as for `analyze`; labels are sampled where `sampled_loss` is given."""
+    The mean is over elements and micro-batches, g the gradient of a micro-batch's mean loss: |w * g| is what the loss
+    changes by, to first order, if the weight goes on its own, and large tensors do not win by size. Arguments as for
+    `analyze`; labels are sampled where `sampled_loss` is given."""
     layout, state = describe(model), dict(base_of(model).named_parameters())
     names = {m.parameter for site in layout.sites for m in site.members if state[m.parameter].dim() == 2}
     used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]
     weights, out = [state[name] for name in used], None
-    generator, samples = torch.Generator().manual_seed(seed), 0
+    generator, samples, passes = torch.Generator().manual_seed(seed), 0, 0
     with evaluating(model, autocast) as device:
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
@@ -269,8 +270,8 @@ def rank_tensors(
             require_finite(value, samples)
             grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
-            samples += _size(batch)
+            samples, passes = samples + _size(batch), passes + 1
     if out is None:
         raise SensibertError("rank_tensors: no batches came, want at least one micro-batch")
-    means = {name: float(o) / w.numel() / samples for name, w, o in zip(used, weights, out, strict=True)}
+    means = {name: float(o) / w.numel() / passes for name, w, o in zip(used, weights, out, strict=True)}
     return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))

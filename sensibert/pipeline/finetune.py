@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -21,8 +21,8 @@ from ..checkpoints import STRUCTURE, check_checkpoint, writing
 from ..distil import Distillation
 from ..errors import SensibertError
 from ..models.evaluating import quick_attention
-from ..models.masks import Masks
 from ..models.structure import read_structure
+from .trim import restructure
 
 
 class LengthSampler(Sampler[int]):
@@ -46,8 +46,8 @@ class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is what `distil` makes of both. restructure: (model, kept units or masks) cuts a fresh model as a
-    checkpoint is cut. A train set that offers `.lengths` is read in batches of similar length."""
+    model, the loss is what `distil` makes of both. A checkpoint of a trimmed model is loaded into a model that is cut
+    alike first. A train set that offers `.lengths` is read in batches of similar length."""
 
     def __init__(
         self,
@@ -55,16 +55,12 @@ class TrimTrainer(Trainer):
         lr_shape: Callable[[int, int], float] | None = None,
         teacher: Callable[[], nn.Module | None] | None = None,
         distil: Distillation | None = None,
-        restructure: Callable[[nn.Module, dict[str, Tensor] | Masks], object] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.world_size > 1:
-            raise SensibertError(
-                f"finetune: trimming while training runs in one process, {self.args.world_size} were started; "
-                "trim first (sensibert trim), then train the smaller model in as many as you like"
-            )
-        self.lr_shape, self.restructure = lr_shape, restructure
+        # Heads that are told the number of items divide by it, the others do not: Trainer shall divide by the steps.
+        self.model_accepts_loss_kwargs = False
+        self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -92,7 +88,7 @@ class TrimTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
-        loss = self.distil.mix(loss, outputs, target, inputs.get("attention_mask"), factor)
+        loss = self.distil.mix(loss, outputs, target, inputs, factor)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -116,8 +112,8 @@ class TrimTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
-        if structure.exists() and self.restructure is not None:
-            self.restructure(self.model if model is None else model, read_structure(structure))
+        if structure.exists():
+            restructure(self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
@@ -132,8 +128,8 @@ def finetune(
 ) -> TrimTrainer:
     """Train a model in place, from a checkpoint of the same run if one is given; returns the trainer when it is done.
 
-    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil, restructure of
-    `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
+    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
+    SensibertError for a loss that is not finite or a damaged checkpoint."""
     trainer = TrimTrainer(
         model=model,
         args=arguments,

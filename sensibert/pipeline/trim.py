@@ -115,6 +115,23 @@ def _without_heads(layer: nn.Module, undo: _Undo) -> None:
             _assign(module, "config", config, undo)
 
 
+def _end_masks(model: nn.Module, undo: _Undo) -> None:
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            undo.append(_mask_again(module))
+    restore(model)
+
+
+def _mask_again(layer: MaskedLinear) -> Callable[[], None]:
+    weight, keep, grid = layer.weight.detach().clone(), layer.keep, layer.grid
+
+    @torch.no_grad()
+    def again() -> None:
+        MaskedLinear.from_linear(layer, keep, grid).weight.copy_(weight)
+
+    return again
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     """Rounding of a whole encoder, relative to its largest output: 24 wide fp32 layers reach 5e-6, and a toy DeBERTa
     with its heads laid out wrongly is off by no more than 2e-5 to 4e-5."""
@@ -193,16 +210,15 @@ def trim(
         return mask_blocks(model, plan.keep, plan.grid, optimizer)
     if masked:
         return _mask(model, plan)
-    if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        restore(model)
     family, structure, undo, cuts = family_of(model), structure_of(model), _Undo(), []
     expected = None
-    if check:
-        with silenced(model, plan):
-            expected = _probe(model)
-        if not expected.isfinite().all():
-            raise SensibertError("trim: the model's hidden states are NaN or inf, so the cut cannot be checked")
     try:
+        _end_masks(model, undo)
+        if check:
+            with silenced(model, plan):
+                expected = _probe(model)
+            if not expected.isfinite().all():
+                raise SensibertError("trim: the model's hidden states are NaN or inf, so the cut cannot be checked")
         layer_of = [layer for _, layer in layers(model)]
         for site in plan.layout.sites:
             kept, layer = plan.kept(site.name), layer_of[site.layer]

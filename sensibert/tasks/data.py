@@ -75,14 +75,15 @@ class TaskData:
             id(examples): _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride)
             for examples in data
         }
-        return cls(
-            task=task,
-            num_labels={"regression": 1, "question-answering": 2}.get(task.name, len(names)),
-            label_names=names,
-            train=encoded.get(id(train)),
-            validation=encoded.get(id(validation)),
-            collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of),
-        )
+        collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of)
+        return cls(task, _outputs(task, names), names, encoded.get(id(train)), encoded.get(id(validation)), collator)
+
+    @classmethod
+    def outlined(cls, task_name: str, train: Examples, text_column: str | None, label_column: str | None) -> TaskData:
+        """What the head of a model depends on, without features: nothing is encoded."""
+        task = get_task(task_name)
+        names = _names(task, train, _columns(task, train, text_column, label_column)[1], None)
+        return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
     @property
     def main_metric(self) -> str:
@@ -178,6 +179,10 @@ def _columns(task: Task, examples: Examples, text: str | None, label: str | None
         raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, parted by commas")
     label = label or next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
     return inputs, label
+
+
+def _outputs(task: Task, names: list[str]) -> int:
+    return {"regression": 1, "question-answering": 2}.get(task.name, len(names))
 
 
 def _names(task: Task, examples: Examples, label: str, given: list[str] | None) -> list[str]:

@@ -14,16 +14,17 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
 
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
-    logits [B, S, C]: a class at every position whose label is not -100.
+    logits [B, S, C]: a class at every position whose label is not -100, or without labels, of attention_mask.
     Equal generator states give equal labels."""
     if "start_logits" in outputs:
         padding = batch["attention_mask"] == 0
         ends = [outputs[key].float().masked_fill(padding, -torch.inf) for key in ("start_logits", "end_logits")]
         return sum(_drawn_cross_entropy(logits, generator) for logits in ends) / 2
-    logits = outputs["logits"].float()
+    logits, labels = outputs["logits"].float(), batch.get("labels")
     if logits.dim() == 3:
-        return _drawn_cross_entropy(logits[batch["labels"] != -100], generator)
-    if logits.shape[-1] == 1 or batch["labels"].is_floating_point():
+        counted = batch["attention_mask"] != 0 if labels is None else labels != -100
+        return _drawn_cross_entropy(logits[counted], generator)
+    if logits.shape[-1] == 1 or (labels is not None and labels.is_floating_point()):
         noise = _draw(logits, generator, torch.Tensor.normal_)
         return 0.5 * (logits - (logits.detach() + noise)).square().sum(-1).mean()
     return _drawn_cross_entropy(logits, generator)

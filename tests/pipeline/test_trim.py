@@ -13,6 +13,7 @@ from torch import nn
 from sensibert.errors import SensibertError
 from sensibert.models import describe, families
 from sensibert.models.structure import is_trimmed, structure_of
+from sensibert.nn import MaskedLinear
 from sensibert.pipeline.export import export, load
 from sensibert.pipeline.trim import restructure, silenced, trim
 from tests.helpers import tiny_batch, tiny_model
@@ -220,6 +221,21 @@ def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides,
     assert torch.equal(outputs(model, batch), expected)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
     trim(model, plan, optimizer)
+
+
+def test_a_masked_model_whose_cut_fails_stays_masked(monkeypatch):
+    model, batch = tiny_model("deberta-v2", **DEBERTA), tiny_batch()
+    plan = random_plan(describe(model))
+    trim(model, plan, masked=True)
+    masks = {name: layer.keep.clone() for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+    before, expected = copy.deepcopy(model.state_dict()), outputs(model, batch)
+    monkeypatch.setitem(families(), "deberta-v2", bare("deberta-v2"))
+    with pytest.raises(SensibertError, match="masked and trimmed deberta-v2 differ"):
+        trim(model, plan)
+    found = {name: layer.keep for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+    assert masks and found.keys() == masks.keys() and all(torch.equal(found[name], masks[name]) for name in masks)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(outputs(model, batch), expected)
 
 
 def test_deberta_without_its_attributes_would_run_and_be_wrong(monkeypatch):

@@ -50,6 +50,14 @@ def test_token_classification_draws_only_where_there_is_a_label():
     assert torch.equal(grad.abs().sum(-1) > 0, labels != -100)
 
 
+def test_labels_are_not_needed_to_draw_some():
+    logits, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    _, grad = loss_gradient(logits, {"attention_mask": mask})
+    assert torch.equal(grad.abs().sum(-1) > 0, mask.bool())
+    with_labels = loss_gradient(logits[:, 0], {"labels": torch.tensor([0, 1])})[0]
+    assert loss_gradient(logits[:, 0], {})[0] == with_labels
+
+
 def test_no_labelled_token_is_a_loss_of_zero():
     loss, grad = loss_gradient(torch.randn(1, 3, 2), {"labels": torch.full((1, 3), -100)})
     assert loss == 0.0 and grad.abs().max() == 0.0
