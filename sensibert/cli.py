@@ -153,7 +153,7 @@ def finetune(
         str | None,
         typer.Option(
             help="After the last cut. lifted: up to 1.6 times the learning rate, without dropout; "
-            "plain: rate and dropout go on as they were.",
+            "plain: dropout as it was, and so the rate unless less than half is left.",
             show_default="plain for question answering, else lifted",
         ),
     ] = None,
