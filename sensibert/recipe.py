@@ -30,7 +30,7 @@ from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
 from .pipeline.export import export
-from .pipeline.finetune import finetune, predict
+from .pipeline.finetune import finetune, predict, want_one_process
 from .pipeline.trim import silenced, trim
 from .report import write_report
 from .schedule import Schedule
@@ -292,11 +292,7 @@ class TrimCallback(TrainerCallback):
 
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
     """SensibertError for a Trainer that would fail at the cut or, worse, behind it."""
-    if args.world_size > 1:
-        raise SensibertError(
-            f"finetune: trimming while training runs in one process, {args.world_size} were started; "
-            "trim first (sensibert trim), then train the smaller model in as many as you like"
-        )
+    want_one_process(args)
     if args.load_best_model_at_end:
         raise SensibertError(
             "finetune: load_best_model_at_end is True, but a checkpoint from before the cut does not fit the model "

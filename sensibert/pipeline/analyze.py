@@ -162,6 +162,8 @@ def _gate_scores(
 
         handles.append(consumer.register_forward_pre_hook(gated))
     used = [gate for gate in gates.values() if gate.numel()]
+    if not used:
+        raise SensibertError("analyze: no unit is left to be scored, want a model that has some")
     optimizer = torch.optim.Adam(used, lr=GATE_RATE)
     generator, samples = torch.Generator().manual_seed(seed), 0
     try:

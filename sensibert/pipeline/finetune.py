@@ -117,6 +117,15 @@ class TrimTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+def want_one_process(arguments: TrainingArguments) -> None:
+    """DDP's reducer would hold on to the parameters of before a cut, and the processes drift apart without a word."""
+    if arguments.world_size > 1:
+        raise SensibertError(
+            f"finetune: trimming while training runs in one process, {arguments.world_size} were started; "
+            "trim first (sensibert trim), then train the smaller model in as many as you like"
+        )
+
+
 def finetune(
     model: nn.Module,
     train: Dataset,
@@ -126,10 +135,11 @@ def finetune(
     checkpoint: str | Path | None = None,
     **trainer_options,
 ) -> TrimTrainer:
-    """Train a model in place, from a checkpoint of the same run if one is given; returns the trainer when it is done.
+    """Train a model in place, in one process, from a checkpoint of the same run if one is given; returns the trainer.
 
     callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
     SensibertError for a loss that is not finite or a damaged checkpoint."""
+    want_one_process(arguments)
     trainer = TrimTrainer(
         model=model,
         args=arguments,

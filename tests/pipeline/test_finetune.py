@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_not_read(tmp_path):
 def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
-        TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows())
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path))
 
 
 def test_a_gpu_is_not_asked_for_plans_that_each_new_shape_would_need():
