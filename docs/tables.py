@@ -308,7 +308,8 @@ def rank(rows: list[dict]) -> str:
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["bench"] == "bench_rank":
-            found = re.fullmatch(r"(.+? seed \d+(?: compensated)?) (.+)", row["case"])
+            case = row["case"]  # with --name, or the task alone
+            found = re.fullmatch(r"(.+? seed \d+(?: compensated)?) (.+)", case) or re.fullmatch(r"(\S+) (.+)", case)
             cells.setdefault(found[2], {})[found[1]] = row["value"]
     columns = sorted({case for line in cells.values() for case in line}, key=lambda case: ("compensated" in case, case))
     order = sorted(cells, key=lambda name: -statistics.mean(cells[name].values()))

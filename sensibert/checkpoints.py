@@ -94,6 +94,14 @@ def check_output(output: str | Path, overwrite: bool) -> None:
         raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
 
 
+def check_apart(output: str | Path, **inputs: str | None) -> None:
+    """SensibertError if replacing output would take an input of the run, or the folder one stands in, along."""
+    place = Path(output).resolve()
+    for name, given in {**inputs, "working folder": "."}.items():
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(place):
+            raise SensibertError(f"output: {output} holds the {name} of this run ({given}), want another folder")
+
+
 def check_file(path: str | Path, overwrite: bool) -> None:
     """SensibertError if a file cannot be written there; told before the work, not after it."""
     path = Path(path)

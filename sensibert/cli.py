@@ -388,6 +388,9 @@ def _written(result: dict) -> str:
     return f"\n\nwritten to {result['output']}" if result["output"] else ""
 
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
 def main() -> None:
     """Entry point: errors of the user and of the system become one line and exit code 2."""
     # Read when transformers is imported: its warnings, and bars where no one watches, would bury that line.
@@ -396,11 +399,15 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes a code of Ctrl-C
+            _fail("stopped; finetune --resume goes on from the last whole checkpoint, if there is one", INTERRUPTED)
+        if code:
+            sys.exit(code)
     except (SensibertError, OSError) as error:
         _fail(str(error), 2)
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         # Click's own usage errors carry an exit code and know how to show themselves; anything else is our bug.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import cost
 from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
-from .checkpoints import MEMORY, STRUCTURE, seal, workspace, writing
+from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, seal, workspace, writing
 from .distil import Average, Distillation, load_teacher, save_snapshot
 from .errors import SensibertError
 from .models import bare_copy, base_of, describe, evaluating
@@ -37,7 +37,7 @@ from .schedule import Schedule
 from .search import search_shares
 from .sources import check_family, load_data, load_model, load_tokenizer
 from .surgeon import Moments, collect_moments
-from .tasks import TaskData, sampled_loss
+from .tasks import TaskData, get_task, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
@@ -85,9 +85,10 @@ class TrimCallback(TrainerCallback):
         save_before_cut: bool = False,
         choose: Choose | None = None,
         compensate: bool | None = None,
-        grid: Grid | None = None,
+        grid: Grid | str | None = None,
         search: int = 0,
     ):
+        grid = parse_grid(grid) if isinstance(grid, str) else grid
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.method, self.schedule = method or default_method(grid), schedule or Schedule()
         self.step, self.policy = step, policy
@@ -305,6 +306,19 @@ def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | N
         raise SensibertError("finetune: all that could be trimmed is frozen, want weights that learn")
 
 
+def _want_room(model: nn.Module, data: TaskData) -> None:
+    """SensibertError where rows are longer than the model, or words have numbers that it does not know."""
+    parts = [part for part in (data.train, data.validation) if part is not None]
+    longest = max(max(part.lengths) for part in parts)
+    if longest > (positions(model) or longest):
+        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
+    highest = max(int(part.per_token["input_ids"].max()) for part in parts)
+    if highest >= model.config.vocab_size:
+        raise SensibertError(
+            f"model: its tokenizer gives the token {highest}, and it knows {model.config.vocab_size}: want its own"
+        )
+
+
 def _load_if(kind: type, path: Path):
     return kind.load(path) if path.exists() else None
 
@@ -348,6 +362,9 @@ def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     started = time.perf_counter()
     options.check()
     options = options.resolved()
+    inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
+    check_output(options.output, options.overwrite)
+    check_apart(options.output, **inputs)
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -362,9 +379,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     options = replace(options, schedule=options.schedule.for_task(data.task.recovery))
     set_seed(options.seed)
     model = load_model(options.model, data)
-    longest = max(max(part.lengths) for part in (data.train, data.validation) if part is not None)
-    if longest > (positions(model) or longest):
-        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
+    _want_room(model, data)
     autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:
@@ -458,6 +473,7 @@ def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCal
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume goes on from the last whole checkpoint"):
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
+        info["max_length"] = options.max_length or get_task(result["task"]).max_length
         export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)

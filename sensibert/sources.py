@@ -78,7 +78,12 @@ def check_family(source: str) -> None:
 
 def load_tokenizer(source: str):
     try:
-        return AutoTokenizer.from_pretrained(source)
+        found = AutoTokenizer.from_pretrained(source)
+        if len(found) <= len(set(found.all_special_ids)):  # made up, where the files are missing
+            raise SensibertError(f"model: no tokenizer in {source} (no word but {', '.join(found.all_special_tokens)})")
+        return found
+    except SensibertError:
+        raise
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
 

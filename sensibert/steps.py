@@ -179,6 +179,8 @@ def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
         tokenizer = load_tokenizer(options.model)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
+    noted = (getattr(model.config, "sensibert", None) or {}).get("max_length")
+    options = options if options.max_length else replace(options, max_length=noted)
     options = replace(options.resolved(), task=_task_of(model, options))
     task, names = get_task(options.task), [model.config.id2label[i] for i in range(model.config.num_labels)]
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:

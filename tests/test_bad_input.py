@@ -248,6 +248,41 @@ def test_a_model_without_the_head_or_with_another(here, tmp_path):
         refused("2 classes, want 1 output", "eval", here / "tuned", *dev, "--task", "regression")
 
 
+def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy(here / "train.csv", tmp_path / "data" / "train.csv")
+    asked = {"train-file": tmp_path / "data" / "train.csv"}
+    monkeypatch.chdir(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    for place, said in (
+        (tmp_path / "data", "holds the train_file of this run"),
+        (here / "model", "holds the model of this run"),
+        ("..", "holds the .* of this run"),
+    ):
+        refused(said, *finetune_arguments(here, place, **asked), "--overwrite")
+    assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused("holds the working folder of this run", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
+
+
+def test_a_tokenizer_without_words_or_of_another_model_is_refused(here, tmp_path):
+    shutil.copytree(here / "model", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    refused("no tokenizer in .*bare", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "bare"))
+    small = runs.model_folder(tmp_path / "small", vocab_size=8)
+    refused("its tokenizer gives the token .* and it knows 8", *finetune_arguments(here, tmp_path / "out", model=small))
+
+
+def test_ctrl_c_is_told_by_the_code(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sensibert.steps.inspect_folder", interrupted)
+    done = command("inspect", "somewhere")
+    assert done.code == 130 and "stopped; finetune --resume goes on" in done.err
+
+
 def test_an_output_that_is_taken_is_kept(here, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

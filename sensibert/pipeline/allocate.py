@@ -102,16 +102,17 @@ def _fill(
         room -= size * unit_cost(site, budget)
 
 
-def allocate(sensitivity: Sensitivity, budget: Budget, step: int | None = None, policy: str = "global") -> Plan:
+def allocate(sensitivity: Sensitivity, budget: Budget | str, step: int | None = None, policy: str = "global") -> Plan:
     """Choose the units that survive.
 
-    budget: an upper bound; the plan is below it by less than the cheapest head or rounding step that was left.
+    budget: an upper bound, also as text ("50%params"); the plan is below it by less than the cheapest head or rounding
+    step that was left.
     step: FFN widths become multiples of it (1 = no rounding; default by `width_step`).
     policy: `global` (one threshold for all sites), `uniform` (the same share everywhere; scores rank inside a site) or
     `exact` (the largest sum of kept scores at widths that are rounded already).
     A sensitivity of blocks of a grid gives a plan of blocks (`allocate_blocks`), which no step rounds.
     SensibertError if the budget is below what cannot be trimmed."""
-    layout = sensitivity.layout
+    layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
     if policy not in POLICIES:
         raise SensibertError(f"allocate: policy is {policy!r}, want one of {', '.join(POLICIES)}")
     if sensitivity.grid is not None:

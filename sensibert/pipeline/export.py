@@ -33,6 +33,7 @@ from ..nn import MaskedLinear
 LAYOUTS = ("trimmed", "dense", "both")
 CONFIG, CARD = "config.json", "README.md"
 STRUCTURE, CODE = modeling_sensibert.STRUCTURE_FILE, Path(modeling_sensibert.__file__).name
+REPORTS = ("result.json", "recipe.json")  # what a run says of itself
 DENSE = "dense"  # subfolder of layout="both"
 
 
@@ -145,7 +146,7 @@ def _place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
-    for old in (CONFIG, STRUCTURE, CODE):  # of an earlier export; without a config.json nothing loads
+    for old in (CONFIG, STRUCTURE, CODE, CARD, *REPORTS):  # of an earlier export; without a config.json nothing loads
         (path / old).unlink(missing_ok=True)
     if (path / DENSE / CONFIG).exists():
         shutil.rmtree(path / DENSE)
