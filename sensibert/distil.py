@@ -3,7 +3,6 @@ moment before the cut or as an average of its weights since then."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +17,19 @@ from transformers import TrainerCallback
 from .errors import SensibertError
 from .models import bare_copy
 from .options import AVERAGE, SNAPSHOT, Options
-from .pipeline.export import export, load
 from .sources import best_device, check_family
 from .tasks import TaskData
 
 AVERAGE_FILE = "average.safetensors"
 
 
-def save_snapshot(model: nn.Module, tokenizer, folder: Path) -> None:
-    """The dense model as it is now, whole or not at all: a resumed run must meet the same teacher."""
-    shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    export(model, folder / SNAPSHOT, tokenizer)
-
-
-def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
+def load_teacher(
+    options: Options, data: TaskData, folder: Path, load: Callable[[str], tuple[nn.Module, object]]
+) -> nn.Module | None:
     """The given teacher, or the snapshot this run has made already; None until there is one.
 
-    SensibertError for one of another task. Its classes may stand in another order than those of the data."""
+    load: source -> (model with its head, tokenizer), as `export` has it. SensibertError for one of another task. Its
+    classes may stand in another order than those of the data."""
     if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from . import cost
 from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, seal, workspace, writing
-from .distil import Average, Distillation, load_teacher, save_snapshot
+from .distil import Average, Distillation, load_teacher
 from .errors import SensibertError
 from .models import bare_copy, base_of, describe, evaluating
 from .models.base import positions
@@ -29,9 +29,9 @@ from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
-from .pipeline.export import export
+from .pipeline.export import export, load
 from .pipeline.finetune import finetune, predict, want_one_process
-from .pipeline.trim import silenced, trim
+from .pipeline.trim import restructure, silenced, trim
 from .report import write_report
 from .schedule import Schedule
 from .search import search_shares
@@ -68,6 +68,8 @@ class TrimCallback(TrainerCallback):
     with the callback among its `callbacks=`: the stock Trainer cannot load a checkpoint of a trimmed model.
     SensibertError at once for settings that cannot be, and when the training begins for a Trainer in which trimming
     cannot work: several processes, data without a length, `load_best_model_at_end`."""
+
+    restructure = staticmethod(restructure)  # what `TrimTrainer` asks for when it loads a checkpoint
 
     def __init__(
         self,
@@ -389,14 +391,15 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    teacher = load_teacher(options, data, folder)
+    teacher = load_teacher(options, data, folder, load)
     average = Average(lambda total: max(options.schedule.cuts(total)) + 1, options.average_decay)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
         if options.teacher == SNAPSHOT:
-            save_snapshot(model, tokenizer, folder)
-            teacher = load_teacher(options, data, folder)
+            shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+            export(model, folder / SNAPSHOT, tokenizer)  # whole or not at all: a resumed run must meet the same teacher
+            teacher = load_teacher(options, data, folder, load)
         return score(model)
 
     callback = TrimCallback(

@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState
 from sensibert.distil import Average, Distillation, distillation_loss, hidden_loss, load_teacher
 from sensibert.errors import SensibertError
 from sensibert.options import Options
+from sensibert.pipeline.export import load
 from sensibert.tasks import get_task
 from tests.helpers import tiny_batch, tiny_model
 
@@ -51,7 +52,7 @@ def test_tokens_without_a_label_teach_nothing():
 def asked_of(folder, label_names, task="text-classification"):
     """What load_teacher looks at."""
     data = SimpleNamespace(task=get_task(task), num_labels=len(label_names), label_names=label_names)
-    return Options(model="", output="", teacher=str(folder)), data, folder
+    return Options(model="", output="", teacher=str(folder)), data, folder, load
 
 
 def test_a_teacher_answers_in_the_order_of_the_classes_of_the_data(tmp_path):

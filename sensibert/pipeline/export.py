@@ -146,7 +146,7 @@ def _place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
-    for old in (CONFIG, STRUCTURE, CODE, CARD, *REPORTS):  # of an earlier export; without a config.json nothing loads
+    for old in (CONFIG, STRUCTURE, CODE, *REPORTS):  # of an earlier export; without a config.json nothing loads
         (path / old).unlink(missing_ok=True)
     if (path / DENSE / CONFIG).exists():
         shutil.rmtree(path / DENSE)

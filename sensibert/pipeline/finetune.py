@@ -22,7 +22,6 @@ from ..distil import Distillation
 from ..errors import SensibertError
 from ..models.evaluating import quick_attention
 from ..models.structure import read_structure
-from .trim import restructure
 
 
 class LengthSampler(Sampler[int]):
@@ -46,8 +45,9 @@ class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is what `distil` makes of both. A checkpoint of a trimmed model is loaded into a model that is cut
-    alike first. A train set that offers `.lengths` is read in batches of similar length."""
+    model, the loss is what `distil` makes of both. Before a checkpoint of a trimmed model is loaded, the callback that
+    has a `restructure` (`TrimCallback`) cuts the model alike. A train set that offers `.lengths` is read in batches of
+    similar length."""
 
     def __init__(
         self,
@@ -113,7 +113,12 @@ class TrimTrainer(Trainer):
         check_checkpoint(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
         if structure.exists():
-            restructure(self.model if model is None else model, read_structure(structure))
+            cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
+            if not cutters:
+                raise SensibertError(
+                    f"{resume_from_checkpoint}: of a trimmed model, want a TrimCallback to cut this one"
+                )
+            cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
