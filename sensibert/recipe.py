@@ -21,7 +21,7 @@ from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, seal, workspace, writing
 from .distil import Average, Distillation, load_teacher
 from .errors import SensibertError
-from .models import bare_copy, base_of, describe, evaluating
+from .models import bare_copy, base_of, describe, evaluating, sites
 from .models.base import positions
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
@@ -67,7 +67,7 @@ class TrimCallback(TrainerCallback):
     Data and collator are those of the Trainer's train loader. A run that may have to be resumed wants `TrimTrainer`,
     with the callback among its `callbacks=`: the stock Trainer cannot load a checkpoint of a trimmed model.
     SensibertError at once for settings that cannot be, and when the training begins for a Trainer in which trimming
-    cannot work: several processes, data without a length, `load_best_model_at_end`."""
+    cannot work: several processes, data without a length, a frozen encoder, `load_best_model_at_end`."""
 
     restructure = staticmethod(restructure)  # what `TrimTrainer` asks for when it loads a checkpoint
 
@@ -130,7 +130,7 @@ class TrimCallback(TrainerCallback):
     def _remember(self, checkpoint: Path) -> None:
         """Take up the memory of a checkpoint; SensibertError if it was cut to something else than this run wants."""
         kept = json.loads((checkpoint / MEMORY).read_text())
-        cut = kept["cut"] if (checkpoint / STRUCTURE).exists() else None
+        cut = kept.get("cut") if (checkpoint / STRUCTURE).exists() else None
         if cut not in (None, self._wanted()):
             raise SensibertError(
                 f"resume: {checkpoint} was cut to {cut}, and this run wants {self._wanted()}: want the same settings"
@@ -254,7 +254,9 @@ class TrimCallback(TrainerCallback):
                 setattr(module, name, p)
 
     def left(self) -> float:
-        """The share of the dense model's cost that the budget leaves."""
+        """The share of the dense model's cost that the budget leaves; of the dense control all of it."""
+        if self.method == "dense":
+            return 1.0
         return self.budget.value if self.budget.relative else self.budget.value / self.memory.layout_dense
 
     def _target(self, progress: float) -> Budget:
@@ -303,7 +305,7 @@ def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | N
         )
     if isinstance(data, IterableDataset):
         raise SensibertError("finetune: the analysis draws rows of the train set, want one with a length and an index")
-    trimmable = {member.parameter for site in describe(model).sites for member in site.members}
+    trimmable = {member.parameter for site in sites(model) for member in site.members}
     if not any(weight.requires_grad for name, weight in base_of(model).named_parameters() if name in trimmable):
         raise SensibertError("finetune: all that could be trimmed is frozen, want weights that learn")
 
@@ -357,6 +359,13 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
     )
 
 
+def check_place(options: Options) -> None:
+    """SensibertError if something is in the way of the output, or would go with what it replaces."""
+    check_output(options.output, options.overwrite)
+    inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
+    check_apart(options.output, **inputs)
+
+
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says.
 
@@ -364,9 +373,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     started = time.perf_counter()
     options.check()
     options = options.resolved()
-    inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
-    check_output(options.output, options.overwrite)
-    check_apart(options.output, **inputs)
+    check_place(options)
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -421,7 +428,6 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     )
     callback.prepare(model, checkpoint)
     callback.started(started)
-    is_dense = options.method == "dense"
     trainer = finetune(
         model,
         data.train,
@@ -429,7 +435,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         training_arguments(options, folder),
         [average, callback] if options.teacher == AVERAGE else [callback],
         checkpoint,
-        lr_shape=options.schedule.lr(is_dense, 1.0 if is_dense else callback.left()),
+        lr_shape=options.schedule.lr(options.method == "dense", callback.left()),
         teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
         distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
     )

@@ -1,7 +1,7 @@
 """When a run trims, and how fast it learns: pure functions of the step. Fractions are of all steps of the run.
 
 A  dense warm-up until `warm_share` · B analysis · C trim, at once or along a cubic over `trim_share` · D recover at a
-fixed structure, linear to 0, after another warm-up (`lifted`) or about from where the rate was (`plain`).
+fixed structure, linear to 0, after another warm-up (`lifted`) or from where the rate was, or higher (`plain`).
 """
 
 from __future__ import annotations

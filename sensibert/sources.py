@@ -79,13 +79,11 @@ def check_family(source: str) -> None:
 def load_tokenizer(source: str):
     try:
         found = AutoTokenizer.from_pretrained(source)
-        if len(found) <= len(set(found.all_special_ids)):  # made up, where the files are missing
-            raise SensibertError(f"model: no tokenizer in {source} (no word but {', '.join(found.all_special_tokens)})")
-        return found
-    except SensibertError:
-        raise
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
+    if len(found) <= len(set(found.all_special_ids)):  # made up, where the files are missing
+        raise SensibertError(f"model: no tokenizer in {source} (no word but {', '.join(found.all_special_tokens)})")
+    return found
 
 
 def load_model(source: str, data: TaskData | None = None) -> nn.Module:
@@ -93,11 +91,11 @@ def load_model(source: str, data: TaskData | None = None) -> nn.Module:
 
     SensibertError for an unknown family, or for a folder masked by a grid, whose zeros training would not keep."""
     check_family(source)
+    structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
+    if structure is not None and isinstance(read_structure(structure), Masks):
+        raise SensibertError(f"model: {source} is masked by a grid, want a model that is whole, or cut by units")
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
-        structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
-        if structure is not None and isinstance(read_structure(structure), Masks):
-            raise SensibertError(f"model: {source} is masked by a grid, want a model that is whole, or cut by units")
         # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
         return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
     except _UNREADABLE as error:

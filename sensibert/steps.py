@@ -22,7 +22,7 @@ from .pipeline.analyze import STATISTICS, analyze, rank_tensors
 from .pipeline.export import dense, export, load
 from .pipeline.finetune import predict
 from .pipeline.trim import trim
-from .recipe import RANKED_SAMPLES, RESULT, micro_batches
+from .recipe import RANKED_SAMPLES, RESULT, check_place, micro_batches
 from .report import kept_rows
 from .sources import (
     best_device,
@@ -42,7 +42,7 @@ def outline(options: Options) -> dict:
     """What a run would do, told from options, model and local files: nothing is written, nothing encoded or trained."""
     options.check()
     options = options.resolved()
-    check_output(options.output, options.overwrite)
+    check_place(options)
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
     task = options.task or guess_task(train, options.text_column, options.label_column)
