@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from ._register import version
 from .errors import SensibertError
 from .options import AVERAGE, GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
 from .schedule import SHAPES, Schedule
@@ -29,8 +30,19 @@ _SHAPE = Schedule()
 SIZES = ("encoder_params", "total_params", "flops")
 
 
+def _names(command: Any) -> dict[str, str]:
+    """Option name -> parameter name of a command: they differ for --json."""
+    places = {}
+    for parameter in command.params:
+        names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")] or [parameter.name]
+        places |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
+    return places
+
+
 def _config(context: typer.Context, path: Path | None) -> Path | None:
-    """A YAML mapping of option names gives the defaults; what stands on the command line wins."""
+    """A YAML mapping of option names gives the defaults; what stands on the command line wins.
+
+    One file may serve several commands: each takes what it knows, and no command knowing a name is an error."""
     if path is None or context.resilient_parsing:
         return path
     try:
@@ -40,19 +52,17 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         raise SensibertError(f"config: cannot read {path} ({reason})") from None
     if not isinstance(settings, dict):
         raise SensibertError(f"config: {path} holds a {type(settings).__name__}, want a mapping of option names")
-    places = {}  # option name -> parameter name: they differ for --json
-    for parameter in context.command.params:
-        names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")] or [parameter.name]
-        places |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
+    places = _names(context.command)
+    elsewhere = {name for command in context.parent.command.commands.values() for name in _names(command)}
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    unknown = sorted(settings.keys() - places.keys())
+    unknown = sorted(settings.keys() - elsewhere)
     if unknown:
         known = ", ".join(sorted(places.keys() - {"config", "help"}))
         raise SensibertError(f"config: {path} names {unknown[0]!r}, want one of {known}")
     for name, value in settings.items():
         if isinstance(value, list | dict):
             raise SensibertError(f"config: {path}: {name} is a {type(value).__name__}, want one value")
-    settings = {places[name]: value for name, value in settings.items()}
+    settings = {places[name]: value for name, value in settings.items() if name in places}
     context.default_map = {**(context.default_map or {}), **settings}
     return path
 
@@ -87,6 +97,19 @@ FlopsLength = Annotated[int, typer.Option(help="Tokens a sequence, for FLOPs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
 Step = Annotated[int | None, typer.Option(help="FFN widths become multiples of it (64, small models 32).")]
 Policy = Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}: one threshold for all layers, equal shares, or DP.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sensibert {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _sensibert(
+    version: Annotated[bool, typer.Option("--version", help="Say which one this is.", callback=_version)] = False,
+) -> None:
+    """Options of no command."""
 
 
 def _given(kind: type, context: typer.Context) -> dict[str, Any]:

@@ -83,6 +83,16 @@ def check_budget(budget: Budget, grid: Grid | None = None) -> None:
         raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
 
 
+def check_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> None:
+    """SensibertError if not even the smallest model fits the budget, or if the whole one already does."""
+    limit(layout, budget, grid)
+    dense = spent(layout, counts_of(layout), budget)
+    if budget.value > dense and not budget.relative:
+        raise SensibertError(
+            f"budget: {budget}, and the {budget.scope} has {dense:,} {budget.kind}: nothing would go, want less"
+        )
+
+
 def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """The budget in absolute units for this layout; SensibertError if not even the smallest model fits."""
     check_budget(budget, grid)

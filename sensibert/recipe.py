@@ -116,7 +116,7 @@ class TrimCallback(TrainerCallback):
         self._units = structure_of(model)
         counts = cost.counts_of(layout)
         if self.method != "dense":
-            cost.limit(layout, self.budget, self.grid)
+            cost.check_reach(layout, self.budget, self.grid)
             if self.grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: it has lost whole units already, want a whole one for grid {self.grid}")
         self.memory = Memory(

@@ -29,7 +29,9 @@ def share(after: float, before: float) -> str:
 
 
 def summary(result: dict) -> str:
-    """The table a run ends with, from result.json."""
+    """What a run ends with, from result.json: what it was, and the table."""
+    dense = result["method"] == "dense"
+    title = f"{result['task']}, {'dense' if dense else result['budget'] + ' by ' + result['method']}"
     rows = []
     for label, name in (("encoder parameters", "encoder_params"), ("all parameters", "total_params")):
         before, after = result[f"{name}_before"], result[f"{name}_after"]
@@ -37,12 +39,12 @@ def summary(result: dict) -> str:
     before, after = result["flops_before"], result["flops_after"]
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     rows.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
-    dense = result.get("metrics_dense") or {}
+    at_cut = result.get("metrics_dense") or {}
     for name, value in (result.get("metrics") or {}).items():
-        then = f"{dense[name]:.4f}" if name in dense else "-"
+        then = f"{at_cut[name]:.4f}" if name in at_cut else "-"
         rows.append((name, then, f"{value:.4f}", ""))
-    text = table(("", "dense", "trimmed" if result["method"] != "dense" else "tuned", "left"), rows)
-    return f"{text}\n\nThe dense scores are those of this run just before the cut." if dense else text
+    text = f"{title}\n\n{table(('', 'dense', 'tuned' if dense else 'trimmed', 'left'), rows)}"
+    return f"{text}\n\nThe dense scores are those of this run just before the cut." if at_cut else text
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:

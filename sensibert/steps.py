@@ -49,7 +49,11 @@ def outline(options: Options) -> dict:
     columns = options.text_column, options.label_column
     data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
     layout = describe(load_model(options.model, data))
-    budget, counts = options.parsed_budget(), cost.counts_of(layout)
+    budget, counts, limit = options.parsed_budget(), cost.counts_of(layout), None
+    if options.method != "dense":
+        grid = parse_grid(options.grid)
+        cost.check_reach(layout, budget, grid)
+        limit = cost.limit(layout, budget, grid)
     return {
         "task": get_task(task).name,
         "model": options.model,
@@ -63,7 +67,7 @@ def outline(options: Options) -> dict:
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.limit(layout, budget, parse_grid(options.grid)) if options.method != "dense" else None,
+        "limit": limit,
         "schedule": options.schedule.shape,
         "cut_after": f"{100 * options.schedule.warm_share:.0f} % of the steps",
         "epochs": options.epochs,
@@ -116,7 +120,9 @@ def plan_file(
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
         check_file(output, overwrite)
-    plan = allocate(Sensitivity.load(sensitivity), budget, step, policy)
+    scores = Sensitivity.load(sensitivity)
+    cost.check_reach(scores.layout, budget, scores.grid)
+    plan = allocate(scores, budget, step, policy)
     if output is not None and not dry_run:
         with writing(output):
             plan.save(output)

@@ -98,6 +98,14 @@ def test_a_budget_that_is_none(here, tmp_path, budget, said):
         refused(said, "plan", "--sensitivity", scores, "--budget", budget, "--output", tmp_path / "plan")
 
 
+def test_a_budget_above_the_dense_model_would_trim_nothing(here, tmp_path):
+    said = "500Kparams, and the encoder has 17,088 params: nothing would go, want less"
+    asked = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
+    for more in ((), ("--dry-run",)):
+        refused(said, *asked, *more)
+    refused(said, "plan", "--sensitivity", here / "tuned.safetensors", "--budget", "500Kparams", "--dry-run")
+
+
 @pytest.mark.parametrize("budget, scope", [("1%params", "encoder"), ("0.01%flops", "model")])
 def test_a_budget_below_the_rest_names_the_smallest_and_that_one_works(here, tmp_path, budget, scope):
     counted = ("--scope", scope, "--step", 4, "--dry-run", "--budget")

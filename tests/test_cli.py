@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import AutoModelForSequenceClassification
 
+import sensibert
 from sensibert import recipe
 from sensibert.models import describe
 from tests import runs
@@ -170,6 +171,11 @@ def test_the_recipe_of_a_run_is_a_config_that_repeats_it(chain, here, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (here / "tuned/model.safetensors").read_bytes()
 
 
+def test_the_recipe_of_a_run_serves_the_other_commands_too(chain, here):
+    told = command("eval", "--config", here / "tuned" / "recipe.json", here / "tuned", "--json").json
+    assert (told["model"], told["metrics"]) == (str(here / "tuned"), chain["finetune"].json["metrics"])
+
+
 def test_a_dry_run_tells_and_writes_nothing(chain, here):
     before = tree(here)
     told = command(*finetune_arguments(here, here / "new" / "out"), "--budget", "9Kparams", "--dry-run", "--json")
@@ -220,6 +226,11 @@ def test_help_shows_an_example(name):
 def test_without_arguments_there_is_help():
     done = command()
     assert all(name in done.out for name in COMMANDS) and done.err == ""
+
+
+def test_the_version_is_that_of_the_package():
+    done = command("--version")
+    assert (done.code, done.out, done.err) == (0, f"sensibert {sensibert.__version__}\n", "")
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():

@@ -24,6 +24,8 @@ from sensibert.report import (
 from tests.helpers import tiny_model
 
 RESULT = {
+    "task": "text-classification",
+    "budget": "50%params",
     "scope": "encoder",
     "flops_length": 128,
     "method": "fisher",
@@ -76,7 +78,8 @@ def test_shares_of_nothing_are_a_dash():
 
 
 def test_the_summary_names_both_sizes_flops_and_metrics():
-    lines = summary(RESULT).splitlines()
+    title, empty, *lines = summary(RESULT).splitlines()
+    assert (title, empty) == ("text-classification, 50%params by fisher", "")
     assert lines[0].split() == ["dense", "trimmed", "left"]
     assert lines[2].split() == ["encoder", "parameters", "1,000,000", "500,000", "50.0", "%"]
     assert lines[3].split() == ["all", "parameters", "3,000,000", "2,500,000", "83.3", "%"]
@@ -88,8 +91,9 @@ def test_the_summary_names_both_sizes_flops_and_metrics():
 
 def test_the_summary_of_a_dense_run_or_one_without_validation():
     dense = summary(RESULT | {"method": "dense", "metrics_dense": None})
-    assert dense.splitlines()[0].split() == ["dense", "tuned", "left"] and "The dense" not in dense
-    assert len(summary(RESULT | {"metrics": None, "metrics_dense": None}).splitlines()) == 5
+    assert dense.splitlines()[0] == "text-classification, dense"
+    assert dense.splitlines()[2].split() == ["dense", "tuned", "left"] and "The dense" not in dense
+    assert len(summary(RESULT | {"metrics": None, "metrics_dense": None}).splitlines()) == 7
 
 
 def test_structure_rows_count_what_a_plan_keeps(layout, plan):

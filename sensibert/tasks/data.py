@@ -30,7 +30,12 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
     column = Column.of(examples, label)
     if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
         return "token-classification"
-    return "regression" if labels.kind(column, column.filled()) == "number" else "text-classification"
+    if labels.kind(column, column.filled()) != "number":
+        return "text-classification"
+    if all(float(value).is_integer() for value in column.values):
+        said = f"is {labels.show(column.values[0])}, and all are whole numbers with a point"
+        raise column.error(0, f"{said}: want a task (regression to predict numbers), or classes without the point")
+    return "regression"
 
 
 @dataclass

@@ -110,6 +110,12 @@ def test_the_task_is_guessed_from_the_columns_asked_for():
     assert guess_task(rows, text_column="question,context", label_column="size") == "regression"
 
 
+@pytest.mark.parametrize("values", [[0.0, 1.0], ["0.0", "1.0", "2"]])
+def test_whole_numbers_with_a_point_may_be_classes_or_numbers(values):
+    with pytest.raises(SensibertError, match="row 1, column 'label' is .*0.0.*whole numbers with a point: want a task"):
+        guess_task(examples(sentence=["a"] * len(values), label=values))
+
+
 def test_a_task_that_cannot_be_guessed_is_said_so():
     with pytest.raises(SensibertError, match="train.csv: no column 'label', 'tags' or 'answers', the columns are 'a'"):
         guess_task(examples(a=["1"]))
