@@ -41,10 +41,9 @@ from sensibert.pipeline.analyze import analyze
 from sensibert.pipeline.compensate import compensate
 from sensibert.pipeline.export import load
 from sensibert.pipeline.trim import silenced
-from sensibert.recipe import micro_batches
 from sensibert.sources import best_device, encode, load_tokenizer, training_examples, validation_examples
 from sensibert.surgeon import Moments, collect_moments, consumer
-from sensibert.tasks import TaskData, sampled_loss
+from sensibert.tasks import TaskData, micro_batches, sampled_loss
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Batch = Mapping[str, Tensor]

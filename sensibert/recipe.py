@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from . import cost
@@ -22,7 +22,6 @@ from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, seal, wor
 from .distil import Average, Distillation, load_teacher
 from .errors import SensibertError
 from .models import bare_copy, base_of, describe, evaluating, sites
-from .models.base import positions
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
 from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default_method, parse_grid
@@ -35,13 +34,15 @@ from .pipeline.trim import restructure, silenced, trim
 from .report import write_report
 from .schedule import Schedule
 from .search import search_shares
-from .sources import check_family, load_data, load_model, load_tokenizer
+from .sources import check_family, check_room, load_data, load_model, load_tokenizer
 from .surgeon import Moments, collect_moments
-from .tasks import TaskData, get_task, sampled_loss
+from .tasks import TaskData, get_task, micro_batches, sampled_loss
 
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
 RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
+# Of a Trainer's arguments, what the weights of a step depend on, beside the data.
+LEARNS_BY = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "seed")
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
 
@@ -107,6 +108,7 @@ class TrimCallback(TrainerCallback):
         self.layout: Layout | None = None  # of the dense model
         self._units: dict[str, Tensor] = {}  # of the dense model, in the numbers of its base model
         self._resumed = False  # a checkpoint's memory has been taken up
+        self._learnt_by: dict[str, object] = {}  # the settings that the checkpoint was trained with
         self._dropout: list[tuple[nn.Module, str, float]] = []  # what recovery has set aside
         self._clock = time.perf_counter()
 
@@ -136,6 +138,7 @@ class TrimCallback(TrainerCallback):
                 f"resume: {checkpoint} was cut to {cut}, and this run wants {self._wanted()}: want the same settings"
             )
         self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
+        self._learnt_by = kept.get("learns_by", {})
         self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
         self._resumed = True
 
@@ -171,6 +174,10 @@ class TrimCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.global_step and not self._resumed and (checkpoint / MEMORY).exists():
             self._remember(checkpoint)
+        for name, value in _learns_by(args, state).items():
+            if self._learnt_by.get(name, value) != value:
+                was = f"{name} {self._learnt_by[name]}"
+                raise SensibertError(f"resume: {checkpoint} has {was}, and this run {value}: want the same")
         self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
         if self.cuts and state.global_step >= max(self.cuts):
             self._recover(model)
@@ -284,7 +291,8 @@ class TrimCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.sensitivity is not None:
             self.sensitivity.save(folder / "sensitivity.safetensors")
-        memory = {"cut": self._wanted(), "metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds}
+        memory = {"cut": self._wanted(), "learns_by": _learns_by(args, state)}
+        memory |= {"metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds}
         seal(folder, model, memory)
         self.spend("save")
 
@@ -293,6 +301,10 @@ class TrimCallback(TrainerCallback):
         for module, name, p in self._dropout:
             setattr(module, name, p)
         self._dropout.clear()
+
+
+def _learns_by(args: TrainingArguments, state: TrainerState) -> dict[str, object]:
+    return {"steps": state.max_steps, **{name: getattr(args, name) for name in LEARNS_BY}}
 
 
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
@@ -310,29 +322,8 @@ def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | N
         raise SensibertError("finetune: all that could be trimmed is frozen, want weights that learn")
 
 
-def _want_room(model: nn.Module, data: TaskData) -> None:
-    """SensibertError where rows are longer than the model, or words have numbers that it does not know."""
-    parts = [part for part in (data.train, data.validation) if part is not None]
-    longest = max(max(part.lengths) for part in parts)
-    if longest > (positions(model) or longest):
-        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
-    highest = max(int(part.per_token["input_ids"].max()) for part in parts)
-    if highest >= model.config.vocab_size:
-        raise SensibertError(
-            f"model: its tokenizer gives the token {highest}, and it knows {model.config.vocab_size}: want its own"
-        )
-
-
 def _load_if(kind: type, path: Path):
     return kind.load(path) if path.exists() else None
-
-
-def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:
-    """`samples` rows drawn without replacement, by falling length so that little is padded, `size` at a time."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
-    for begin in range(0, len(order), size):
-        yield collator([data[row] for row in order[begin : begin + size]])
 
 
 def training_arguments(options: Options, folder: Path) -> TrainingArguments:
@@ -388,7 +379,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     options = replace(options, schedule=options.schedule.for_task(data.task.recovery))
     set_seed(options.seed)
     model = load_model(options.model, data)
-    _want_room(model, data)
+    check_room(model, data)
     autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:

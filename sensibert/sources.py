@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from .checkpoints import STRUCTURE
 from .errors import SensibertError
 from .models import base_type, families
+from .models.base import positions
 from .models.masks import Masks
 from .models.structure import read_structure
 from .options import Options
@@ -100,6 +101,19 @@ def load_model(source: str, data: TaskData | None = None) -> nn.Module:
         return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
+
+
+def check_room(model: nn.Module, data: TaskData) -> None:
+    """SensibertError where rows are longer than the model, or words have numbers that it does not know."""
+    parts = [part for part in (data.train, data.validation) if part is not None]
+    longest = max(max(part.lengths) for part in parts)
+    if longest > (positions(model) or longest):
+        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
+    highest = max(int(part.per_token["input_ids"].max()) for part in parts)
+    if highest >= model.config.vocab_size:
+        raise SensibertError(
+            f"model: its tokenizer gives the token {highest}, and it knows {model.config.vocab_size}: want its own"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from .pipeline.analyze import STATISTICS, analyze, rank_tensors
 from .pipeline.export import dense, export, load
 from .pipeline.finetune import predict
 from .pipeline.trim import trim
-from .recipe import RANKED_SAMPLES, RESULT, check_place, micro_batches
+from .recipe import RANKED_SAMPLES, RESULT, check_place
 from .report import kept_rows
 from .sources import (
     best_device,
@@ -33,7 +33,7 @@ from .sources import (
     training_examples,
     validation_examples,
 )
-from .tasks import PRESETS, TaskData, get_task, guess_task, sampled_loss
+from .tasks import PRESETS, TaskData, get_task, guess_task, micro_batches, sampled_loss
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
 

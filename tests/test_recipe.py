@@ -234,6 +234,32 @@ def test_a_checkpoint_behind_the_cut_goes_on_with_the_settings_of_its_cut(here, 
         finetune_and_trim(options(here, tmp_path / "out", resume=True, budget="30%params", method="fisher", **asked))
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"seed": 5}, "has seed 0, and this run 5: want the same"),
+        ({"batch_size": 8}, "has per_device_train_batch_size 16, and this run 8"),
+        ({"learning_rate": 1e-3}, "has learning_rate 0.003, and this run 0.001"),
+        ({"max_steps": 9}, "has steps 6, and this run 9"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_goes_on_with_the_settings_it_has_learnt_by(begun, tmp_path, asked, said):
+    here, run = begun
+    shutil.copytree(run, tmp_path / "out.partial")
+    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    with pytest.raises(SensibertError, match=said):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | asked))
+    assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+
+@pytest.fixture(scope="module")
+def begun(here, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun")
+    finetune_and_trim(options(here, folder / "out", save_steps=3, keep_checkpoints=True, max_steps=6))
+    return here, folder / "out.partial"
+
+
 def test_a_trimmed_model_is_trimmed_again_and_told_in_its_own_units(here, tmp_path):
     first = finetune_and_trim(options(here, tmp_path / "first", max_steps=3))
     again = options(here, tmp_path / "again", max_steps=3, budget="60%params", teacher="snapshot")

@@ -2,7 +2,7 @@
 
 from .answers import Answer, best_answers
 from .data import TaskData, guess_task
-from .encode import Collator, Features, Windows
+from .encode import Collator, Features, Windows, micro_batches
 from .files import Examples, load_examples
 from .sampled import sampled_loss
 from .table import PRESETS, TASKS, Preset, Task, get_task
@@ -22,5 +22,6 @@ __all__ = [
     "get_task",
     "guess_task",
     "load_examples",
+    "micro_batches",
     "sampled_loss",
 ]

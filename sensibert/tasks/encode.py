@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import numpy as np
@@ -208,3 +208,11 @@ class Collator:
             else:
                 batch[name] = torch.tensor(values)
         return batch
+
+
+def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:
+    """`samples` rows drawn without replacement, by falling length so that little is padded, `size` at a time."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
+    for begin in range(0, len(order), size):
+        yield collator([data[row] for row in order[begin : begin + size]])
