@@ -1,9 +1,9 @@
 """How much faster is a trimmed model? One forward pass, dense against trimmed, in turn, medians.
 
-    python bench/bench_forward.py [--model MODEL_OR_FOLDER] [--budget 50%params] [--batch 32] [--length 128]
+    python bench/bench_forward.py [--model MODEL_OR_FOLDER --name NAME] [--budget 50%params] [--batch 32] [--length 128]
 
-Without a model: BERT-base with random weights, cut uniformly. The two passes alternate, so that a machine
-whose speed drifts slows both.
+The row calls the model NAME, or as its folder is called. Without a model: BERT-base with random weights. It is cut
+uniformly. The two passes alternate, so that a machine whose speed drifts slows both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from _harness import record
@@ -33,7 +34,8 @@ def seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="folder or hub name")
+    parser.add_argument("--name", help="of the model, for the row")
     parser.add_argument("--budget", default="50%params")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
@@ -47,7 +49,7 @@ def main() -> None:
     ids = torch.randint(5, dense.config.vocab_size, (arguments.batch, arguments.length), device=device)
     times = [(seconds(dense, ids), seconds(trimmed, ids)) for _ in range(arguments.rounds + 2)][2:]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    name = "minilm-l6" if dense.config.hidden_size == 384 else "bert-base"
+    name = arguments.name or (Path(arguments.model).name if arguments.model else "bert-base")
     case = f"{name} {arguments.budget} uniform {arguments.batch}x{arguments.length}"
     record("bench_forward", case, "us", 1e6 * medians[1], "us", "dense", 1e6 * medians[0])
     share = statistics.median(after / before for before, after in times)

@@ -9,6 +9,7 @@ sensibert` and by a process that cannot import it, through trust_remote_code. Ex
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import sensibert  # noqa: F401 (teaches transformers the folder)
 from sensibert.artifacts import Budget
 from sensibert.models import base_of, family_of
 from sensibert.models.base import attribute
+from sensibert.recipe import RESULT
 
 LOGITS = """
 import sys
@@ -45,7 +47,7 @@ def reload(folder: Path, auto: str, batch: Path, out: Path, trust: bool) -> list
 
 
 def check(folder: Path, scratch: Path) -> list[str]:
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / RESULT).read_text())
     name = json.loads((folder / "config.json").read_text())["architectures"][0].removeprefix("Sensibert")
     head = next(h for h in ("SequenceClassification", "QuestionAnswering", "TokenClassification") if name.endswith(h))
     auto = getattr(transformers, f"AutoModelFor{head}")
@@ -80,7 +82,17 @@ def check(folder: Path, scratch: Path) -> list[str]:
     return wrong
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    folders = [folder.resolve() for folder in parser.parse_args().folders]
+    for folder in folders:
+        if not (folder / RESULT).exists():
+            parser.error(f"{folder}: there is no {RESULT}, want a folder of `sensibert finetune`")
     with tempfile.TemporaryDirectory() as scratch:
-        wrong = [check(Path(folder).resolve(), Path(scratch)) for folder in sys.argv[1:]]
+        wrong = [check(folder, Path(scratch)) for folder in folders]
     sys.exit(any(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tables import METHODS, ROOT, load, scores, task_label, usual_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
-COLUMNS = 3
+COLUMNS = 4
 LEAST_SPAN = 4.0  # points of score a panel shows
 
 

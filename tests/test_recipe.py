@@ -490,6 +490,15 @@ def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(asked,
         TrimCallback("50%params", **asked)
 
 
+def test_a_callback_takes_a_grid_by_its_name(here, tmp_path):
+    callback = TrimCallback("50%params", grid="block8", schedule=Schedule(warm_share=0.2))
+    assert (callback.grid, callback.method) == (Grid.block(8, 8), "fisher")
+    trainer = own_trainer(here, tmp_path, callback, TrimTrainer)
+    trainer.train()
+    plan = callback.whole_plan(trainer.model)
+    assert plan.grid == Grid.block(8, 8) and plan.params <= 0.5 * callback.layout.encoder_params
+
+
 def test_accumulated_gradients_are_those_of_one_large_batch(here, tmp_path):
     """BERT takes any keyword, so a stock Trainer takes it to divide by the number of items itself: N times too much."""
     norms, whole = [], tiny_model(vocab_size=64)  # without dropout

@@ -1,5 +1,8 @@
 """One verb at a time, where tests/test_cli.py does not reach."""
 
+import json
+import shutil
+
 import pytest
 
 from sensibert import sources, steps
@@ -63,6 +66,20 @@ def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tune
     assert (
         0 < exact["metrics"]["accuracy"] < 1 and abs(exact["metrics"]["accuracy"] - mixed["metrics"]["accuracy"]) < 0.3
     )
+
+
+def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, monkeypatch):
+    shutil.copytree(tuned / "tuned", tmp_path / "noted")
+    config = json.loads((tmp_path / "noted" / "config.json").read_text())
+    (tmp_path / "noted" / "config.json").write_text(json.dumps(config | {"sensibert": {"max_length": 5}}))
+    seen, encode = [], steps.encode
+    monkeypatch.setattr(
+        steps, "encode", lambda options, *rest: seen.append(options.max_length) or encode(options, *rest)
+    )
+    asked = {"validation_file": str(tuned / "dev.csv")}
+    for folder, more in ((tmp_path / "noted", {}), (tmp_path / "noted", {"max_length": 7}), (tuned / "tuned", {})):
+        steps.evaluate_folder(Options(str(folder), "", **asked, **more))
+    assert seen == [5, 7, None]
 
 
 def test_a_folder_without_a_run_is_inspected_and_a_damaged_result_is_named(tuned):

@@ -370,6 +370,14 @@ def test_a_taken_folder_needs_overwrite_which_leaves_other_files_alone(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_what_a_former_run_said_of_itself_goes_with_its_model(tmp_path):
+    path = export(trimmed(), tmp_path / "m")
+    for name in ("result.json", "recipe.json", "notes.json"):
+        (path / name).write_text("{}")
+    export(trimmed(seed=1), path, overwrite=True)
+    assert {p.name for p in path.glob("*.json")} == {"config.json", "notes.json"}
+
+
 def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
     (tmp_path / "empty").mkdir()
     model = trimmed()
