@@ -109,6 +109,7 @@ class TrimCallback(TrainerCallback):
         self._units: dict[str, Tensor] = {}  # of the dense model, in the numbers of its base model
         self._resumed = False  # a checkpoint's memory has been taken up
         self._learnt_by: dict[str, object] = {}  # the settings that the checkpoint was trained with
+        self._cut_at: list[int] | None = None  # the steps after which it was cut
         self._dropout: list[tuple[nn.Module, str, float]] = []  # what recovery has set aside
         self._clock = time.perf_counter()
 
@@ -138,7 +139,7 @@ class TrimCallback(TrainerCallback):
                 f"resume: {checkpoint} was cut to {cut}, and this run wants {self._wanted()}: want the same settings"
             )
         self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
-        self._learnt_by = kept.get("learns_by", {})
+        self._learnt_by, self._cut_at = kept.get("learns_by", {}), kept.get("cut_at")
         self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
         self._resumed = True
 
@@ -179,6 +180,12 @@ class TrimCallback(TrainerCallback):
                 was = f"{name} {self._learnt_by[name]}"
                 raise SensibertError(f"resume: {checkpoint} has {was}, and this run {value}: want the same")
         self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
+        behind = [step for step in self.cuts if step <= state.global_step]
+        if self._cut_at is not None and self._cut_at != behind:
+            raise SensibertError(
+                f"resume: {checkpoint} was cut after the steps {self._cut_at}, and this run cuts after "
+                f"{list(self.cuts)}: want the same schedule"
+            )
         if self.cuts and state.global_step >= max(self.cuts):
             self._recover(model)
         self._clock = time.perf_counter()
@@ -291,7 +298,8 @@ class TrimCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.sensitivity is not None:
             self.sensitivity.save(folder / "sensitivity.safetensors")
-        memory = {"cut": self._wanted(), "learns_by": _learns_by(args, state)}
+        behind = [step for step in self.cuts if step <= state.global_step]
+        memory = {"cut": self._wanted(), "cut_at": behind, "learns_by": _learns_by(args, state)}
         memory |= {"metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds}
         seal(folder, model, memory)
         self.spend("save")

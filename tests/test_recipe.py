@@ -253,6 +253,29 @@ def test_a_run_goes_on_with_the_settings_it_has_learnt_by(begun, tmp_path, asked
     assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
+@pytest.mark.parametrize(
+    "schedule, said",
+    [
+        (Schedule(warm_share=0.9), r"was cut after the steps \[2\], and this run cuts after \[5\]: want the same"),
+        (Schedule("cubic", milestones=2), r"was cut after the steps \[2\], and this run cuts after \[2, 3\]"),
+    ],
+    ids=["later", "cubic"],
+)
+def test_a_run_goes_on_only_where_its_checkpoint_was_cut(begun, tmp_path, schedule, said):
+    here, run = begun
+    shutil.copytree(run, tmp_path / "out.partial")
+    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6, "schedule": schedule}
+    with pytest.raises(SensibertError, match=said):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
+
+
+def test_a_dense_checkpoint_behind_the_cut_is_not_taken_for_a_trimmed_one(here, tmp_path):
+    usual = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6}
+    finetune_and_trim(options(here, tmp_path / "out", method="dense", **usual))
+    with pytest.raises(SensibertError, match=r"was cut after the steps \[\], and this run cuts after \[2\]"):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
+
+
 @pytest.fixture(scope="module")
 def begun(here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun")
