@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,6 +33,13 @@ def flops(layout: Layout, counts: Mapping[str, int], scope: str = "encoder", bat
         # What runs once a pass whatever the batch (projected relative positions) still falls with the kept units.
         total = total + site.flops * counts[site.name]
     return Flops.at(total, batch, length)
+
+
+def encoder_left(layout: Layout, budget: Budget) -> float:
+    """The share of the encoder's cost that stays where the budget is met, since the rest of a model does not shrink."""
+    counts = counts_of(layout)
+    whole, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
+    return ((whole if budget.relative else 1) * budget.value - (whole - encoder)) / encoder
 
 
 def unit_cost(site: Site, budget: Budget) -> int:

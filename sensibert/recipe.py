@@ -268,16 +268,14 @@ class TrimCallback(TrainerCallback):
                 setattr(module, name, p)
 
     def left(self) -> float:
-        """The share of the dense model's cost that the budget leaves; of the dense control all of it."""
-        if self.method == "dense":
-            return 1.0
-        return self.budget.value if self.budget.relative else self.budget.value / self.memory.layout_dense
+        """The share of the encoder's cost that the budget leaves; of the dense control all of it."""
+        return 1.0 if self.method == "dense" else cost.encoder_left(self.layout, self.budget)
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
-        value = self.budget.value
+        dense, value = self.memory.layout_dense, self.budget.value
         if progress < 1 or self.budget.relative:
-            value = self.memory.layout_dense * self.schedule.ratio(progress, self.left())
+            value = dense * self.schedule.ratio(progress, value if self.budget.relative else value / dense)
         return replace(self.budget, relative=False, value=float(int(value)))
 
     def whole_plan(self, model: nn.Module) -> Plan:

@@ -87,7 +87,7 @@ class Schedule:
         return max(0.0, 1 - (step - last) / (self.distil_until * (total - last)))
 
     def peak(self, begin: float, left: float) -> float:
-        """What the rate rises to after the last cut, from begin; left: the share of the cost that the budget leaves."""
+        """What the rate rises to after the last cut, from begin; left: what stays of the encoder's cost."""
         if self.recover_peak is not None:
             return self.recover_peak
         if self.recovery != "plain":

@@ -76,6 +76,20 @@ def test_a_budget_becomes_a_whole_number_from_below(layout):
     assert cost.limit(layout, Budget.parse("9.9999Kparams")) == 9999
 
 
+def test_what_is_left_of_the_encoder_does_not_hang_on_the_scope(layout):
+    rest = layout.total_params - layout.encoder_params
+    for share in (0.25, 0.5, 1.0):
+        absolute = share * layout.encoder_params
+        for budget in (
+            Budget(share, "params", True),
+            Budget(absolute, "params", False),
+            Budget(rest + absolute, "params", False, "model"),
+            Budget((rest + absolute) / layout.total_params, "params", True, "model"),
+        ):
+            assert cost.encoder_left(layout, budget) == pytest.approx(share)
+    assert cost.encoder_left(layout, Budget.parse("30%flops")) == pytest.approx(0.3)
+
+
 def test_what_cannot_be_reached_says_what_can(layout):
     rest = layout.encoder_params - sum(site.units * site.params for site in layout.sites)
     with pytest.raises(

@@ -390,8 +390,18 @@ def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
     assert {module.p for module in dropouts} == {0.25}
 
 
-@pytest.mark.parametrize("budget, peak", [("40%params", 0.85), ("{third}params", 0.98), ("75%params", 0.67)])
-def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(here, tmp_path, budget, peak, monkeypatch):
+@pytest.mark.parametrize(
+    "budget, scope, peak",
+    [
+        ("40%params", "encoder", 0.85),
+        ("{third}params", "encoder", 0.98),
+        ("75%params", "encoder", 0.67),
+        ("75%params", "model", 0.79),  # 43 % of the encoder, since the rest of the model stays
+    ],
+)
+def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
+    here, tmp_path, budget, scope, peak, monkeypatch
+):
     rates = []
 
     def stop(*_, lr_shape, **__):
@@ -400,7 +410,7 @@ def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(here
 
     monkeypatch.setattr(recipe, "finetune", stop)
     third = describe(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
-    asked = {"budget": budget.format(third=third), "schedule": Schedule(recovery="plain")}
+    asked = {"budget": budget.format(third=third), "scope": scope, "schedule": Schedule(recovery="plain")}
     with pytest.raises(KeyboardInterrupt):
         finetune_and_trim(options(here, tmp_path / "out", **asked))
     assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)
