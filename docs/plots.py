@@ -21,7 +21,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
     Where a task was run on a CPU too, or with another recovery, whatever has more than one budget has a panel."""
     found: dict[str, dict[str, list]] = {}
     other: dict[str, str] = {}  # panels of another recovery than the default one
-    for row in scores(rows):
+    for row in scores(rows, everywhere=False):
         if row.get("recovery"):
             other[task_label(row)] = usual_label(row)
         _, budget, method = row["case"].split(maxsplit=2)

@@ -57,7 +57,7 @@ def task_label(row: dict) -> str:
     parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
     parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
     parts += [f"recovery {row['recovery']}"] if row.get("recovery") else []
-    parts += [row["place"]] if "place" in row else []
+    parts += [row["place"]] if row.get("place") else []
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -80,11 +80,11 @@ def _extent(row: dict) -> tuple[bool, int]:
     return row.get("accelerator") is not None, row.get("steps", 0)
 
 
-def scores(rows: list[dict]) -> list[dict]:
-    """The accuracy rows, of each task those of its longest runs, and where it was run on a GPU those: not a mixture.
+def scores(rows: list[dict], everywhere: bool = True) -> list[dict]:
+    """The accuracy rows, of each task those of its longest runs: the shorter ones stand beside the ablations.
 
-    Shorter ones stand beside the ablations. Equally long ones of a CPU, marked as such, are there for each budget that
-    they have a method at that the GPU was not given, or not with the default recovery."""
+    Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such; everywhere False:
+    only for the budgets with a method that the GPU was not given, or not with the default recovery."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
     longest: dict[str, tuple[bool, int]] = {}
     for row in found:
@@ -93,7 +93,7 @@ def scores(rows: list[dict]) -> list[dict]:
     chosen = [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
     usual = {row["case"] for row in chosen if not row.get("recovery")}
     beside = [row for row in found if longest[row["case"].split()[0]] == (True, _extent(row)[1]) and row not in chosen]
-    more = {tuple(row["case"].split()[:2]) for row in beside if row["case"] not in usual}
+    more = {tuple(row["case"].split()[:2]) for row in beside if everywhere or row["case"] not in usual}
     more |= {(task, "100%params") for task, _ in more}
     return chosen + [{**row, "place": "CPU"} for row in beside if tuple(row["case"].split()[:2]) in more]
 
@@ -146,34 +146,49 @@ def accuracy(rows: list[dict]) -> str:
 def retention(rows: list[dict]) -> str:
     """One line a budget, one column a method: what share of the dense score stays, mean over tasks.
 
-    What a task has above the dense score does not make up for another: it counts as 100 %. A task counts once, with its
-    default recovery where that was run. For `ours` the lowest task is named; beside a rival stands what `ours` has in
-    the same runs, and how many tasks they are, where fewer than those of `ours`."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in sorted(scores(rows), key=lambda row: (row.get("recovery") is not None, "place" in row)):
+    Of a task the mean over all its runs, of a GPU and of a CPU, each beside the dense run of the same seed and place,
+    with the default recovery where that was run. What a task has above the dense score does not make up for another: it
+    counts as 100 %. For `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the
+    same places, and how many tasks they are, where fewer than those of `ours`."""
+    found: dict[str, dict[str, dict[str, dict[str, tuple[float, int]]]]] = {}  # budget, method, task, place
+    for row in sorted(scores(rows), key=lambda row: row.get("recovery") is not None):
         _, budget, method = row["case"].split(maxsplit=2)
         if row.get("ratio") and method != "dense" and budget != "100%params":
-            found.setdefault(budget, {}).setdefault(method, {})[task_label(row)] = min(1.0, row["ratio"])
+            label, place = task_label({**row, "place": ""}), row.get("place", "")
+            runs = found.setdefault(budget, {}).setdefault(method, {}).setdefault(label, {})
+            runs[place] = row["ratio"], row.get("seeds", 1)
     rivals = columns_of({method for methods in found.values() for method in methods} - {"ours"})
     lines = []
     for budget in sorted(found, key=_budget):
         all_ours = found[budget].get("ours", {})
-        ours = _once_a_task(all_ours)
+        ours = {label: _share(runs) for label, runs in _once_a_task(all_ours).items()}
+        number = sum(seeds for runs in _once_a_task(all_ours).values() for _, seeds in runs.values())
         cells = [f"{_mean(ours)}, {_lowest(ours)}" if ours else "-"]
         for rival in rivals:
-            shares = _once_a_task(found[budget].get(rival, {}))
-            same = {label: all_ours[label] for label in shares if label in all_ours}
-            said = [f"ours {_mean(same)}"] if same and len(same) == len(shares) else []
-            said += [f"{len(shares)} task{'s' * (len(shares) > 1)}"] if len(shares) < len(ours) else []
+            theirs = _once_a_task(found[budget].get(rival, {}))
+            same = [
+                _share(all_ours[label], runs)
+                for label, runs in theirs.items()
+                if runs.keys() <= all_ours.get(label, {}).keys()
+            ]
+            said = [f"ours {percent(statistics.mean(same))}"] if same and len(same) == len(theirs) else []
+            said += [f"{len(theirs)} task{'s' * (len(theirs) > 1)}"] if len(theirs) < len(ours) else []
+            shares = {label: _share(runs) for label, runs in theirs.items()}
             cells.append((_mean(shares) + (f" ({', '.join(said)})" if said else "")) if shares else "-")
-        lines.append([budget, str(len(ours)), *cells])
-    return markdown(["budget", "tasks", "ours, lowest task", *rivals], lines)
+        lines.append([budget, f"{len(ours)}, {number}", *cells])
+    return markdown(["budget", "tasks, runs of ours", "ours, lowest task", *rivals], lines)
 
 
-def _once_a_task(shares: dict[str, float]) -> dict[str, float]:
+def _share(runs: dict[str, tuple[float, int]], like: dict[str, tuple[float, int]] | None = None) -> float:
+    """Mean of what stays over the runs of all places, at most 1; like: over the places, and as many runs, as there."""
+    weights = {place: seeds for place, (_, seeds) in (like or runs).items()}
+    return min(1.0, sum(runs[place][0] * seeds for place, seeds in weights.items()) / sum(weights.values()))
+
+
+def _once_a_task(found: dict[str, dict]) -> dict[str, dict]:
     """Of the labels of one task the first."""
-    first = {label.split()[0]: label for label in reversed(shares)}
-    return {label: shares[label] for label in shares if first[label.split()[0]] == label}
+    first = {label.split()[0]: label for label in reversed(found)}
+    return {label: found[label] for label in found if first[label.split()[0]] == label}
 
 
 def _mean(shares: dict[str, float]) -> str:
