@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainingArguments
 
 from .artifacts import write_atomically
 from .errors import SensibertError
@@ -20,6 +21,9 @@ from .models.structure import is_trimmed, save_structure
 MANIFEST = "sensibert_manifest.json"
 STRUCTURE = "structure.safetensors"
 MEMORY = "sensibert_run.json"
+# What of a Trainer's arguments the weights of a step depend on, where it can be told by a number or a word.
+LEARNS_BY = ("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1")
+LEARNS_BY += ("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed")
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -48,6 +52,21 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     for name, size in wanted.items():
         if found.get(name) != size:
             raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
+
+
+def learns_by(arguments: TrainingArguments) -> dict[str, object]:
+    """Those of LEARNS_BY, as JSON holds them."""
+    found = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
+
+
+def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, object]) -> None:
+    """SensibertError if a checkpoint was made with other settings than those of the run that would go on from it."""
+    for name in was | now:
+        if was.get(name) != now.get(name):
+            raise SensibertError(
+                f"resume: {checkpoint} has {name} {was.get(name)}, and this run {now.get(name)}: want the same settings"
+            )
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

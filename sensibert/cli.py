@@ -42,7 +42,8 @@ def _names(command: Any) -> dict[str, str]:
 def _config(context: typer.Context, path: Path | None) -> Path | None:
     """A YAML mapping of option names gives the defaults; what stands on the command line wins.
 
-    One file may serve several commands: each takes what it knows, and no command knowing a name is an error."""
+    One file may serve several commands: each takes what it knows. A name that no command knows is an error, and so is
+    `dry_run` for one that would write all the same."""
     if path is None or context.resilient_parsing:
         return path
     try:
@@ -55,7 +56,7 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     places = _names(context.command)
     elsewhere = {name for command in context.parent.command.commands.values() for name in _names(command)}
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    unknown = sorted(settings.keys() - elsewhere)
+    unknown = sorted(settings.keys() - (elsewhere - {"dry_run"} | places.keys()))
     if unknown:
         known = ", ".join(sorted(places.keys() - {"config", "help"}))
         raise SensibertError(f"config: {path} names {unknown[0]!r}, want one of {known}")

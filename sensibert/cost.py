@@ -91,14 +91,14 @@ def check_budget(budget: Budget, grid: Grid | None = None) -> None:
         raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
 
 
-def check_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> None:
-    """SensibertError if not even the smallest model fits the budget, or if the whole one already does."""
-    limit(layout, budget, grid)
-    dense = spent(layout, counts_of(layout), budget)
-    if budget.value > dense and not budget.relative:
+def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
+    """`limit` of a dense model; SensibertError too if the budget is more than it costs, for then nothing would go."""
+    allowed, dense = limit(layout, budget, grid), spent(layout, counts_of(layout), budget)
+    if allowed > dense:
         raise SensibertError(
             f"budget: {budget}, and the {budget.scope} has {dense:,} {budget.kind}: nothing would go, want less"
         )
+    return allowed
 
 
 def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import cost
 from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
-from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, seal, workspace, writing
+from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, learns_by, seal, want_same, workspace, writing
 from .distil import Average, Distillation, load_teacher
 from .errors import SensibertError
 from .models import bare_copy, base_of, describe, evaluating, sites
@@ -41,8 +41,6 @@ from .tasks import TaskData, get_task, micro_batches, sampled_loss
 SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis may look at
 RESULT = "result.json"
 RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
-# Of a Trainer's arguments, what the weights of a step depend on, beside the data.
-LEARNS_BY = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "seed")
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
 
@@ -107,9 +105,8 @@ class TrimCallback(TrainerCallback):
         self.sensitivity: Sensitivity | None = None  # of the dense model
         self.layout: Layout | None = None  # of the dense model
         self._units: dict[str, Tensor] = {}  # of the dense model, in the numbers of its base model
-        self._resumed = False  # a checkpoint's memory has been taken up
-        self._learnt_by: dict[str, object] = {}  # the settings that the checkpoint was trained with
-        self._cut_at: list[int] | None = None  # the steps after which it was cut
+        self._checkpoint: Path | None = None  # what the run goes on from
+        self._made_with: dict[str, object] | None = None  # the settings of that, once its memory has been taken up
         self._dropout: list[tuple[nn.Module, str, float]] = []  # what recovery has set aside
         self._clock = time.perf_counter()
 
@@ -119,7 +116,7 @@ class TrimCallback(TrainerCallback):
         self._units = structure_of(model)
         counts = cost.counts_of(layout)
         if self.method != "dense":
-            cost.check_reach(layout, self.budget, self.grid)
+            cost.want_reach(layout, self.budget, self.grid)
             if self.grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: it has lost whole units already, want a whole one for grid {self.grid}")
         self.memory = Memory(
@@ -130,23 +127,30 @@ class TrimCallback(TrainerCallback):
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
-    def _remember(self, checkpoint: Path) -> None:
-        """Take up the memory of a checkpoint; SensibertError if it was cut to something else than this run wants."""
-        kept = json.loads((checkpoint / MEMORY).read_text())
-        cut = kept.get("cut") if (checkpoint / STRUCTURE).exists() else None
-        if cut not in (None, self._wanted()):
-            raise SensibertError(
-                f"resume: {checkpoint} was cut to {cut}, and this run wants {self._wanted()}: want the same settings"
-            )
-        self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
-        self._learnt_by, self._cut_at = kept.get("learns_by", {}), kept.get("cut_at")
-        self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
-        self._resumed = True
+    def resume_from(self, checkpoint: str | Path) -> None:
+        """What the Trainer loads; `TrimTrainer` says so, a stock one has its checkpoints in its output_dir."""
+        self._checkpoint = Path(checkpoint)
 
-    def _wanted(self) -> str:
-        """What a cut depends on, in words; kept in every checkpoint."""
-        grid = "units" if self.grid is None else f"grid {self.grid}"
-        return f"{self.budget} of the {self.budget.scope} by {self.method}, {grid}"
+    def _remember(self, checkpoint: Path) -> None:
+        """Take up the memory of a checkpoint."""
+        kept = json.loads((checkpoint / MEMORY).read_text())
+        self.memory.metrics_dense, self.memory.seconds = kept["metrics_dense"], kept["seconds"]
+        self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
+        self._checkpoint, self._made_with = checkpoint, kept.get("settings", {})
+
+    def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
+        """What the weights of this step depend on, beside model, data and teacher; kept in every checkpoint."""
+        behind = [f"after step {step} ({100 * t:.0f} %)" for step, t in self.cuts.items() if step <= state.global_step]
+        found = {"cuts": ", ".join(behind) or "none", "steps": state.max_steps, "warmup": self.schedule.warmup}
+        if behind:
+            at = f" at {self.budget.length} tokens" if self.budget.kind == "flops" else ""
+            found |= {"budget": f"{self.budget} of the {self.budget.scope}{at}", "method": self.method}
+            found |= {"grid": str(self.grid or "unit"), "choose": self.choose is not None}
+            for name in ("policy", "step", "samples", "micro_batch", "compensate", "search"):
+                found[name] = getattr(self, name)
+            for name in ("recovery", "rewarm", "recover_peak", "recover_dropout"):
+                found[name] = getattr(self.schedule, name)
+        return found | learns_by(args)
 
     def started(self, clock: float) -> None:
         """Book what came before the training, since that reading of time.perf_counter()."""
@@ -172,20 +176,14 @@ class TrimCallback(TrainerCallback):
                     "TrimCallback: it came after the model was cut, want it among the Trainer's callbacks="
                 )
             self.prepare(model)
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step and not self._resumed and (checkpoint / MEMORY).exists():
-            self._remember(checkpoint)
-        for name, value in _learns_by(args, state).items():
-            if self._learnt_by.get(name, value) != value:
-                was = f"{name} {self._learnt_by[name]}"
-                raise SensibertError(f"resume: {checkpoint} has {was}, and this run {value}: want the same")
         self.cuts = {} if self.method == "dense" else self.schedule.cuts(state.max_steps)
-        behind = [step for step in self.cuts if step <= state.global_step]
-        if self._cut_at is not None and self._cut_at != behind:
-            raise SensibertError(
-                f"resume: {checkpoint} was cut after the steps {self._cut_at}, and this run cuts after "
-                f"{list(self.cuts)}: want the same schedule"
-            )
+        if state.global_step:
+            checkpoint = self._checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self._made_with is None and (checkpoint / MEMORY).exists():
+                self._remember(checkpoint)
+            if self._made_with:
+                want_same(checkpoint, self._made_with, self._settings(args, state))
+        self._checkpoint = self._made_with = None  # the next training of this callback is another one
         if self.cuts and state.global_step >= max(self.cuts):
             self._recover(model)
         self._clock = time.perf_counter()
@@ -296,8 +294,7 @@ class TrimCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.sensitivity is not None:
             self.sensitivity.save(folder / "sensitivity.safetensors")
-        behind = [step for step in self.cuts if step <= state.global_step]
-        memory = {"cut": self._wanted(), "cut_at": behind, "learns_by": _learns_by(args, state)}
+        memory = {"settings": self._settings(args, state)}
         memory |= {"metrics_dense": self.memory.metrics_dense, "seconds": self.memory.seconds}
         seal(folder, model, memory)
         self.spend("save")
@@ -307,10 +304,6 @@ class TrimCallback(TrainerCallback):
         for module, name, p in self._dropout:
             setattr(module, name, p)
         self._dropout.clear()
-
-
-def _learns_by(args: TrainingArguments, state: TrainerState) -> dict[str, object]:
-    return {"steps": state.max_steps, **{name: getattr(args, name) for name in LEARNS_BY}}
 
 
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:

@@ -51,9 +51,7 @@ def outline(options: Options) -> dict:
     layout = describe(load_model(options.model, data))
     budget, counts, limit = options.parsed_budget(), cost.counts_of(layout), None
     if options.method != "dense":
-        grid = parse_grid(options.grid)
-        cost.check_reach(layout, budget, grid)
-        limit = cost.limit(layout, budget, grid)
+        limit = cost.want_reach(layout, budget, parse_grid(options.grid))
     return {
         "task": get_task(task).name,
         "model": options.model,
@@ -121,7 +119,7 @@ def plan_file(
     if output is not None:
         check_file(output, overwrite)
     scores = Sensitivity.load(sensitivity)
-    cost.check_reach(scores.layout, budget, scores.grid)
+    cost.want_reach(scores.layout, budget, scores.grid)
     plan = allocate(scores, budget, step, policy)
     if output is not None and not dry_run:
         with writing(output):

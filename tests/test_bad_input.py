@@ -392,6 +392,9 @@ def test_a_config_that_cannot_be_meant(here, tmp_path):
         file.write_text(content)
         with untouched(here, tmp_path):
             refused(said, *asked)
+    file.write_text("dry_run: true")  # analyze has none, and would write
+    refused("names 'dry_run'", "analyze", "--model", here / "model", "--output", tmp_path / "scores", "--config", file)
+    assert not (tmp_path / "scores").exists()
     refused("config: cannot read .*No such file", *asked[:-1], tmp_path / "gone.yaml")
 
 

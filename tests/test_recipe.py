@@ -226,53 +226,60 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
     assert {4, 14} <= found  # the cut comes after step 5 of 15
 
 
-def test_a_checkpoint_behind_the_cut_goes_on_with_the_settings_of_its_cut(here, tmp_path):
-    asked = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", **asked))
-    said = "was cut to 50%params of the encoder by obs, units, and this run wants 30%params of the encoder by fisher"
-    with pytest.raises(SensibertError, match=said):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, budget="30%params", method="fisher", **asked))
-
-
 @pytest.mark.parametrize(
     "asked, said",
     [
-        ({"seed": 5}, "has seed 0, and this run 5: want the same"),
-        ({"batch_size": 8}, "has per_device_train_batch_size 16, and this run 8"),
+        ({"seed": 5}, "has seed 0, and this run 5: want the same settings"),
+        ({"batch_size": 8}, "has batch_size 16, and this run 8"),
+        ({"gradient_accumulation": 2}, "has gradient_accumulation_steps 1, and this run 2"),
         ({"learning_rate": 1e-3}, "has learning_rate 0.003, and this run 0.001"),
-        ({"max_steps": 9}, "has steps 6, and this run 9"),
+        ({"weight_decay": 0.5}, "has weight_decay 0.01, and this run 0.5"),
+        ({"precision": "bf16"}, "has bf16 False, and this run True"),
+        ({"max_steps": 9}, r"has cuts after step 2 \(100 %\), and this run after step 3"),
+        ({"budget": "30%params"}, "has budget 50%params of the encoder, and this run 30%params of the encoder"),
+        ({"method": "fisher"}, "has method obs, and this run fisher"),
+        ({"policy": "uniform"}, "has policy global, and this run uniform"),
+        ({"compensate": False}, "has compensate True, and this run False"),
+        ({"schedule": Schedule(warm_share=0.9)}, r"has cuts after step 2 \(100 %\), and this run none"),
+        ({"schedule": Schedule("cubic", milestones=1)}, None),
+        ({"schedule": Schedule("cubic", milestones=2)}, r"this run after step 2 \(50 %\), after step 3 \(100 %\)"),
+        ({"schedule": Schedule(recovery="plain")}, "has recovery lifted, and this run plain"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )
-def test_a_run_goes_on_with_the_settings_it_has_learnt_by(begun, tmp_path, asked, said):
+def test_a_run_goes_on_only_with_the_settings_of_its_checkpoint(begun, tmp_path, asked, said):
     here, run = begun
     shutil.copytree(run, tmp_path / "out.partial")
+    shutil.rmtree(tmp_path / "out.partial" / "checkpoint-6")
     usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    if said is None:  # in other words the same
+        assert finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | asked))["steps"] == 6
+        return
     with pytest.raises(SensibertError, match=said):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | asked))
-    assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3"}
 
 
-@pytest.mark.parametrize(
-    "schedule, said",
-    [
-        (Schedule(warm_share=0.9), r"was cut after the steps \[2\], and this run cuts after \[5\]: want the same"),
-        (Schedule("cubic", milestones=2), r"was cut after the steps \[2\], and this run cuts after \[2, 3\]"),
-    ],
-    ids=["later", "cubic"],
-)
-def test_a_run_goes_on_only_where_its_checkpoint_was_cut(begun, tmp_path, schedule, said):
-    here, run = begun
-    shutil.copytree(run, tmp_path / "out.partial")
-    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6, "schedule": schedule}
+def test_flops_are_counted_at_the_length_of_the_checkpoint(here, tmp_path):
+    usual = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6, "budget": "50%flops"}
+    finetune_and_trim(options(here, tmp_path / "out", **usual))
+    said = "has budget 50%flops of the encoder at 128 tokens, and this run 50%flops of the encoder at 8 tokens"
     with pytest.raises(SensibertError, match=said):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, flops_length=8, **usual))
+
+
+def test_a_cubic_between_its_cuts_is_not_taken_for_one_that_has_arrived(here, tmp_path):
+    usual = {"save_steps": 4, "keep_checkpoints": True, "overwrite": True, "max_steps": 8}
+    finetune_and_trim(options(here, tmp_path / "out", schedule=Schedule("cubic", milestones=4), **usual))
+    shutil.rmtree(tmp_path / "out.partial" / "checkpoint-8")
+    with pytest.raises(SensibertError, match=r"3 \(25 %\), after step 4 \(75 %\), and this run after step 3 \(100 %\)"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
 
 
 def test_a_dense_checkpoint_behind_the_cut_is_not_taken_for_a_trimmed_one(here, tmp_path):
     usual = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6}
     finetune_and_trim(options(here, tmp_path / "out", method="dense", **usual))
-    with pytest.raises(SensibertError, match=r"was cut after the steps \[\], and this run cuts after \[2\]"):
+    with pytest.raises(SensibertError, match=r"has cuts none, and this run after step 2 \(100 %\)"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
 
 
@@ -466,6 +473,25 @@ def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
     assert first.memory.params_before == again.memory.params_before
     assert again.sensitivity == first.sensitivity and again.whole_plan(resumed) == first.whole_plan(whole)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_checkpoint_that_counts_is_the_one_that_is_loaded(here, tmp_path):
+    """Not one of the same step that lies in the output folder."""
+
+    def train(folder, source=None, method="obs", **arguments):
+        callback = TrimCallback("50%params", method, step=4)
+        trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=6, save_strategy="steps", **arguments)
+        trainer.train(resume_from_checkpoint=source and str(source / "checkpoint-6"))
+        return trainer
+
+    train(tmp_path / "a")
+    train(tmp_path / "b", seed=9)
+    train(tmp_path / "dense", method="dense")
+    for source, said in (("b", "b.checkpoint-6 has seed 9, and this run 42"), ("dense", "checkpoint-6 has cuts none")):
+        with pytest.raises(SensibertError, match=said):
+            train(tmp_path / "new", tmp_path / source)
+    resumed = train(tmp_path / "b", tmp_path / "a")
+    assert resumed.train().global_step == 12  # once more from the beginning: what it went on from is forgotten
 
 
 def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):

@@ -45,9 +45,9 @@ class TrimTrainer(Trainer):
     """transformers.Trainer that survives a model whose tensors shrink on the way.
 
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is what `distil` makes of both. Before a checkpoint of a trimmed model is loaded, the callback that
-    has a `restructure` (`TrimCallback`) cuts the model alike. A train set that offers `.lengths` is read in batches of
-    similar length."""
+    model, the loss is what `distil` makes of both. Before a checkpoint is loaded, callbacks that have a `resume_from`
+    are told which (`TrimCallback`), and if it is of a trimmed model, the one that has a `restructure` cuts the model
+    alike. A train set that offers `.lengths` is read in batches of similar length."""
 
     def __init__(
         self,
@@ -111,6 +111,9 @@ class TrimTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "resume_from"):
+                callback.resume_from(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
         if structure.exists():
             cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]

@@ -33,8 +33,9 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
     if labels.kind(column, column.filled()) != "number":
         return "text-classification"
     if all(float(value).is_integer() for value in column.values):
-        said = f"is {labels.show(column.values[0])}, and all are whole numbers with a point"
-        raise column.error(0, f"{said}: want a task (regression to predict numbers), or classes without the point")
+        row, value = labels.first_number(column, column.filled())
+        said = f"is {labels.show(value)}, and all are whole numbers"
+        raise column.error(row, f"{said}: want a task (regression to predict numbers), or classes written as integers")
     return "regression"
 
 

@@ -97,12 +97,17 @@ def _kind_of(column: Column, row: int, value: Any) -> str:
     return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), "name")
 
 
+def first_number(column: Column, places: Iterable[Place]) -> Place:
+    """The first label that is a number and not an integer, where the `kind` is number."""
+    return next(place for place in places if _kind_of(column, *place) == "number")
+
+
 def class_names(column: Column, values: Iterable[Place]) -> list[str]:
     """The classes among a training column's values: sorted names, or '0' to 'n-1' for integers without gaps."""
     places = list(values)
     found = kind(column, places)
     if found == "number":
-        row, value = next(place for place in places if _kind_of(column, *place) == "number")
+        row, value = first_number(column, places)
         raise column.error(row, f"is {show(value)}, want an integer or a name (for numbers the task is regression)")
     seen = {str(v).strip() for _, v in places} if found == "name" else {int(v) for _, v in places}
     if len(seen) < 2:
