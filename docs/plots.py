@@ -18,8 +18,8 @@ LEAST_SPAN = 4.0  # points of score a panel shows
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
     """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only.
 
-    A CPU's runs only where the GPU lacks some. What then has more than one budget has a panel, of its own where it was a
-    CPU or another recovery."""
+    A CPU's runs only where the GPU lacks some. What has more than one budget has a panel, of its own where it was a CPU
+    or another recovery."""
     found: dict[str, dict[str, list]] = {}
     other: dict[str, str] = {}  # panels of another recovery than the default one
     for row in scores(rows, everywhere=False):
