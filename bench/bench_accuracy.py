@@ -9,9 +9,9 @@
 DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
 jsonl (with --override of bench_accuracy_ablation.jsonl); a run that is there already is not made again, so an
 interrupted bench is simply started again, and processes with other seeds or tasks may run side by side. Runs of one
-seed that cut at the same step share their dense warm-up: the first one leaves its last dense step behind and the others
-go on from there, the dense control too (bit for bit what separate runs would do; their `seconds` include it). `ours` is
-the default recipe; `dense` is the control with the same steps; the rivals are those of rivals.py.
+seed share their dense warm-up: the first run that trims leaves its last dense step behind and the others, dense too, go
+on from there (bit for bit what separate runs would do; their `seconds` include it). `ours` is the default recipe;
+`dense` is the control with the same steps; the rivals are those of rivals.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from sensibert.artifacts import write_atomically
 from sensibert.checkpoints import partial_folder
 from sensibert.options import AVERAGE, PRECISIONS, SNAPSHOT, Options
 from sensibert.recipe import finetune_and_trim
-from sensibert.schedule import RECOVERIES, WARM_SHARE, Schedule
+from sensibert.schedule import RECOVERIES, Schedule
 from sensibert.steps import evaluate_folder
-from sensibert.tasks import get_task, guess_task, load_examples
+from sensibert.tasks import get_task, load_examples
 
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
@@ -138,19 +138,13 @@ def options_of(asked: dict, **usual) -> Options:
     return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
 
 
-def schedule_of(options: Options, task: str) -> Schedule:
-    """The schedule of a run with a relative budget, as the recipe fills it in."""
-    return options.schedule.for_task(get_task(task).recovery).for_budget(options.parsed_budget().value)
-
-
 def dense_steps(options: Options, result: dict) -> float:
     """Cost in steps of the dense model, by the encoder's FLOPs; without the analysis, at most 1/64 of the steps."""
-    schedule = schedule_of(options, result["task"])
-    cuts = schedule.cuts(result["steps"]) if options.method != "dense" else {}
+    cuts = options.schedule.cuts(result["steps"]) if options.method != "dense" else {}
     left, share, begin, total = result["flops_after"] / result["flops_before"], 1.0, 0, 0.0
     for step, progress in [*cuts.items(), (result["steps"], 1.0)]:
         total, begin = total + (step - begin) * share, step
-        share = schedule.ratio(progress, left)
+        share = options.schedule.ratio(progress, left)
     return round(total, 1)
 
 
@@ -160,9 +154,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     train, validation = data_files(Path(arguments.data) / asked["task"])
     if "train_rows" in asked:
         train = subset(train, asked["train_rows"], work)
-    share = schedule_of(options_of(asked, model="", output=""), guess_task(load_examples(str(train)))).warm
-    shared = before_the_cut(override) | ({"warm_share": share} if share != WARM_SHARE else {})
-    warm = work / folder_name(before_the_cut(asked), shared, "warm")
+    warm = work / folder_name(before_the_cut(asked), before_the_cut(override), "warm")
     output = work / folder_name(asked, override, asked["budget"], method)
     trims, branch, rival = method != "dense", warm.exists(), RIVALS[method]() if method in RIVALS else None
     partial = partial_folder(output)

@@ -167,12 +167,8 @@ def finetune(
     micro_batch: MicroBatch = _DEFAULT.micro_batch,
     schedule: Annotated[str, typer.Option(help=f"{' or '.join(SHAPES)}: how the cut is spread.")] = _SHAPE.shape,
     warm_share: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the steps before the first cut.",
-            show_default="1/3; question answering below half of the cost less, down to 1/5",
-        ),
-    ] = None,
+        float, typer.Option(help="Share of the steps before the first cut.", show_default="1/3")
+    ] = _SHAPE.warm_share,
     trim_share: Annotated[float, typer.Option(help="Share of the steps the cubic takes.")] = _SHAPE.trim_share,
     milestones: Annotated[int, typer.Option(help="Cuts the cubic takes.")] = _SHAPE.milestones,
     warmup: Annotated[float, typer.Option(help="Share of the steps of learning-rate warm-up.")] = _SHAPE.warmup,

@@ -124,7 +124,6 @@ class TrimCallback(TrainerCallback):
             (layout.encoder_params, layout.total_params),
             cost.flops(layout, counts, self.budget.scope, 1, self.budget.length),
         )
-        self.schedule = self.schedule.for_budget(self.left())
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
@@ -390,7 +389,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
     teacher = load_teacher(options, data, folder, load)
-    average = Average(lambda total: max(callback.schedule.cuts(total)) + 1, options.average_decay)
+    average = Average(lambda total: max(options.schedule.cuts(total)) + 1, options.average_decay)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
@@ -426,9 +425,9 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         training_arguments(options, folder),
         [average, callback] if options.teacher == AVERAGE else [callback],
         checkpoint,
-        lr_shape=callback.schedule.lr(options.method == "dense", callback.left()),
+        lr_shape=options.schedule.lr(options.method == "dense", callback.left()),
         teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
-        distil=Distillation(options.distil, options.temperature, options.distil_hidden, callback.schedule.fade),
+        distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
     )
     metrics = score(model)
     dense = {f"dense_{name}": value for name, value in (callback.memory.metrics_dense or {}).items()}

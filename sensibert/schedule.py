@@ -14,14 +14,12 @@ from .errors import SensibertError
 SHAPES = ("oneshot", "cubic")
 RECOVERIES = ("lifted", "plain")
 LIFTED_PEAK = 1.6
-WARM_SHARE, WARM_SHARE_PLAIN = 1 / 3, 1 / 5
 
 
 @dataclass(frozen=True)
 class Schedule:
     """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
 
-    warm_share: None: a third; before a `plain` recovery less, from half of the cost on, down to a fifth (`for_budget`).
     warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut. recovery:
     from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: with the model's dropout, and from
     the rate that it was, or the higher the further the cut goes below half (`peak`); None: what the task wants
@@ -29,7 +27,7 @@ class Schedule:
     distil_until: the share of the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
 
     shape: str = "oneshot"
-    warm_share: float | None = None
+    warm_share: float = 1 / 3
     trim_share: float = 0.2
     milestones: int = 6
     warmup: float = 0.06
@@ -47,7 +45,7 @@ class Schedule:
         for name in ("warm_share", "trim_share", "warmup", "rewarm", "recover_dropout"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise SensibertError(f"schedule: {name} is {getattr(self, name)}, want a fraction in [0, 1)")
-        if self.warm + (self.trim_share if self.shape == "cubic" else 0) >= 1:
+        if self.warm_share + (self.trim_share if self.shape == "cubic" else 0) >= 1:
             raise SensibertError("schedule: warm_share + trim_share leave no steps to recover, want a sum below 1")
         if self.milestones < 1:
             raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
@@ -60,17 +58,6 @@ class Schedule:
         """With the task's recovery where none was asked for."""
         return replace(self, recovery=self.recovery or recovery)
 
-    def for_budget(self, left: float) -> Schedule:
-        """With the warm-up that a budget wants, where none was asked for; left: what stays of the encoder's cost."""
-        if self.warm_share is not None or self.recovery != "plain":
-            return self
-        return replace(self, warm_share=min(WARM_SHARE, max(WARM_SHARE_PLAIN, WARM_SHARE * 2 * left)))
-
-    @property
-    def warm(self) -> float:
-        """The share of the steps before the first cut."""
-        return WARM_SHARE if self.warm_share is None else self.warm_share
-
     def dropout(self) -> float | None:
         """The dropout after the last cut; None: the model's own."""
         if self.recover_dropout is None and self.recovery == "plain":
@@ -79,7 +66,7 @@ class Schedule:
 
     def cuts(self, total: int) -> dict[int, float]:
         """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
-        first = min(max(1, round(self.warm * total)), total)
+        first = min(max(1, round(self.warm_share * total)), total)
         if self.shape == "oneshot":
             return {first: 1.0}
         length, found = self.trim_share * total, {}

@@ -50,10 +50,8 @@ def outline(options: Options) -> dict:
     data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
     layout = describe(load_model(options.model, data))
     budget, counts, limit = options.parsed_budget(), cost.counts_of(layout), None
-    schedule = options.schedule.for_task(get_task(task).recovery)
     if options.method != "dense":
         limit = cost.want_reach(layout, budget, parse_grid(options.grid))
-        schedule = schedule.for_budget(cost.encoder_left(layout, budget))
     return {
         "task": get_task(task).name,
         "model": options.model,
@@ -68,8 +66,8 @@ def outline(options: Options) -> dict:
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
         "limit": limit,
-        "schedule": schedule.shape,
-        "cut_after": f"{100 * schedule.warm:.0f} % of the steps",
+        "schedule": options.schedule.shape,
+        "cut_after": f"{100 * options.schedule.warm_share:.0f} % of the steps",
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,

@@ -417,11 +417,7 @@ def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
 
     monkeypatch.setattr(recipe, "finetune", stop)
     third = describe(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
-    asked = {
-        "budget": budget.format(third=third),
-        "scope": scope,
-        "schedule": Schedule(recovery="plain", warm_share=1 / 3),
-    }
+    asked = {"budget": budget.format(third=third), "scope": scope, "schedule": Schedule(recovery="plain")}
     with pytest.raises(KeyboardInterrupt):
         finetune_and_trim(options(here, tmp_path / "out", **asked))
     assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)

@@ -70,13 +70,6 @@ def test_a_plain_recovery_rises_the_more_is_cut_beyond_half():
     ) == pytest.approx(0.7)
 
 
-def test_a_plain_run_cuts_earlier_where_less_than_half_is_left():
-    plain = Schedule(recovery="plain")
-    assert [min(plain.for_budget(left).cuts(300)) for left in (1.0, 0.5, 0.4, 0.3, 0.1)] == [100, 100, 80, 60, 60]
-    assert Schedule(recovery="lifted").for_budget(0.1).cuts(300) == {100: 1.0}
-    assert Schedule(recovery="plain", warm_share=0.5).for_budget(0.1).cuts(300) == {150: 1.0}
-
-
 def test_the_task_says_how_to_recover_unless_the_user_does():
     assert Schedule().for_task("plain").recovery == "plain"
     assert Schedule(recovery="lifted").for_task("plain").recovery == "lifted"

@@ -68,24 +68,6 @@ def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tune
     )
 
 
-@pytest.mark.parametrize(
-    "write, budget, scope, after",
-    [
-        (runs.question_file, "25%params", "encoder", "20 %"),
-        (runs.question_file, "60%params", "encoder", "33 %"),
-        (runs.question_file, "75%params", "model", "30 %"),  # 45 % of the encoder: the rest stays
-        (runs.pair_file, "25%params", "encoder", "33 %"),
-    ],
-)
-def test_a_dry_run_tells_when_the_cut_comes(tmp_path, write, budget, scope, after):
-    runs.model_folder(tmp_path / "model")
-    kind = "jsonl" if write is runs.question_file else "csv"
-    write(tmp_path / f"train.{kind}")
-    asked = {"budget": budget, "scope": scope, "train_file": str(tmp_path / f"train.{kind}")}
-    told = steps.outline(Options(str(tmp_path / "model"), str(tmp_path / "out"), **asked))
-    assert told["cut_after"] == f"{after} of the steps"
-
-
 def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, monkeypatch):
     shutil.copytree(tuned / "tuned", tmp_path / "noted")
     config = json.loads((tmp_path / "noted" / "config.json").read_text())
