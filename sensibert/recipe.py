@@ -24,7 +24,7 @@ from .errors import SensibertError
 from .models import bare_copy, base_of, describe, evaluating, sites
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
-from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default_method, parse_grid
+from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default_method, grid_name, parse_grid
 from .pipeline.allocate import allocate
 from .pipeline.analyze import analyze, rank_tensors
 from .pipeline.compensate import compensate
@@ -145,7 +145,7 @@ class TrimCallback(TrainerCallback):
         if behind:
             at = f" at {self.budget.length} tokens" if self.budget.kind == "flops" else ""
             found |= {"budget": f"{self.budget} of the {self.budget.scope}{at}", "method": self.method}
-            found |= {"grid": str(self.grid or "unit"), "choose": self.choose is not None}
+            found |= {"grid": grid_name(self.grid), "choose": self.choose is not None}
             for name in ("policy", "step", "samples", "micro_batch", "compensate", "search"):
                 found[name] = getattr(self, name)
             for name in ("recovery", "rewarm", "recover_peak", "recover_dropout"):

@@ -36,3 +36,15 @@ def poisoned_empty():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than a tiny run; the tests that look at what is drawn ask for `report`."""
+    if "report" not in request.fixturenames:
+        monkeypatch.setattr("sensibert.recipe.write_report", lambda *args: [])
+
+
+@pytest.fixture
+def report():
+    """Asked for by a test that wants the pictures of a run drawn."""

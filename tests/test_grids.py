@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from sensibert import recipe
 from sensibert.artifacts import Grid, Plan, Sensitivity
 from sensibert.errors import SensibertError
 from sensibert.models import base_of
@@ -20,22 +19,12 @@ from tests import runs
 from tests.helpers import tiny_batch
 from tests.runs import RESULT_KEYS, command, tree
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("grids"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing takes longer than a tiny run; the tests that look at what is drawn are marked so."""
-    if "report" not in request.fixturenames:
-        monkeypatch.setattr(recipe, "write_report", lambda *args: [])
-
-
-@pytest.fixture
-def report():
-    """Asked for by a test that wants the pictures drawn."""
 
 
 def options(here, output, **changed) -> Options:

@@ -1,7 +1,6 @@
 """Whole runs on a tiny model: what the recipe promises about budgets, resuming, teachers and files."""
 
 import contextlib
-import copy
 import json
 import os
 import random
@@ -13,39 +12,26 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import IterableDataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
 import sensibert
-from sensibert import cost, recipe
-from sensibert.artifacts import Grid, Plan, Sensitivity
+from sensibert import recipe
+from sensibert.artifacts import Plan, Sensitivity
 from sensibert.errors import SensibertError
 from sensibert.models import describe
 from sensibert.options import Options
-from sensibert.pipeline.finetune import TrimTrainer
 from sensibert.recipe import TrimCallback, finetune_and_trim
 from sensibert.schedule import Schedule
-from sensibert.tasks import TaskData, load_examples
 from tests import runs
 from tests.helpers import tiny_model
 from tests.runs import RESULT_KEYS
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing takes longer than a tiny run; the tests that look at what is drawn are marked so."""
-    if "report" not in request.fixturenames:
-        monkeypatch.setattr(recipe, "write_report", lambda *args: [])
-
-
-@pytest.fixture
-def report():
-    """Asked for by a test that wants the pictures drawn."""
 
 
 def options(here, output, **changed) -> Options:
@@ -433,150 +419,3 @@ def test_gradient_accumulation_and_bf16_run(here, tmp_path):
     asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
     result = finetune_and_trim(options(here, tmp_path / "out", **asked))
     assert result["steps"] == 5 and result["encoder_params_after"] < result["encoder_params_before"]
-
-
-def own_trainer(here, output, callback, kind=Trainer, model=None, data=None, **arguments):
-    """A Trainer as its owner would build it."""
-    tokenizer = AutoTokenizer.from_pretrained(here / "model")
-    built = TaskData.build(None, load_examples(str(here / "train.csv")), None, tokenizer)
-    model = model or AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
-    usual = {"max_steps": 12, "learning_rate": 3e-3, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(str(output), **(usual | arguments))
-    return kind(model, arguments, built.collator, train_dataset=data or built.train, callbacks=[callback])
-
-
-def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
-    callback = TrimCallback("40%params", "taylor", step=4)
-    trainer = own_trainer(here, tmp_path, callback)
-    model = trainer.model
-    trainer.train()
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters()}  # the trap: trimmed tensors that no optimizer holds
-    layout = describe(model)
-    assert layout.encoder_params <= 0.4 * callback.layout.encoder_params
-    assert cost.params(callback.layout, cost.counts_of(callback.layout, callback.whole_plan(model).keep)) == (
-        layout.encoder_params
-    )
-    sensibert.export(model, tmp_path / "small")
-    assert describe(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")) == layout
-
-
-def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
-    def run(folder, checkpoint=None):
-        callback = TrimCallback("50%params", step=4, schedule=Schedule("cubic", milestones=3))
-        trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=5, save_strategy="steps", seed=3)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer.model, callback
-
-    (whole, first), (resumed, again) = run(tmp_path), run(tmp_path, str(tmp_path / "checkpoint-5"))
-    assert first.cuts.keys() == {4, 5, 6} and describe(whole).encoder_params == describe(resumed).encoder_params
-    assert first.memory.params_before == again.memory.params_before
-    assert again.sensitivity == first.sensitivity and again.whole_plan(resumed) == first.whole_plan(whole)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-
-
-def test_the_checkpoint_that_counts_is_the_one_that_is_loaded(here, tmp_path):
-    """Not one of the same step that lies in the output folder."""
-
-    def train(folder, source=None, method="obs", **arguments):
-        callback = TrimCallback("50%params", method, step=4)
-        trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=6, save_strategy="steps", **arguments)
-        trainer.train(resume_from_checkpoint=source and str(source / "checkpoint-6"))
-        return trainer
-
-    train(tmp_path / "a")
-    train(tmp_path / "b", seed=9)
-    train(tmp_path / "dense", method="dense")
-    for source, said in (("b", "b.checkpoint-6 has seed 9, and this run 42"), ("dense", "checkpoint-6 has cuts none")):
-        with pytest.raises(SensibertError, match=said):
-            train(tmp_path / "new", tmp_path / source)
-    resumed = train(tmp_path / "b", tmp_path / "a")
-    assert resumed.train().global_step == 12  # once more from the beginning: what it went on from is forgotten
-
-
-def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
-    trainer = own_trainer(here, tmp_path, TrimCallback("50%params", step=4), TrimTrainer, save_steps=6)
-    trainer.train()
-    other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
-    other.add_callback(TrimCallback("50%params", step=4))
-    with pytest.raises(SensibertError, match="it came after the model was cut, want it among the Trainer's callbacks="):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(())
-
-
-def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_step(here, tmp_path, monkeypatch):
-    frozen = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
-    frozen.bert.encoder.requires_grad_(False)
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-    for said, more in (
-        ("all that could be trimmed is frozen", {"model": frozen}),
-        ("draws rows of the train set, want one with a length", {"data": Stream()}),
-        ("load_best_model_at_end is True", {**best, "kind": NeverEvaluates}),
-    ):
-        trainer = own_trainer(here, tmp_path, TrimCallback(step=4), **more)
-        with pytest.raises(SensibertError, match=said):
-            trainer.train()
-        assert trainer.state.global_step == 0
-    trainer = own_trainer(here, tmp_path, TrimCallback(step=4))
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(SensibertError, match="runs in one process, 2 were started"):
-        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
-
-
-class NeverEvaluates(Trainer):
-    """One that was given an eval set would do; what matters comes before it is looked at."""
-
-    def __init__(self, model, arguments, collator, train_dataset, callbacks):
-        super().__init__(model, arguments, collator, train_dataset, train_dataset, callbacks=callbacks)
-
-
-@pytest.mark.parametrize(
-    "asked, said",
-    [
-        ({"method": "fischer"}, "method is 'fischer', want one of"),
-        ({"policy": "globl"}, "policy is 'globl', want one of"),
-        ({"samples": 0}, "samples is 0, want more than 0"),
-        ({"grid": Grid.element(), "method": "paper"}, "method is 'paper', which means whole units"),
-        ({"grid": Grid.block(64, 64), "step": 8}, "step is 8, which means whole units, and grid is 'block64'"),
-    ],
-)
-def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(asked, said):
-    with pytest.raises(SensibertError, match=said):
-        TrimCallback("50%params", **asked)
-
-
-def test_a_callback_takes_a_grid_by_its_name(here, tmp_path):
-    callback = TrimCallback("50%params", grid="block8", schedule=Schedule(warm_share=0.2))
-    assert (callback.grid, callback.method) == (Grid.block(8, 8), "fisher")
-    trainer = own_trainer(here, tmp_path, callback, TrimTrainer)
-    trainer.train()
-    plan = callback.whole_plan(trainer.model)
-    assert plan.grid == Grid.block(8, 8) and plan.params <= 0.5 * callback.layout.encoder_params
-
-
-def test_accumulated_gradients_are_those_of_one_large_batch(here, tmp_path):
-    """BERT takes any keyword, so a stock Trainer takes it to divide by the number of items itself: N times too much."""
-    norms, whole = [], tiny_model(vocab_size=64)  # without dropout
-    for size, steps in ((8, 1), (2, 4)):
-        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 1e9}
-        arguments |= {"max_steps": 1, "logging_steps": 1, "model": copy.deepcopy(whole)}
-        trainer = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer, **arguments)
-        trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, range(8))
-        trainer.train()
-        norms.append(trainer.state.log_history[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-
-
-def test_recovery_finds_the_dropout_that_is_only_a_number():
-    model = tiny_model("modernbert", attention_dropout=0.3)
-    callback = TrimCallback(schedule=Schedule(recovery="lifted"))
-    rates = [module for module in model.modules() if hasattr(module, "attention_dropout")]
-    callback.cuts = {1: 1.0}
-    callback._recover(model)
-    assert rates and {module.attention_dropout for module in rates} == {0.0}
-    callback.on_train_end(None, None, None)
-    assert {module.attention_dropout for module in rates} == {0.3}
