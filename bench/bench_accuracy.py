@@ -41,11 +41,13 @@ ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
 # What runs must share to be compared. The machine too: a GPU draws other dropout.
-SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator", "recovery")
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
+RECOVERING = ("recovery", "freeze_embeddings")  # of all methods but the dense one
+SETTING += RECOVERING
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
-AFTER_THE_CUT |= {"milestones", "rewarm", "recovery", "recover_peak", "recover_dropout", "search"}
+AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout", "search", *RECOVERING}
 # The same where the run is its own teacher.
 TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
@@ -108,8 +110,8 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
     """The KEY entries of a run, as they go into its row; what was left at its default stays out."""
     row = {"task": arguments.task, "budget": budget, "method": method, "seed": seed}
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
-    optional = ("train_rows", "max_steps", "override", *(("recovery",) if method != "dense" else ()))
-    row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name)}
+    optional = ("train_rows", "max_steps", "override", *(RECOVERING if method != "dense" else ()))
+    row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name) not in (None, {})}
     row |= {"precision": arguments.precision} if arguments.precision != Options.precision else {}
     return row | ({"accelerator": DEVICE} if DEVICE != "cpu" else {})
 
@@ -191,8 +193,8 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
 
 def _control(row: dict, runs: list[dict]) -> float | None:
     """The dense score in percent with the same seed and setting."""
-    wanted = identity({**row, "budget": "100%params", "method": "dense", "override": None, "recovery": None})
-    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
+    wanted = {**row, "budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
+    return next((100 * other["score"] for other in runs if identity(other) == identity(wanted)), None)
 
 
 def ablation(row: dict, runs: list[dict]) -> dict:
@@ -220,7 +222,7 @@ def summarize(runs: list[dict]) -> list[dict]:
         scores, last = [100 * row["score"] for row in found], found[-1]
         seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
-        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v}}
+        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v is not None}}
         more |= {name: last[name] for name in ("steps", "dense_steps", "encoder_params_after") if name in last}
         more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
         more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
@@ -258,6 +260,11 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision, help="scores are always in fp32")
     parser.add_argument("--recovery", choices=RECOVERIES, help="of all methods; else what the task wants")
+    parser.add_argument(
+        "--freeze-embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="after the cut, of all methods; else where less than half is left",
+    )
     parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")
     parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])
     parser.add_argument("--work", default="/tmp/bench_accuracy", help="folder for the runs' files")

@@ -8,7 +8,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, scores, task_label, usual_label
+from tables import METHODS, ROOT, load, own_recovery, scores, task_label, usual_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 4
@@ -23,7 +23,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
     found: dict[str, dict[str, list]] = {}
     other: dict[str, str] = {}  # panels of another recovery than the default one
     for row in scores(rows, everywhere=False):
-        if row.get("recovery"):
+        if own_recovery(row):
             other[task_label(row)] = usual_label(row)
         _, budget, method = row["case"].split(maxsplit=2)
         if budget.endswith("%params"):

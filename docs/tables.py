@@ -19,7 +19,7 @@ KERNELS = tuple(
 )
 BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
 KEY = ("bench", "case", "metric", "rival", "device", "train_rows", "max_steps", "epochs", "learning_rate")
-KEY += ("precision", "accelerator", "recovery", "seed")
+KEY += ("precision", "accelerator", "recovery", "freeze_embeddings", "seed")
 RUNS = "bench_accuracy_runs"
 NOTHING = "No rows yet."
 
@@ -52,18 +52,25 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def own_recovery(row: dict) -> list[str]:
+    """What of the recovery was not left at its default; of a dense run nothing."""
+    parts = [f"recovery {row['recovery']}"] if row.get("recovery") else []
+    frozen = row.get("freeze_embeddings")
+    return parts + ([f"embeddings {'frozen' if frozen else 'learn'}"] if frozen is not None else [])
+
+
 def task_label(row: dict) -> str:
     """The task of an accuracy row, and what sets it apart from the other rows of that task."""
     parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
     parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
-    parts += [f"recovery {row['recovery']}"] if row.get("recovery") else []
+    parts += own_recovery(row)
     parts += [row["place"]] if row.get("place") else []
     return row["case"].split()[0] + (f" ({', '.join(parts)})" if parts else "")
 
 
 def usual_label(row: dict) -> str:
     """The same of the runs with the default recovery, of which the dense control is one."""
-    return task_label({**row, "recovery": None})
+    return task_label({**row, "recovery": None, "freeze_embeddings": None})
 
 
 def on_gpu(row: dict) -> bool:
@@ -91,7 +98,7 @@ def scores(rows: list[dict], everywhere: bool = True) -> list[dict]:
         task = row["case"].split()[0]
         longest[task] = max(longest.get(task, _extent(row)), _extent(row))
     chosen = [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
-    usual = {row["case"] for row in chosen if not row.get("recovery")}
+    usual = {row["case"] for row in chosen if not own_recovery(row)}
     beside = [row for row in found if longest[row["case"].split()[0]] == (True, _extent(row)[1]) and row not in chosen]
     more = {tuple(row["case"].split()[:2]) for row in beside if everywhere or row["case"] not in usual}
     more |= {(task, "100%params") for task, _ in more}
@@ -151,7 +158,7 @@ def retention(rows: list[dict]) -> str:
     counts as 100 %. For `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the
     same places, and how many tasks they are, where fewer than those of `ours`."""
     found: dict[str, dict[str, dict[str, dict[str, tuple[float, int]]]]] = {}  # budget, method, task, place
-    for row in sorted(scores(rows), key=lambda row: row.get("recovery") is not None):
+    for row in sorted(scores(rows), key=lambda row: len(own_recovery(row))):
         _, budget, method = row["case"].split(maxsplit=2)
         if row.get("ratio") and method != "dense" and budget != "100%params":
             label, place = task_label({**row, "place": ""}), row.get("place", "")
@@ -220,19 +227,22 @@ def cost(rows: list[dict]) -> str:
 def ablation(rows: list[dict]) -> str:
     """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds.
 
-    Beside a change stands what the default recipe has on the same seeds: one seed is not like another."""
+    Beside a change stands what the default recipe has on the same seeds: one seed is not like another. Where all
+    embeddings were treated otherwise than by default, so were those of the controls."""
     tried: dict[tuple, dict[str, list[dict]]] = {}
+    shared = ("epochs", "precision", "accelerator", "freeze_embeddings")
     for row in rows:
         if row["bench"] == "bench_accuracy_ablation" and "epochs" in row:
             case, _, change = row["case"].partition(", ")
-            where = (case.removesuffix(" ours"), row["epochs"], row.get("precision"), row.get("accelerator"))
+            where = (case.removesuffix(" ours"), *(row.get(name) for name in shared))
             tried.setdefault(where, {}).setdefault(change, []).append(row)
     lines = []
     for (case, *setting), changes in sorted(tried.items(), key=lambda item: -item[0][1]):  # long runs first
-        same = [row for row in rows if [row.get(n) for n in ("epochs", "precision", "accelerator")] == setting]
-        usual = [row for row in same if not row.get("recovery")]
-        runs = {(row["case"], row["seed"]): 100 * row["score"] for row in usual if row["bench"] == RUNS}
-        how = ", ".join([number(setting[0]), *(text for text in setting[1:] if text)])
+        alike = [{**row, shared[-1]: setting[-1]} if row["case"].endswith(" dense") else row for row in rows]
+        same = [row for row in alike if [row.get(name) for name in shared] == setting]
+        usual = [row for row in same if row["bench"] == RUNS and not row.get("recovery")]
+        runs = {(row["case"], row["seed"]): 100 * row["score"] for row in usual}
+        how = ", ".join([number(setting[0]), *filter(None, setting[1:-1]), *own_recovery({shared[-1]: setting[-1]})])
         for row in same:
             what = _control_label(row, case)
             if what is not None:
@@ -254,9 +264,9 @@ def _control_label(row: dict, case: str) -> str | None:
     if row["bench"] != "bench_accuracy" or row["metric"] != "score" or not row["case"].startswith(f"{case} "):
         return None
     method = row["case"].removeprefix(f"{case} ")
-    if method == "ours":
-        return f"recovery {row['recovery']}" if row.get("recovery") else "**the default recipe**"
-    return None if row.get("recovery") else method
+    if method == "ours" and row.get("recovery"):
+        return f"recovery {row['recovery']}"
+    return None if row.get("recovery") else "**the default recipe**" if method == "ours" else method
 
 
 def _cells(values: list[float], spread: float | None, ratio: float | None, usual: list, seeds: int) -> list[str]:

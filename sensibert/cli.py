@@ -185,6 +185,10 @@ def finetune(
         float | None, typer.Option(help="Another peak after the last cut, times the learning rate.")
     ] = None,
     recover_dropout: Annotated[float | None, typer.Option(help="Another dropout after the last cut.")] = None,
+    freeze_embeddings: Annotated[
+        bool | None,
+        typer.Option(help="They learn no more after the last cut.", show_default="where less than half is left"),
+    ] = None,
     compensate: Annotated[
         bool | None,
         typer.Option(

@@ -21,7 +21,7 @@ from .artifacts import Budget, Grid, Layout, Plan, Sensitivity, write_atomically
 from .checkpoints import MEMORY, STRUCTURE, check_apart, check_output, learns_by, seal, want_same, workspace, writing
 from .distil import Average, Distillation, load_teacher
 from .errors import SensibertError
-from .models import bare_copy, base_of, describe, evaluating, sites
+from .models import bare_copy, base_of, describe, embeddings_of, evaluating, sites
 from .models.masks import kept_of
 from .models.structure import is_trimmed, structure_of
 from .options import AVERAGE, SNAPSHOT, SURGICAL, Options, check_blocks, default_method, grid_name, parse_grid
@@ -107,7 +107,7 @@ class TrimCallback(TrainerCallback):
         self._units: dict[str, Tensor] = {}  # of the dense model, in the numbers of its base model
         self._checkpoint: Path | None = None  # what the run goes on from
         self._made_with: dict[str, object] | None = None  # the settings of that, once its memory has been taken up
-        self._dropout: list[tuple[nn.Module, str, float]] = []  # what recovery has set aside
+        self._aside: list[tuple[object, str, object]] = []  # what recovery has changed: (of whom, what, what it was)
         self._clock = time.perf_counter()
 
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
@@ -150,6 +150,7 @@ class TrimCallback(TrainerCallback):
                 found[name] = getattr(self, name)
             for name in ("recovery", "rewarm", "recover_peak", "recover_dropout"):
                 found[name] = getattr(self.schedule, name)
+            found["freeze_embeddings"] = self.schedule.freezes(self.left())
         return found | learns_by(args)
 
     def started(self, clock: float) -> None:
@@ -257,13 +258,17 @@ class TrimCallback(TrainerCallback):
 
     def _recover(self, model: nn.Module) -> None:
         p = self.schedule.dropout()
-        if p is None:
-            return
-        for module in model.modules():
+        for module in model.modules() if p is not None else ():
             name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"  # a number in ModernBERT
             if isinstance(getattr(module, name, None), float):
-                self._dropout.append((module, name, getattr(module, name)))
-                setattr(module, name, p)
+                self._set_aside(module, name, p)
+        if self.schedule.freezes(self.left()):
+            for weight in embeddings_of(model).parameters():
+                self._set_aside(weight, "requires_grad", False)
+
+    def _set_aside(self, owner: object, name: str, value: object) -> None:
+        self._aside.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
     def left(self) -> float:
         """The share of the encoder's cost that the budget leaves; of the dense control all of it."""
@@ -301,9 +306,9 @@ class TrimCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.spend("recover" if self.cuts else "train")
-        for module, name, p in self._dropout:
-            setattr(module, name, p)
-        self._dropout.clear()
+        for owner, name, value in self._aside:
+            setattr(owner, name, value)
+        self._aside.clear()
 
 
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:

@@ -24,6 +24,7 @@ class Schedule:
     from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: with the model's dropout, and from
     the rate that it was, or the higher the further the cut goes below half (`peak`); None: what the task wants
     (`for_task`), lifted if nobody says. recover_peak (times the peak) and recover_dropout: other values than those.
+    freeze_embeddings: from the last cut on they learn no more; None: where less than half of the encoder is left.
     distil_until: the share of the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
 
     shape: str = "oneshot"
@@ -35,6 +36,7 @@ class Schedule:
     recovery: str | None = None
     recover_peak: float | None = None
     recover_dropout: float | None = None
+    freeze_embeddings: bool | None = None
     distil_until: float | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +65,10 @@ class Schedule:
         if self.recover_dropout is None and self.recovery == "plain":
             return None
         return self.recover_dropout or 0.0
+
+    def freezes(self, left: float) -> bool:
+        """Whether the embeddings stand still after the last cut; left: what stays of the encoder's cost."""
+        return left < 0.5 if self.freeze_embeddings is None else self.freeze_embeddings
 
     def cuts(self, total: int) -> dict[int, float]:
         """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""

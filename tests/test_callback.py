@@ -11,7 +11,7 @@ import sensibert
 from sensibert import cost
 from sensibert.artifacts import Grid
 from sensibert.errors import SensibertError
-from sensibert.models import describe
+from sensibert.models import describe, embeddings_of
 from sensibert.pipeline.finetune import TrimTrainer
 from sensibert.recipe import TrimCallback
 from sensibert.schedule import Schedule
@@ -165,8 +165,43 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
     model = tiny_model("modernbert", attention_dropout=0.3)
     callback = TrimCallback(schedule=Schedule(recovery="lifted"))
     rates = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    callback.prepare(model)
     callback.cuts = {1: 1.0}
     callback._recover(model)
     assert rates and {module.attention_dropout for module in rates} == {0.0}
     callback.on_train_end(None, None, None)
     assert {module.attention_dropout for module in rates} == {0.3}
+
+
+@pytest.mark.parametrize(
+    "budget, asked, frozen",
+    [("40%params", None, True), ("50%params", None, False), ("60%params", True, True), ("40%params", False, False)],
+)
+def test_behind_a_deep_cut_the_embeddings_stand_still(here, tmp_path, budget, asked, frozen):
+    tables, schedule = [], Schedule(freeze_embeddings=asked)
+    callback = TrimCallback(budget, "magnitude", schedule, step=4)
+    trainer = own_trainer(here, tmp_path, callback, max_steps=6)
+    table = embeddings_of(trainer.model).word_embeddings.weight
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            tables.append(table.detach().clone())
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert not torch.equal(tables[0], tables[1])  # the cut comes after the second step
+    assert torch.equal(tables[1], tables[2]) is torch.equal(tables[1], tables[-1]) is frozen
+    assert all(weight.requires_grad for weight in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_embeddings_are_as_they_were_once_the_training_ends(learns):
+    model = tiny_model("eurobert")  # all it has of embeddings is a table of words
+    table, callback = model.get_input_embeddings().weight, TrimCallback("40%params")
+    table.requires_grad_(learns)
+    callback.prepare(model)
+    callback.cuts = {1: 1.0}
+    callback._recover(model)
+    assert not table.requires_grad
+    callback.on_train_end(None, None, None)
+    assert table.requires_grad is learns

@@ -230,6 +230,7 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
         ({"schedule": Schedule("cubic", milestones=1)}, None),
         ({"schedule": Schedule("cubic", milestones=2)}, r"this run after step 2 \(50 %\), after step 3 \(100 %\)"),
         ({"schedule": Schedule(recovery="plain")}, "has recovery lifted, and this run plain"),
+        ({"schedule": Schedule(freeze_embeddings=True)}, "has freeze_embeddings False, and this run True"),
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )
@@ -375,6 +376,7 @@ def test_a_search_measures_the_loss_of_the_cut_it_would_make(here, tmp_path, mon
 def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
     model = tiny_model(hidden_dropout_prob=0.25)
     callback = TrimCallback(schedule=Schedule(recovery=recovery))
+    callback.prepare(model)
     callback.cuts = {1: 1.0}
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
     callback._recover(model)

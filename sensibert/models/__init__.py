@@ -1,6 +1,6 @@
 """Where each model family keeps its trimmable axes: one table a file."""
 
-from .base import Axis, Family, base_of, base_type, describe, families, family_of, layers, sites
+from .base import Axis, Family, base_of, base_type, describe, embeddings_of, families, family_of, layers, sites
 from .evaluating import bare_copy, evaluating, require_finite
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "base_of",
     "base_type",
     "describe",
+    "embeddings_of",
     "evaluating",
     "families",
     "family_of",

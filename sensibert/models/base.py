@@ -90,6 +90,11 @@ def base_of(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+def embeddings_of(model: nn.Module) -> nn.Module:
+    """What turns tokens into vectors: the tables of words, positions and types with their norm, or the table alone."""
+    return getattr(base_of(model), "embeddings", None) or model.get_input_embeddings()
+
+
 def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
     """Modules at a dotted path whose `*` stands for every index of a module list."""
     found = [("", root)]
@@ -104,7 +109,7 @@ def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 def positions(model: nn.Module) -> int | None:
     """The longest sequence that a table of absolute positions allows; None: there is no such table."""
-    table = getattr(getattr(base_of(model), "embeddings", None), "position_embeddings", None)
+    table = getattr(embeddings_of(model), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -86,6 +86,19 @@ def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_d
     assert controls == {None: 100 * dense["score"], "plain": 100 * dense["score"]}
 
 
+def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_dense_one(here, monkeypatch):
+    usual, dense = start(here, monkeypatch, "--methods", "ours", "dense")
+    *_, learns = start(here, monkeypatch, "--methods", "ours", "dense", "--no-freeze-embeddings")
+    *_, frozen = start(here, monkeypatch, "--methods", "ours", "--freeze-embeddings")
+    assert "freeze_embeddings" not in usual | dense and len(bench.read(bench.RUNS)) == 4
+    for row, asked in ((learns, False), (frozen, True)):
+        wanted = {name: row[name] for name in bench.KEY if name in row}
+        assert bench.options_of(wanted, model="", output="").schedule.freeze_embeddings is asked
+    scores = [row for row in bench.read(bench.ROWS) if row["metric"] == "score" and "ours" in row["case"]]
+    assert {row.get("freeze_embeddings") for row in scores} == {None, False, True}
+    assert {row["rival_value"] for row in scores} == {100 * dense["score"]}
+
+
 def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
     weights, evaluate = [], bench.evaluate_folder
 
