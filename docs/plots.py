@@ -8,7 +8,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, own_recovery, scores, task_label, usual_label
+from tables import METHODS, ROOT, load, scores, task_label, usual_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 4
@@ -19,17 +19,23 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
     """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only.
 
     A CPU's runs only where the GPU lacks some. What has more than one budget has a panel, of its own where it was a CPU
-    or another recovery."""
+    or another recovery. Where embeddings went on learning below half, what is above half belongs there too: it is the
+    same recovery."""
+    chosen = [row for row in scores(rows, everywhere=False) if row["case"].split()[1].endswith("%params")]
+    learn = {_by_default(row) for row in chosen if row.get("freeze_embeddings") is False}
+    deep = {task_label(row) for row in chosen if _below_half(row)}
     found: dict[str, dict[str, list]] = {}
     other: dict[str, str] = {}  # panels of another recovery than the default one
-    for row in scores(rows, everywhere=False):
-        if own_recovery(row):
-            other[task_label(row)] = usual_label(row)
+    for row in chosen:
         _, budget, method = row["case"].split(maxsplit=2)
-        if budget.endswith("%params"):
-            share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
-            point = (share, row["value"], row.get("std") or 0.0)
-            found.setdefault(task_label(row), {}).setdefault(method, []).append(point)
+        label, labels = task_label(row), [task_label(row)]
+        if label in learn and method != "dense" and not _below_half(row):
+            labels = [*labels[: label in deep], task_label({**row, "freeze_embeddings": False})]
+        share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
+        for label in labels:
+            if label != usual_label(row):
+                other[label] = usual_label(row)
+            found.setdefault(label, {}).setdefault(method, []).append((share, row["value"], row.get("std") or 0.0))
     for task, usual in other.items():
         lines = found.get(usual, {})
         found[task].setdefault("dense", lines.get("dense", []))  # it has no recovery to choose
@@ -37,6 +43,14 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, flo
     drawn = {task.split()[0] for task in lines}
     panels = sorted(task for task in found if task in lines or task.split()[0] not in drawn)
     return {task: {method: sorted(points) for method, points in found[task].items()} for task in panels}
+
+
+def _by_default(row: dict) -> str:
+    return task_label({**row, "freeze_embeddings": None})
+
+
+def _below_half(row: dict) -> bool:
+    return float(row["case"].split()[1].removesuffix("%params")) < 50
 
 
 def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:

@@ -59,6 +59,25 @@ def test_of_several_runs_of_a_task_those_at_one_budget_have_no_panel(plots):
     }
 
 
+def test_above_half_embeddings_that_learn_are_the_default(plots):
+    gpu, learn = {"accelerator": "cuda", "steps": 9}, {"freeze_embeddings": False}
+    rows = [
+        score("mrpc 100%params dense", 81, **gpu),
+        score("mrpc 50%params ours", 80, **gpu),
+        score("mrpc 10%params ours", 60, **gpu, **learn),
+        score("qnli 100%params dense", 91, **gpu),
+        score("qnli 50%params ours", 90, **gpu),
+        score("qnli 10%params ours", 70, **gpu, **learn),
+        score("qnli 10%params ours", 75, **gpu),
+    ]
+    dense, half = [(100.0, 91, 0.0)], (50.0, 90, 0.0)
+    assert plots.curves(rows) == {
+        "mrpc (embeddings learn)": {"ours": [(10.0, 60, 0.0), (50.0, 80, 0.0)], "dense": [(100.0, 81, 0.0)]},
+        "qnli": {"ours": [(10.0, 75, 0.0), half], "dense": dense},
+        "qnli (embeddings learn)": {"ours": [(10.0, 70, 0.0), half], "dense": dense},
+    }
+
+
 def test_a_panel_a_task_and_every_method_in_the_legend(plots, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -219,6 +219,35 @@ def test_an_ablation_stands_beside_the_default_and_the_dense_run_of_its_own_seed
     ]
 
 
+def test_rows_of_embeddings_that_learn_stand_apart_from_the_default(tables, tmp_path):
+    half, learn, change = {"epochs": 3.0}, {"freeze_embeddings": False}, "mrpc 20%params ours, step 8"
+    rows = [
+        row("bench_accuracy", "mrpc 100%params dense", 82, "score", **half),
+        row("bench_accuracy", "mrpc 20%params ours", 80, "score", ratio=0.98, **half),
+        row("bench_accuracy", "mrpc 20%params ours", 79, "score", ratio=0.96, **half, **learn),
+        row("bench_accuracy", "mrpc 20%params random", 41, "score", ratio=0.5, **half, **learn),
+        row("bench_accuracy_ablation", change, 70, "score", seed=0, **half, **learn),
+    ]
+    for more, score in ((learn, 0.79), ({}, 0.8)):
+        rows.append(
+            {"task": "mrpc", "seed": 0, "budget": "20%params", "method": "ours", "score": score, **half, **more}
+        )
+    rows.append({"task": "mrpc", "seed": 0, "budget": "100%params", "method": "dense", "score": 0.875, **half})
+    rows = tables.load(write(tmp_path, *rows))
+    assert tables.accuracy(rows).splitlines()[2:] == [
+        "| mrpc | 20%params | 82.00 | 80.00 (98.0 %) | - | 1 |",
+        "| mrpc (embeddings learn) | 20%params | 82.00 | 79.00 (96.0 %) | 41.00 (50.0 %) | 1 |",
+    ]
+    assert tables.retention(rows).splitlines()[2:] == [
+        "| 20%params | 1, 1 | 98.0 %, mrpc 98.0 % | 50.0 % (ours 96.0 %) |"
+    ]
+    assert tables.ablation(rows).splitlines()[2:] == [
+        "| mrpc 20%params | 3, embeddings learn | **the default recipe** | 79.00 | 96.0 % | - | 1 |",
+        "| mrpc 20%params | 3, embeddings learn | random | 41.00 | 50.0 % | - | 1 |",
+        "| mrpc 20%params | 3, embeddings learn | step 8 | 70.00 | 80.0 % | 79.00 | 1 |",
+    ]
+
+
 def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
     slow = row("bench_masked_adamw", "bert-base", 2000.0, rival="fused AdamW", rival_value=1000.0, ratio=0.5)
     rows = tables.load(write(tmp_path, slow | {"ratio": 9.0}, slow, slow | {"rival": "loop", "ratio": 3}))
