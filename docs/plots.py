@@ -1,62 +1,64 @@
-"""bench/results/bench_accuracy.jsonl -> docs/accuracy.png: score against the share of the encoder that is left.
+"""bench/results/bench_accuracy.jsonl -> docs/accuracy.png: what stays of the dense score against what is left of the
+encoder.
 
-One panel a task, one line a method with the standard deviation over seeds, the dense control as a dashed line. Points
-stand at the true share: layer dropping cannot meet every budget. Use: make readme
+One panel a task, one line a method with the standard deviation over seeds, 100 % as a dashed line. Points stand at the
+true share: layer dropping cannot meet every budget. Use: make readme
 """
 
 import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, scores, task_label, usual_label
+from tables import METHODS, ROOT, load, own_recovery, scores, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
-COLUMNS = 4
-LEAST_SPAN = 4.0  # points of score a panel shows
+COLUMNS = 3
+LEAST_SPAN = 6.0  # percent that a panel shows
+ALIKE = "ours, recovered like the others"
+Point = tuple[float, float, float]
 
 
-def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
-    """task -> method -> [(share left in percent, score, standard deviation)], by share. Budgets of parameters only.
+def curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
+    """task -> method -> [(share left, share of the dense score, its standard deviation), all in percent], by share.
 
-    A CPU's runs only where the GPU lacks some. What has more than one budget has a panel, of its own where it was a CPU
-    or another recovery. Where embeddings went on learning below half, what is above half belongs there too: it is the
-    same recovery."""
-    chosen = [row for row in scores(rows, everywhere=False) if row["case"].split()[1].endswith("%params")]
-    learn = {_by_default(row) for row in chosen if row.get("freeze_embeddings") is False}
-    deep = {task_label(row) for row in chosen if _below_half(row)}
-    found: dict[str, dict[str, list]] = {}
-    other: dict[str, str] = {}  # panels of another recovery than the default one
-    for row in chosen:
+    Budgets of parameters only. The mean over all runs of a GPU and of a CPU, each beside the dense runs of the same
+    seeds and place. What has not the default recovery is, of ours, a line of its own: the one beside the others."""
+    found: dict[str, dict[str, dict[tuple, list[dict]]]] = {}
+    for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
-        label, labels = task_label(row), [task_label(row)]
-        if label in learn and method != "dense" and not _below_half(row):
-            labels = [*labels[: label in deep], task_label({**row, "freeze_embeddings": False})]
-        share = 100 * row["encoder_share"] if "encoder_share" in row else float(budget.removesuffix("%params"))
-        for label in labels:
-            if label != usual_label(row):
-                other[label] = usual_label(row)
-            found.setdefault(label, {}).setdefault(method, []).append((share, row["value"], row.get("std") or 0.0))
-    for task, usual in other.items():
-        lines = found.get(usual, {})
-        found[task].setdefault("dense", lines.get("dense", []))  # it has no recovery to choose
-    lines = {task for task, methods in found.items() if any(len(points) > 1 for points in methods.values())}
-    drawn = {task.split()[0] for task in lines}
-    panels = sorted(task for task in found if task in lines or task.split()[0] not in drawn)
-    return {task: {method: sorted(points) for method, points in found[task].items()} for task in panels}
+        if budget.endswith("%params") and method != "dense" and row.get("ratio"):
+            task = task_label({**row, "recovery": None, "freeze_embeddings": None, "place": None})
+            line = ALIKE if method == "ours" and own_recovery(row) else method
+            at = budget, *own_recovery(row)
+            found.setdefault(task, {}).setdefault(line, {}).setdefault(at, []).append(row)
+    for lines in found.values():
+        others = {at[1:] for line, groups in lines.items() if line not in ("ours", ALIKE) for at in groups}
+        lines[ALIKE] = {at: rows for at, rows in lines.pop(ALIKE, {}).items() if at[1:] in others}
+    return {
+        task: {line: sorted(map(_point, groups.values())) for line, groups in lines.items() if groups}
+        for task, lines in sorted(found.items())
+    }
 
 
-def _by_default(row: dict) -> str:
-    return task_label({**row, "freeze_embeddings": None})
+def _point(group: list[dict]) -> Point:
+    """Of the rows of one method and budget, one a place."""
+    seeds = [row.get("seeds", 1) for row in group]
+    budget = float(group[0]["case"].split()[1].removesuffix("%params"))
+    left = 100 * group[0]["encoder_share"] if "encoder_share" in group[0] else budget
+    stays = sum(100 * row["ratio"] * number for row, number in zip(group, seeds, strict=True)) / sum(seeds)
+    free = sum(number - 1 for number in seeds)
+    squares = sum(
+        (number - 1) * (100 * row["ratio"] * row["std"] / row["value"]) ** 2
+        for row, number in zip(group, seeds, strict=True)
+        if row.get("std") is not None
+    )
+    return left, stays, math.sqrt(squares / free) if free else 0.0
 
 
-def _below_half(row: dict) -> bool:
-    return float(row["case"].split()[1].removesuffix("%params")) < 50
-
-
-def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]]]) -> None:
+def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
     from matplotlib.figure import Figure
 
-    names = {name for lines in found.values() for name in lines} - {"dense"}
+    names = {name for lines in found.values() for name in lines} - {ALIKE}
     methods = [name for name in METHODS if name in names] + sorted(names - set(METHODS))
     columns = min(COLUMNS, len(found))
     lines_of_panels = math.ceil(len(found) / columns)
@@ -64,17 +66,16 @@ def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]
     axes = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
     shown = {}
     for axis, (task, lines) in zip(axes, found.items()):
-        for _, score, _ in lines.get("dense", []):
-            shown["dense"] = axis.axhline(score, color="black", linestyle="--", linewidth=1)
-        for method in methods:
+        shown["dense"] = axis.axhline(100, color="black", linestyle="--", linewidth=1)
+        for method in (*methods[:1], ALIKE, *methods[1:]):
             if method in lines:
-                share, score, spread = zip(*lines[method])
-                color = COLORS[methods.index(method) % len(COLORS)]
-                weight = 2.2 if method == "ours" else 1.2
+                left, stays, spread = zip(*lines[method])
+                color = COLORS[0 if method == ALIKE else methods.index(method) % len(COLORS)]
+                look = {"linewidth": 2.2 if method == "ours" else 1.2, "linestyle": ":" if method == ALIKE else "-"}
                 shown[method] = axis.errorbar(
-                    share, score, spread, color=color, linewidth=weight, marker="o", markersize=4, capsize=3
+                    left, stays, spread, color=color, marker="o", markersize=4, capsize=3, **look
                 )
-        axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="score in %")
+        axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="% of the dense score")
         axis.set_xlim(0, 104)
         low, high = axis.get_ylim()
         short = max(0.0, LEAST_SPAN - (high - low)) / 2  # differences within the noise shall look like it
@@ -82,7 +83,8 @@ def draw(path: Path, found: dict[str, dict[str, list[tuple[float, float, float]]
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False)
+    names = sorted(shown, key=["dense", "ours", ALIKE, *methods].index)
+    figure.legend([shown[name] for name in names], names, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -87,22 +87,18 @@ def _extent(row: dict) -> tuple[bool, int]:
     return row.get("accelerator") is not None, row.get("steps", 0)
 
 
-def scores(rows: list[dict], everywhere: bool = True) -> list[dict]:
+def scores(rows: list[dict]) -> list[dict]:
     """The accuracy rows, of each task those of its longest runs: the shorter ones stand beside the ablations.
 
-    Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such; everywhere False:
-    only for the budgets with a method that the GPU was not given, or not with the default recovery."""
+    Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
     longest: dict[str, tuple[bool, int]] = {}
     for row in found:
         task = row["case"].split()[0]
         longest[task] = max(longest.get(task, _extent(row)), _extent(row))
     chosen = [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
-    usual = {row["case"] for row in chosen if not own_recovery(row)}
     beside = [row for row in found if longest[row["case"].split()[0]] == (True, _extent(row)[1]) and row not in chosen]
-    more = {tuple(row["case"].split()[:2]) for row in beside if everywhere or row["case"] not in usual}
-    more |= {(task, "100%params") for task, _ in more}
-    return chosen + [{**row, "place": "CPU"} for row in beside if tuple(row["case"].split()[:2]) in more]
+    return chosen + [{**row, "place": "CPU"} for row in beside]
 
 
 def off_budget(row: dict, budget: str) -> str:

@@ -1,5 +1,6 @@
 """The README's picture of accuracy against budget, from rows of bench/results."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -25,56 +26,41 @@ def score(case, value, **more):
 
 def test_points_stand_at_the_true_share_and_only_scores_of_parameter_budgets_count(plots):
     rows = [
-        score("mrpc 50%params ours", 80, std=0.5, encoder_share=0.498),
-        score("mrpc 30%params ours", 78, std=None, encoder_share=0.2991),
-        score("mrpc 30%params layers", 70, encoder_share=0.3333),
-        score("mrpc 50%flops ours", 79, encoder_share=0.45),
-        score("mrpc 100%params dense", 81),
+        score("mrpc 50%params ours", 80, std=0.5, ratio=0.96, seeds=2, encoder_share=0.498),
+        score("mrpc 30%params ours", 78, std=None, ratio=0.9, encoder_share=0.2991),
+        score("mrpc 30%params layers", 70, ratio=0.8, encoder_share=0.3333),
+        score("mrpc 50%flops ours", 79, ratio=0.94, encoder_share=0.45),
+        score("mrpc 100%params dense", 81, ratio=1.0),
         row("bench_accuracy", "mrpc 50%params ours", 12, "seconds"),
-        score("qnli 50%params ours", 60, train_rows=100),
+        score("qnli 50%params ours", 60, ratio=0.7, train_rows=100),
+        score("sst2 50%params ours", 60, ratio=None),
     ]
+    found = plots.curves(rows)
+    assert found["mrpc"] == {
+        "ours": [pytest.approx((29.91, 90, 0.0)), pytest.approx((49.8, 96, 0.6))],
+        "layers": [pytest.approx((33.33, 80, 0.0))],
+    }
+    assert found["qnli (100 rows)"] == {"ours": [pytest.approx((50.0, 70, 0.0))]} and len(found) == 2
+
+
+def test_runs_of_all_places_are_one_point_and_another_recovery_is_a_line_beside_the_others(plots):
+    gpu, cpu = {"accelerator": "cuda", "steps": 9}, {"steps": 9}
+    learn = {"freeze_embeddings": False, **gpu}
+    rows = [
+        score("mrpc 50%params ours", 80, ratio=0.9, std=0.8, seeds=3, **gpu),
+        score("mrpc 50%params ours", 80, ratio=0.98, std=1.6, seeds=2, **cpu),
+        score("mrpc 20%params ours", 60, ratio=0.7, std=0.3, seeds=3, **learn),
+        score("mrpc 20%params ours", 75, ratio=0.8, **cpu),
+        score("mrpc 20%params random", 40, ratio=0.5, **learn),
+        score("mrpc 50%params ours", 78, ratio=0.86, recovery="plain", **gpu),  # as none of the others
+    ]
+    spread = math.sqrt((2 * 0.9**2 + 1.96**2) / 3)
     assert plots.curves(rows) == {
         "mrpc": {
-            "ours": [(pytest.approx(29.91), 78, 0.0), (pytest.approx(49.8), 80, 0.5)],
-            "layers": [(pytest.approx(33.33), 70, 0.0)],
-            "dense": [(100.0, 81, 0.0)],
-        },
-        "qnli (100 rows)": {"ours": [(50.0, 60, 0.0)]},
-    }
-
-
-def test_of_several_runs_of_a_task_those_at_one_budget_have_no_panel(plots):
-    gpu = {"accelerator": "cuda", "steps": 9}
-    rows = [
-        score("mrpc 50%params ours", 80, **gpu),
-        score("mrpc 50%params ours", 70, recovery="lifted", **gpu),
-        score("mrpc 30%params ours", 60, recovery="lifted", **gpu),
-        score("mrpc 100%params dense", 81, **gpu),
-        score("mrpc 10%params ours", 55, steps=9),
-        score("qnli 50%params ours", 82, **gpu),
-    ]
-    assert plots.curves(rows) == {
-        "mrpc (recovery lifted)": {"ours": [(30.0, 60, 0.0), (50.0, 70, 0.0)], "dense": [(100.0, 81, 0.0)]},
-        "qnli": {"ours": [(50.0, 82, 0.0)]},
-    }
-
-
-def test_above_half_embeddings_that_learn_are_the_default(plots):
-    gpu, learn = {"accelerator": "cuda", "steps": 9}, {"freeze_embeddings": False}
-    rows = [
-        score("mrpc 100%params dense", 81, **gpu),
-        score("mrpc 50%params ours", 80, **gpu),
-        score("mrpc 10%params ours", 60, **gpu, **learn),
-        score("qnli 100%params dense", 91, **gpu),
-        score("qnli 50%params ours", 90, **gpu),
-        score("qnli 10%params ours", 70, **gpu, **learn),
-        score("qnli 10%params ours", 75, **gpu),
-    ]
-    dense, half = [(100.0, 91, 0.0)], (50.0, 90, 0.0)
-    assert plots.curves(rows) == {
-        "mrpc (embeddings learn)": {"ours": [(10.0, 60, 0.0), (50.0, 80, 0.0)], "dense": [(100.0, 81, 0.0)]},
-        "qnli": {"ours": [(10.0, 75, 0.0), half], "dense": dense},
-        "qnli (embeddings learn)": {"ours": [(10.0, 70, 0.0), half], "dense": dense},
+            "ours": [pytest.approx((20.0, 80, 0.0)), pytest.approx((50.0, (3 * 90 + 2 * 98) / 5, spread))],
+            plots.ALIKE: [pytest.approx((20.0, 70, 0.35))],
+            "random": [pytest.approx((20.0, 50, 0.0))],
+        }
     }
 
 
@@ -83,9 +69,9 @@ def test_a_panel_a_task_and_every_method_in_the_legend(plots, tmp_path, monkeypa
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append(figure))
-    lines = {"dense": [(100.0, 90.0, 0.0)], "ours": [(30.0, 88.0, 0.3), (50.0, 89.0, 0.2)], "new": [(30.0, 80.0, 1.0)]}
+    lines = {"new": [(30.0, 80.0, 1.0)], "ours": [(30.0, 88.0, 0.3), (50.0, 89.0, 0.2)], plots.ALIKE: [(30.0, 85.0, 0)]}
     plots.draw(tmp_path / "a.png", {f"task{n}": lines for n in range(4)})
     (figure,) = drawn
     visible = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert visible == ["task0", "task1", "task2", "task3"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "ours", "new"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "ours", plots.ALIKE, "new"]
