@@ -193,8 +193,9 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
 
 def _control(row: dict, runs: list[dict]) -> float | None:
     """The dense score in percent with the same seed and setting."""
-    wanted = {**row, "budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
-    return next((100 * other["score"] for other in runs if identity(other) == identity(wanted)), None)
+    dense = {"budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
+    wanted = identity({**row, **dense})
+    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
 
 
 def ablation(row: dict, runs: list[dict]) -> dict:

@@ -9,7 +9,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, own_recovery, scores, task_label
+from tables import METHODS, ROOT, load, own_recovery, pooled, scores, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
@@ -42,17 +42,13 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
 
 def _point(group: list[dict]) -> Point:
     """Of the rows of one method and budget, one a place."""
-    seeds = [row.get("seeds", 1) for row in group]
     budget = float(group[0]["case"].split()[1].removesuffix("%params"))
     left = 100 * group[0]["encoder_share"] if "encoder_share" in group[0] else budget
-    stays = sum(100 * row["ratio"] * number for row, number in zip(group, seeds, strict=True)) / sum(seeds)
-    free = sum(number - 1 for number in seeds)
-    squares = sum(
-        (number - 1) * (100 * row["ratio"] * row["std"] / row["value"]) ** 2
-        for row, number in zip(group, seeds, strict=True)
-        if row.get("std") is not None
-    )
-    return left, stays, math.sqrt(squares / free) if free else 0.0
+    runs = [(100 * row["ratio"], row.get("seeds", 1)) for row in group]
+    spreads = [(row.get("std") or 0.0) / row["value"] for row in group]
+    free = sum(seeds - 1 for _, seeds in runs)
+    squares = sum((seeds - 1) * (stays * spread) ** 2 for (stays, seeds), spread in zip(runs, spreads, strict=True))
+    return left, pooled(runs), math.sqrt(squares / free) if free else 0.0
 
 
 def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
@@ -83,8 +79,8 @@ def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    names = sorted(shown, key=["dense", "ours", ALIKE, *methods].index)
-    figure.legend([shown[name] for name in names], names, loc="outside right upper", frameon=False)
+    order = sorted(shown, key=["dense", "ours", ALIKE, *methods].index)
+    figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -7,6 +7,7 @@ Nothing is typed by hand, and a table without rows says so.
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,10 +183,16 @@ def retention(rows: list[dict]) -> str:
     return markdown(["budget", "tasks, runs of ours", "ours, lowest task", *rivals], lines)
 
 
+def pooled(runs: Iterable[tuple[float, int]]) -> float:
+    """Mean of (share of the dense score, over how many seeds), every seed counted once."""
+    shares, seeds = zip(*runs, strict=True)
+    return sum(share * number for share, number in zip(shares, seeds, strict=True)) / sum(seeds)
+
+
 def _share(runs: dict[str, tuple[float, int]], like: dict[str, tuple[float, int]] | None = None) -> float:
     """Mean of what stays over the runs of all places, at most 1; like: over the places, and as many runs, as there."""
     weights = {place: seeds for place, (_, seeds) in (like or runs).items()}
-    return min(1.0, sum(runs[place][0] * seeds for place, seeds in weights.items()) / sum(weights.values()))
+    return min(1.0, pooled((runs[place][0], seeds) for place, seeds in weights.items()))
 
 
 def _once_a_task(found: dict[str, dict]) -> dict[str, dict]:
