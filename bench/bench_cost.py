@@ -1,6 +1,7 @@
 """What does a whole run cost beside dense fine-tuning with the same steps? Warm-up, analysis, cut, recovery, saving.
 
     python bench/bench_cost.py --model MODEL --train-file F [--epochs 1] [--budgets 50%params 30%params]
+    ... --model FOLDER --name bert-base --batch-size 128     # the row calls the model NAME
 
 Processor seconds (user and system) of `sensibert finetune` as a process, start to end, less those of a run of one step:
 importing, reading and saving cost the same either way. They hold on a busy machine too, where the clock on the wall
@@ -10,6 +11,7 @@ does not. On a GPU the wall is what counts, and both are recorded.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,16 +25,19 @@ from sensibert.options import PRECISIONS, Options
 
 
 def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
-    """Processor and wall seconds of one run."""
+    """Processor and wall seconds of one run; prints where the run itself says they went."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
         command += ["--train-file", arguments.train_file, "--output", str(Path(scratch) / "out")]
         command += ["--learning-rate", str(arguments.learning_rate), "--save-steps", str(10**9), *more]
+        command += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
         begin = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed")
+        phases = json.loads((Path(scratch) / "out" / "result.json").read_text())["seconds"]
+        print(*more, *(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()))
         return usage.ru_utime + usage.ru_stime, time.perf_counter() - begin
 
 
@@ -42,6 +47,8 @@ def main() -> None:
     parser.add_argument("--train-file", required=True)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--name", help="of the model, for the row")
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--budgets", nargs="+", default=["50%params"])
     arguments = parser.parse_args()
@@ -50,8 +57,10 @@ def main() -> None:
     dense = run(arguments, "--method", "dense", *length)
     for budget in arguments.budgets:
         ours = run(arguments, "--budget", budget, *length)
-        case = f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
+        case = f"{arguments.name} " if arguments.name else ""
+        case += f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
         case += f" {arguments.precision}" if arguments.precision != Options.precision else ""
+        case += f" batch {arguments.batch_size}" if arguments.batch_size else ""
         metrics = ["processor_s"] + (["wall_s"] if DEVICE == "cuda" else [])
         for number, metric in enumerate(metrics):
             value, rival = ours[number] - start[number], dense[number] - start[number]
