@@ -9,34 +9,29 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tables import METHODS, ROOT, load, own_recovery, pooled, scores, task_label
+from tables import GRIDS, METHODS, ROOT, load, own_recovery, pooled, scores, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
 LEAST_SPAN = 6.0  # percent that a panel shows
-ALIKE = "ours, recovered like the others"
 Point = tuple[float, float, float]
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
     """task -> method -> [(share left, share of the dense score, its standard deviation), all in percent], by share.
 
-    Budgets of parameters only. The mean over all runs of a GPU and of a CPU, each beside the dense runs of the same
-    seeds and place. What has not the default recovery is, of ours, a line of its own: the one beside the others."""
-    found: dict[str, dict[str, dict[tuple, list[dict]]]] = {}
+    Budgets of parameters, methods that cut, the default recovery. The mean over all runs of a GPU and of a CPU, each
+    beside the dense runs of the same seeds and place."""
+    found: dict[str, dict[str, dict[str, list[dict]]]] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
-        if budget.endswith("%params") and method != "dense" and row.get("ratio"):
-            task = task_label({**row, "recovery": None, "freeze_embeddings": None, "place": None})
-            line = ALIKE if method == "ours" and own_recovery(row) else method
-            at = budget, *own_recovery(row)
-            found.setdefault(task, {}).setdefault(line, {}).setdefault(at, []).append(row)
-    for lines in found.values():
-        others = {at[1:] for line, groups in lines.items() if line not in ("ours", ALIKE) for at in groups}
-        lines[ALIKE] = {at: rows for at, rows in lines.pop(ALIKE, {}).items() if at[1:] in others}
+        shown = budget.endswith("%params") and method not in ("dense", *GRIDS) and not own_recovery(row)
+        if shown and row.get("ratio"):
+            task = task_label({**row, "place": None})
+            found.setdefault(task, {}).setdefault(method, {}).setdefault(budget, []).append(row)
     return {
-        task: {line: sorted(map(_point, groups.values())) for line, groups in lines.items() if groups}
-        for task, lines in sorted(found.items())
+        task: {method: sorted(map(_point, groups.values())) for method, groups in methods.items()}
+        for task, methods in sorted(found.items())
     }
 
 
@@ -54,7 +49,7 @@ def _point(group: list[dict]) -> Point:
 def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
     from matplotlib.figure import Figure
 
-    names = {name for lines in found.values() for name in lines} - {ALIKE}
+    names = {name for lines in found.values() for name in lines}
     methods = [name for name in METHODS if name in names] + sorted(names - set(METHODS))
     columns = min(COLUMNS, len(found))
     lines_of_panels = math.ceil(len(found) / columns)
@@ -63,13 +58,12 @@ def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
     shown = {}
     for axis, (task, lines) in zip(axes, found.items()):
         shown["dense"] = axis.axhline(100, color="black", linestyle="--", linewidth=1)
-        for method in (*methods[:1], ALIKE, *methods[1:]):
+        for method in methods:
             if method in lines:
                 left, stays, spread = zip(*lines[method])
-                color = COLORS[0 if method == ALIKE else methods.index(method) % len(COLORS)]
-                look = {"linewidth": 2.2 if method == "ours" else 1.2, "linestyle": ":" if method == ALIKE else "-"}
+                color, width = COLORS[methods.index(method) % len(COLORS)], 2.2 if method == "ours" else 1.2
                 shown[method] = axis.errorbar(
-                    left, stays, spread, color=color, marker="o", markersize=4, capsize=3, **look
+                    left, stays, spread, color=color, linewidth=width, marker="o", markersize=4, capsize=3
                 )
         axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="% of the dense score")
         axis.set_xlim(0, 104)
@@ -79,7 +73,7 @@ def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    order = sorted(shown, key=["dense", "ours", ALIKE, *methods].index)
+    order = sorted(shown, key=["dense", *methods].index)
     figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -7,13 +7,14 @@ Nothing is typed by hand, and a table without rows says so.
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The order of columns.
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
+GRIDS = ("element", "block64")  # masked, not cut
 KERNELS = tuple(
     f"bench_{op}"
     for op in ("block_sensitivity", "select_threshold", "gather_kept", "take_columns", "masked_adamw", "masked_linear")
@@ -33,8 +34,12 @@ def load(folder: Path) -> list[dict]:
             row = json.loads(line)
             if "bench" not in row:  # one of the runs that bench_accuracy sums up
                 row |= {"bench": RUNS, "case": f"{row['task']} {row['budget']} {row['method']}"}
-            rows[tuple(row.get(name) for name in KEY)] = row
+            rows[_key(row)] = row
     return list(rows.values())
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in KEY)
 
 
 def number(value: float | None) -> str:
@@ -72,6 +77,11 @@ def task_label(row: dict) -> str:
 def usual_label(row: dict) -> str:
     """The same of the runs with the default recovery, of which the dense control is one."""
     return task_label({**row, "recovery": None, "freeze_embeddings": None})
+
+
+def is_usual(row: dict) -> bool:
+    """Of the default recovery, in the place where most of a task was run; a dense control wherever."""
+    return not own_recovery(row) and not row.get("place")
 
 
 def on_gpu(row: dict) -> bool:
@@ -116,23 +126,33 @@ def columns_of(methods: set[str]) -> list[str]:
 
 
 def accuracy(rows: list[dict]) -> str:
-    """One line a task and budget, one column a method; the dense control of a task stands in all its lines.
+    """The runs with the default recovery: one line a task and budget, one column a method.
 
-    A cell with fewer seeds than its line says so."""
+    The dense control of a task stands in all its lines. A cell with fewer seeds than its line says so."""
+    return _accuracy(scores(rows), is_usual)
+
+
+def elsewhere(rows: list[dict]) -> str:
+    """The same of the other runs: with another recovery, and on a CPU where the task was run on a GPU too."""
+    return _accuracy(scores(rows), lambda row: not is_usual(row))
+
+
+def _accuracy(rows: list[dict], shown: Callable[[dict], bool]) -> str:
     most: dict[tuple[str, str], int] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
     controls: dict[str, str] = {}  # a dense run has no recovery to choose
     control: dict[str, str] = {}
-    for row in scores(rows):
+    for row in filter(shown, rows):
         place = task_label(row), row["case"].split()[1]
         most[place] = max(most.get(place, 1), row.get("seeds", 1))
-    for row in scores(rows):
+    for row in rows:
         _, budget, method = row["case"].split(maxsplit=2)
         task, seeds = task_label(row), row.get("seeds", 1)
         text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
         control[task] = usual_label(row)
         if method == "dense":
             controls[task] = text
+        if method == "dense" or not shown(row):
             continue
         text += (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
         text += f", {seeds} seed{'s' * (seeds > 1)}" if seeds < most[task, budget] else ""
@@ -150,14 +170,25 @@ def accuracy(rows: list[dict]) -> str:
 def retention(rows: list[dict]) -> str:
     """One line a budget, one column a method: what share of the dense score stays, mean over tasks.
 
-    Of a task the mean over all its runs, of a GPU and of a CPU, each beside the dense run of the same seed and place,
-    with the default recovery where that was run. What a task has above the dense score does not make up for another: it
-    counts as 100 %. For `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the
-    same places, and how many tasks they are, where fewer than those of `ours`."""
+    Of a task the mean over all its runs with the default recovery, of a GPU and of a CPU, each beside the dense run of
+    the same seed and place. What a task has above the dense score does not make up for another: it counts as 100 %. For
+    `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the same places, and how
+    many tasks they are, where fewer than those of `ours`."""
+    return _retention([row for row in scores(rows) if row["case"].split()[-1] not in GRIDS])
+
+
+def grids(rows: list[dict]) -> str:
+    """The same of the grids whose blocks are masked, beside `ours`, and of no other method."""
+    found = [row for row in scores(rows) if row["case"].split()[-1] in ("ours", *GRIDS)]
+    budgets = {row["case"].split()[1] for row in found if row["case"].split()[-1] in GRIDS}
+    return _retention([row for row in found if row["case"].split()[1] in budgets])
+
+
+def _retention(rows: list[dict]) -> str:
     found: dict[str, dict[str, dict[str, dict[str, tuple[float, int]]]]] = {}  # budget, method, task, place
-    for row in sorted(scores(rows), key=lambda row: len(own_recovery(row))):
+    for row in rows:
         _, budget, method = row["case"].split(maxsplit=2)
-        if row.get("ratio") and method != "dense" and budget != "100%params":
+        if row.get("ratio") and method != "dense" and budget != "100%params" and not own_recovery(row):
             label, place = task_label({**row, "place": ""}), row.get("place", "")
             runs = found.setdefault(budget, {}).setdefault(method, {}).setdefault(label, {})
             runs[place] = row["ratio"], row.get("seeds", 1)
@@ -165,11 +196,11 @@ def retention(rows: list[dict]) -> str:
     lines = []
     for budget in sorted(found, key=_budget):
         all_ours = found[budget].get("ours", {})
-        ours = {label: _share(runs) for label, runs in _once_a_task(all_ours).items()}
-        number = sum(seeds for runs in _once_a_task(all_ours).values() for _, seeds in runs.values())
+        ours = {label: _share(runs) for label, runs in all_ours.items()}
+        number = sum(seeds for runs in all_ours.values() for _, seeds in runs.values())
         cells = [f"{_mean(ours)}, {_lowest(ours)}" if ours else "-"]
         for rival in rivals:
-            theirs = _once_a_task(found[budget].get(rival, {}))
+            theirs = found[budget].get(rival, {})
             same = [
                 _share(all_ours[label], runs)
                 for label, runs in theirs.items()
@@ -193,12 +224,6 @@ def _share(runs: dict[str, tuple[float, int]], like: dict[str, tuple[float, int]
     """Mean of what stays over the runs of all places, at most 1; like: over the places, and as many runs, as there."""
     weights = {place: seeds for place, (_, seeds) in (like or runs).items()}
     return min(1.0, pooled((runs[place][0], seeds) for place, seeds in weights.items()))
-
-
-def _once_a_task(found: dict[str, dict]) -> dict[str, dict]:
-    """Of the labels of one task the first."""
-    first = {label.split()[0]: label for label in reversed(found)}
-    return {label: found[label] for label in found if first[label.split()[0]] == label}
 
 
 def _mean(shares: dict[str, float]) -> str:
@@ -231,7 +256,9 @@ def ablation(rows: list[dict]) -> str:
     """One line a change of the recipe, below its controls with the same steps: mean and deviation over seeds.
 
     Beside a change stands what the default recipe has on the same seeds: one seed is not like another. Where all
-    embeddings were treated otherwise than by default, so were those of the controls."""
+    embeddings were treated otherwise than by default, so were those of the controls. Of the controls that the accuracy
+    tables have, only the dense and the default run are said again."""
+    told = {_key(row) for row in scores(rows) if row["case"].split()[-1] not in ("ours", "dense")}
     tried: dict[tuple, dict[str, list[dict]]] = {}
     shared = ("epochs", "precision", "accelerator", "freeze_embeddings")
     for row in rows:
@@ -248,7 +275,7 @@ def ablation(rows: list[dict]) -> str:
         how = ", ".join([number(setting[0]), *filter(None, setting[1:-1]), *own_recovery({shared[-1]: setting[-1]})])
         for row in same:
             what = _control_label(row, case)
-            if what is not None:
+            if what is not None and _key(row) not in told:
                 cells = _cells([row["value"]], row.get("std"), row.get("ratio"), [], row.get("seeds", 1))
                 lines.append([case, how, what, *cells])
         for change, found in sorted(changes.items()):
@@ -347,7 +374,9 @@ def rank(rows: list[dict]) -> str:
 
 TABLES = {
     "accuracy": accuracy,
+    "elsewhere": elsewhere,
     "retention": retention,
+    "grids": grids,
     "cost": cost,
     "kernels": kernels,
     "headline": headline,

@@ -81,7 +81,8 @@ class TaskData:
             id(examples): _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride)
             for examples in data
         }
-        collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of)
+        longest = max(max(features.lengths) for features in encoded.values())
+        collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of, longest)
         return cls(task, _outputs(task, names), names, encoded.get(id(train)), encoded.get(id(validation)), collator)
 
     @classmethod

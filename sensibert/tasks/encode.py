@@ -187,16 +187,20 @@ def _flat(rows: list[list[int]], dtype) -> np.ndarray:
 
 
 class Collator:
-    """Items -> a batch of tensors, padded on the right to its longest item, or on to a multiple of it."""
+    """Items -> a batch of tensors, padded on the right to its longest item.
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
-        self.pad_to_multiple_of = pad_to_multiple_of
+    Or on to a multiple of pad_to_multiple_of tokens, but for that alone not beyond max_length: a model may have no
+    position there."""
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, max_length: int | None = None):
+        self.pad_to_multiple_of, self.max_length = pad_to_multiple_of, max_length
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}  # everything else: 0
 
     def __call__(self, items: list[Mapping]) -> dict[str, Tensor]:
         longest = max(len(item["input_ids"]) for item in items)
         if self.pad_to_multiple_of:
-            longest += -longest % self.pad_to_multiple_of
+            multiple = longest + -longest % self.pad_to_multiple_of
+            longest = multiple if self.max_length is None else max(longest, min(multiple, self.max_length))
         batch = {}
         for name, first in items[0].items():
             values = [item[name] for item in items]

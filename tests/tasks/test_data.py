@@ -293,6 +293,13 @@ def test_validation_data_are_measured_against_the_training_data(columns, message
     assert str(caught.value).startswith("validation.csv: " + message)
 
 
+def test_batches_are_padded_on_to_a_multiple_but_not_beyond_the_longest_row():
+    texts = ["a film", "a film was good", "a film was good but long and bad and good"]
+    data = build(examples(text=texts, label=[0, 1, 0]), pad_to_multiple_of=8)
+    widths = [data.collator([data.train[row]])["input_ids"].shape[1] for row in range(3)]
+    assert widths == [8, 8, data.train.lengths[2]] and data.train.lengths[2] % 8
+
+
 def test_no_data_at_all():
     with pytest.raises(SensibertError, match="train and validation are both None"):
         build(None)

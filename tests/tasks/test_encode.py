@@ -160,10 +160,12 @@ def test_a_batch_is_padded_to_its_longest_item_labels_included():
     assert batch["token_type_ids"].sum() == 0
 
 
-@pytest.mark.parametrize("multiple, width", [(8, 8), (6, 6), (5, 10), (None, 6)])
-def test_a_batch_is_padded_on_to_a_multiple(multiple, width):
+@pytest.mark.parametrize(
+    "multiple, limit, width", [(8, None, 8), (6, None, 6), (5, None, 10), (None, 8, 6), (8, 8, 8), (8, 7, 7), (8, 5, 6)]
+)
+def test_a_batch_is_padded_on_to_a_multiple_but_not_beyond_the_limit(multiple, limit, width):
     features = encode_text([["a film was good"]], word_piece(), 8)
-    assert Collator(0, pad_to_multiple_of=multiple)([features[0]])["input_ids"].shape == (1, width)
+    assert Collator(0, multiple, limit)([features[0]])["input_ids"].shape == (1, width)
 
 
 def test_labels_keep_their_kind():
