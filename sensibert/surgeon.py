@@ -200,9 +200,8 @@ def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns
     if not moments.weight > 0:  # the loss does not depend on this output
         return torch.zeros(len(columns), dtype=torch.float64)
     _, covariance = moments.inner(bias, DAMP)
-    spectrum, axes = torch.linalg.eigh(moments.output.double() / moments.weight)
-    left = (spectrum.clamp_min(0).sqrt()[:, None] * axes.T) @ weight.double()  # G^1/2 W
-    inverse, (units, span) = torch.linalg.inv(covariance), columns.shape
+    left = _root(moments.output.double() / moments.weight) @ weight.double()
+    inverse, (units, span) = _inverse(covariance), columns.shape
     order = columns.flatten().to(left.device)
     left, inverse = left[:, order], inverse[order][:, order]
     alive, costs, floor = torch.arange(units), torch.zeros(units, dtype=torch.float64), 0.0
@@ -226,6 +225,21 @@ def removal_costs(weight: Tensor, moments: Moments, bias: Tensor | None, columns
         inverse = inverse[rest][:, rest] - inverse[rest][:, out] @ share
         alive = alive[stays]
     return costs
+
+
+def _root(gram: Tensor) -> Tensor:
+    """A matrix R with R^T R = gram, symmetric and positive semidefinite. A spectrum takes ten times as long."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        return factor.T
+    spectrum, axes = torch.linalg.eigh(gram)
+    return spectrum.clamp_min(0).sqrt()[:, None] * axes.T
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix, positive definite but for rounding."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
 
 
 def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:

@@ -23,13 +23,16 @@ from sensibert.tasks import sampled_loss
 from tests.helpers import tiny_batch, tiny_model
 
 
-def problem(units, span, height=5, seed=0):
-    """A weight, its moments over 200 random tokens with correlated inputs, and the columns of each unit."""
+def problem(units, span, height=5, seed=0, rank=5):
+    """A weight, its moments over 200 random tokens with correlated inputs, and the columns of each unit.
+
+    rank: of the gradients at the output; less than height makes their second moments singular."""
     generator = torch.Generator().manual_seed(seed)
     width = units * span
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
     h = torch.randn(200, width, generator=generator, dtype=torch.float64) @ mix + 1
     delta = torch.randn(200, height, generator=generator, dtype=torch.float64)
+    delta[:, rank:] = delta[:, :rank].sum(-1, keepdim=True)
     moments = Moments(width, height, torch.device("cpu"), torch.float64)
     moments.add(h, delta)
     weight = torch.randn(height, width, generator=generator, dtype=torch.float64)
@@ -49,8 +52,9 @@ def rise(weight, covariance, output, gone):
 
 @pytest.mark.parametrize(("units", "span"), [(7, 1), (4, 3)], ids=["neurons", "heads"])
 @pytest.mark.parametrize("bias", [None, torch.zeros(5, dtype=torch.float64)], ids=["no-bias", "bias"])
-def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, span, bias):
-    weight, moments, columns = problem(units, span)
+@pytest.mark.parametrize("rank", [5, 3, 1])
+def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, span, bias, rank):
+    weight, moments, columns = problem(units, span, rank=rank)
     _, covariance = moments.inner(bias, DAMP)
     output = moments.output / moments.weight
     gone, before, floor, want = [], 0.0, 0.0, torch.zeros(units, dtype=torch.float64)
