@@ -168,7 +168,7 @@ class TrimCallback(TrainerCallback):
         if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is still dense
             self.prepare(model)
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.method != "dense":
             _refuse_trainer(args, model, getattr(train_dataloader, "dataset", None))
         if self.layout is None:
@@ -186,7 +186,7 @@ class TrimCallback(TrainerCallback):
                 want_same(checkpoint, self._made_with, self._settings(args, state))
         self._checkpoint = self._made_with = None  # the next training of this callback is another one
         if self.cuts and state.global_step >= max(self.cuts):
-            self._recover(model)
+            self._recover(model, optimizer)
         self._clock = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
@@ -203,7 +203,7 @@ class TrimCallback(TrainerCallback):
         self.spend("analyze")
         trim(model, plan, optimizer)
         if state.global_step == max(self.cuts):
-            self._recover(model)
+            self._recover(model, optimizer)
         self.spend("cut")
 
     def _decide(self, model: nn.Module, state, args, loader) -> Plan:
@@ -256,7 +256,7 @@ class TrimCallback(TrainerCallback):
                 rows += size
         return total / rows
 
-    def _recover(self, model: nn.Module) -> None:
+    def _recover(self, model: nn.Module, optimizer) -> None:
         p = self.schedule.dropout()
         for module in model.modules() if p is not None else ():
             name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"  # a number in ModernBERT
@@ -265,6 +265,7 @@ class TrimCallback(TrainerCallback):
         if self.schedule.freezes(self.left()):
             for weight in embeddings_of(model).parameters():
                 self._set_aside(weight, "requires_grad", False)
+                optimizer.state.pop(weight, None)  # half of what MiniLM's AdamW remembers
 
     def _set_aside(self, owner: object, name: str, value: object) -> None:
         self._aside.append((owner, name, getattr(owner, name)))

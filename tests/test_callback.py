@@ -167,7 +167,7 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
     rates = [module for module in model.modules() if hasattr(module, "attention_dropout")]
     callback.prepare(model)
     callback.cuts = {1: 1.0}
-    callback._recover(model)
+    callback._recover(model, torch.optim.AdamW(model.parameters()))
     assert rates and {module.attention_dropout for module in rates} == {0.0}
     callback.on_train_end(None, None, None)
     assert {module.attention_dropout for module in rates} == {0.3}
@@ -191,6 +191,7 @@ def test_behind_a_deep_cut_the_embeddings_stand_still(here, tmp_path, budget, as
     trainer.train()
     assert not torch.equal(tables[0], tables[1])  # the cut comes after the second step
     assert torch.equal(tables[1], tables[2]) is torch.equal(tables[1], tables[-1]) is frozen
+    assert (table in trainer.optimizer.state) is not frozen  # nor are their moments kept
     assert all(weight.requires_grad for weight in trainer.model.parameters())
 
 
@@ -201,7 +202,7 @@ def test_embeddings_are_as_they_were_once_the_training_ends(learns):
     table.requires_grad_(learns)
     callback.prepare(model)
     callback.cuts = {1: 1.0}
-    callback._recover(model)
+    callback._recover(model, torch.optim.AdamW(model.parameters()))
     assert not table.requires_grad
     callback.on_train_end(None, None, None)
     assert table.requires_grad is learns

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -123,6 +124,13 @@ class TrimTrainer(Trainer):
                 )
             cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, OSError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SensibertError(f"{checkpoint}: its optimizer or schedule cannot be loaded ({reason})") from None
 
 
 def want_one_process(arguments: TrainingArguments) -> None:
