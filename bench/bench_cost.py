@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--budgets", nargs="+", default=["50%params"])
     arguments = parser.parse_args()
-    length = "--epochs", str(arguments.epochs), "--precision", arguments.precision
-    start = run(arguments, "--method", "dense", "--max-steps", "1")
+    precision = "--precision", arguments.precision
+    length = "--epochs", str(arguments.epochs), *precision
+    start = run(arguments, "--method", "dense", "--max-steps", "1", *precision)
     dense = run(arguments, "--method", "dense", *length)
     for budget in arguments.budgets:
         ours = run(arguments, "--budget", budget, *length)
