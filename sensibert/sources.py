@@ -21,8 +21,8 @@ from .tasks import PRESETS, Examples, TaskData, load_examples
 
 # What transformers raises for a folder that is missing, damaged, or of another kind.
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
-# On a GPU a batch is padded on to so many tokens: a step asks for matrix products of every layer's own widths, and each
-# new length makes all of them new to cuBLAS. Squad has 178 lengths in 331 batches of 32 rows, 38 in eights.
+# On a GPU every batch is padded on to a multiple of so many tokens, since steps wait for launches there: squad has 178
+# lengths in 331 batches of 32 rows, 38 in eights. For the rest see `pipeline.finetune.MULTIPLE`.
 GPU_MULTIPLE = 8
 
 

@@ -22,7 +22,13 @@ from ..checkpoints import STRUCTURE, check_checkpoint, writing
 from ..distil import Distillation
 from ..errors import SensibertError
 from ..models.evaluating import quick_attention
-from ..models.structure import read_structure
+from ..models.structure import is_trimmed, read_structure
+
+# A trimmed model meets batches in bf16 on to a multiple of so many tokens: its layers have widths of their own, so a
+# length makes matrix products of many shapes, and what oneDNN and cuBLAS prepare for a new one costs more than the
+# padding. On a CPU, MiniLM cut to half, a step on mrpc takes 0.74 of the time so, on banking77 0.79; a whole model is
+# slower by it, and so is fp32.
+MULTIPLE = 8
 
 
 class LengthSampler(Sampler[int]):
@@ -48,7 +54,8 @@ class TrimTrainer(Trainer):
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
     model, the loss is what `distil` makes of both. Before a checkpoint is loaded, callbacks that have a `resume_from`
     are told which (`TrimCallback`), and if it is of a trimmed model, the one that has a `restructure` cuts the model
-    alike. A train set that offers `.lengths` is read in batches of similar length."""
+    alike. A train set that offers `.lengths` is read in batches of similar length; what a collator that offers
+    `.extended` gives is padded on where that is quicker."""
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class TrimTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = _padded_on(self.model, inputs, self.data_collator, self.args.bf16)
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -172,6 +180,10 @@ def finetune(
 LABELS = ("labels", "start_positions", "end_positions")
 
 
+def _padded_on(model: nn.Module, batch: dict, collator: Callable, bf16: bool) -> dict:
+    return collator.extended(batch, MULTIPLE) if bf16 and is_trimmed(model) and hasattr(collator, "extended") else batch
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
@@ -187,7 +199,7 @@ def predict(
     try:
         for begin in range(0, len(order), batch_size):
             chosen = [int(i) for i in order[begin : begin + batch_size]]
-            batch = collator([data[i] for i in chosen])
+            batch = _padded_on(model, collator([data[i] for i in chosen]), collator, autocast == torch.bfloat16)
             batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
             mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
             with mixed, quick_attention(device):

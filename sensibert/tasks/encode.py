@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from ..errors import SensibertError
@@ -197,10 +198,7 @@ class Collator:
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}  # everything else: 0
 
     def __call__(self, items: list[Mapping]) -> dict[str, Tensor]:
-        longest = max(len(item["input_ids"]) for item in items)
-        if self.pad_to_multiple_of:
-            multiple = longest + -longest % self.pad_to_multiple_of
-            longest = multiple if self.max_length is None else max(longest, min(multiple, self.max_length))
+        longest = self._width(max(len(item["input_ids"]) for item in items), self.pad_to_multiple_of)
         batch = {}
         for name, first in items[0].items():
             values = [item[name] for item in items]
@@ -212,6 +210,18 @@ class Collator:
             else:
                 batch[name] = torch.tensor(values)
         return batch
+
+    def extended(self, batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
+        """A batch of ours, padded on to another multiple."""
+        more = self._width(batch["input_ids"].shape[1], multiple) - batch["input_ids"].shape[1]
+        return {
+            name: pad(value, (0, more), value=self.padding.get(name, 0)) if value.dim() == 2 else value
+            for name, value in batch.items()
+        }
+
+    def _width(self, longest: int, multiple: int | None) -> int:
+        wanted = longest + -longest % multiple if multiple else longest
+        return wanted if self.max_length is None else max(longest, min(wanted, self.max_length))
 
 
 def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:

@@ -9,11 +9,13 @@ from transformers import TrainerCallback, TrainingArguments
 from sensibert.checkpoints import MANIFEST
 from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
-from sensibert.models import base_of
+from sensibert.models import base_of, describe
 from sensibert.models.evaluating import SHORT, quick_attention
 from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
+from sensibert.pipeline.trim import trim
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
+from tests.plans import random_plan
 
 
 class Rows(Dataset):
@@ -157,6 +159,26 @@ def test_a_damaged_checkpoint_is_not_read(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(SensibertError, match="checkpoint-2: not a whole checkpoint"):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), checkpoint=tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("cut, bf16, padded", [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, bf16, padded):
+    model, widths = tiny_model(), []
+    if cut:
+        trim(model, random_plan(describe(model)))
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    finetune(model, Rows(), Collator(0), arguments(tmp_path, bf16=bf16))
+    predict(model, Rows(), Collator(0), autocast=torch.bfloat16 if bf16 else None)
+    assert len(widths) == 5 and all(width in (8, 16) for width in widths) is padded
+
+
+def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
+    model, collator = tiny_model(), Collator(0)
+    trim(model, random_plan(describe(model)))
+    trainer = finetune(model, Rows(), lambda items: collator(items), arguments(tmp_path, bf16=True))
+    assert trainer.state.global_step == 4
 
 
 def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):

@@ -168,6 +168,19 @@ def test_a_batch_is_padded_on_to_a_multiple_but_not_beyond_the_limit(multiple, l
     assert Collator(0, multiple, limit)([features[0]])["input_ids"].shape == (1, width)
 
 
+def test_a_batch_padded_on_later_is_the_one_padded_on_at_once():
+    features = encode_words(SENTENCES, TAGS, word_piece(), 64)
+    items = [features[0] | {"weight": 0.5}, features[1] | {"weight": 1.5}]
+    collator, at_once = Collator(9, max_length=64), Collator(9, pad_to_multiple_of=8, max_length=64)
+    later = collator.extended(collator(items), 8)
+    assert later["input_ids"].shape[1] % 8 == 0 and later.keys() == items[0].keys()
+    for name, value in at_once(items).items():
+        torch.testing.assert_close(later[name], value, rtol=0, atol=0)
+    assert Collator(9, max_length=features.lengths[0]).extended(collator(items), 8)["labels"].shape[1] == max(
+        features.lengths[:2]
+    )
+
+
 def test_labels_keep_their_kind():
     features = encode_text([["bad", "good"]], word_piece(), 8)
     features.per_item["labels"] = np.array([0.5, 2.0], np.float32)

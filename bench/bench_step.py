@@ -1,0 +1,118 @@
+"""What does a training step of a trimmed model cost beside a dense one, on batches of one length and of ever new ones?
+
+    python bench/bench_step.py [--model FOLDER --name NAME] [--precision bf16] [--batch 32] [--longest 384] [--steps 48]
+
+Forward, back and AdamW, as in a run; without a model BERT-base with random weights. Every layer is cut to a width of
+its own, half of the units in all, so that a length brings matrix products of as many shapes as there are layers: what
+a library looks up, loads or plans for a new one is paid then. Each measurement is a process of its own that has taken
+three steps of another length; the time is the mean over the steps, first times and all.
+
+one: all steps at the mean length. new: a length of its own each step. eights: those, on to the next multiple of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from _harness import record
+from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig
+
+from sensibert.artifacts import Budget, Plan
+from sensibert.models import describe
+from sensibert.models.evaluating import quick_attention
+from sensibert.options import PRECISIONS
+from sensibert.pipeline.allocate import width_step
+from sensibert.pipeline.trim import trim
+
+REGIMES = ("one", "new", "eights")
+
+
+def tapered(model: torch.nn.Module) -> Plan:
+    """From a fifth of the units in the first layer to four fifths in the last."""
+    layout = describe(model)
+    last, step, keep = max(site.layer for site in layout.sites), width_step(layout.hidden), {}
+    for site in layout.sites:
+        unit = step if site.kind == "ffn" else 1
+        share = 0.2 + 0.6 * site.layer / max(1, last)
+        keep[site.name] = torch.arange(site.units) < max(unit, round(share * site.units / unit) * unit)
+    return Plan(layout, keep, Budget.parse("50%params"), "tapered")
+
+
+def lengths(regime: str, longest: int, steps: int) -> list[int]:
+    """Of the same mean, but for what the multiples add."""
+    drawn = random.Random(0).sample(range(longest // 2, longest + 1), steps)
+    if regime == "one":
+        return [round(statistics.mean(drawn))] * steps
+    return [n + -n % 8 for n in drawn] if regime == "eights" else drawn
+
+
+def measure(queue, config, arguments: argparse.Namespace, trimmed: bool, regime: str) -> None:
+    """Put the mean microseconds of a step on the queue."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, bf16 = AutoModelForQuestionAnswering.from_config(config).to(device).train(), arguments.precision == "bf16"
+    if trimmed:
+        trim(model, tapered(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(length: int) -> None:
+        ids = torch.randint(5, config.vocab_size, (arguments.batch, length), device=device)
+        mask, answers = torch.ones_like(ids), torch.zeros(arguments.batch, dtype=torch.int64, device=device)
+        mask[::2, -1] = 0  # padding, as in most batches
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), quick_attention(device, bf16, length):
+            model(input_ids=ids, attention_mask=mask, start_positions=answers, end_positions=answers).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        step(arguments.longest // 4)
+    wait()
+    begin = time.perf_counter()
+    for length in lengths(regime, arguments.longest, arguments.steps):
+        step(length)
+    wait()
+    queue.put(1e6 * (time.perf_counter() - begin) / arguments.steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name; its config alone is read")
+    parser.add_argument("--name", help="of the model, for the row")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=384, help="tokens of the longest batch; the shortest has half")
+    parser.add_argument("--steps", type=int, default=48)
+    arguments = parser.parse_args()
+    if not 0 < arguments.steps <= arguments.longest // 2:
+        parser.error(f"--steps is {arguments.steps}, want 1 to {arguments.longest // 2}, so that no length comes twice")
+    config = AutoConfig.from_pretrained(arguments.model) if arguments.model else BertConfig()
+    name = arguments.name or (Path(arguments.model).name if arguments.model else "bert-base")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    for regime in REGIMES:
+        times = []
+        for trimmed in (True, False):
+            process = context.Process(target=measure, args=(queue, config, arguments, trimmed, regime))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{regime}: a process ended with {process.exitcode}")
+            times.append(queue.get())
+        case = (
+            f"{name} 50%params {arguments.batch}x{arguments.longest} {arguments.precision} {regime} x {arguments.steps}"
+        )
+        record("bench_step", case, "us", times[0], "us", "dense", times[1])
+
+
+if __name__ == "__main__":
+    main()
