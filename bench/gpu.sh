@@ -44,6 +44,7 @@ bench() {  # no number from a red run
     stage "bench_$name" python -m pytest "bench/bench_$name.py" --benchmark-only -q -o python_files='bench_*.py'
   done
   stage bench_forward python bench/bench_forward.py
+  stage bench_step python bench/bench_step.py
   cp bench/results/*.jsonl "$OUT"/
 }
 

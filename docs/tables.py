@@ -354,8 +354,9 @@ def masked(rows: list[dict]) -> str:
 
 
 def speed(rows: list[dict]) -> str:
-    """Whole models: fine-tuning throughput, forward passes, and what a whole run costs."""
-    return grouped([row for row in rows if row["bench"] in ("bench_finetune", "bench_forward", "bench_cost")])
+    """Whole models: fine-tuning throughput, forward passes, training steps, and what a whole run costs."""
+    benches = [f"bench_{what}" for what in ("finetune", "forward", "step", "cost")]
+    return grouped([row for row in rows if row["bench"] in benches])
 
 
 def rank(rows: list[dict]) -> str:
