@@ -1,6 +1,7 @@
 """Does a killed run end where an unbroken one does? Kills `sensibert finetune` at random moments and compares weights.
 
 python bench/check_resume.py --model MODEL --train-file F [--kills 3] [--steps 40] [--delay 3]
+    ... --budget 30%params --precision bf16      # embeddings stand still behind so deep a cut, batches are padded on
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from sensibert.options import PRECISIONS, Options
+
 
 def command(arguments: argparse.Namespace, output: Path, *more: str) -> list[str]:
     steps = str(arguments.steps)
     run = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--output", str(output)]
     run += ["--train-file", arguments.train_file, "--max-steps", steps, "--save-steps", "5", "--quiet", *more]
+    run += ["--budget", arguments.budget, "--precision", arguments.precision]
     return run
 
 
@@ -34,6 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train-file", required=True)
+    parser.add_argument("--budget", default=Options.budget)
+    parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--delay", type=float, default=3, help="at most so many seconds after a checkpoint")
