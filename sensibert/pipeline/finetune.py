@@ -26,8 +26,8 @@ from ..models.structure import is_trimmed, read_structure
 
 # A trimmed model meets batches in bf16 on to a multiple of so many tokens: its layers have widths of their own, so a
 # length makes matrix products of many shapes, and what oneDNN and cuBLAS prepare for a new one costs more than the
-# padding. On a CPU, MiniLM cut to half, a step on mrpc takes 0.74 of the time so, on banking77 0.79; a whole model is
-# slower by it, and so is fp32.
+# padding. On a CPU, MiniLM cut to half, steps on lengths of which none comes twice take 0.80 of the time so
+# (`bench/bench_step.py`); a whole model meets few shapes, fp32 prepares nothing, and on short rows either would lose.
 MULTIPLE = 8
 
 
