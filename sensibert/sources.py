@@ -21,9 +21,6 @@ from .tasks import PRESETS, Examples, TaskData, load_examples
 
 # What transformers raises for a folder that is missing, damaged, or of another kind.
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
-# On a GPU every batch is padded on to a multiple of so many tokens, since steps wait for launches there: squad has 178
-# lengths in 331 batches of 32 rows, 38 in eights. For the rest see `pipeline.finetune.MULTIPLE`.
-GPU_MULTIPLE = 8
 
 
 def best_device() -> torch.device:
@@ -61,9 +58,8 @@ def encode(
 ) -> TaskData:
     """names: the classes of a model that exists; left out they come from the training data."""
     columns = options.text_column, options.label_column
-    multiple = GPU_MULTIPLE if best_device().type == "cuda" else None
     return TaskData.build(
-        options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names, multiple
+        options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
     )
 
 

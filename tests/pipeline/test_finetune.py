@@ -11,7 +11,7 @@ from sensibert.distil import Distillation, distillation_loss, hidden_loss
 from sensibert.errors import SensibertError
 from sensibert.models import base_of, describe
 from sensibert.models.evaluating import SHORT, quick_attention
-from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, finetune, predict
+from sensibert.pipeline.finetune import LengthSampler, TrimTrainer, _padded_on, finetune, predict
 from sensibert.pipeline.trim import trim
 from sensibert.tasks import Collator
 from tests.helpers import tiny_model
@@ -172,6 +172,13 @@ def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, b
     finetune(model, Rows(), Collator(0), arguments(tmp_path, bf16=bf16))
     predict(model, Rows(), Collator(0), autocast=torch.bfloat16 if bf16 else None)
     assert len(widths) == 5 and all(width in (8, 16) for width in widths) is padded
+
+
+def test_on_a_gpu_a_whole_model_meets_them_too():
+    collator, rows = Collator(0), Rows()
+    batch = collator([rows[0], rows[1]])
+    found = {name: _padded_on(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
+    assert found["cpu"] is batch and found["cuda"]["input_ids"].shape[1] in (8, 16)
 
 
 def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
