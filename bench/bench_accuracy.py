@@ -28,13 +28,13 @@ from pathlib import Path
 from _harness import DEVICE, RESULTS, machine
 from rivals import RIVALS, Layers
 
-from sensibert.artifacts import write_atomically
-from sensibert.checkpoints import partial_folder
-from sensibert.options import AVERAGE, PRECISIONS, SNAPSHOT, Options
+from sensibert.commands import evaluate_folder
+from sensibert.core.files import write_atomically
+from sensibert.core.schedule import RECOVERIES, Schedule
+from sensibert.data import get_task, load_examples
 from sensibert.recipe import finetune_and_trim
-from sensibert.schedule import RECOVERIES, Schedule
-from sensibert.steps import evaluate_folder
-from sensibert.tasks import get_task, load_examples
+from sensibert.run_options import AVERAGE, PRECISIONS, SNAPSHOT, Options
+from sensibert.training.checkpoints import partial_folder
 
 RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
 ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from _harness import DEVICE, record
 
-from sensibert.options import PRECISIONS, Options
+from sensibert.run_options import PRECISIONS, Options
 
 
 def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:

@@ -17,10 +17,10 @@ import torch
 from _harness import record
 from transformers import AutoModel, BertConfig, BertModel
 
-from sensibert.artifacts import Budget
-from sensibert.pipeline.allocate import allocate
-from sensibert.pipeline.analyze import analyze
-from sensibert.pipeline.trim import trim
+from sensibert.allocation.allocate import allocate
+from sensibert.core.budget import Budget
+from sensibert.sensitivity.analyze import analyze
+from sensibert.trimming.trim import trim
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from _harness import DEVICE, copy_us, host_us, measure, record, timed
 from problems import MODELS, bert, random_like
 
 from sensibert.ops import gather_kept
-from sensibert.ops.masked_linear_live import live
+from sensibert.ops.masked_linear.kept_index import live
 
 BENCH = "bench_gather_kept"
 SCALED = {"bert-base": bert(768, 2, 3072), "bert-large": bert(1024, 2, 4096)}

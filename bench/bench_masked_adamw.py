@@ -14,11 +14,11 @@ import torch
 from _harness import DEVICE, copy_us, host_us, measure, record, timed
 from problems import MODELS, bert, random_like
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept, masked_adamw
 from sensibert.ops.masked_adamw import index_map
-from sensibert.ops.masked_linear_live import Live, live
-from sensibert.optim import MaskedAdamW
+from sensibert.ops.masked_linear.kept_index import Live, live
+from sensibert.optim.masked_adamw import MaskedAdamW
 
 BENCH = "bench_masked_adamw"
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}

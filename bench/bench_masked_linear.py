@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from _harness import DEVICE, RESULTS, captured_us, host_us, record
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept
-from sensibert.ops.masked_linear import force, masked_linear
-from sensibert.ops.masked_linear_dweight import block_list
-from sensibert.ops.masked_linear_live import live, publish, remember
-from sensibert.ops.masked_linear_path import built
+from sensibert.ops.masked_linear.dispatch import built
+from sensibert.ops.masked_linear.dweight import block_list
+from sensibert.ops.masked_linear.kept_index import live, publish, remember
+from sensibert.ops.masked_linear.op import force, masked_linear
 
 BENCH = "bench_masked_linear"
 ON_GPU = DEVICE == "cuda"

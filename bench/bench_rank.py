@@ -34,16 +34,19 @@ from bench_accuracy import data_files
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from sensibert.artifacts import Budget, Layout, Plan
-from sensibert.models import describe, layers
-from sensibert.options import Options, default_method
-from sensibert.pipeline.analyze import analyze
-from sensibert.pipeline.compensate import compensate
-from sensibert.pipeline.export import load
-from sensibert.pipeline.trim import silenced
-from sensibert.sources import best_device, encode, load_tokenizer, training_examples, validation_examples
-from sensibert.surgeon import Moments, collect_moments, consumer
-from sensibert.tasks import TaskData, micro_batches, sampled_loss
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.core.layout import Layout
+from sensibert.data import TaskData, micro_batches
+from sensibert.inputs import best_device, encode, load_tokenizer, training_examples, validation_examples
+from sensibert.models import layers, layout_of
+from sensibert.run_options import Options, default_method
+from sensibert.saving.folder import load
+from sensibert.sensitivity import sampled_loss
+from sensibert.sensitivity.analyze import analyze
+from sensibert.sensitivity.kfac_obs import FisherFactors, collect_factors, consumer
+from sensibert.trimming.compensate import compensate
+from sensibert.trimming.self_check import silenced
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Batch = Mapping[str, Tensor]
@@ -126,12 +129,12 @@ def remembering(model: nn.Module, first: int, memory: list) -> Iterator[None]:
 
 
 @contextmanager
-def taken_over(model: nn.Module, plan: Plan, drop: Drop, moments: Mapping[str, Moments] | None) -> Iterator[None]:
+def taken_over(model: nn.Module, plan: Plan, drop: Drop, factors: Mapping[str, FisherFactors] | None) -> Iterator[None]:
     """Inside, the units of the site that stay do what they can for the dropped ones."""
     weight = consumer(model, plan.layout.site(drop.site).consumer.parameter)
     before = copy.deepcopy(weight.state_dict())
-    if moments is not None:
-        compensate(model, plan, moments)
+    if factors is not None:
+        compensate(model, plan, factors)
     try:
         yield
     finally:
@@ -143,9 +146,9 @@ def measured(
     layout: Layout,
     wanted: list[Drop],
     batches: list[Batch],
-    moments: Mapping[str, Moments] | None = None,
+    factors: Mapping[str, FisherFactors] | None = None,
 ) -> Tensor:
-    """Loss with each drop minus loss without, row by row: [drops, rows]. With moments, the kept units take over."""
+    """Loss with each drop minus loss without, row by row: [drops, rows]. With factors, the kept units take over."""
     outputs: list[list] = [[] for _ in layers(model)]
     handles = [
         layer.register_forward_hook(lambda module, args, output, rows=rows: rows.append(output))
@@ -160,7 +163,7 @@ def measured(
         keep[drop.site][drop.units] = False
         first = layout.site(drop.site).layer
         plan = Plan(layout, keep, Budget(1.0, "params", True), "rank")
-        with taken_over(model, plan, drop, moments), silenced(model, plan):
+        with taken_over(model, plan, drop, factors), silenced(model, plan):
             with remembering(model, first, outputs[first - 1]):
                 found.append(losses_of(model, batches) - dense)
         print(f"{drop.site} {drop.share:.0%}: {found[-1].mean():+.4f}", flush=True)
@@ -263,22 +266,22 @@ def main() -> None:
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     examples = training_examples(options), validation_examples(options)
     data = encode(options, load_tokenizer(arguments.model), *examples, names)
-    layout = describe(model)
+    layout = layout_of(model)
 
     def train_rows(size: int):
         return micro_batches(data.train, data.collator, arguments.samples, size, arguments.seed)
 
-    moments = None
+    factors = None
     if arguments.method == "obs":
-        moments = collect_moments(model, layout, train_rows(32), sampled_loss, arguments.seed)
+        factors = collect_factors(model, layout, train_rows(32), sampled_loss, arguments.seed)
     few = train_rows(Options.micro_batch)
-    sensitivity = analyze(model, few, arguments.method, sampled_loss, arguments.seed, moments=moments)
+    sensitivity = analyze(model, few, arguments.method, sampled_loss, arguments.seed, factors=factors)
     wanted = drops(layout, sensitivity.scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)
     if arguments.keep is not None and arguments.keep.exists():
         by_row = torch.load(arguments.keep)  # of the same drops, rows and method: nothing here can tell
     else:
-        by_row = measured(model, layout, wanted, list(rows), moments)
+        by_row = measured(model, layout, wanted, list(rows), factors)
         if arguments.keep is not None:
             torch.save(by_row, arguments.keep)
     found = {arguments.method: summed(sensitivity.scores)}

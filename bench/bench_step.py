@@ -24,20 +24,21 @@ import torch
 from _harness import record
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig
 
-from sensibert.artifacts import Budget, Plan
-from sensibert.models import describe
-from sensibert.models.evaluating import quick_attention
-from sensibert.options import PRECISIONS
-from sensibert.pipeline.allocate import width_step
-from sensibert.pipeline.trim import trim
+from sensibert.allocation.allocate import default_width_multiple
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.models import layout_of
+from sensibert.models.eval_mode import quick_attention
+from sensibert.run_options import PRECISIONS
+from sensibert.trimming.trim import trim
 
 REGIMES = ("one", "new", "eights")
 
 
 def tapered(model: torch.nn.Module) -> Plan:
     """From a fifth of the units in the first layer to four fifths in the last."""
-    layout = describe(model)
-    last, step, keep = max(site.layer for site in layout.sites), width_step(layout.hidden), {}
+    layout = layout_of(model)
+    last, step, keep = max(site.layer for site in layout.sites), default_width_multiple(layout.hidden), {}
     for site in layout.sites:
         unit = step if site.kind == "ffn" else 1
         share = 0.2 + 0.6 * site.layer / max(1, last)

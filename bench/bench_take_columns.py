@@ -11,8 +11,8 @@ import pytest
 import torch
 from _harness import DEVICE, copy_us, measure, record, timed
 
-from sensibert.ops import take_columns
 from sensibert.ops.masked_adamw import index_map
+from sensibert.ops.masked_linear.take_columns import take_columns
 
 BENCH = "bench_take_columns"
 TOKENS = [4096, 32768] if DEVICE == "cuda" else [512]

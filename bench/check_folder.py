@@ -21,9 +21,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import sensibert  # noqa: F401 (teaches transformers the folder)
-from sensibert.artifacts import Budget
+from sensibert.core.budget import Budget
 from sensibert.models import base_of, family_of
-from sensibert.models.base import attribute
+from sensibert.models.modules import attribute
 from sensibert.recipe import RESULT
 
 LOGITS = """

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sensibert.options import PRECISIONS, Options
+from sensibert.run_options import PRECISIONS, Options
 
 
 def command(arguments: argparse.Namespace, output: Path, *more: str) -> list[str]:

@@ -22,20 +22,19 @@ build() {
   stage status python -c "from sensibert import _native; print(_native.status()); assert _native.available"
 }
 test() {  # a process a file: an illegal access ends the context of its process. Exit 5: no test for a GPU in it
-  for file in tests/test_optim.py tests/nn/test_*.py tests/ops/test_*.py; do
+  for file in tests/optim/test_*.py tests/nn/test_*.py tests/ops/test_*.py tests/ops/masked_linear/test_*.py; do
     stage "$(echo "${file%.py}" | tr / _)" bash -c "python -m pytest $file -m gpu -q --tb=short || [ \$? -eq 5 ]"
   done
 }
 sanitize() {  # our kernels alone, at small sizes: a kernel is a hundred times slower under a sanitizer
   local small="not whole and not model and not more_than and not captur and not reaches and not 16384"
-  for op in block_sensitivity gather_kept take_columns masked_adamw select_threshold masked_linear_{tiles,bits,dweight}; do
-    stage "memcheck_$op" timeout 600 compute-sanitizer --kernel-name kns=sensibert --tool memcheck --error-exitcode 1 \
-      python -m pytest "tests/ops/test_$op.py" -m gpu -q -k "$small"
-  done
+  local plain="tests/ops/test_*.py tests/ops/masked_linear/test_take_columns.py" tool file
   # racecheck of CUDA 13.0 fails inside itself on kernels with setmaxnreg: not the wgmma kernels
-  for op in block_sensitivity gather_kept take_columns masked_adamw select_threshold; do
-    stage "racecheck_$op" timeout 600 compute-sanitizer --kernel-name kns=sensibert --tool racecheck --error-exitcode 1 \
-      python -m pytest "tests/ops/test_$op.py" -m gpu -q -k "$small"
+  for tool in memcheck racecheck; do
+    for file in $plain $([ $tool = memcheck ] && echo tests/ops/masked_linear/test_{tiles,bits,dweight}.py); do
+      stage "${tool}_$(basename "${file%.py}")" timeout 600 compute-sanitizer --kernel-name kns=sensibert --tool $tool \
+        --error-exitcode 1 python -m pytest "$file" -m gpu -q -k "$small"
+    done
   done
 }
 bench() {  # no number from a red run

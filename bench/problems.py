@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 
 
 class Parameter(NamedTuple):

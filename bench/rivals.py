@@ -25,13 +25,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sensibert.artifacts import Budget, Layout, Member, Plan, Site
-from sensibert.cost import counts_of, flops, limit, params, spent, unit_cost
-from sensibert.errors import SensibertError
-from sensibert.models import base_of, describe, family_of, layers
-from sensibert.models.base import attribute
-from sensibert.pipeline.allocate import width_step
-from sensibert.pipeline.export import load
+from sensibert.allocation.allocate import default_width_multiple
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.core.cost import counts_of, flops, limit, params, spent, unit_cost
+from sensibert.core.errors import SensibertError
+from sensibert.core.layout import Layout, Member, Site
+from sensibert.models import base_of, family_of, layers, layout_of
+from sensibert.models.modules import attribute
+from sensibert.saving.folder import load
 
 Batches = Iterable[Mapping[str, Tensor]]
 COARSE, FINE = 16, 8  # ratios tried one after the other, then halvings of the last stretch
@@ -55,7 +57,7 @@ class Layers:
         self.kept = 0
 
     def __call__(self, model: nn.Module, batches: Batches, budget: Budget) -> Plan:
-        layout, stack = describe(model), layers(model)
+        layout, stack = layout_of(model), layers(model)
         sizes = [self._spent(layout, number, len(stack), budget) for number in range(len(stack) + 1)]
         allowed = limit(layout, budget)
         fitting = max((n for n, size in enumerate(sizes) if size <= allowed), default=0)
@@ -88,7 +90,7 @@ class Layers:
         shutil.rmtree(folder)
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return describe(self.model).encoder_params
+        return layout_of(self.model).encoder_params
 
 
 class TorchPruning:
@@ -100,7 +102,7 @@ class TorchPruning:
     def __call__(self, model: nn.Module, batches: Batches, budget: Budget) -> Plan:
         import torch_pruning as tp
 
-        layout = describe(model)
+        layout = layout_of(model)
         taylor = self.importance == "taylor"
         scorer = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
         training = [module for module in model.modules() if module.training]
@@ -129,7 +131,7 @@ class TorchPruning:
         for _ in range(FINE):
             ratio = (low + high) / 2
             low, high = (low, ratio) if fits(ratio) else (ratio, high)
-        counts, step = asked.counts(high), self.step or width_step(layout.hidden)
+        counts, step = asked.counts(high), self.step or default_width_multiple(layout.hidden)
         for site in layout.sites:
             if site.kind == "ffn" and counts[site.name] < site.units:
                 counts[site.name] = max(site.minimum, counts[site.name] // step * step)

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import sensibert  # noqa: F401  (lets the Auto classes load a trimmed folder)
-from sensibert.report import table
+from sensibert.report.tables import table
 
 MAX_LENGTH, BATCH = 32, 32
 LINES = (
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.classify:
         return classify(*args.classify)
 
-    from sensibert.options import Options
     from sensibert.recipe import finetune_and_trim
+    from sensibert.run_options import Options
 
     begin, base, data = time.perf_counter(), packaged_model(), Path(args.output, "data")
     print("which library does this docstring come from? reading the sources of the installed libraries ...", flush=True)

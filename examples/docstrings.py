@@ -67,7 +67,7 @@ def collect(label: str, folder: Path, cap: int = CAP) -> dict[str, list[str]]:
     held_out = round(cap * VALIDATION_SHARE)
     texts, room, seen = {"train": [], "validation": []}, {"train": cap - held_out, "validation": held_out}, set()
     for file in sorted(files, key=lambda p: (share(f"{label}/{p.as_posix()}"), p)):
-        # a whole file goes to one side: neighbours describe the same thing in the same words
+        # a whole file goes to one side: neighbours layout_of the same thing in the same words
         side = "validation" if share(f"split/{label}/{file.as_posix()}") < VALIDATION_SHARE else "train"
         if len(texts[side]) == room[side]:
             continue

@@ -5,21 +5,27 @@ Importing this is enough for transformers to load trimmed folders. The names bel
 
 from importlib import import_module
 
-from ._register import register, version
+from ._register import register
+from .core.version import version
 
 _HOME = {
-    "errors": ("SensibertError",),
-    "artifacts": ("Budget", "Grid", "Layout", "Plan", "Sensitivity", "Site"),
+    "core.errors": ("SensibertError",),
+    "core.grid": ("Grid",),
+    "core.layout": ("Layout", "Site"),
+    "core.budget": ("Budget",),
+    "core.artifacts": ("Plan", "Sensitivity"),
     "ops": ("BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
     "nn": ("MaskedLinear", "replace", "restore"),
-    "models": ("describe", "families"),
+    "models": ("layout_of", "families"),
     "optim": ("MaskedAdamW", "slice_state"),
-    "pipeline.analyze": ("analyze",),
-    "pipeline.allocate": ("allocate",),
-    "pipeline.trim": ("trim",),
-    "pipeline.finetune": ("TrimTrainer", "finetune"),
-    "pipeline.export": ("export", "load", "load_structure"),
-    "recipe": ("Options", "TrimCallback", "finetune_and_trim"),
+    "sensitivity": ("analyze",),
+    "allocation": ("allocate",),
+    "trimming": ("trim",),
+    "training": ("TrimTrainer", "finetune"),
+    "saving": ("export", "load", "load_structure"),
+    "run_options": ("Options",),
+    "callback": ("TrimCallback",),
+    "recipe": ("finetune_and_trim",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE)]

@@ -15,15 +15,6 @@ AUTO = "transformers.models.auto.configuration_auto"
 PREFIX = "sensibert_"
 
 
-def version() -> str:
-    from importlib import metadata  # slow to import, and rarely asked for
-
-    try:
-        return metadata.version("sensibert")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+source"
-
-
 def register_families() -> None:
     """AutoConfig learns every `sensibert_<family>`; the model classes follow with the first config of that type."""
     auto = importlib.import_module(AUTO)

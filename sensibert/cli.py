@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ._register import version
-from .errors import SensibertError
-from .options import AVERAGE, GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
-from .schedule import SHAPES, Schedule
+from .core.errors import SensibertError
+from .core.schedule import SHAPES, Schedule
+from .core.version import version
+from .run_options import AVERAGE, GRIDS, LAYOUTS, METHODS, POLICIES, PRECISIONS, SNAPSHOT, Options
 
 app = typer.Typer(
     name="sensibert",
@@ -250,9 +250,9 @@ def finetune(
           --schedule cubic --output small
       sensibert finetune --config recipe.yaml --seed 1 --output small-1
     """
+    from .commands import outline
     from .recipe import finetune_and_trim
     from .report import summary
-    from .steps import outline
 
     shape = Schedule(shape=schedule, **_given(Schedule, context))
     quiet = quiet or not sys.stderr.isatty()
@@ -292,8 +292,8 @@ def analyze(
       sensibert analyze --model tuned --train-file train.csv --output scores.safetensors
       sensibert analyze --model tuned --method magnitude --output scores.safetensors
     """
+    from .commands import analyze_file
     from .report import ranking
-    from .steps import analyze_file
 
     result, sensitivity = analyze_file(Options(**_given(Options, context)))
     text = (
@@ -326,9 +326,9 @@ def plan(
           --output plan.safetensors
       sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
-    from .artifacts import Budget
+    from .commands import plan_file
+    from .core.budget import Budget
     from .report import what_is_left
-    from .steps import plan_file
 
     asked = Budget.parse(budget, scope, flops_length)
     result, found = plan_file(sensitivity, output, asked, step, policy, overwrite, dry_run)
@@ -352,7 +352,7 @@ def trim(
     Example:
       sensibert trim --model tuned --plan plan.safetensors --output small
     """
-    from .steps import trim_folder
+    from .commands import trim_folder
 
     result = trim_folder(model, plan, output, layout, overwrite, dry_run)
     _say(as_json, result, f"{_left(result)}{_written(result)}")
@@ -379,7 +379,7 @@ def evaluate(
       sensibert eval small --validation-file dev.csv --json
       sensibert eval small --task sst2
     """
-    from .steps import evaluate_folder
+    from .commands import evaluate_folder
 
     result = evaluate_folder(Options(model=folder, output="", **_given(Options, context)))
     _say(as_json, result, _scores(result["metrics"]))
@@ -397,8 +397,8 @@ def inspect(
     Example:
       sensibert inspect small
     """
+    from .commands import inspect_folder
     from .report import KEPT_HEADER, STRUCTURE_HEADER, share, table
-    from .steps import inspect_folder
 
     result = inspect_folder(folder)
     columns = ("heads", "heads_of", "ffn", "ffn_of")

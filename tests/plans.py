@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sensibert.artifacts import Budget, Layout, Plan
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.core.layout import Layout
 from tests.helpers import tiny_batch
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from tests.data.tiny import word_piece
 from tests.helpers import tiny_model
-from tests.tasks.tiny import word_piece
 
 GOOD, BAD = "good great".split(), "bad dull".split()
 REST = "the a film was who wrote it lives in works".split()

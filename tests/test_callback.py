@@ -8,14 +8,14 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import sensibert
-from sensibert import cost
-from sensibert.artifacts import Grid
-from sensibert.errors import SensibertError
-from sensibert.models import describe, embeddings_of
-from sensibert.pipeline.finetune import TrimTrainer
-from sensibert.recipe import TrimCallback
-from sensibert.schedule import Schedule
-from sensibert.tasks import TaskData, load_examples
+from sensibert.callback import TrimCallback
+from sensibert.core import cost
+from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.core.schedule import Schedule
+from sensibert.data import TaskData, load_examples
+from sensibert.models import embeddings_of, layout_of
+from sensibert.training.trainer import TrimTrainer
 from tests import runs
 from tests.helpers import tiny_model
 
@@ -42,13 +42,13 @@ def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
     trainer.train()
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}  # the trap: trimmed tensors that no optimizer holds
-    layout = describe(model)
+    layout = layout_of(model)
     assert layout.encoder_params <= 0.4 * callback.layout.encoder_params
     assert cost.params(callback.layout, cost.counts_of(callback.layout, callback.whole_plan(model).keep)) == (
         layout.encoder_params
     )
     sensibert.export(model, tmp_path / "small")
-    assert describe(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")) == layout
+    assert layout_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")) == layout
 
 
 def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
@@ -59,7 +59,7 @@ def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
         return trainer.model, callback
 
     (whole, first), (resumed, again) = run(tmp_path), run(tmp_path, str(tmp_path / "checkpoint-5"))
-    assert first.cuts.keys() == {4, 5, 6} and describe(whole).encoder_params == describe(resumed).encoder_params
+    assert first.cuts.keys() == {4, 5, 6} and layout_of(whole).encoder_params == layout_of(resumed).encoder_params
     assert first.memory.params_before == again.memory.params_before
     assert again.sensitivity == first.sensitivity and again.whole_plan(resumed) == first.whole_plan(whole)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

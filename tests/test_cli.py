@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import sensibert
 from sensibert import recipe
-from sensibert.models import describe
+from sensibert.models import layout_of
 from tests import runs
 from tests.runs import RESULT_KEYS, command, tree
 
@@ -87,7 +87,7 @@ def test_one_name_means_one_thing_in_all_commands(chain):
 
 def test_the_small_folder_is_what_the_commands_say(chain, here):
     model, told = AutoModelForSequenceClassification.from_pretrained(here / "small"), chain["inspect"].json
-    layout = describe(model)
+    layout = layout_of(model)
     assert (layout.encoder_params, layout.total_params) == (told["encoder_params_after"], told["total_params_after"])
     kept = {site.name: site.units for site in layout.sites}
     for row in told["layers"]:

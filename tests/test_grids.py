@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from sensibert.artifacts import Grid, Plan, Sensitivity
-from sensibert.errors import SensibertError
+from sensibert.callback import TrimCallback
+from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.core.schedule import Schedule
 from sensibert.models import base_of
 from sensibert.models.masks import masks_of
-from sensibert.options import Options, grid_name, parse_grid
-from sensibert.pipeline.export import load, load_structure
-from sensibert.recipe import TrimCallback, finetune_and_trim
-from sensibert.schedule import Schedule
+from sensibert.recipe import finetune_and_trim
+from sensibert.run_options import Options, grid_name, parse_grid
+from sensibert.saving.folder import load, load_structure
 from tests import runs
 from tests.helpers import tiny_batch
 from tests.runs import RESULT_KEYS, command, tree

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sensibert import _native
-from sensibert.solver import solve_levels
+from sensibert.allocation.solver import solve_levels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,7 @@ def test_the_switch_hides_it_and_the_ops_still_work():
     program = """
 import torch
 from sensibert import _native, ops
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 assert not _native.available
 print(_native.status())
 w = torch.ones(2, 3)

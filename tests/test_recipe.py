@@ -16,12 +16,13 @@ from transformers import AutoModelForSequenceClassification
 
 import sensibert
 from sensibert import recipe
-from sensibert.artifacts import Plan, Sensitivity
-from sensibert.errors import SensibertError
-from sensibert.models import describe
-from sensibert.options import Options
-from sensibert.recipe import TrimCallback, finetune_and_trim
-from sensibert.schedule import Schedule
+from sensibert.callback import TrimCallback
+from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.errors import SensibertError
+from sensibert.core.schedule import Schedule
+from sensibert.models import layout_of
+from sensibert.recipe import finetune_and_trim
+from sensibert.run_options import Options
 from tests import runs
 from tests.helpers import tiny_model
 from tests.runs import RESULT_KEYS
@@ -53,7 +54,7 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
     assert result["metrics"]["accuracy"] > 0.8  # the telling word is found, also by half an encoder
     assert result["steps"] == 40
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert describe(reloaded).encoder_params == result["encoder_params_after"]
+    assert layout_of(reloaded).encoder_params == result["encoder_params_after"]
     assert sum(p.numel() for p in reloaded.parameters()) == result["total_params_after"]
     plan = Plan.load(tmp_path / "out" / "plan.safetensors")
     assert plan.params == result["encoder_params_after"]
@@ -89,7 +90,7 @@ def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path)
     class Watch(TrimCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             super().on_step_end(args, state, control, model=model, **kwargs)
-            seen.append(describe(model).encoder_params)
+            seen.append(layout_of(model).encoder_params)
 
     original, recipe.TrimCallback = recipe.TrimCallback, Watch
     try:
@@ -140,7 +141,7 @@ def test_a_plan_may_come_from_elsewhere(here, tmp_path):
     asked = []
 
     def first_units(model, batches, budget) -> Plan:
-        layout = describe(model)
+        layout = layout_of(model)
         asked.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
         keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
         return Plan(layout, keep, budget, "first")
@@ -287,7 +288,7 @@ def test_a_trimmed_model_is_trimmed_again_and_told_in_its_own_units(here, tmp_pa
     assert plan.layout.encoder_params == first["encoder_params_after"] == result["encoder_params_before"]
     assert plan.params == result["encoder_params_after"]
     assert {site.name: len(plan.kept(site.name)) for site in plan.layout.sites} == {
-        site.name: site.units for site in describe(model).sites
+        site.name: site.units for site in layout_of(model).sites
     }
 
 
@@ -416,7 +417,7 @@ def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "finetune", stop)
-    third = describe(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
+    third = layout_of(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
     asked = {"budget": budget.format(third=third), "scope": scope, "schedule": Schedule(recovery="plain")}
     with pytest.raises(KeyboardInterrupt):
         finetune_and_trim(options(here, tmp_path / "out", **asked))

@@ -1,7 +1,9 @@
-"""Where each model family keeps its trimmable axes: one table a file."""
+"""What the package knows of a transformers model: its family, its layout, its structure."""
 
-from .base import Axis, Family, base_of, base_type, describe, embeddings_of, families, family_of, layers, sites
-from .evaluating import bare_copy, evaluating, require_finite
+from .eval_mode import bare_copy, eval_mode, require_finite
+from .families import Axis, Family, base_type, families
+from .layout_of import layout_of, sites
+from .modules import base_of, embeddings_of, family_of, layers
 
 __all__ = [
     "Axis",
@@ -9,9 +11,9 @@ __all__ = [
     "bare_copy",
     "base_of",
     "base_type",
-    "describe",
+    "layout_of",
     "embeddings_of",
-    "evaluating",
+    "eval_mode",
     "families",
     "family_of",
     "layers",

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Grid
-from ..errors import SensibertError
+from ..core.errors import SensibertError
+from ..core.grid import Grid
 from ..nn import MaskedLinear, replace
-from .base import base_of
+from .modules import base_of
 
 FORMAT = "sensibert.masks"
 _ATTRIBUTE = "sensibert_grid"  # on the model: its layers may also be masked by units, which is nobody's result

@@ -7,9 +7,11 @@ import copy
 import transformers  # by attribute below: `families()` reads this file too, and its heavy parts are not needed then
 from torch import nn
 
-from ..errors import SensibertError
+from ..core.errors import SensibertError
 from . import modeling_sensibert as code
-from .base import PREFIX, Axis, Family, attribute, base_type, family_of, layers
+from .families import PREFIX, base_type
+from .families.family import Axis, Family
+from .modules import attribute, family_of, layers
 from .structure import set_structure, structure_of
 
 FORMAT = 1

@@ -9,14 +9,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..artifacts import write_atomically
-from ..errors import SensibertError
-from .base import sites
+from ..core.errors import SensibertError
+from ..core.files import write_atomically
+from .layout_of import sites
 from .masks import FORMAT as MASKS
 from .masks import Masks, masks_of
+from .modeling_sensibert import STRUCTURE_FILE as STRUCTURE
 from .modeling_sensibert import PickHeads
 
-__all__ = ["PickHeads", "is_trimmed", "read_structure", "save_structure", "set_structure", "structure_of"]
+__all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "set_structure", "structure_of"]
 
 _ATTRIBUTE = "sensibert_structure"
 

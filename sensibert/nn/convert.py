@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..artifacts import Grid
-from .masked_linear import MaskedLinear, check_keep, describe, is_maskable
+from ..core.grid import Grid
+from .masked_linear import MaskedLinear, check_keep, is_maskable, kind_of
 
 
 def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | None = None) -> nn.Module:
@@ -27,7 +27,7 @@ def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | N
             raise ValueError(f"replace: keep names {name!r}, which the model does not have")
         module = modules[name]
         if not is_maskable(module):
-            raise ValueError(f"replace: {name!r} is {describe(module)}, want a plain nn.Linear")
+            raise ValueError(f"replace: {name!r} is {kind_of(module)}, want a plain nn.Linear")
         try:
             check_keep(module, mask, grid)
         except ValueError as error:

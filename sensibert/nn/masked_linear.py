@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Grid
+from ..core.grid import Grid
 from ..ops.block_sensitivity import block_sensitivity
-from ..ops.masked_linear import masked_linear
-from .following import followers
+from ..ops.masked_linear.op import masked_linear
 
 
 class MaskedLinear(nn.Linear):
@@ -31,7 +30,7 @@ class MaskedLinear(nn.Linear):
 
         ValueError if it is neither a plain nn.Linear nor a MaskedLinear, or has had its forward replaced."""
         if not is_maskable(linear):
-            raise ValueError(f"MaskedLinear: linear is {describe(linear)}, want a plain nn.Linear")
+            raise ValueError(f"MaskedLinear: linear is {kind_of(linear)}, want a plain nn.Linear")
         check_keep(linear, keep, grid)
         linear.__class__ = cls
         linear.set_keep(keep, grid)
@@ -65,15 +64,6 @@ class MaskedLinear(nn.Linear):
             self.register_buffer("keep", keep.detach().to(self.weight.device, copy=True).contiguous(), persistent=False)
         self.grid = grid
 
-    def follow(self, optimizer) -> None:
-        """Let `optimizer`, a MaskedAdamW that holds the weight, keep dropped weights at 0 and write in its own pass the
-        bf16 matrix of the kept rows and columns that a call under bf16 autocast (or a bf16 layer) then multiplies with,
-        instead of gathering, casting and masking the weight each time.
-
-        After set_keep the next call makes it anew, in one launch for all layers that follow the optimizer. The layer's
-        masks are the optimizer's, also after its load_state_dict. Ends when set_keep changes the shape of keep."""
-        followers(optimizer).add(self)
-
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         return masked_linear(x, self.weight, self.bias, self.keep, self.grid)
 
@@ -95,7 +85,7 @@ def is_maskable(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, MaskedLinear) and "forward" not in vars(module)
 
 
-def describe(module: nn.Module) -> str:
+def kind_of(module: nn.Module) -> str:
     return type(module).__name__ + (" with a forward of its own" if "forward" in vars(module) else "")
 
 

@@ -4,9 +4,9 @@ from .. import _native as _native  # registers the CUDA kernels, where they were
 from .block_sensitivity import BlockSensitivity, block_sensitivity
 from .gather_kept import gather_kept
 from .masked_adamw import masked_adamw
-from .masked_linear import masked_linear
+from .masked_linear.op import masked_linear
+from .masked_linear.take_columns import take_columns
 from .select_threshold import Selection, select_threshold
-from .take_columns import take_columns
 
 __all__ = [
     "BlockSensitivity",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
 
-from ..artifacts import Grid
+from ..core.grid import Grid
 
 OP = "sensibert::block_sensitivity_"
 define(

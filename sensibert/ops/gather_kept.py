@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
 
-from .masked_linear_live import blank
+from .masked_linear.kept_index import blank
 
 OP = "sensibert::gather_kept_"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

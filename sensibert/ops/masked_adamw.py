@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..artifacts import Grid
+from ..core.grid import Grid
 from .block_sensitivity import FINISHES, REDUCES
 
 OP = "sensibert::masked_adamw_"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sensibert import recipe
-from sensibert.checkpoints import partial_folder
+from sensibert.training.checkpoints import partial_folder
 from tests import runs
 
 

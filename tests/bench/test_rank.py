@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sensibert.artifacts import Budget, Plan
-from sensibert.models import describe
-from sensibert.pipeline.analyze import analyze
-from sensibert.pipeline.compensate import compensate
-from sensibert.pipeline.trim import trim
-from sensibert.surgeon import collect_moments
-from sensibert.tasks import sampled_loss
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.models import layout_of
+from sensibert.sensitivity import sampled_loss
+from sensibert.sensitivity.analyze import analyze
+from sensibert.sensitivity.kfac_obs import collect_factors
+from sensibert.trimming.compensate import compensate
+from sensibert.trimming.trim import trim
 from tests.helpers import tiny_batch, tiny_model
 
 
@@ -34,7 +35,7 @@ def one_by_one():
 
 def test_gate_gradients_of_a_batch_are_those_of_its_samples_alone(model):
     """analyze gets at them through the weight gradients, one sample at a time."""
-    layout = describe(model)
+    layout = layout_of(model)
     found = bench.gate_gradients(model, layout, batches(), sampled=False)
     shipped = analyze(model, one_by_one(), "taylor").scores
     for site in layout.sites:
@@ -43,7 +44,7 @@ def test_gate_gradients_of_a_batch_are_those_of_its_samples_alone(model):
 
 
 def test_sampled_labels_are_those_of_the_seed_and_differ_from_the_given(model):
-    layout = describe(model)
+    layout = layout_of(model)
     first, again, other, given = (
         bench.gate_gradients(model, layout, batches(), sampled, seed)["layer.0.ffn"]
         for sampled, seed in ((True, 0), (True, 0), (True, 5), (False, 0))
@@ -53,7 +54,7 @@ def test_sampled_labels_are_those_of_the_seed_and_differ_from_the_given(model):
 
 def test_the_loss_falls_as_the_slope_says_when_little_is_removed(model):
     """All gates of a site a hundredth lower: its consuming weight a hundredth smaller."""
-    layout, step = describe(model), 1e-2
+    layout, step = layout_of(model), 1e-2
     site = layout.site("layer.1.ffn")
     gradients = bench.gate_gradients(model, layout, batches(), sampled=False)
     drop = bench.Drop(site.name, site.kind, 1.0, torch.arange(site.units))
@@ -75,7 +76,7 @@ def test_units_that_cancel_are_worth_nothing_together():
 
 
 def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_models(model):
-    layout = describe(model)
+    layout = layout_of(model)
     scores = {site.name: torch.arange(site.units, 0, -1).float() for site in layout.sites}
     wanted = bench.drops(layout, scores)
     assert [(drop.site, len(drop.units)) for drop in wanted[:5]] == [
@@ -101,18 +102,18 @@ def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_mode
 
 
 def test_with_moments_the_kept_units_take_over_for_as_long_as_it_takes(model):
-    layout = describe(model)
-    moments = collect_moments(model, layout, batches(), sampled_loss)
+    layout = layout_of(model)
+    factors = collect_factors(model, layout, batches(), sampled_loss)
     drop = bench.Drop("layer.1.ffn", "ffn", 0.5, torch.arange(32))
     before = copy.deepcopy(model.state_dict())
-    plain, helped = (bench.measured(model, layout, [drop], batches(), m)[0] for m in (None, moments))
+    plain, helped = (bench.measured(model, layout, [drop], batches(), m)[0] for m in (None, factors))
     assert not torch.allclose(plain, helped)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
     keep["layer.1.ffn"][:32] = False
     dense = bench.losses_of(model, batches())
     plan = Plan(layout, keep, Budget.parse("50%params"), "test")
-    compensate(model, plan, moments)
+    compensate(model, plan, factors)
     torch.testing.assert_close(bench.losses_of(trim(model, plan), batches()) - dense, helped, atol=1e-5, rtol=1e-4)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from rivals import Layers, TorchPruning
 
-from sensibert.artifacts import Budget
-from sensibert.cost import counts_of, limit, params
-from sensibert.models import describe
-from sensibert.pipeline.export import export, load
-from sensibert.pipeline.trim import trim
+from sensibert.core.budget import Budget
+from sensibert.core.cost import counts_of, limit, params
+from sensibert.models import layout_of
+from sensibert.saving.folder import export, load
+from sensibert.trimming.trim import trim
 from tests.helpers import tiny_batch, tiny_model
 from tests.runs import model_folder
 
@@ -35,7 +35,7 @@ def test_layers_keeps_the_lowest_that_fit_or_the_nearest_number(share, kept):
 
 def test_a_shallow_folder_is_the_model_that_was_trained(tmp_path):
     model, tokenizer = load(model_folder(tmp_path / "model", head="SequenceClassification", num_hidden_layers=4))
-    layers, before, batch = Layers(), describe(model).encoder_params, tiny_batch()
+    layers, before, batch = Layers(), layout_of(model).encoder_params, tiny_batch()
     trim(model, layers(model, (), Budget.parse("50%params")))
     export(model, tmp_path / "out", tokenizer)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_a_shallow_folder_is_the_model_that_was_trained(tmp_path):
 def test_torch_pruning_lands_just_below_the_budget_and_leaves_the_model_alone(importance):
     pytest.importorskip("torch_pruning")
     model = layer_model(2, **SIZES).train()
-    before, layout = copy.deepcopy(model.state_dict()), describe(model)
+    before, layout = copy.deepcopy(model.state_dict()), layout_of(model)
     for share in (75, 50, 30):
         budget = Budget.parse(f"{share}%params")
         plan = TorchPruning(importance, step=8)(model, batches(), budget)
@@ -69,7 +69,7 @@ def test_what_torch_pruning_is_asked_is_what_it_does(importance):
 
     model = layer_model(2, **SIZES)
     _accumulate_gradients(model, batches())
-    asked = Asked(tp, model, describe(model), getattr(tp.importance, importance)())
+    asked = Asked(tp, model, layout_of(model), getattr(tp.importance, importance)())
     counts = asked.counts(0.6)
     assert asked.counts(0.3) != counts and asked.counts(0.6) == counts  # asking leaves no trace
     assert sum(counts[f"layer.{n}.head"] for n in (0, 1)) == 6  # int(16 * 0.4), whichever layers they are in

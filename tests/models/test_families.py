@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensibert import cost
-from sensibert.models import describe, families, sites
-from sensibert.pipeline.trim import silenced, trim
+from sensibert.core import cost
+from sensibert.models import families, layout_of, sites
+from sensibert.trimming.self_check import silenced
+from sensibert.trimming.trim import trim
 from tests.helpers import tiny_model
 from tests.plans import batch_for, outputs, random_plan
 
@@ -68,7 +69,7 @@ def assert_flops(model, batch, expected: int) -> None:
 def check(model) -> None:
     """Random cuts, with one sublayer gone of each kind: exact, and of the announced size and cost."""
     model.double()
-    layout, batch = describe(model), batch_for(model)
+    layout, batch = layout_of(model), batch_for(model)
     sequences, length = batch["input_ids"].numel() // batch["input_ids"].shape[-1], batch["input_ids"].shape[-1]
     assert layout.total_params == sum(p.numel() for p in model.parameters())
     assert_flops(model, batch, cost.flops(layout, cost.counts_of(layout), "model", sequences, length))
@@ -82,7 +83,7 @@ def check(model) -> None:
     assert float((found - expected).abs().max()) < 1e-9
     assert float((found - expected.mean()).abs().max()) > 1e-3, "the outputs are all the same: they prove nothing"
 
-    now = describe(model)
+    now = layout_of(model)
     assert [site.units for site in now.sites] == [counts[site.name] for site in layout.sites]
     assert now.total_params == cost.params(layout, counts, "model") == sum(p.numel() for p in model.parameters())
     assert now.encoder_params == cost.params(layout, counts, "encoder")
@@ -114,7 +115,7 @@ def test_no_family_goes_untested():
 @pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert", "nomic_bert"])
 def test_a_layer_without_heads_runs_in_fused_attention(family):
     model = make(family, "SequenceClassification", attn_implementation="sdpa")
-    plan, batch = random_plan(describe(model), empty=("layer.0.head",)), batch_for(model)
+    plan, batch = random_plan(layout_of(model), empty=("layer.0.head",)), batch_for(model)
     with silenced(model, plan):
         expected = outputs(model, batch)
     torch.testing.assert_close(outputs(trim(model, plan), batch), expected)
@@ -122,7 +123,7 @@ def test_a_layer_without_heads_runs_in_fused_attention(family):
 
 @pytest.mark.parametrize("family", ["deberta-v2", "rembert"])
 def test_a_family_that_counts_its_heads_keeps_one(family):
-    layout = describe(make(family, ""))
+    layout = layout_of(make(family, ""))
     assert {site.minimum for site in layout.sites if site.kind == "head"} == {1}
     assert {site.minimum for site in layout.sites if site.kind == "ffn"} == {0}
 

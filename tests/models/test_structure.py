@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensibert.errors import SensibertError
+from sensibert.core.errors import SensibertError
 from sensibert.models import sites
 from sensibert.models.structure import (
     PickHeads,

@@ -4,7 +4,7 @@ however many blocks run, in whichever order, at any alignment."""
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops.block_sensitivity import FINISHES, REDUCES, reference
 from tests.helpers import DTYPES
 

@@ -57,7 +57,7 @@ def test_the_binding_refuses_what_would_read_out_of_bounds(binding):
 
 RANDOM = """
 import random, torch, sensibert.ops, tests.native.through_binding
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops.block_sensitivity import FINISHES, REDUCES, reference
 random.seed(0)
 torch.manual_seed(0)

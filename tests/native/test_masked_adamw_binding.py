@@ -80,7 +80,7 @@ again[2][0].data = torch.ones_like(moment)
 assert run(again, held) and (again[2][0] == 0).all(), "the moment is written where it is now"
 
 # The optimizer on top of it, in fp32 as on a GPU: held in all but the first step after a change.
-import tests.test_optim as optim
+import tests.optim.test_masked_adamw as optim
 from sensibert.ops.masked_adamw import HeldAdamW
 rates, ran = optim.MaskedAdamW._lr_on, []
 optim.MaskedAdamW._lr_on = lambda self, device, dtype: rates(self, device, torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops.masked_adamw import index_map
 from tests.helpers import DTYPES, assert_no_worse, dtype_id
 

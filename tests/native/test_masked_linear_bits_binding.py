@@ -6,7 +6,7 @@ from .runner import build_binding, python
 PROGRAM = """
 import torch
 import torch.nn.functional as F
-from sensibert.ops.masked_linear_bits import pack, reference
+from sensibert.ops.masked_linear.bits import pack, reference
 from tests.native.through_binding import refused
 op = torch.ops.sensibert.masked_linear_bits
 torch.manual_seed(0)

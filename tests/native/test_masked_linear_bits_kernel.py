@@ -5,7 +5,7 @@ The fibers of the machine make order visible: forward and backward, one block or
 import pytest
 import torch
 
-from sensibert.ops.masked_linear_bits import pack
+from sensibert.ops.masked_linear.bits import pack
 from tests.helpers import assert_no_worse, dtype_id
 from tests.native.runner import KernelFailed
 

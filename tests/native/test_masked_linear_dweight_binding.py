@@ -5,8 +5,8 @@ from .runner import build_binding, python
 
 PROGRAM = """
 import torch
-from sensibert.artifacts import Grid
-from sensibert.ops.masked_linear_dweight import block_list, reference, reference_score
+from sensibert.core.grid import Grid
+from sensibert.ops.masked_linear.dweight import block_list, reference, reference_score
 from tests.native.through_binding import refused
 op, score = (getattr(torch.ops.sensibert, "masked_linear_tiles_dweight" + name) for name in ("", "_score_"))
 torch.manual_seed(0)

@@ -5,9 +5,9 @@ The fibers of the machine make order visible: forward and backward, one block or
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops.block_sensitivity import block_sensitivity
-from sensibert.ops.masked_linear_dweight import block_list
+from sensibert.ops.masked_linear.dweight import block_list
 from tests.helpers import assert_no_worse, dtype_id
 from tests.native.runner import KernelFailed
 

@@ -5,8 +5,8 @@ from .runner import build_binding, python
 
 PROGRAM = """
 import torch
-from sensibert.artifacts import Grid
-from sensibert.ops.masked_linear_tiles import column_tile_list, reference, reference_dgelu, reference_gelu, tile_list
+from sensibert.core.grid import Grid
+from sensibert.ops.masked_linear.tiles import column_tile_list, reference, reference_dgelu, reference_gelu, tile_list
 from tests.native.through_binding import refused
 op, gelu, dgelu = (getattr(torch.ops.sensibert, "masked_linear_tiles" + name) for name in ("", "_gelu", "_dgelu"))
 torch.manual_seed(0)

@@ -5,8 +5,8 @@ The fibers of the machine make order visible: forward and backward, one block or
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
-from sensibert.ops.masked_linear_tiles import tile_list
+from sensibert.core.grid import Grid
+from sensibert.ops.masked_linear.tiles import tile_list
 from tests.helpers import assert_no_worse, dtype_id
 from tests.native.runner import KernelFailed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.nn import MaskedLinear, replace, restore
 from tests.helpers import tiny_batch, tiny_model
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.nn import MaskedLinear
-from sensibert.ops.masked_linear_live import published
-from sensibert.optim import MaskedAdamW
+from sensibert.ops.masked_linear.kept_index import published
+from sensibert.optim.compact_weights import follow
+from sensibert.optim.masked_adamw import MaskedAdamW
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRIDS = [Grid.element(), Grid.row(), Grid.column(), Grid.rows(4), Grid.block(4, 4)]
@@ -218,7 +219,7 @@ def test_the_gate_gradient_is_that_of_a_gate_on_each_block(grid):
 def test_following_the_optimizer_changes_no_result(grid):
     layer, x = make_layer(grid), torch.randn(5, 12)
     optimizer = MaskedAdamW(layer.parameters(), lr=0.1)
-    layer.follow(optimizer)
+    follow(layer, optimizer)
     for number in range(3):
         if number == 2:
             layer.set_keep(torch.rand(layer.keep.shape) < 0.5)  # in place: the optimizer has the new masks too

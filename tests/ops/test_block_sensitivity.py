@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops import block_sensitivity
 from sensibert.ops.block_sensitivity import FINISHES, REDUCES, BlockSensitivity, reference
 from tests.helpers import DTYPES, assert_no_worse, dtype_id

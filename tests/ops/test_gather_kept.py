@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept
-from sensibert.ops.masked_linear_live import live
+from sensibert.ops.masked_linear.kept_index import live
 from tests.helpers import DTYPES, dtype_id
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sensibert.artifacts import Grid
+from sensibert.core.grid import Grid
 from sensibert.ops import block_sensitivity, masked_adamw
 from sensibert.ops.masked_adamw import _adamw_in_double, index_map, matrix_shape
 from tests.helpers import DTYPES, assert_no_worse, dtype_id

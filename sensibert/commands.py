@@ -1,0 +1,256 @@
+"""The verbs one at a time, from file to file: what the commands analyze, plan, trim, eval and inspect do."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from .allocation.allocate import allocate
+from .callback import RANKED_SAMPLES
+from .core import cost
+from .core.artifacts import Plan, Sensitivity
+from .core.budget import Budget
+from .core.errors import SensibertError
+from .core.files import writing
+from .data import PRESETS, TaskData, get_task, guess_task, micro_batches
+from .inputs import (
+    best_device,
+    check_family,
+    encode,
+    load_model,
+    load_tokenizer,
+    training_examples,
+    validation_examples,
+)
+from .models import base_of, layout_of
+from .models.masks import kept_of
+from .models.structure import is_trimmed
+from .recipe import RESULT, check_place
+from .report.tables import kept_rows
+from .run_options import LAYOUTS, Options, grid_name, parse_grid
+from .saving.folder import dense, export, load
+from .saving.output_paths import check_file, check_output
+from .sensitivity import sampled_loss
+from .sensitivity.analyze import analyze
+from .sensitivity.gradients import STATISTICS
+from .sensitivity.ranking import rank_tensors
+from .training.trainer import predict
+from .trimming.trim import trim
+
+_TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
+
+
+def outline(options: Options) -> dict:
+    """What a run would do, told from options, model and local files: nothing is written, nothing encoded or trained."""
+    options.check()
+    options = options.resolved()
+    check_place(options)
+    train = training_examples(options) if options.train_file else None
+    validation = validation_examples(options) if options.validation_file else None
+    task = options.task or guess_task(train, options.text_column, options.label_column)
+    columns = options.text_column, options.label_column
+    data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
+    layout = layout_of(load_model(options.model, data))
+    budget, counts, limit = options.parsed_budget(), cost.counts_of(layout), None
+    if options.method != "dense":
+        limit = cost.want_reach(layout, budget, parse_grid(options.grid))
+    return {
+        "task": get_task(task).name,
+        "model": options.model,
+        "family": layout.family,
+        "train_rows": len(train) if train else None,
+        "validation_rows": len(validation) if validation else None,
+        "method": options.method,
+        "budget": str(budget) if options.method != "dense" else None,
+        "scope": options.scope,
+        "grid": options.grid,
+        "encoder_params_before": layout.encoder_params,
+        "total_params_before": layout.total_params,
+        "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
+        "limit": limit,
+        "schedule": options.schedule.shape,
+        "cut_after": f"{100 * options.schedule.warm_share:.0f} % of the steps",
+        "epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "batch_size": options.batch_size,
+        "output": options.output,
+    }
+
+
+def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
+    """Scores of a fine-tuned model on a file, written to options.output."""
+    options = options.resolved()
+    rule = STATISTICS.get(options.method)
+    options.check(needs_data=rule is None or rule.data)
+    if rule is None:
+        raise SensibertError(f"method is {options.method!r}, want one of {', '.join(STATISTICS)}")
+    check_file(options.output, options.overwrite)
+    grid, asked = parse_grid(options.grid), (options.seed, options.autocast())
+    if rule.data:
+        model, data = _model_and_data(options, "train")
+
+        def batches(samples: int):
+            return micro_batches(data.train, data.collator, samples, options.micro_batch, options.seed)
+
+        found = analyze(model, batches(options.samples), options.method, sampled_loss, *asked, grid)
+        few = batches(min(options.samples, RANKED_SAMPLES))
+        found = replace(found, tensors=rank_tensors(model, few, sampled_loss, *asked))
+    else:
+        check_family(options.model)
+        found = analyze(load(options.model)[0], (), options.method, None, *asked, grid)
+    with writing(options.output):
+        found.save(options.output)
+    facts = {"task": data.task.name if rule.data else None, "model": options.model, "method": options.method}
+    facts |= {"grid": options.grid}
+    sizes = {"seed": options.seed, "samples": found.samples, "encoder_params_before": found.layout.encoder_params}
+    return {**facts, **sizes, "tensors": found.tensors, "curves": found.curves, "output": options.output}, found
+
+
+def plan_file(
+    sensitivity: str,
+    output: str | None,
+    budget: Budget,
+    step: int | None,
+    policy: str,
+    overwrite: bool,
+    dry_run: bool,
+) -> tuple[dict, Plan]:
+    """The plan that a sensitivity file gives for a budget, written to output; and the same in the words of a result."""
+    if output is None and not dry_run:
+        raise SensibertError("output is missing, want a file to write, or --dry-run")
+    if output is not None:
+        check_file(output, overwrite)
+    scores = Sensitivity.load(sensitivity)
+    cost.want_reach(scores.layout, budget, scores.grid)
+    plan = allocate(scores, budget, step, policy)
+    if output is not None and not dry_run:
+        with writing(output):
+            plan.save(output)
+    return {**plan_result(plan), "output": None if dry_run else output}, plan
+
+
+def plan_result(plan: Plan) -> dict:
+    """The plan in the words of result.json."""
+    budget, sizes = plan.budget, {}
+    for when, kept in (("before", (None, None)), ("after", (plan.keep, plan.grid))):
+        for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
+            sizes[f"{name}_{when}"] = cost.left(plan.layout, *kept, scope)[0]
+        sizes[f"flops_{when}"] = cost.left(plan.layout, *kept, budget.scope, budget.length)[1]
+    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(plan.grid)}
+    return {**facts, **sizes, "flops_length": budget.length}
+
+
+def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
+    """Cut the model in a folder by a plan file and export it. The plan must have been made for this very model."""
+    if layout not in LAYOUTS:
+        raise SensibertError(f"layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+    check_output(output, overwrite)
+    chosen = Plan.load(plan)
+    check_family(model)
+    found, tokenizer = load(model)
+    if layout_of(found).digest != chosen.layout.digest:
+        raise SensibertError(
+            f"plan: {plan} comes from the sensitivity of another model than {model} (their weights or shapes differ)"
+        )
+    if not dry_run:
+        trim(found, chosen)
+        info = {"method": chosen.method, "budget": str(chosen.budget)}
+        with writing(output):
+            export(found, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
+    return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
+
+
+def _task_of(model: nn.Module, options: Options) -> str:
+    """The task a fine-tuned model was made for: what was asked, what its folder says, or what its head tells."""
+    noted = (getattr(model.config, "sensibert", None) or {}).get("task")
+    if options.task or noted:
+        return options.task or noted
+    name = type(model).__name__
+    for head, task in _TASK_OF_HEAD.items():
+        if head in name:
+            return task
+    if "SequenceClassification" not in name:
+        raise SensibertError(f"model: {options.model} is a {name}, want a fine-tuned model with a task head")
+    return "regression" if model.config.num_labels == 1 else "text-classification"
+
+
+def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
+    """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels."""
+    if role == "validation" and options.validation_file is None and options.task not in PRESETS:
+        raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+    examples = training_examples(options) if role == "train" else validation_examples(options)
+    check_family(options.model)
+    model, tokenizer = load(options.model)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(options.model)
+    if base_of(model) is model:
+        raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
+    noted = (getattr(model.config, "sensibert", None) or {}).get("max_length")
+    options = options if options.max_length else replace(options, max_length=noted)
+    options = replace(options.resolved(), task=_task_of(model, options))
+    task, names = get_task(options.task), [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
+        raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
+    if task.name == "regression" and len(names) != 1:
+        raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
+    classes = names if task.name in ("text-classification", "token-classification") else None
+    both = (examples, None) if role == "train" else (None, examples)
+    return model.to(best_device()), encode(options, tokenizer, *both, classes)
+
+
+def evaluate_folder(options: Options) -> dict:
+    """Metrics of a model folder on a file."""
+    started = time.perf_counter()
+    options.check(needs_data=False)
+    model, data = _model_and_data(options, "validation")
+    logits = predict(model, data.validation, data.collator, autocast=options.autocast())
+    now = layout_of(model), *kept_of(model)
+    return {
+        "task": data.task.name,
+        "model": options.model,
+        "encoder_params_after": cost.left(*now, "encoder")[0],
+        "total_params_after": cost.left(*now, "model")[0],
+        "metrics": data.compute_metrics(logits),
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
+    }
+
+
+# What only the run itself knows; null where a folder was trimmed without one.
+_NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_dense", "seconds")
+
+
+def inspect_folder(folder: str) -> dict:
+    """Sizes, origin and layers of a trimmed model folder, in the words of result.json."""
+    check_family(folder)
+    model, _ = load(folder)
+    layout = layout_of(model)
+    keep, grid = kept_of(model)
+    before = layout_of(dense(model)) if is_trimmed(model) else layout
+    entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
+    try:
+        known = json.loads(result_file.read_text()) if result_file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SensibertError(f"{result_file}: cannot be read ({str(error).splitlines()[0]})") from None
+    rows: dict[int, dict] = {}
+    for now, then in zip(layout.sites, before.sites, strict=True):
+        row = rows.setdefault(now.layer, {"layer": now.layer})
+        name = "heads" if now.kind == "head" else "ffn"
+        row |= {name: now.units, f"{name}_of": then.units}
+    noted = {name: known.get(name, entry.get(name)) for name in _NOTED}
+    scope, length = noted["scope"] or "encoder", known.get("flops_length", Options.flops_length)
+    sizes = {
+        "encoder_params_before": before.encoder_params,
+        "encoder_params_after": cost.left(layout, keep, grid, "encoder")[0],
+        "total_params_before": before.total_params,
+        "total_params_after": cost.left(layout, keep, grid, "model")[0],
+        "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
+        "flops_after": cost.left(layout, keep, grid, scope, length)[1],
+        "flops_length": length,
+    }
+    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(grid), **sizes}
+    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of, _ in kept_rows(layout, keep, grid)]
+    return {**facts, "layers": list(rows.values()), "tensors": tensors}

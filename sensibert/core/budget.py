@@ -1,0 +1,45 @@
+"""Upper bounds on parameters or FLOPs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import SensibertError
+
+_SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+SCOPES = ("encoder", "model")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on parameters or FLOPs of the encoder or the model, as a share of the dense one or absolute."""
+
+    value: float
+    kind: str  # "params", "flops" or "ms"
+    relative: bool
+    scope: str = "encoder"
+    length: int = 128  # tokens a sequence, for FLOPs
+
+    @classmethod
+    def parse(cls, text: str, scope: str = "encoder", length: int = 128) -> Budget:
+        """`50%params`, `30%flops`, `5.3Mparams`, `1.2Gflops`, `8ms`. SensibertError says what is wrong."""
+        wanted = "want for example 50%params, 30%flops, 5.3Mparams or 1.2Gflops"
+        if scope not in SCOPES:
+            raise SensibertError(f"budget: scope is {scope!r}, want encoder or model")
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGT]?)\s*(params|flops|ms)\s*", text)
+        if not found or (found[3] == "ms" and found[2]):
+            raise SensibertError(f"budget: {text!r} is not a budget, {wanted}")
+        number, unit, kind = float(found[1]), found[2], found[3]
+        relative = unit == "%"
+        if number <= 0 or (relative and number > 100):
+            raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {wanted}")
+        return cls(number / 100 if relative else number * _SCALE[unit], kind, relative, scope, length)
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.value * 100:g}%{self.kind}"
+        for unit in ("T", "G", "M", "K"):
+            if self.kind != "ms" and self.value >= _SCALE[unit]:
+                return f"{self.value / _SCALE[unit]:.12g}{unit}{self.kind}"
+        return f"{self.value:.12g}{self.kind}"

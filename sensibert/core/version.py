@@ -1,0 +1,10 @@
+"""The installed version, written once: in pyproject.toml."""
+
+
+def version() -> str:
+    from importlib import metadata  # slow to import, and rarely asked for
+
+    try:
+        return metadata.version("sensibert")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+source"

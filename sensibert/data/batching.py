@@ -1,0 +1,58 @@
+"""Batches: the collator that pads, and the micro-batches of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from .encode import IGNORED
+
+
+class Collator:
+    """Items -> a batch of tensors, padded on the right to its longest item.
+
+    Or on to a multiple of pad_to_multiple_of tokens, but for that alone not beyond max_length: a model may have no
+    position there."""
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, max_length: int | None = None):
+        self.pad_to_multiple_of, self.max_length = pad_to_multiple_of, max_length
+        self.padding = {"input_ids": pad_token_id, "labels": IGNORED}  # everything else: 0
+
+    def __call__(self, items: list[Mapping]) -> dict[str, Tensor]:
+        longest = self._width(max(len(item["input_ids"]) for item in items), self.pad_to_multiple_of)
+        batch = {}
+        for name, first in items[0].items():
+            values = [item[name] for item in items]
+            if isinstance(first, list):
+                padded = np.full((len(items), longest), self.padding.get(name, 0), np.int64)
+                for row, value in zip(padded, values):
+                    row[: len(value)] = value
+                batch[name] = torch.from_numpy(padded)
+            else:
+                batch[name] = torch.tensor(values)
+        return batch
+
+    def extended(self, batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
+        """A batch of ours, padded on to another multiple."""
+        more = self._width(batch["input_ids"].shape[1], multiple) - batch["input_ids"].shape[1]
+        return {
+            name: pad(value, (0, more), value=self.padding.get(name, 0)) if value.dim() == 2 else value
+            for name, value in batch.items()
+        }
+
+    def _width(self, longest: int, multiple: int | None) -> int:
+        wanted = longest + -longest % multiple if multiple else longest
+        return wanted if self.max_length is None else max(longest, min(wanted, self.max_length))
+
+
+def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:
+    """`samples` rows drawn without replacement, by falling length so that little is padded, `size` at a time."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
+    for begin in range(0, len(order), size):
+        yield collator([data[row] for row in order[begin : begin + size]])

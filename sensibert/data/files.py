@@ -1,0 +1,214 @@
+"""Local files or a hub name -> a plain dict of columns. Nothing is cached and strings such as 'NA' stay strings."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import SensibertError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows as columns of equal length. name is the file or data set, for messages; class_names comes with hub data."""
+
+    columns: dict[str, list]
+    name: str
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def load_examples(source: str, split: str | None = None) -> Examples:
+    """Read csv, tsv, jsonl, json or parquet (each also .gz), or `name` / `name:config` from the hub.
+
+    split is for hub names ('train' when left out). SensibertError: missing, empty, undecodable or malformed data."""
+    path = Path(source)
+    parts = path.name.lower().split(".")[1:]
+    suffix = parts[-2] if len(parts) > 1 and parts[-1] == "gz" else "".join(parts[-1:])
+    if path.is_file():
+        if suffix not in READERS:
+            known = ", ".join(f".{name}" for name in READERS)
+            raise SensibertError(f"{source}: unknown suffix '.{suffix}', want {known}, each also with .gz")
+        examples = Examples(READERS[suffix](_read(path), source), source)
+    elif path.exists():
+        raise SensibertError(f"{source} is a folder, want a file")
+    elif suffix in READERS or path.parent.name and path.parent.is_dir() or not HUB_NAME.fullmatch(source):
+        raise SensibertError(f"{source}: no such file")
+    else:
+        examples = _from_hub(source, split or "train")
+    if len(examples) == 0:
+        raise SensibertError(f"{source} holds no rows")
+    return examples
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SensibertError(f"{path} is not a complete gzip file ({error})") from error
+    except OSError as error:
+        raise SensibertError(f"{path}: {error.strerror or error}") from error
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SensibertError(f"{name}: line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from error
+
+
+def _table(rows: list[tuple[int, list[str]]], name: str) -> dict[str, list]:
+    """rows: (line number, fields); the first one is the header."""
+    if not rows:
+        raise SensibertError(f"{name} is empty, want a header and rows")
+    header = rows[0][1]
+    for column in header:
+        if header.count(column) > 1:
+            raise SensibertError(f"{name}: column '{column}' stands twice in the header")
+    for line, fields in rows[1:]:
+        if len(fields) != len(header):
+            raise SensibertError(
+                f"{name}: line {line}: {len(fields)} fields, want {len(header)} ({', '.join(header)[:80]})"
+            )
+    return {column: [fields[i] for _, fields in rows[1:]] for i, column in enumerate(header)}
+
+
+def _read_csv(data: bytes, name: str) -> dict[str, list]:
+    """Strict: a quote that never closes would otherwise swallow the rows behind it."""
+    reader = csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True)
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long context is no error
+    rows, line = [], 1
+    try:
+        for fields in reader:
+            if fields:
+                rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SensibertError(f"{name}: line {line}: not csv ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+    return _table(rows, name)
+
+
+def _read_tsv(data: bytes, name: str) -> dict[str, list]:
+    """Quotes mean what they mean in csv if every line is well formed by itself; otherwise they are text, as in GLUE."""
+    lines = [(i, line.rstrip("\r")) for i, line in enumerate(_decode(data, name).split("\n"), 1)]
+    lines = [(i, line) for i, line in lines if line]
+    plain = [(i, line.split("\t")) for i, line in lines]
+    if any(field.startswith('"') for _, fields in plain for field in fields):
+        try:
+            quoted = [(i, next(csv.reader([line], delimiter="\t", strict=True))) for i, line in lines]
+        except csv.Error:
+            return _table(plain, name)
+        if len({len(fields) for _, fields in quoted}) == 1:
+            return _table(quoted, name)
+    return _table(plain, name)
+
+
+def _parse_json(text: str, name: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SensibertError(f"{name}: line {line or error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise SensibertError(f"{name}: JSON nested too deeply") from error
+
+
+def _records(rows: list[tuple[str, Any]], name: str) -> dict[str, list]:
+    """rows: (where, object). A key that some objects lack is None there."""
+    columns: dict[str, list] = {}
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise SensibertError(f"{name}: {where} is {type(row).__name__}, want an object with named fields")
+        columns.update({key: [] for key in row if key not in columns})
+    return {key: [row.get(key) for _, row in rows] for key in columns}
+
+
+def _read_jsonl(data: bytes, name: str) -> dict[str, list]:
+    lines = [(i, line) for i, line in enumerate(_decode(data, name).split("\n"), 1) if line.strip()]
+    return _records([(f"line {i}", _parse_json(line, name, i)) for i, line in lines], name)
+
+
+def _read_json(data: bytes, name: str) -> dict[str, list]:
+    """A list of objects, {"data": such a list}, the nested file of the SQuAD authors, or an object of columns."""
+    content = _parse_json(_decode(data, name), name)
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+        if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
+            content = _squad_rows(content, name)
+    if isinstance(content, list):
+        return _records([(f"row {i}", row) for i, row in enumerate(content, 1)], name)
+    if not (isinstance(content, dict) and content and all(isinstance(v, list) for v in content.values())):
+        raise SensibertError(f"{name}: want a list of objects, or one object of equally long lists")
+    if len({len(values) for values in content.values()}) > 1:
+        lengths = ", ".join(f"{key} {len(values)}" for key, values in content.items())
+        raise SensibertError(f"{name}: columns differ in length ({lengths})")
+    return content
+
+
+def _squad_rows(articles: list, name: str) -> list[dict]:
+    try:
+        return [
+            {
+                "id": qa["id"],
+                "context": paragraph["context"],
+                "question": qa["question"],
+                "answers": {key: [answer[key] for answer in qa["answers"]] for key in ("text", "answer_start")},
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise SensibertError(f"{name}: 'data' holds paragraphs but is not a SQuAD file ({error!r})") from error
+
+
+def _read_parquet(data: bytes, name: str) -> dict[str, list]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise SensibertError(f"{name}: not parquet ({str(error).splitlines()[0]})") from error
+
+
+READERS: dict[str, Callable[[bytes, str], dict[str, list]]] = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
+}
+
+
+def _from_hub(source: str, split: str) -> Examples:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the library raises its own, the hub's, pyarrow's and fsspec's kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SensibertError(f"{source} is no file, and cannot be loaded from the hub ({reason})") from error
+    class_names = {}
+    for column, feature in data.features.items():
+        names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+        if names:
+            class_names[column] = list(names)
+    return Examples(data.to_dict(), f"{source}[{split}]", class_names)

@@ -1,0 +1,87 @@
+"""One row of a table a task, one row a preset. What a task does with its rows is in data.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.errors import SensibertError
+
+
+@dataclass(frozen=True)
+class Task:
+    """input_columns: the sets of columns looked for, in this order; label_columns likewise. recovery: of `Schedule`,
+    where none is asked for (the rows in docs/method.md)."""
+
+    name: str
+    auto_class_name: str
+    input_columns: tuple[tuple[str, ...], ...]
+    label_columns: tuple[str, ...]
+    main_metric: str
+    max_length: int = 128
+    recovery: str = "lifted"
+
+
+SENTENCES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+QUESTIONS = (("question", "context"),)
+WORDS = (("tokens",),)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, ("label",), "accuracy"),
+        Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
+        Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "plain"),
+        Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A public data set with the settings usual for fine-tuning a BERT on it. source is what load_examples takes."""
+
+    name: str
+    task: str
+    source: str
+    train_split: str = "train"
+    validation_split: str = "validation"
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    epochs: int = 3
+    max_length: int = 128
+
+
+# Settings: the examples of transformers (run_glue, run_qa), within the ranges of Devlin et al. 2019, appendix A.3.
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("mnli", "text-classification", "nyu-mll/glue:mnli", validation_split="validation_matched"),
+        Preset("qqp", "text-classification", "nyu-mll/glue:qqp"),
+        Preset("qnli", "text-classification", "nyu-mll/glue:qnli"),
+        Preset("sst2", "text-classification", "nyu-mll/glue:sst2"),
+        Preset(
+            "squad",
+            "question-answering",
+            "rajpurkar/squad",
+            learning_rate=3e-5,
+            batch_size=12,
+            epochs=2,
+            max_length=384,
+        ),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name, or of the preset of that name."""
+    task = PRESETS[name].task if name in PRESETS else name
+    if task not in TASKS:
+        raise SensibertError(f"task is '{name}', want one of {', '.join([*TASKS, *PRESETS])}")
+    return TASKS[task]

@@ -1,0 +1,148 @@
+"""How the model, the tokenizer and the data that options name are read. Every refusal says which of them it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+from .core.errors import SensibertError
+from .data import PRESETS, Examples, TaskData, load_examples
+from .models import base_type, families
+from .models.masks import Masks
+from .models.modules import positions
+from .models.structure import STRUCTURE, read_structure
+from .run_options import AVERAGE, SNAPSHOT, Options
+from .training.distillation import Reordered
+
+# What transformers raises for a folder that is missing, damaged, or of another kind.
+_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_examples(options: Options) -> Examples:
+    """The training file, or the preset's hub data."""
+    preset = PRESETS.get(options.task or "")
+    if options.train_file is not None:
+        return load_examples(options.train_file, preset.train_split if preset else "train")
+    if preset is None:
+        raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+    return load_examples(preset.source, preset.train_split)
+
+
+def validation_examples(options: Options) -> Examples | None:
+    """The validation file; for a preset whose training data comes from the hub, its split from there."""
+    preset = PRESETS.get(options.task or "")
+    if options.validation_file is not None:
+        return load_examples(options.validation_file, preset.validation_split if preset else "validation")
+    if preset is None or options.train_file is not None:
+        return None
+    return load_examples(preset.source, preset.validation_split)
+
+
+def load_data(options: Options, tokenizer) -> TaskData:
+    """Training and validation data as features."""
+    return encode(options, tokenizer, training_examples(options), validation_examples(options))
+
+
+def encode(
+    options: Options, tokenizer, train: Examples | None, validation: Examples | None, names: list[str] | None = None
+) -> TaskData:
+    """names: the classes of a model that exists; left out they come from the training data."""
+    columns = options.text_column, options.label_column
+    return TaskData.build(
+        options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
+    )
+
+
+def check_family(source: str) -> None:
+    """SensibertError unless source holds a model of a family we have a table for."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except _UNREADABLE as error:
+        wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
+        raise SensibertError(f"model: {source} {wrong} ({first_line(error)})") from None
+    if base_type(config.model_type) not in families():
+        raise SensibertError(
+            f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
+        )
+
+
+def load_tokenizer(source: str):
+    try:
+        found = AutoTokenizer.from_pretrained(source)
+    except _UNREADABLE as error:
+        raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
+    if len(found) <= len(set(found.all_special_ids)):  # made up, where the files are missing
+        raise SensibertError(f"model: no tokenizer in {source} (no word but {', '.join(found.all_special_tokens)})")
+    return found
+
+
+def load_model(source: str, data: TaskData | None = None) -> nn.Module:
+    """A pre-trained encoder in fp32, with a head for the task if data is given.
+
+    SensibertError for an unknown family, or for a folder masked by a grid, whose zeros training would not keep."""
+    check_family(source)
+    structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
+    if structure is not None and isinstance(read_structure(structure), Masks):
+        raise SensibertError(f"model: {source} is masked by a grid, want a model that is whole, or cut by units")
+    kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
+    try:
+        # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
+        return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
+    except _UNREADABLE as error:
+        raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
+
+
+def check_room(model: nn.Module, data: TaskData) -> None:
+    """SensibertError where rows are longer than the model, or words have numbers that it does not know."""
+    parts = [part for part in (data.train, data.validation) if part is not None]
+    longest = max(max(part.lengths) for part in parts)
+    if longest > (positions(model) or longest):
+        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
+    highest = max(int(part.per_token["input_ids"].max()) for part in parts)
+    if highest >= model.config.vocab_size:
+        raise SensibertError(
+            f"model: its tokenizer gives the token {highest}, and it knows {model.config.vocab_size}: want its own"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def load_teacher(
+    options: Options, data: TaskData, folder: Path, load: Callable[[str], tuple[nn.Module, object]]
+) -> nn.Module | None:
+    """The given teacher, or the snapshot this run has made already; None until there is one.
+
+    load: source -> (model with its head, tokenizer), as `export` has it. SensibertError for one of another task. Its
+    classes may stand in another order than those of the data."""
+    if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
+        return None
+    source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
+    check_family(source)
+    teacher = load(source)[0].requires_grad_(False).to(best_device())
+    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), teacher.config.num_labels
+    if kind not in type(teacher).__name__ or outputs != data.num_labels:
+        raise SensibertError(
+            f"teacher: {source} is a {type(teacher).__name__} with {outputs} outputs, want a model fine-tuned for "
+            f"{data.task.name} with {data.num_labels}"
+        )
+    names = [str(teacher.config.id2label[i]).casefold() for i in range(outputs)]
+    wanted = [str(name).casefold() for name in data.label_names]
+    if not wanted or names in (wanted, [f"label_{i}" for i in range(outputs)]):  # or it does not say
+        return teacher
+    if sorted(names) != sorted(wanted):
+        raise SensibertError(f"teacher: {source} has the classes {', '.join(names)}, want {', '.join(wanted)}")
+    return Reordered(teacher, [names.index(name) for name in wanted]).eval()

@@ -1,0 +1,36 @@
+"""DeBERTa-v2 and -v3. Its heads are laid out by attributes: without them a trimmed layer runs and is silently wrong."""
+
+from ...core.layout import Flops
+from .family import Axis, Family
+
+
+def _relative_flops(config: object, head_dim: int) -> Flops:
+    """A head against the table of relative positions: 2 D FLOPs a token and entry for each of c2p and p2c, and the
+    projections of the table itself, once a pass."""
+    if not config.relative_attention:
+        return Flops()
+    buckets, longest = getattr(config, "position_buckets", -1), config.max_relative_positions
+    entries = 2 * (buckets if buckets > 0 else longest if longest > 0 else config.max_position_embeddings)
+    kinds = sum(kind in (config.pos_att_type or ()) for kind in ("c2p", "p2c"))
+    # The shared query and key projections both run, whatever is used of them.
+    projections = 2 if getattr(config, "share_att_key", False) else kinds
+    return Flops(
+        token=2 * kinds * head_dim * entries, forward=2 * projections * entries * config.hidden_size * head_dim
+    )
+
+
+FAMILY = Family(
+    model_type="deberta-v2",
+    layers="encoder.layer.*",
+    head=Axis(
+        produces=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        tables=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        consumes="attention.output.dense",
+        counts=("attention.self.num_attention_heads",),
+        widths=("attention.self.all_head_size",),
+        minimum=1,
+    ),
+    ffn=Axis(produces=("intermediate.dense",), consumes="output.dense"),
+    head_dim="attention.self.attention_head_size",
+    relative_flops=_relative_flops,
+)

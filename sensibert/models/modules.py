@@ -1,0 +1,66 @@
+"""Where the parts of a model are, read off its family's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..core.errors import SensibertError
+from .families import base_type, families
+from .families.family import Family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The table of a transformers model, or a SensibertError that says what is supported."""
+    config = getattr(model, "config", None)
+    model_type = base_type(getattr(config, "model_type", type(model).__name__))
+    if model_type not in families():
+        raise SensibertError(
+            f"model: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise SensibertError(f"model: {model_type} is configured as a decoder, want an encoder (is_decoder=False)")
+    return families()[model_type]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its task head; member names are relative to it."""
+    return getattr(model, "base_model", model)
+
+
+def embeddings_of(model: nn.Module) -> nn.Module:
+    """What turns tokens into vectors: the tables of words, positions and types with their norm, or the table alone."""
+    return getattr(base_of(model), "embeddings", None) or model.get_input_embeddings()
+
+
+def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules at a dotted path whose `*` stands for every index of a module list."""
+    found = [("", root)]
+    for part in pattern.split("."):
+        nested = []
+        for name, module in found:
+            children = module.named_children() if part == "*" else [(part, getattr(module, part))]
+            nested += [(f"{name}.{child}" if name else child, value) for child, value in children]
+        found = nested
+    yield from found
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence that a table of absolute positions allows; None: there is no such table."""
+    table = getattr(embeddings_of(model), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def attribute(root: object, path: str) -> object:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path in the base model, layer module) of every transformer layer, in order."""
+    return list(walk(base_of(model), family_of(model).layers))

@@ -1,0 +1,119 @@
+"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only and
+scores each while it is in registers (csrc/kernels), and here its reference, which reads the same list. Keep grids as
+in masked_linear_tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from ...core.grid import Grid
+from .tiles import BAND, kept_blocks
+
+OP = "sensibert::masked_linear_tiles_dweight"
+define(OP, "(Tensor dy, Tensor x, Tensor tiles, Tensor dropped) -> Tensor")
+define(
+    OP + "_score_",
+    "(Tensor(a!) out, Tensor dy, Tensor x, Tensor weight, Tensor tiles, Tensor dropped, str reduce, str finish, "
+    "float decay, float scale) -> Tensor",
+)
+TILE_BANDS = 4  # blocks of a row in an output tile, at most
+
+
+class BlockList(NamedTuple):
+    """The blocks of dW [N, K]; masked_linear_dweight.h has the format."""
+
+    tiles: Tensor  # [T, 5 + 2 * TILE_BANDS] int32; most blocks first, ties by position
+    dropped: Tensor  # [D] int32: block row * ceil(K / 64) + block column, ascending
+
+
+def block_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> BlockList:
+    """keep bool grid.shape(N, K) -> BlockList. Rows that keep many of the same blocks share tiles: what both keep is
+    loaded once."""
+    kept = kept_blocks(keep, grid, num_rows, num_cols)
+    rows = [{col for col, alive in enumerate(row) if alive} for row in kept.tolist()]
+    tiles = [tile for pair in _pairs(rows) for tile in _tiles(rows, *pair)]
+    tiles.sort(key=_num_blocks, reverse=True)
+    words = [tile + [0] * (5 + 2 * TILE_BANDS - len(tile)) for tile in tiles]
+    tiles = torch.tensor(words, dtype=torch.int32, device=keep.device).view(len(words), 5 + 2 * TILE_BANDS)
+    return BlockList(tiles, (~kept).flatten().nonzero()[:, 0].int())
+
+
+def _pairs(rows: list[set[int]]) -> list[tuple[int, int]]:
+    """Each row once: the longest left with the one that shares most with it, the last alone as (row, row)."""
+    left, pairs = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
+    while left:
+        first = left.pop(0)
+        other = max(left, key=lambda i: len(rows[first] & rows[i]), default=first)
+        if left:
+            left.remove(other)
+        pairs.append((first, other))
+    return pairs
+
+
+def _tiles(rows: list[set[int]], i: int, j: int) -> Iterator[list[int]]:
+    """The tiles of block rows i and j, each as words: i, j, counts, block columns."""
+    both = sorted(rows[i] & rows[j]) if i != j else []
+    only_i, only_j = sorted(rows[i] - set(both)), sorted(rows[j] - set(both)) if i != j else []
+    while both or (only_i and only_j):
+        shared, both = both[:TILE_BANDS], both[TILE_BANDS:]
+        room = TILE_BANDS - len(shared)
+        own_i, own_j, only_i, only_j = only_i[:room], only_j[:room], only_i[room:], only_j[room:]
+        yield [i, j, len(own_i), len(shared), len(own_j), *own_i, *shared, *own_j]
+    row, rest = (i, only_i) if only_i else (j, only_j)
+    num_tiles = -(-len(rest) // (2 * TILE_BANDS))
+    for t in range(num_tiles):  # of one row, as evenly as can be
+        cols = rest[t * len(rest) // num_tiles : (t + 1) * len(rest) // num_tiles]
+        half = (len(cols) + 1) // 2
+        yield [row, row, half, 0, len(cols) - half, *cols]
+
+
+def _num_blocks(tile: list[int]) -> int:
+    return tile[2] + 2 * tile[3] + tile[4]
+
+
+def reference(dy: Tensor, x: Tensor, tiles: Tensor, dropped: Tensor) -> Tensor:
+    """dweight [N, K] = dy [..., N]^T x [..., K] in every listed block, and exactly 0 in the others."""
+    return _blank(dy.flatten(0, -2).T @ x.flatten(0, -2), tiles)
+
+
+def reference_score(out, dy, x, weight, tiles, dropped, reduce, finish, decay, scale):
+    """dweight as `reference`; out [ceil(N / 64), ceil(K / 64)] fp32 = decay * out + scale * finish(total), total the
+    reduction of weight [N, K] * dweight over a block as in block_sensitivity, dweight not yet rounded to x's dtype."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight = reference(dy.to(exact), x.to(exact), tiles, dropped)
+    terms = _blank(weight.to(exact) * dweight, tiles)
+    terms = terms if reduce == "signed" else terms.abs() if reduce == "abs" else terms.square()
+    rows, cols = (torch.arange(size, device=x.device) // BAND for size in terms.shape)
+    totals = terms.new_zeros(len(out), terms.shape[1]).index_add_(0, rows, terms)
+    totals = terms.new_zeros(out.shape).index_add_(1, cols, totals)
+    totals = (totals.square() if finish == "square" else totals.abs() if finish == "abs" else totals).float()
+    out.copy_(totals * scale + (out * decay if decay else 0))
+    return dweight.to(x.dtype)
+
+
+def _blank(t: Tensor, tiles: Tensor) -> Tensor:
+    kept = torch.zeros([-(-size // BAND) for size in t.shape], dtype=torch.bool, device=t.device)
+    for i, j, only_i, both, only_j, *cols in tiles.tolist():
+        kept[i, cols[: only_i + both]] = True
+        kept[j, cols[only_i : only_i + both + only_j]] = True
+    wide = kept.repeat_interleave(BAND, 0).repeat_interleave(BAND, 1)[: len(t), : t.shape[1]]
+    return t.masked_fill(~wide, 0)
+
+
+impl(OP, "default", reference)
+impl(OP + "_score_", "default", reference_score)
+
+
+@register_fake(OP)
+def _(dy, x, tiles, dropped):
+    return x.new_empty(dy.shape[-1], x.shape[-1])
+
+
+@register_fake(OP + "_score_")
+def _(out, dy, x, weight, tiles, dropped, reduce, finish, decay, scale):
+    return x.new_empty(dy.shape[-1], x.shape[-1])

@@ -1,0 +1,127 @@
+"""masked_linear on a tile list: for CUDA a kernel that never loads an empty tile of W (csrc/kernels), and here its
+reference, which reads the same list. Keep grids in blocks that are multiples of 64, or whole axes.
+
+Three ops: y = x (W * keep)^T + b, or x (W * keep); the first with a GELU after it, and what went into the GELU; the
+second times the slope of that GELU, which is the gradient on its way back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from ...core.grid import Grid
+
+OP = "sensibert::masked_linear_tiles"
+define(
+    OP,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols, "
+    "bool by_columns) -> Tensor",
+)
+define(
+    OP + "_gelu",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols) "
+    "-> (Tensor y, Tensor pre)",
+)
+define(
+    OP + "_dgelu",
+    "(Tensor dy, Tensor weight, Tensor pre, Tensor offsets, Tensor entries, Tensor order, int tile_cols) -> Tensor",
+)
+BAND = 64  # output features that are kept or dropped together, and input features of a step
+TILE_COLS = (192, 256)
+
+
+class TileList(NamedTuple):
+    """What is left of W [N, K], for T = ceil(N / tile_cols) tiles of output features; masked_linear_tiles.h has the
+    format."""
+
+    offsets: Tensor  # [2 T + 1] int32
+    entries: Tensor  # [offsets[-1]] int32: step << 4 | bands
+    order: Tensor  # [T] int32: longest first, ties by index
+    tile_cols: int
+
+
+def kept_blocks(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:
+    """keep bool grid.shape(N, K) -> bool [ceil(N / 64), ceil(K / 64)], for blocks that are multiples of 64."""
+    rows, cols = grid.block_size(num_rows, num_cols)
+    row_block = torch.arange(0, num_rows, BAND, device=keep.device) // rows
+    col_block = torch.arange(0, num_cols, BAND, device=keep.device) // cols
+    return keep[row_block][:, col_block]
+
+
+def tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, tile_cols: int | None = None) -> TileList:
+    """keep bool grid.shape(N, K) -> TileList. tile_cols None: 192, which can skip each 64 x 64 block, unless 256
+    divides N, 192 does not, and nothing would be lost."""
+    kept = kept_blocks(keep, grid, num_rows, num_cols)
+    if tile_cols is None:
+        wide = num_rows % 256 == 0 and num_rows % 192 and bool((kept == kept[::4].repeat_interleave(4, 0)).all())
+        tile_cols = 256 if wide else 192
+    num_bands = tile_cols // BAND
+    kept = F.pad(kept, (0, 0, 0, -len(kept) % num_bands)).unflatten(0, (-1, num_bands))  # [T, bands, S]
+    bands = (kept.int() << torch.arange(num_bands, device=keep.device)[:, None]).sum(1)  # [T, S]
+    full = bands == (1 << num_bands) - 1
+    tile, step = bands.nonzero(as_tuple=True)  # ascending in both
+    first = torch.sort(2 * tile + ~full[tile, step], stable=True).indices
+    entries = (step << 4 | bands[tile, step])[first].int()
+    counts = torch.stack([full.sum(1), ((bands > 0) & ~full).sum(1)], 1).flatten()
+    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+    cost = (kept.sum((1, 2)) if tile_cols == 192 else (bands > 0).sum(1)).long()
+    order = torch.sort(cost, descending=True, stable=True).indices.int()
+    return TileList(offsets, entries, order, tile_cols)
+
+
+def column_tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TileList:
+    """The list for y = x (W * keep), tiles of columns of W [N, K]."""
+    return tile_list(keep.T, Grid(grid.block_cols, grid.block_rows), num_cols, num_rows)
+
+
+def reference(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+    """y [..., N] = x [..., K] weight [N, K]^T + bias [N] or None, with every listed 64 x 64 block and no other.
+
+    by_columns: the weight is [K, N] and not transposed, the tiles are of its columns."""
+    weight = weight.T if by_columns else weight
+    N, K = weight.shape
+    num_bands = tile_cols // BAND
+    kept = torch.zeros(len(order) * num_bands, -(-K // BAND), dtype=torch.bool, device=x.device)
+    for tile in order.tolist():
+        for entry in entries[offsets[2 * tile] : offsets[2 * tile + 2]].tolist():
+            for band in range(num_bands):
+                kept[tile * num_bands + band, entry >> 4] = entry >> band & 1
+    wide = kept.repeat_interleave(BAND, 0)[:N].repeat_interleave(BAND, 1)[:, :K]
+    return F.linear(x.masked_fill(~wide.any(0), 0), weight.masked_fill(~wide, 0), bias)
+
+
+def reference_gelu(x, weight, bias, offsets, entries, order, tile_cols):
+    """(gelu(pre), pre), pre [..., N] = x [..., K] weight [N, K]^T + bias; the exact GELU, with erf."""
+    pre = reference(x, weight, bias, offsets, entries, order, tile_cols, False)
+    return F.gelu(pre), pre
+
+
+def reference_dgelu(dy, weight, pre, offsets, entries, order, tile_cols):
+    """dpre [..., K] = (dy [..., N] weight [N, K]) * gelu'(pre [..., K]), the list of weight's columns."""
+    dx = reference(dy, weight, None, offsets, entries, order, tile_cols, True)
+    return torch.ops.aten.gelu_backward(dx, pre)
+
+
+impl(OP, "default", reference)
+impl(OP + "_gelu", "default", reference_gelu)
+impl(OP + "_dgelu", "default", reference_dgelu)
+
+
+@register_fake(OP)
+def _(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+    return x.new_empty(*x.shape[:-1], weight.shape[1 if by_columns else 0])
+
+
+@register_fake(OP + "_gelu")
+def _(x, weight, bias, offsets, entries, order, tile_cols):
+    pre = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return pre, torch.empty_like(pre)
+
+
+@register_fake(OP + "_dgelu")
+def _(dy, weight, pre, offsets, entries, order, tile_cols):
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])

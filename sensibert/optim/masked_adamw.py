@@ -1,0 +1,199 @@
+"""AdamW that keeps dropped weights at zero, and optimizer state that follows a parameter when it shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from ..core.grid import Grid
+from ..ops.masked_adamw import HeldAdamW, matrix_shape
+
+
+@dataclass(eq=False)
+class _Held:
+    """The step of one device: serves as long as it is one of these very tensors with these settings."""
+
+    tensors: list[Tensor | None]
+    settings: tuple
+    step: HeldAdamW
+    rate: torch.dtype
+
+    def serves(self, tensors: list[Tensor | None], settings: tuple) -> bool:
+        return settings == self.settings and len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
+
+    set_keep names the blocks of a parameter that survive: the others and their moments are exactly 0 after every step.
+    set_shadow has a bf16 copy of a parameter, or of its kept rows and columns, rewritten by every step; track has
+    sensitivities accumulated in it.
+    `grad_factor`, a float32 scalar tensor or None, multiplies every gradient on the way (clipping, inverse loss scale).
+    A group's lr may be a tensor: then a captured step reads it anew at each replay. Without masks: torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        if float(lr) < 0 or eps < 0 or weight_decay < 0:
+            raise ValueError(f"MaskedAdamW: lr, eps, weight_decay are {lr}, {eps}, {weight_decay}, want 0 or more")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"MaskedAdamW: betas are {betas}, want each in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._start_unsaved()
+
+    def _start_unsaved(self) -> None:
+        self.grad_factor: Tensor | None = None
+        self._lr: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = {}
+        self._shadows: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._held: dict[torch.device, _Held] = {}
+        self.track({})
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "grad_factor" not in self.__dict__:  # a copy or a pickle, not load_state_dict
+            self._start_unsaved()
+
+    def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
+        """From the next step on. keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]; saved."""
+        self._want_held(param)
+        shape = grid.shape(*matrix_shape(param))
+        if keep.dtype != torch.bool or tuple(keep.shape) != shape:
+            raise ValueError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape}")
+        self.state[param]["keep"] = keep.to(param.device).contiguous()
+        self.state[param]["keep_grid"] = (grid.block_rows, grid.block_cols)
+
+    def clear_keep(self, param: Tensor) -> None:
+        """All of param trains again, what was dropped from 0."""
+        self._want_held(param)
+        self.state[param].pop("keep", None)
+        self.state[param].pop("keep_grid", None)
+
+    def set_shadow(
+        self, param: Tensor, shadow: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
+    ) -> None:
+        """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
+
+        With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that have a place."""
+        self._held.clear()
+        self._shadows.pop(param, None)
+        if shadow is not None:
+            self._want_held(param)
+            self._shadows[param] = (shadow, row_map, col_map)
+
+    def shadow(self, param: Tensor) -> Tensor | None:
+        """What set_shadow named."""
+        return self._shadows[param][0] if param in self._shadows else None
+
+    def track(
+        self,
+        scores: Mapping[Tensor, tuple[Tensor, Grid]],
+        reduce: str = "abs",
+        finish: str = "none",
+        decay: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        """From the next step on, add the sensitivity of each param in scores to its fp32 tensor, as `block_sensitivity`
+        does, from the weight before the step and the gradient times grad_factor; survivors only. {} ends it. Not saved.
+        """
+        for param in scores:
+            self._want_held(param)
+        self._held.clear()
+        self._scores: dict[Tensor, tuple[Tensor, Grid]] = dict(scores)
+        self._statistic = {"reduce": reduce, "finish": finish, "decay": decay, "scale": scale}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries = [
+            (param, grad, number)
+            for number, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if (grad := param.grad) is not None
+        ]
+        devices = {param.device for param, _, _ in entries}
+        for device in devices:
+            here = entries if len(devices) == 1 else [entry for entry in entries if entry[0].device == device]
+            self._step_on(device, *map(list, zip(*here, strict=True)))
+        return loss
+
+    def _step_on(self, device: torch.device, params: list[Tensor], grads: list[Tensor], groups: list[int]) -> None:
+        for layout in {grad.layout for grad in grads} - {torch.strided}:
+            raise ValueError(f"MaskedAdamW: a gradient is {layout}, want a dense one")
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        held = self._held_for(device, params, groups, states, steps)
+        factor = None if self.grad_factor is None else self.grad_factor.to(device)
+        held.step(grads, self._lr_on(device, held.rate), factor)
+        torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
+
+    def _held_for(self, device: torch.device, params, groups, states: list[dict], steps) -> _Held:
+        """The step of the last time, or a new one if anything is another tensor or setting than it was."""
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        keeps = [state.get("keep") for state in states]
+        grids = [state.get("keep_grid") for state in states]
+        betas = [tuple(map(float, group["betas"])) for group in self.param_groups]
+        eps, weight_decay = ([float(group[name]) for group in self.param_groups] for name in ("eps", "weight_decay"))
+        tensors = [*params, *moments[0], *moments[1], *steps, *keeps]
+        settings = groups, grids, betas, eps, weight_decay
+        held = self._held.get(device)
+        if held is None or not held.serves(tensors, settings):
+            step = HeldAdamW(
+                params, *moments, steps, groups, betas, eps, weight_decay,
+                keeps={t: (keep, Grid(*grids[t])) for t, keep in enumerate(keeps) if keep is not None},
+                **self._shadows_of(params),
+                scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
+                **self._statistic,
+            )  # fmt: skip
+            wide = device.type == "cpu" or any(param.dtype == torch.float64 for param in params)
+            held = _Held(tensors, settings, step, torch.float64 if wide else torch.float32)
+            self._held[device] = held
+        return held
+
+    def _shadows_of(self, params: list[Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Shadows, row maps and column maps by place, as the op wants them."""
+        held = [(t, self._shadows[p]) for t, p in enumerate(params) if p in self._shadows]
+        names = ("shadows", "row_maps", "col_maps")
+        return {name: {t: s[i] for t, s in held if s[i] is not None} for i, name in enumerate(names)}
+
+    def _lr_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One learning rate a group [G]; copied to the device only when one has changed."""
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(rate, Tensor) for rate in rates):
+            return torch.stack([torch.as_tensor(rate, dtype=dtype, device=device) for rate in rates])
+        known = self._lr.get((device, dtype))
+        if known is None or known[0] != rates:
+            known = self._lr[device, dtype] = rates, torch.tensor(rates, dtype=dtype, device=device)
+        return known[1]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Also takes the state of a torch.optim.AdamW."""
+        self._held.clear()
+        super().load_state_dict(state_dict)  # casts what it loads to the dtype of the parameter
+        for param, state in self.state.items():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
+            if "keep" in state:
+                state["keep"] = state["keep"].to(param.device, torch.bool)
+
+    def _want_held(self, param: Tensor) -> None:
+        if not any(param is p for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")

@@ -1,0 +1,76 @@
+"""The README.md of an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..models import base_of, family_of, modeling_sensibert, sites
+from ..models.modules import attribute
+
+CODE = Path(modeling_sensibert.__file__).name
+_CARD = """---
+library_name: transformers
+tags: [sensibert, pruned]
+---
+# {name}
+
+`{head}` with a trimmed {family} encoder, made by sensibert {version}.
+
+| | this model | base model |
+|---|---|---|
+| encoder parameters | {encoder:,} | {base_encoder:,} ({share:.1%} left) |
+| all parameters | {total:,} | {base_total:,} |
+| heads by layer | {heads} | {base_heads} |
+| FFN neurons by layer | {ffn} | {base_ffn} |
+
+Budget: {budget}. Method: {method}.
+
+## Load
+
+```python
+import sensibert  # teaches transformers this kind of folder
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{name}")
+```
+
+Where sensibert is not installed, the folder brings its own code (`{code}`):
+
+```python
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+```
+
+`structure.safetensors` holds the numbers of the base model's units that are left.
+"""
+
+
+def _numbers(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
+
+
+def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
+    entry, encoder = view.config.sensibert, family_of(base).encoder
+    full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
+    base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())
+    head = type(view).__name__
+    return _CARD.format(
+        name=name,
+        head=type(base).__name__,
+        family=entry["base_model_type"],
+        version=entry["sensibert_version"],
+        encoder=entry["encoder_params"],
+        base_encoder=base_encoder,
+        share=entry["encoder_params"] / base_encoder,
+        total=sum(p.numel() for p in view.parameters()),
+        base_total=sum(p.numel() for p in base.parameters()),
+        heads=_numbers(entry["heads"]),
+        base_heads=_numbers(full["head"]),
+        ffn=_numbers(entry["ffn"]),
+        base_ffn=_numbers(full["ffn"]),
+        budget=entry["budget"] or "not noted",
+        method=entry["method"] or "not noted",
+        auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
+        code=CODE,
+    )

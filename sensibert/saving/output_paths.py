@@ -1,0 +1,41 @@
+"""What may be written where."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..core.errors import SensibertError
+
+
+def check_output(output: str | Path, overwrite: bool) -> None:
+    """SensibertError if something is in the place of a folder to be written."""
+    output = Path(output)
+    if not output.name:
+        raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        what = "a link" if output.is_symlink() else "a file"
+        raise SensibertError(f"output: {output} is {what}, want the name of a new folder, or of one to replace")
+    if output.exists() and not overwrite and any(output.iterdir()):
+        raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
+
+
+def check_apart(output: str | Path, **inputs: str | None) -> None:
+    """SensibertError if replacing output would take an input of the run, or the folder one stands in, along."""
+    place = Path(output).resolve()
+    for name, given in {**inputs, "working folder": "."}.items():
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(place):
+            raise SensibertError(f"output: {output} holds the {name} of this run ({given}), want another folder")
+
+
+def check_file(path: str | Path, overwrite: bool) -> None:
+    """SensibertError if a file cannot be written there; told before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise SensibertError(f"output: {path} is a folder, want the name of a file")
+    if path.exists() and not overwrite:
+        raise SensibertError(f"output: {path} exists, want a new file or --overwrite")
+    if not path.parent.is_dir():
+        raise SensibertError(f"output: cannot write {path} (there is no folder {path.parent})")
+    if not os.access(path.parent, os.W_OK):
+        raise SensibertError(f"output: cannot write {path} (Permission denied)")

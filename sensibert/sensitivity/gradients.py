@@ -1,0 +1,137 @@
+"""Scores from gradients: one reduction of weight and gradient over every block, a micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import SensibertError
+from ..core.grid import Grid
+from ..core.layout import Layout
+from ..models import base_of, eval_mode, require_finite
+from ..ops import block_sensitivity
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[object, Batch, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """How a score comes about: from which labels, which members, and by which reduction of w and g."""
+
+    reduce: str
+    finish: str = "none"
+    data: bool = True
+    sampled: bool = False  # labels drawn from the model's prediction
+    all_members: bool = False  # else only the consuming weight
+
+
+STATISTICS = {
+    "obs": Statistic("factors", sampled=True),
+    "layer-obs": Statistic("factors"),
+    "fisher": Statistic("signed", "square", sampled=True),
+    "taylor": Statistic("signed", "abs"),
+    "saliency": Statistic("abs", all_members=True),
+    "magnitude": Statistic("weight_square", data=False, all_members=True),
+    "random": Statistic("random", data=False),
+    "paper": Statistic("gates"),
+}
+
+
+def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The loss the model itself computed from the labels in the batch."""
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise SensibertError(f"analyze: the model gave no loss, want labels in the batch (it has {sorted(batch)})")
+    return loss
+
+
+class ScoredBlocks(NamedTuple):
+    """A parameter whose blocks are scored, and whose score that is: a site's (its units), or the parameter's own."""
+
+    owner: str
+    parameter: str
+    grid: Grid
+    dim: int = 0
+    parts: int = 1  # sections along dim, each with one block a unit
+    shape: tuple[int, ...] = (-1,)  # of the owner's scores
+
+    def sections(self, parameter: Tensor) -> list[Tensor]:
+        return list(parameter.chunk(self.parts, self.dim)) if self.parts > 1 else [parameter]
+
+
+def scored_blocks(layout: Layout, statistic: Statistic, grid: Grid | None) -> list[ScoredBlocks]:
+    if grid is not None:
+        shapes = [(w.parameter, grid.shape(w.rows, w.cols)) for w in layout.weights]
+        return [ScoredBlocks(name, name, grid, shape=shape) for name, shape in shapes]
+    chosen = [(site, site.members if statistic.all_members else (site.consumer,)) for site in layout.sites]
+    return [ScoredBlocks(site.name, m.parameter, m.grid, m.dim, m.parts) for site, members in chosen for m in members]
+
+
+def reduce_blocks(
+    blocks: list[ScoredBlocks],
+    weights: list[Tensor],
+    grads: list[Tensor] | None,
+    statistic: Statistic,
+    out: list[Tensor] | None,
+) -> list[Tensor]:
+    """One op call over all weights; out holds one tensor per section, as its grid cuts it."""
+    parts, part_grads, grids = [], [], []
+    for number, block in enumerate(blocks):
+        sections = block.sections(weights[number])
+        parts += sections
+        part_grads += block.sections(grads[number]) if grads is not None else []
+        grids += [block.grid] * len(sections)
+    return block_sensitivity(parts, part_grads, grids, statistic.reduce, statistic.finish, out=out)
+
+
+def collect_scores(blocks: list[ScoredBlocks], out: list[Tensor]) -> dict[str, Tensor]:
+    """Sum the sections and members of each owner: name -> fp32 [units], or as the grid cuts the weight."""
+    scores: dict[str, Tensor] = {}
+    rest = iter(out)
+    for block in blocks:
+        for _ in range(block.parts):
+            found = next(rest).float().cpu().reshape(block.shape)
+            scores[block.owner] = scores[block.owner] + found if block.owner in scores else found
+    return scores
+
+
+def batch_size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def gradient_scores(
+    model: nn.Module,
+    blocks: list[ScoredBlocks],
+    batches: Iterable[Batch],
+    statistic: Statistic,
+    loss: Loss,
+    seed,
+    autocast,
+) -> tuple[dict[str, Tensor], int]:
+    state = dict(base_of(model).named_parameters())
+    weights = [state[block.parameter] for block in blocks]
+    frozen = [p for p in weights if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    generator, out, samples = torch.Generator().manual_seed(seed), None, 0
+    try:
+        with eval_mode(model, autocast) as device:
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                value = loss(model(**batch), batch, generator)
+                # Asking for these gradients alone skips the embeddings and leaves every .grad as it is.
+                grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+                require_finite(value, samples)
+                out = reduce_blocks(blocks, [w.detach() for w in weights], list(grads), statistic, out)
+                samples += batch_size(batch)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if out is None:
+        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+    return collect_scores(blocks, out), samples

@@ -1,0 +1,54 @@
+"""Scores from learnable soft gates with an L1 penalty: our reading of the Sensi-BERT abstract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import SensibertError
+from ..core.layout import Layout
+from ..models import base_of, eval_mode, require_finite
+from ..models.modules import attribute
+from .gradients import Batch, Loss, batch_size
+
+GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
+
+
+def soft_gate_scores(
+    model: nn.Module, layout: Layout, batches: Iterable[Batch], loss: Loss, seed: int, autocast
+) -> tuple[dict[str, Tensor], int]:
+    """|m_j| after a short run of Adam on the gates alone: loss + penalty * mean |m|, weights fixed."""
+    base, device = base_of(model), next(model.parameters()).device
+    gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in layout.sites}
+    handles = []
+    for site in layout.sites:
+        consumer = attribute(base, site.consumer.parameter.removesuffix(".weight"))
+
+        def gated(module: nn.Module, args: tuple, gate: Tensor = gates[site.name], span: int = site.consumer.span):
+            return (args[0] * gate.repeat_interleave(span).to(args[0].dtype), *args[1:])
+
+        handles.append(consumer.register_forward_pre_hook(gated))
+    used = [gate for gate in gates.values() if gate.numel()]
+    if not used:
+        raise SensibertError("analyze: no unit is left to be scored, want a model that has some")
+    optimizer = torch.optim.Adam(used, lr=GATE_RATE)
+    generator, samples = torch.Generator().manual_seed(seed), 0
+    try:
+        with eval_mode(model, autocast):
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                value = loss(model(**batch), batch, generator)
+                total = value + GATE_PENALTY * torch.cat(used).abs().mean()
+                require_finite(total, samples)
+                for gate, grad in zip(used, torch.autograd.grad(total, used), strict=True):
+                    gate.grad = grad
+                optimizer.step()
+                samples += batch_size(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not samples:
+        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+    return {name: gate.detach().abs().cpu() for name, gate in gates.items()}, samples

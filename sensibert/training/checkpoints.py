@@ -1,0 +1,129 @@
+"""Where a run lives until it is finished, what may be written where, and which checkpoints can be trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..core.errors import SensibertError
+from ..core.files import write_atomically, writing
+from ..models.masks import masks_of
+from ..models.structure import STRUCTURE, is_trimmed, save_structure
+
+MANIFEST = "sensibert_manifest.json"
+MEMORY = "sensibert_run.json"
+# What of a Trainer's arguments the weights of a step depend on, where it can be told by a number or a word.
+LEARNS_BY = ("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1")
+LEARNS_BY += ("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed")
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+
+
+def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
+    """Add structure and memory (what the run must not forget) to a checkpoint, then mark it as whole, last of all."""
+    folder = Path(checkpoint)
+    if is_trimmed(model) or masks_of(model) is not None:
+        save_structure(model, folder / STRUCTURE)
+    text = json.dumps(memory)
+    write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
+    manifest = json.dumps(_files(folder))
+    write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """SensibertError if the folder is not a whole checkpoint of ours."""
+    folder = Path(checkpoint)
+    try:
+        wanted = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise SensibertError(f"{folder}: not a whole checkpoint ({MANIFEST} is missing or unreadable)") from None
+    found = _files(folder)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
+
+
+def learns_by(arguments: TrainingArguments) -> dict[str, object]:
+    """Those of LEARNS_BY, as JSON holds them."""
+    found = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
+
+
+def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, object]) -> None:
+    """SensibertError if a checkpoint was made with other settings than those of the run that would go on from it."""
+    for name in was | now:
+        if was.get(name) != now.get(name):
+            raise SensibertError(
+                f"resume: {checkpoint} has {name} {was.get(name)}, and this run {now.get(name)}: want the same settings"
+            )
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>`, newest first, whole or not."""
+    found = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)]
+
+
+def _sealed(folder: str | Path) -> list[Path]:
+    """Without those whose writing was broken off: they never came to their manifest."""
+    return [checkpoint for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).exists()]
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint; None where none was finished; SensibertError if all that were are damaged."""
+    newest: SensibertError | None = None
+    for checkpoint in _sealed(folder):
+        try:
+            check_checkpoint(checkpoint)
+        except SensibertError as error:
+            newest = newest or error
+        else:
+            return checkpoint
+    if newest is not None:
+        raise newest
+    return None
+
+
+def partial_folder(output: str | Path) -> Path:
+    """Where a run lives until it is finished: checkpoints, the teacher. `output` appears only when it is complete."""
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+@contextmanager
+def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
+    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way.
+
+    A run that fails leaves its whole checkpoints and nothing else; without one, no trace."""
+    partial = partial_folder(output)
+    checkpoint = None
+    if resume:
+        checkpoint = latest_checkpoint(partial)
+    elif checkpoints(partial) and not overwrite:
+        raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        with writing(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / ".probe").write_text("")
+            (partial / ".probe").unlink()
+        yield partial, checkpoint
+    except BaseException:
+        for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
+            shutil.rmtree(begun, ignore_errors=True)
+        if not checkpoints(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            for folder in made[1:]:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise

@@ -1,0 +1,226 @@
+"""Model and data -> tuned model: a thin layer over transformers.Trainer.
+
+What it adds: a learning rate that re-warms after the cut, batches of equal length, distillation, a loss that is checked
+at every step, and checkpoints that can be trusted (a manifest says when one is whole) and that carry the structure.
+What happens *between* the steps is a callback handed in from above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..core.errors import SensibertError
+from ..core.files import writing
+from ..models.eval_mode import quick_attention
+from ..models.structure import STRUCTURE, is_trimmed, read_structure
+from .checkpoints import check_checkpoint
+from .distillation import Distillation
+
+# Batches are padded on to a multiple of so many tokens on a GPU, and once the model is cut in bf16 on a CPU: a trimmed
+# model's layers have widths of their own, so a length makes matrix products of many shapes, and what cuBLAS and oneDNN
+# prepare for a new one costs more than the padding. On a CPU, MiniLM cut to half, steps on lengths of which none comes
+# twice take 0.80 of the time so (`bench/bench_step.py`); a whole model meets few shapes, and fp32 prepares nothing.
+# Squad has 178 lengths in 331 batches of 32 rows, 38 in eights.
+MULTIPLE = 8
+
+
+class LengthSampler(Sampler[int]):
+    """Batches of similar length; the order depends on (seed, epoch) alone, so a resumed run sees the same."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class TrimTrainer(Trainer):
+    """transformers.Trainer that survives a model whose tensors shrink on the way.
+
+    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
+    model, the loss is what `distil` makes of both. Before a checkpoint is loaded, callbacks that have a `resume_from`
+    are told which (`TrimCallback`), and if it is of a trimmed model, the one that has a `restructure` cuts the model
+    alike. A train set that offers `.lengths` is read in batches of similar length; what a collator that offers
+    `.extended` gives is padded on where that is quicker."""
+
+    def __init__(
+        self,
+        *args,
+        lr_shape: Callable[[int, int], float] | None = None,
+        teacher: Callable[[], nn.Module | None] | None = None,
+        distil: Distillation | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        # Heads that are told the number of items divide by it, the others do not: Trainer shall divide by the steps.
+        self.model_accepts_loss_kwargs = False
+        self.lr_shape = lr_shape
+        self.teacher, self.distil = teacher, distil or Distillation()
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_shape is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        shape = self.lr_shape
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: shape(step, num_training_steps)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        factor = self.distil.fade(self.state.global_step, self.state.max_steps) if model.training else 0.0
+        teacher = self.teacher() if self.teacher is not None and factor else None
+        if teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "output_hidden_states": True} if self.distil.hidden else inputs
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
+        loss = self.distil.mix(loss, outputs, target, inputs, factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = _padded_on(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
+        ids = inputs.get("input_ids")
+        with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise SensibertError(
+                f"finetune: the loss is {float(loss)} at step {self.state.global_step + 1}; "
+                "try a smaller learning rate, more warm-up, or --precision fp32"
+            )
+        return loss
+
+    def _run_epoch(self, *args, **kwargs):
+        # From a checkpoint of the last step, in the midst of an epoch, Trainer would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_checkpoint(resume_from_checkpoint)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "resume_from"):
+                callback.resume_from(resume_from_checkpoint)
+        structure = Path(resume_from_checkpoint) / STRUCTURE
+        if structure.exists():
+            cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
+            if not cutters:
+                raise SensibertError(
+                    f"{resume_from_checkpoint}: of a trimmed model, want a TrimCallback to cut this one"
+                )
+            cutters[0](self.model if model is None else model, read_structure(structure))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, OSError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SensibertError(f"{checkpoint}: its optimizer or schedule cannot be loaded ({reason})") from None
+
+
+def want_one_process(arguments: TrainingArguments) -> None:
+    """DDP's reducer would hold on to the parameters of before a cut, and the processes drift apart without a word."""
+    if arguments.world_size > 1:
+        raise SensibertError(
+            f"finetune: trimming while training runs in one process, {arguments.world_size} were started; "
+            "trim first (sensibert trim), then train the smaller model in as many as you like"
+        )
+
+
+def finetune(
+    model: nn.Module,
+    train: Dataset,
+    collator: Callable,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: str | Path | None = None,
+    **trainer_options,
+) -> TrimTrainer:
+    """Train a model in place, in one process, from a checkpoint of the same run if one is given; returns the trainer.
+
+    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
+    SensibertError for a loss that is not finite or a damaged checkpoint."""
+    want_one_process(arguments)
+    trainer = TrimTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=list(callbacks),
+        **trainer_options,
+    )
+    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume goes on from the last whole checkpoint"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+def _padded_on(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
+    gains = device.type == "cuda" or (bf16 and is_trimmed(model))
+    return collator.extended(batch, MULTIPLE) if gains and hasattr(collator, "extended") else batch
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    """Logits in the order of `data`, computed in batches of similar length, so little is padded.
+
+    [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]). A row means nothing behind its tokens."""
+    lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
+    order = np.argsort(lengths, kind="stable")[::-1]
+    device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
+    model.eval()
+    rows: list[list[np.ndarray]] = [[] for _ in range(len(data))]
+    try:
+        for begin in range(0, len(order), batch_size):
+            chosen = [int(i) for i in order[begin : begin + batch_size]]
+            batch = collator([data[i] for i in chosen])
+            batch = _padded_on(model, batch, collator, device, autocast == torch.bfloat16)
+            batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
+            mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+            with mixed, quick_attention(device):
+                outputs = model(**batch)
+            names = [name for name in ("logits", "start_logits", "end_logits") if name in outputs]
+            logits = [outputs[name].float().cpu().numpy() for name in names]
+            for place, number in enumerate(chosen):
+                rows[number] = [array[place] for array in logits]
+    finally:
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
+    columns = [_stack(list(column)) for column in zip(*rows, strict=True)]
+    return columns[0] if len(columns) == 1 else tuple(columns)
+
+
+def _stack(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of different length are padded with -100 at the end of their first axis."""
+    longest = max(len(row) for row in rows)
+    pad = [(0, 0)] * (rows[0].ndim - 1)
+    return np.stack([np.pad(row, [(0, longest - len(row)), *pad], constant_values=-100) for row in rows])

@@ -1,0 +1,80 @@
+"""The proof of a trim: the masked and the trimmed encoder must agree on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifacts import Plan
+from ..core.errors import SensibertError
+from ..models import base_of, family_of
+from ..models.modules import attribute
+
+CHECK_TOKENS = 12
+
+
+@contextmanager
+def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Inside, dropped units contribute nothing: the consuming layer reads zeros in their columns."""
+    handles = []
+    for site in plan.layout.sites:
+        consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
+        gate = plan.keep[site.name].repeat_interleave(site.consumer.span)
+
+        def zero(module: nn.Module, args: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
+            return (args[0].masked_fill(~gate.to(args[0].device), 0), *args[1:])
+
+        handles.append(consumer.register_forward_pre_hook(zero))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> Tensor:
+    """Last hidden states of two fixed sequences of random tokens, the second one padded: [tokens, hidden] fp64."""
+    base, high = base_of(model), model.config.vocab_size
+    length = min(CHECK_TOKENS, getattr(model.config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
+    ids = torch.randint(min(10, high - 1), high, (2, length), generator=torch.Generator().manual_seed(0))
+    attend = torch.ones_like(ids)
+    attend[1, length - length // 3 :] = 0
+    device = next(base.parameters()).device
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        hidden = base(input_ids=ids.to(device), attention_mask=attend.to(device))[0]
+    finally:
+        for module in training:  # one by one: a frozen part may be in eval mode on purpose
+            module.training = True
+    return hidden[attend.to(device).bool()].double()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a whole encoder, relative to its largest output: 24 wide fp32 layers reach 5e-6, and a toy DeBERTa
+    with its heads laid out wrongly is off by no more than 2e-5 to 4e-5."""
+    if dtype == torch.float64:
+        return 1e-6  # some families round to fp32 inside
+    if dtype == torch.float32:
+        return 2e-5 if torch.get_float32_matmul_precision() == "highest" else 5e-3
+    return 5e-2
+
+
+def check_same(model: nn.Module, expected: Tensor) -> None:
+    """SensibertError unless the trimmed model computes what the masked one did."""
+    said = "the model is left as it was. Is its table in sensibert/models/ complete?"
+    family = family_of(model).model_type
+    try:
+        found = probe(model)
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SensibertError(f"trim: the trimmed {family} does not run ({reason}); {said}") from error
+    error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not error <= _tolerance(next(model.parameters()).dtype):  # a NaN is an error too
+        raise SensibertError(
+            f"trim: masked and trimmed {family} differ by {error:.1e} (relative), want rounding; {said}"
+        )

@@ -1,0 +1,106 @@
+"""Metrics against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from sensibert.data.metrics import (
+    answer_f1,
+    answer_metrics,
+    classification_metrics,
+    entities,
+    normalize_answer,
+    regression_metrics,
+    tagging_metrics,
+)
+
+
+def test_two_classes_give_accuracy_and_the_f1_of_class_one():
+    predicted, wanted = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
+    # class 1: 2 hits, 3 predicted, 3 there
+    assert classification_metrics(predicted, wanted, 2) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
+
+
+def test_f1_is_zero_where_class_one_never_hits():
+    assert classification_metrics(np.zeros(3, int), np.ones(3, int), 2) == {"accuracy": 0.0, "f1": 0.0}
+    assert classification_metrics(np.zeros(3, int), np.zeros(3, int), 2) == {"accuracy": 1.0, "f1": 0.0}
+
+
+def test_three_classes_give_accuracy_alone():
+    assert classification_metrics(np.array([0, 1, 2, 2]), np.array([0, 2, 2, 2]), 3) == {"accuracy": 0.75}
+
+
+def test_correlations():
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 16.0])
+    # centred: (-1.5, -.5, .5, 1.5) and (-6.5, -3.5, 1.5, 8.5): 25 / sqrt(5 * 129)
+    assert regression_metrics(x, y) == pytest.approx({"pearson": 25 / 645**0.5, "spearman": 1.0})
+    assert regression_metrics(x, -y) == pytest.approx({"pearson": -25 / 645**0.5, "spearman": -1.0})
+
+
+def test_ties_share_their_mean_rank():
+    # ranks (1.5, 1.5, 3) and (1, 2, 3): 1.5 / sqrt(1.5 * 2)
+    found = regression_metrics(np.array([5.0, 5.0, 7.0]), np.array([1.0, 2.0, 3.0]))
+    assert found["spearman"] == pytest.approx(3**0.5 / 2)
+
+
+def test_a_constant_side_has_no_correlation():
+    assert regression_metrics(np.full(3, 0.1), np.array([1.0, 2.0, 3.0])) == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("The  Cat!", "cat"),
+        ("a an the", ""),
+        ("theatre, an Arts-house", "theatre artshouse"),
+        ("U.S.\tdollar", "us dollar"),
+        ("“x”", "“x”"),  # the official script knows ASCII punctuation only
+    ],
+)
+def test_answers_are_normalised_as_the_official_script_does(text, normal):
+    assert normalize_answer(text) == normal
+
+
+def test_answer_f1_counts_repeated_words_once_each():
+    assert answer_f1("cat cat dog", "cat bird") == pytest.approx(2 * 1 / (3 + 2))
+    assert answer_f1("fish", "cat") == 0.0
+    assert (answer_f1("", "cat"), answer_f1("cat", ""), answer_f1("", "the")) == (0.0, 0.0, 1.0)
+
+
+def test_the_best_of_several_gold_answers_counts():
+    found = answer_metrics(["the red cat", "", "dog"], [["cat", "red cat."], [], ["a big dog"]])
+    assert found == pytest.approx({"em": 2 / 3, "f1": (1 + 1 + 2 / 3) / 3})
+
+
+@pytest.mark.parametrize(
+    "tags, spans",
+    [
+        ("B-PER I-PER O B-LOC", [("PER", 0, 1), ("LOC", 3, 3)]),
+        ("I-PER I-PER O I-LOC", [("PER", 0, 1), ("LOC", 3, 3)]),  # an I- that continues nothing begins one
+        ("B-PER B-PER I-LOC", [("PER", 0, 0), ("PER", 1, 1), ("LOC", 2, 2)]),
+        ("S-PER B-LOC I-LOC E-LOC I-LOC", [("PER", 0, 0), ("LOC", 1, 3), ("LOC", 4, 4)]),
+        ("O O", []),
+        ("", []),
+        ("0 1 1 2 0", [("1", 1, 2), ("2", 3, 3)]),
+        ("B-X-Y I-X-Y", [("X-Y", 0, 1)]),
+    ],
+)
+def test_entities_are_read_as_conlleval_reads_them(tags, spans):
+    assert entities(tags.split()) == spans
+
+
+def test_tagging_scores_whole_entities_of_the_right_type():
+    wanted = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
+    predicted = [["B-PER", "I-PER", "O", "B-ORG"], ["B-LOC", "B-ORG"]]
+    # found 4, there 3, right 2
+    found = tagging_metrics(predicted, wanted)
+    assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
+
+
+def test_the_same_entity_in_two_sentences_counts_twice():
+    tags = [["B-PER"], ["B-PER"]]
+    assert tagging_metrics([["B-PER"], ["O"]], tags) == {"f1": 2 / 3, "precision": 1.0, "recall": 0.5, "accuracy": 0.5}
+
+
+def test_no_entities_anywhere_is_zero_not_a_division():
+    assert tagging_metrics([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 1.0}
+    assert tagging_metrics([[]], [[]])["accuracy"] == 0.0

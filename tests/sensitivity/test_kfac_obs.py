@@ -1,0 +1,236 @@
+"""Removal costs against a search that solves every step anew; factors that do not depend on how rows are batched."""
+
+import copy
+
+import pytest
+import torch
+
+from sensibert.allocation.allocate import allocate
+from sensibert.core.artifacts import Sensitivity
+from sensibert.core.budget import Budget
+from sensibert.core.errors import SensibertError
+from sensibert.models import layout_of
+from sensibert.sensitivity import sampled_loss
+from sensibert.sensitivity.analyze import analyze
+from sensibert.sensitivity.gradients import given_loss
+from sensibert.sensitivity.kfac_obs import (
+    DAMP,
+    STEP_UP,
+    FisherFactors,
+    collect_factors,
+    predicted_curve,
+    removal_costs,
+    take_over,
+)
+from tests.helpers import tiny_batch, tiny_model
+
+
+def problem(units, span, height=5, seed=0, rank=5):
+    """A weight, its factors over 200 random tokens with correlated inputs, and the columns of each unit.
+
+    rank: of the gradients at the output; less than height makes their second factors singular."""
+    generator = torch.Generator().manual_seed(seed)
+    width = units * span
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    h = torch.randn(200, width, generator=generator, dtype=torch.float64) @ mix + 1
+    delta = torch.randn(200, height, generator=generator, dtype=torch.float64)
+    delta[:, rank:] = delta[:, :rank].sum(-1, keepdim=True)
+    factors = FisherFactors(width, height, torch.device("cpu"), torch.float64)
+    factors.add(h, delta)
+    weight = torch.randn(height, width, generator=generator, dtype=torch.float64)
+    return weight, factors, torch.arange(width).view(units, span)
+
+
+def rise(weight, covariance, output, gone):
+    """1/2 tr(G dW C dW^T) of the best dW that clears the columns `gone`: a plain least-squares solution."""
+    stay = torch.ones(weight.shape[1], dtype=torch.bool)
+    stay[gone] = False
+    change = torch.zeros_like(weight)
+    change[:, gone] = -weight[:, gone]
+    if stay.any():
+        change[:, stay] = torch.linalg.solve(covariance[stay][:, stay], covariance[stay][:, gone] @ weight[:, gone].T).T
+    return 0.5 * float(torch.trace(output @ change @ covariance @ change.T))
+
+
+@pytest.mark.parametrize(("units", "span"), [(7, 1), (4, 3)], ids=["neurons", "heads"])
+@pytest.mark.parametrize("bias", [None, torch.zeros(5, dtype=torch.float64)], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("rank", [5, 3, 1])
+def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, span, bias, rank):
+    weight, factors, columns = problem(units, span, rank=rank)
+    _, covariance = factors.inner(bias, DAMP)
+    output = factors.output / factors.weight
+    gone, before, floor, want = [], 0.0, 0.0, torch.zeros(units, dtype=torch.float64)
+    while len(gone) < units:
+        after = {
+            unit: rise(weight, covariance, output, columns[[*gone, unit]].flatten())
+            for unit in range(units)
+            if unit not in gone
+        }
+        unit = min(after, key=after.get)
+        floor = max(after[unit] - before, floor * STEP_UP)
+        want[unit], before = floor, after[unit]
+        gone.append(unit)
+    torch.testing.assert_close(removal_costs(weight, factors, bias, columns), want, rtol=1e-9, atol=0)
+
+
+def test_of_two_units_that_do_the_same_one_is_free_and_the_other_dear(monkeypatch):
+    monkeypatch.setattr("sensibert.sensitivity.kfac_obs.DAMP", 1e-9)
+    weight, factors, columns = problem(6, 1)
+    twin = FisherFactors(7, 5, torch.device("cpu"), torch.float64)
+    pick = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+    twin.weight, twin.output = factors.weight, factors.output
+    twin.first, twin.second = factors.first[pick], factors.second[pick][:, pick]
+    costs = removal_costs(weight[:, pick], twin, None, torch.arange(7)[:, None])
+    assert costs[5:].min() < 0.02 * costs[:5].min()
+    assert costs[5:].max() > 0.5 * removal_costs(weight, factors, None, columns)[5]
+
+
+def test_rounds_of_many_choose_nearly_as_well_as_one_at_a_time(monkeypatch):
+    weight, factors, columns = problem(96, 1)
+    _, covariance = factors.inner(None, DAMP)
+    rounds = removal_costs(weight, factors, None, columns)
+    monkeypatch.setattr("sensibert.sensitivity.kfac_obs.ROUND", 10**6)
+    singly = removal_costs(weight, factors, None, columns)
+    half = [rise(weight, covariance, factors.output / factors.weight, c.argsort()[:48]) for c in (rounds, singly)]
+    chance = rise(weight, covariance, factors.output / factors.weight, torch.arange(48))
+    assert half[0] < 1.1 * half[1] < 0.5 * chance
+    assert len(rounds.float().unique()) == 96  # a threshold takes any number
+
+
+def test_an_output_that_the_loss_does_not_see_costs_nothing():
+    weight, _, columns = problem(4, 1)
+    unseen = FisherFactors(4, 5, torch.device("cpu"))
+    costs = removal_costs(weight, unseen, None, columns)
+    assert not costs.any()
+    assert predicted_curve(torch.nn.Linear(4, 5), unseen, costs, columns) == [(0, 0.0), (4, 0.0)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias):
+    """y = W h + b with the loss sum(v . y): the slope of a change is what the loss changes by."""
+    weight, factors, columns = problem(6, 2)
+    h, slope = torch.randn(50, 12, dtype=torch.float64), torch.randn(50, 5, dtype=torch.float64)
+    factors.add(h, torch.zeros(50, 5), slope)
+    factors.samples, factors.gates = 10, torch.arange(6.0)
+    linear = torch.nn.Linear(12, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(weight)
+    costs = removal_costs(linear.weight, factors, linear.bias, columns)
+    curve, before = predicted_curve(linear, factors, costs, columns), (slope * linear(h)).sum()
+    assert [gone for gone, _ in curve] == [0, 1, 3, 4, 6] and curve[0] == (0, 0.0)
+    for gone, rise in curve[1:]:
+        changed, order = copy.deepcopy(linear), costs.argsort()
+        kept = columns[order[gone:]].flatten().sort().values
+        take_over(changed, factors, kept)
+        clear = torch.ones(12, dtype=torch.bool)
+        clear[kept] = False
+        changed.weight[:, clear] = 0
+        wanted = (slope * changed(h)).sum() - before
+        wanted += costs[order[:gone]].sum() + 0.5 * factors.gates[order[:gone]].sum()
+        assert rise == pytest.approx(float(wanted) / 10)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(labelled, tmp_path):
+    model = tiny_model().requires_grad_(True)
+    batches = [{name: value for name, value in row.items() if labelled or name != "labels"} for row in rows(3)]
+
+    def drawn(outputs, batch, generator):  # that of the library looks at the labels to know their kind
+        return torch.nn.functional.cross_entropy(outputs.logits, batch["input_ids"][:, 1] % 2)
+
+    found = analyze(model, batches, "obs", drawn)
+    gates = analyze(model, rows(1), "fisher", drawn).scores
+    assert found.curves.keys() == found.scores.keys()
+    found.save(tmp_path / "s")
+    assert Sensitivity.load(tmp_path / "s") == found
+    site = found.layout.site("layer.1.ffn")
+    order = found.scores[site.name].argsort()
+    sums = (found.scores[site.name] + 0.5 * gates[site.name])[order].double().cumsum(0) / 6
+    predicted = [found.predicted_rise(site.name, gone) for gone in (0, 32, 64)]
+    quadratic = [0.0, float(sums[31]), float(sums[63])]
+    assert (predicted == pytest.approx(quadratic, rel=1e-4, abs=0)) is not labelled
+    assert found.predicted_rise(site.name, 8) == pytest.approx(found.predicted_rise(site.name, 16) / 2)
+    with pytest.raises(SensibertError, match="gone is 65, want 0 to 64 units of layer.1.ffn"):
+        found.predicted_rise(site.name, 65)
+    with pytest.raises(SensibertError, match="site is 'x', want the sites layer.0.head, "):
+        found.predicted_rise("x", 0)
+    plain = analyze(model, batches, "magnitude")
+    with pytest.raises(SensibertError, match="want a sensitivity of method obs"):
+        plain.predicted_rise(site.name, 0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_a_loss_every_token_counts_the_same_but_padding_does_not(masked):
+    model, seen = tiny_model(), []
+    batch = tiny_batch(3, 7)
+    batch["attention_mask"][1, 4:] = 0
+    batch = batch if masked else {name: value for name, value in batch.items() if name != "attention_mask"}
+    consumer = model.bert.encoder.layer[1].output.dense
+    handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.eval()(**batch)
+    handle.remove()
+    found = collect_factors(model, layout_of(model), [batch], None)["encoder.layer.1.output.dense.weight"]
+    real = batch["attention_mask"].bool() if masked else torch.ones(3, 7, dtype=torch.bool)
+    h = seen[0][real].detach()
+    torch.testing.assert_close(found.second, h.T @ h)
+    torch.testing.assert_close(found.first, h.sum(0))
+    assert found.weight == len(h) and torch.equal(found.output, len(h) * torch.eye(len(found.output)))
+    assert not found.slope.any() and found.samples == 3
+
+
+def test_layer_obs_needs_neither_labels_nor_gradients():
+    model = tiny_model().requires_grad_(False)
+    found = analyze(model, [tiny_batch(3, 7)], "layer-obs")
+    assert found.statistic == "layer-obs" and found.samples == 3 and not found.curves
+    assert all(score.isfinite().all() and (score > 0).any() for score in found.scores.values())
+
+
+def test_slopes_are_the_gradients_of_weight_and_bias():
+    model, whole = tiny_model().eval(), next(rows(6))
+    found = collect_factors(model, layout_of(model), rows(3), sampled_loss)
+    linear = model.bert.encoder.layer[0].output.dense
+    wanted = torch.autograd.grad(model(**whole).loss * 6, (linear.weight, linear.bias))
+    factors = found["encoder.layer.0.output.dense.weight"]
+    torch.testing.assert_close(factors.slope, wanted[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(factors.bias_slope, wanted[1], rtol=1e-4, atol=1e-6)
+
+
+def rows(size, count=6):
+    whole = {**tiny_batch(count, 7), "labels": torch.arange(count) % 2}
+    whole["attention_mask"][:] = 1
+    for begin in range(0, count, size):
+        yield {name: value[begin : begin + size] for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "albert"])
+def test_moments_do_not_depend_on_the_size_of_a_batch(family):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    all_at_once, by_two = (collect_factors(model, layout_of(model), rows(size), given_loss) for size in (6, 2))
+    for name, factors in by_two.items():
+        assert factors.samples == 6
+        for field in ("weight", "first", "second", "output"):
+            wanted = getattr(all_at_once[name], field)
+            torch.testing.assert_close(
+                getattr(factors, field), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
+            )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_obs_scores_every_unit_and_can_be_allocated():
+    model = tiny_model()
+    found = analyze(model, rows(3), "obs", sampled_loss)
+    assert found.samples == 6 and found.statistic == "obs"
+    assert all(score.isfinite().all() and (score >= 0).all() for score in found.scores.values())
+    plan = allocate(found, Budget.parse("50%params"), step=1)
+    assert plan.params <= 0.5 * found.layout.encoder_params
+
+
+def test_no_data_and_a_loss_that_is_not_finite_are_refused():
+    model = tiny_model()
+    with pytest.raises(SensibertError, match="no batches came, want at least one micro-batch"):
+        collect_factors(model, layout_of(model), [], sampled_loss)
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(SensibertError, match="the loss after 0 samples is nan, want a finite number"):
+        collect_factors(model, layout_of(model), rows(3), sampled_loss)

@@ -1,0 +1,87 @@
+"""The sampled loss: shapes, determinism, and labels that come from the model's own distribution."""
+
+import pytest
+import torch
+
+from sensibert.sensitivity import sampled_loss
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loss_gradient(logits, batch, name="logits", seed=0):
+    logits = logits.clone().requires_grad_()
+    loss = sampled_loss({name: logits}, batch, generator(seed))
+    loss.backward()
+    return loss.item(), logits.grad
+
+
+def test_a_sure_model_draws_its_own_class():
+    logits = torch.tensor([[50.0, 0.0, 0.0], [0.0, 0.0, 50.0]])
+    loss, grad = loss_gradient(logits, {"labels": torch.tensor([1, 1])})
+    assert loss < 1e-6 and grad.abs().max() < 1e-6  # against the gold labels both would be about 50
+
+
+def test_classes_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([1.0, 2.0, 0.5]).log().expand(20_000, 3)
+    _, grad = loss_gradient(logits, {"labels": torch.zeros(20_000, dtype=torch.long)})
+    # gradient = (softmax - one-hot) / rows: its column sums vanish if and only if the shares agree
+    assert grad.sum(0).abs().max() < 0.012  # three standard errors
+
+
+def test_equal_generators_give_equal_losses_and_different_ones_do_not():
+    logits, batch = torch.randn(64, 5), {"labels": torch.zeros(64, dtype=torch.long)}
+    losses = [loss_gradient(logits, batch, seed=seed)[0] for seed in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_regression_draws_around_the_prediction_with_unit_variance():
+    logits = torch.linspace(-5, 5, 40_000)[:, None]
+    loss, grad = loss_gradient(logits, {"labels": torch.zeros(40_000)})
+    noise = -grad * 40_000  # prediction - target
+    assert loss == pytest.approx(0.5, abs=0.02)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_token_classification_draws_only_where_there_is_a_label():
+    labels = torch.tensor([[-100, 1, 0, -100], [-100, 2, -100, -100]])
+    _, grad = loss_gradient(torch.randn(2, 4, 3), {"labels": labels})
+    assert torch.equal(grad.abs().sum(-1) > 0, labels != -100)
+
+
+def test_labels_are_not_needed_to_draw_some():
+    logits, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    _, grad = loss_gradient(logits, {"attention_mask": mask})
+    assert torch.equal(grad.abs().sum(-1) > 0, mask.bool())
+    with_labels = loss_gradient(logits[:, 0], {"labels": torch.tensor([0, 1])})[0]
+    assert loss_gradient(logits[:, 0], {})[0] == with_labels
+
+
+def test_no_labelled_token_is_a_loss_of_zero():
+    loss, grad = loss_gradient(torch.randn(1, 3, 2), {"labels": torch.full((1, 3), -100)})
+    assert loss == 0.0 and grad.abs().max() == 0.0
+
+
+def test_question_answering_draws_both_ends_outside_the_padding():
+    start, end = torch.zeros(500, 6, requires_grad=True), torch.zeros(500, 6, requires_grad=True)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0]).expand(500, 6)
+    loss = sampled_loss({"start_logits": start, "end_logits": end}, {"attention_mask": mask}, generator())
+    loss.backward()
+    assert loss.item() == pytest.approx(torch.tensor(4.0).log().item())  # uniform over four tokens
+    for grad in (start.grad, end.grad):
+        assert grad[:, 4:].abs().max() == 0 and grad[:, :4].abs().min() > 0
+    assert not torch.equal(start.grad, end.grad)
+
+
+def test_half_precision_is_raised_to_float32():
+    logits = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    loss = sampled_loss({"logits": logits}, {"labels": torch.zeros(4, dtype=torch.long)}, generator())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_nan_logits_give_a_nan_loss_that_can_be_named():
+    loss = sampled_loss({"logits": torch.full((2, 3), torch.nan)}, {"labels": torch.zeros(2, dtype=torch.long)})
+    assert loss.isnan()

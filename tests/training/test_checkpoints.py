@@ -1,0 +1,162 @@
+"""Which checkpoints can be trusted, and what a failed run leaves behind."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from sensibert.core.artifacts import Plan
+from sensibert.core.budget import Budget
+from sensibert.core.errors import SensibertError
+from sensibert.core.files import writing
+from sensibert.models import layout_of
+from sensibert.models.structure import read_structure
+from sensibert.saving.output_paths import check_file, check_output
+from sensibert.training.checkpoints import (
+    MANIFEST,
+    MEMORY,
+    STRUCTURE,
+    check_checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    partial_folder,
+    seal,
+    workspace,
+)
+from sensibert.trimming.trim import trim
+from tests.helpers import tiny_model
+from tests.runs import tree
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(head="")
+
+
+def sealed(folder, step, model):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    seal(checkpoint, model, {"metrics_dense": None, "seconds": {"warm": 1.5}})
+    return checkpoint
+
+
+def test_a_sealed_checkpoint_is_whole_and_remembers(tmp_path, model):
+    checkpoint = sealed(tmp_path, 3, model)
+    check_checkpoint(checkpoint)
+    assert json.loads((checkpoint / MEMORY).read_text())["seconds"] == {"warm": 1.5}
+    assert not (checkpoint / STRUCTURE).exists()  # of a model that was never cut
+    assert set(json.loads((checkpoint / MANIFEST).read_text())) == {"model.safetensors", MEMORY}
+
+
+def test_a_trimmed_model_leaves_its_structure(tmp_path):
+    cut = tiny_model(head="")
+    layout = layout_of(cut)
+    keep = {site.name: torch.arange(site.units) > 1 for site in layout.sites}
+    checkpoint = sealed(tmp_path, 4, trim(cut, Plan(layout, keep, Budget.parse("50%params"), "fisher")))
+    assert read_structure(checkpoint / STRUCTURE)["layer.1.head"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors has 3 bytes, want 7"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has 0 bytes, want 7"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "not a whole checkpoint"),
+        (lambda folder: (folder / MANIFEST).unlink(), "not a whole checkpoint"),
+    ],
+)
+def test_damage_is_noticed(tmp_path, model, damage, said):
+    checkpoint = sealed(tmp_path, 5, model)
+    damage(checkpoint)
+    with pytest.raises(SensibertError, match=said):
+        check_checkpoint(checkpoint)
+
+
+def test_the_newest_whole_checkpoint_is_found_by_its_number(tmp_path, model):
+    assert latest_checkpoint(tmp_path) is None
+    nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
+    (tmp_path / "checkpoint-best").mkdir()  # somebody else's
+    assert checkpoints(tmp_path) == [ten, nine] and latest_checkpoint(tmp_path) == ten
+    os.truncate(ten / "model.safetensors", 1)
+    assert latest_checkpoint(tmp_path) == nine
+    os.truncate(nine / "model.safetensors", 2)
+    with pytest.raises(SensibertError, match="checkpoint-10: truncated"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_whose_writing_broke_off_counts_as_none(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(tmp_path):
+    with pytest.raises(KeyError):
+        with workspace(tmp_path / "deep" / "out", resume=False, overwrite=False) as (folder, checkpoint):
+            assert folder == partial_folder(tmp_path / "deep" / "out") and checkpoint is None
+            (folder / "snapshot").mkdir()
+            (folder / "checkpoint-1").mkdir()  # broken off
+            raise KeyError
+    assert tree(tmp_path) == {}
+
+
+def test_a_run_that_fails_later_keeps_its_whole_checkpoints_and_resumes(tmp_path, model):
+    with pytest.raises(KeyError):
+        with workspace(tmp_path / "out", resume=False, overwrite=False) as (folder, _):
+            saved = sealed(folder, 2, model)
+            (folder / "checkpoint-4").mkdir()
+            (folder / "final").mkdir()
+            raise KeyError
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-2"]
+    with pytest.raises(SensibertError, match="out.partial holds an unfinished run, want --resume or --overwrite"):
+        with workspace(tmp_path / "out", resume=False, overwrite=False):
+            pass
+    with workspace(tmp_path / "out", resume=True, overwrite=False) as (_, checkpoint):
+        assert checkpoint == saved
+    with workspace(tmp_path / "out", resume=False, overwrite=True) as (folder, checkpoint):
+        assert checkpoint is None and tree(folder) == {}
+
+
+def test_what_is_in_the_way_is_named(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    check_output(tmp_path / "new", overwrite=False)
+    check_output(tmp_path / "full", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "a_file").write_text("kept")
+    for taken, said in (("link", "is a link, want"), ("a_file", "is a file, want")):
+        with pytest.raises(SensibertError, match=said):
+            check_output(tmp_path / taken, overwrite=True)
+    with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
+        check_output(tmp_path / "full", overwrite=False)
+    check_file(tmp_path / "new", overwrite=False)
+    check_file(tmp_path / "full" / "file", overwrite=True)
+    for path, said in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):
+        with pytest.raises(SensibertError, match=said):
+            check_file(tmp_path / path, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device"), r"out \(No space left on device\)"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "File too large"),
+        (Exception("No space left on device (os error 28)"), "No space left"),  # as tokenizers says it
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "PytorchStreamWriter"),
+    ],
+)
+def test_refusals_of_the_system_become_one_kind_of_error(error, said):
+    with pytest.raises(SensibertError, match=f"output: cannot write .*{said}.*; then this"):
+        with writing("out", "; then this"):
+            raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), SensibertError("budget: no"), KeyError("x")])
+def test_other_errors_pass_as_they_are(error):
+    with pytest.raises(type(error)) as seen:
+        with writing("out"):
+            raise error
+    assert seen.value is error

@@ -1,0 +1,211 @@
+"""The layer over transformers.Trainer, part by part; whole runs are in tests/test_recipe.py."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from sensibert.core.errors import SensibertError
+from sensibert.data import Collator
+from sensibert.models import base_of, layout_of
+from sensibert.models.eval_mode import SHORT, quick_attention
+from sensibert.training.checkpoints import MANIFEST
+from sensibert.training.distillation import Distillation, distillation_loss, hidden_loss
+from sensibert.training.trainer import LengthSampler, TrimTrainer, _padded_on, finetune, predict
+from sensibert.trimming.trim import trim
+from tests.helpers import tiny_model
+from tests.plans import random_plan
+
+
+class Rows(Dataset):
+    """Random tokens, 3 to 9 a row, and a label each."""
+
+    def __init__(self, count=20, labels=True):
+        rng = np.random.default_rng(0)
+        self.lengths = rng.integers(3, 10, count).tolist()
+        self.rows = [{"input_ids": rng.integers(5, 64, n).tolist(), "attention_mask": [1] * n} for n in self.lengths]
+        for place, row in enumerate(self.rows):
+            row |= {"labels": place % 2} if labels else {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.rows[place]
+
+
+def arguments(folder, **changed):
+    usual = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
+    return TrainingArguments(str(folder), **(usual | quiet | changed))
+
+
+def test_the_length_sampler_is_a_permutation_told_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 500).tolist()
+
+    def order(seed, epoch):
+        sampler = LengthSampler(lengths, 8, seed)
+        sampler.set_epoch(epoch)
+        torch.rand(1)  # nothing else may matter
+        return list(sampler)
+
+    assert len(LengthSampler(lengths, 8, 0)) == 500 and sorted(order(0, 0)) == list(range(500))
+    assert order(3, 1) == order(3, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    waste = [max(lengths[i] for i in batch) * 8 for batch in np.reshape(order(0, 0)[:496], (-1, 8))]
+    assert sum(waste) < 1.15 * sum(lengths)  # padded tokens; about 1.8 in random order
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_predictions_come_in_the_order_of_the_data(head):
+    model, data = tiny_model(head=head).train(), Rows(11, labels=False)
+    found = predict(model, data, Collator(0), batch_size=4)
+    assert model.training
+    parts = found if isinstance(found, tuple) else (found,)
+    assert len(parts) == (2 if head == "QuestionAnswering" else 1)
+    model.eval()
+    for place, row in enumerate(data):
+        outputs = model(**{name: torch.tensor([values]) for name, values in row.items()})
+        alone = [
+            outputs[name][0].detach().numpy() for name in ("logits", "start_logits", "end_logits") if name in outputs
+        ]
+        for part, one in zip(parts, alone, strict=True):
+            if head != "SequenceClassification":
+                part = part[:, : len(one)]  # what follows is padding
+            np.testing.assert_allclose(part[place], one, rtol=1e-4, atol=1e-5)
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_the_shape_of_the_rate_reaches_the_optimizer(tmp_path):
+    rates = Rates()
+    trainer = finetune(
+        tiny_model(), Rows(), Collator(0), arguments(tmp_path), [rates], lr_shape=lambda step, total: (step + 1) / total
+    )
+    assert rates.seen == pytest.approx([1e-2 * (step + 1) / 4 for step in range(4)])
+    assert trainer.state.global_step == 4
+
+
+def test_data_with_lengths_is_read_in_batches_of_similar_length(tmp_path):
+    sampler = TrimTrainer(tiny_model(), arguments(tmp_path, seed=3), Collator(0), Rows())._get_train_sampler()
+    assert isinstance(sampler, LengthSampler) and (sampler.seed, sampler.batch_size) == (3, 4)
+    plain = TrimTrainer(tiny_model(), arguments(tmp_path), Collator(0), Rows().rows)._get_train_sampler()
+    assert not isinstance(plain, LengthSampler)
+
+
+def test_a_teacher_is_mixed_into_the_training_loss_once_there_is_one(tmp_path):
+    student, teacher, there = tiny_model(seed=0), tiny_model(seed=1), []
+    trainer = TrimTrainer(
+        *(student, arguments(tmp_path), Collator(0), Rows()),
+        teacher=lambda: there[0] if there else None,
+        distil=Distillation(0.75, 2.0, fade=lambda step, total: 1.0 if step < 2 else 0.0),
+    )
+    batch = Collator(0)([Rows()[place] for place in range(4)])
+    outputs = student(**batch)
+    student.train()
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+    there.append(teacher)
+    wanted = 0.25 * outputs.loss + 0.75 * distillation_loss(outputs, teacher(**batch), 2.0)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), wanted)
+    trainer.state.global_step = 2  # the teacher has faded out
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+    trainer.state.global_step = 0
+    student.eval()
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
+
+
+def test_hidden_states_join_the_loss_where_they_are_asked_for(tmp_path):
+    student, teacher = tiny_model(seed=0), tiny_model(seed=1)
+    distil = Distillation(0.0, hidden=2.0)
+    trainer = TrimTrainer(
+        student, arguments(tmp_path), Collator(0), Rows(), teacher=lambda: teacher.eval(), distil=distil
+    )
+    batch = Collator(0)([Rows()[place] for place in range(4)])
+    mine, other = (model(**batch, output_hidden_states=True) for model in (student.eval(), teacher.eval()))
+    wanted = mine.loss + 2 * hidden_loss(mine.hidden_states, other.hidden_states, batch["attention_mask"])
+    torch.testing.assert_close(trainer.compute_loss(student.train(), dict(batch)), wanted)
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.classifier.bias.data[0] = float("nan")
+
+    with pytest.raises(SensibertError, match="the loss is nan at step 3; try a smaller learning rate"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), [Poison()])
+
+
+def test_a_finished_checkpoint_takes_no_further_step(tmp_path):
+    """5 steps an epoch, so that step 3 ends the run in the midst of one."""
+    first = finetune(
+        tiny_model(), Rows(), Collator(0), arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    )
+    saved = tmp_path / "checkpoint-3"
+    (saved / MANIFEST).write_text("{}")
+    again = finetune(tiny_model(seed=1), Rows(), Collator(0), arguments(tmp_path, max_steps=3), checkpoint=saved)
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_damaged_checkpoint_is_not_read(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(SensibertError, match="checkpoint-2: not a whole checkpoint"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), checkpoint=tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("cut, bf16, padded", [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, bf16, padded):
+    model, widths = tiny_model(), []
+    if cut:
+        trim(model, random_plan(layout_of(model)))
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    finetune(model, Rows(), Collator(0), arguments(tmp_path, bf16=bf16))
+    predict(model, Rows(), Collator(0), autocast=torch.bfloat16 if bf16 else None)
+    assert len(widths) == 5 and all(width in (8, 16) for width in widths) is padded
+
+
+def test_on_a_gpu_a_whole_model_meets_them_too():
+    collator = Collator(0)
+    batch = collator([{"input_ids": [5] * 7, "attention_mask": [1] * 7}])
+    found = {name: _padded_on(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
+    assert found["cpu"] is batch and found["cuda"]["input_ids"].shape[1] == 8
+
+
+def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
+    model, collator = tiny_model(), Collator(0)
+    trim(model, random_plan(layout_of(model)))
+    trainer = finetune(model, Rows(), lambda items: collator(items), arguments(tmp_path, bf16=True))
+    assert trainer.state.global_step == 4
+
+
+def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path))
+
+
+def test_a_gpu_is_not_asked_for_plans_that_each_new_shape_would_need():
+    with quick_attention(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("tokens, bf16, fused", [(SHORT, True, False), (SHORT + 1, True, True), (SHORT, False, True)])
+def test_attention_in_a_step_is_fused_but_for_short_rows_in_bf16(tmp_path, tokens, bf16, fused):
+    seen, model = [], tiny_model(max_position_embeddings=256)
+    base_of(model).register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+
+    rows = [{"input_ids": [5] * tokens, "attention_mask": [1] * tokens, "labels": 1}] * 4
+    finetune(model, rows, Collator(0), arguments(tmp_path, bf16=bf16, max_steps=1))
+    assert seen == [fused] and torch.backends.cuda.flash_sdp_enabled()
