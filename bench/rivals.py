@@ -3,7 +3,7 @@
 A rival is asked once, with the dense model of the cut step, the same micro-batches as our analysis and the same budget.
 Its answer is a plan; trimming, recovery, steps and learning rates are those of `recipe`.
 
-uniform          our statistic, the same share of every site (`--policy uniform`)
+uniform          our statistic, the same share of every site (`--allocation uniform`)
 layers           the lowest layers stay whole, the upper ones go (Sajjad et al., arXiv 2004.03844)
 torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency graph, its group importance with its own
                  normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; searched

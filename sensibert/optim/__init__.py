@@ -1,6 +1,6 @@
 """The optimizer that keeps dropped weights at zero, and state that follows a parameter."""
 
 from .masked_adamw import MaskedAdamW
-from .state import mask_state, slice_state
+from .state import mask_state, slice_state, unwrapped
 
-__all__ = ["MaskedAdamW", "mask_state", "slice_state"]
+__all__ = ["MaskedAdamW", "mask_state", "slice_state", "unwrapped"]

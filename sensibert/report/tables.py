@@ -29,7 +29,7 @@ def share(after: float, before: float) -> str:
 
 def summary(result: dict) -> str:
     """What a run ends with, from result.json: what it was, and the table."""
-    dense = result["method"] == "dense"
+    dense = result["method"] in ("baseline", "dense")
     title = f"{result['task']}, {'dense' if dense else result['budget'] + ' by ' + result['method']}"
     rows = []
     for label, name in (("encoder parameters", "encoder_params"), ("all parameters", "total_params")):
@@ -38,7 +38,7 @@ def summary(result: dict) -> str:
     before, after = result["flops_before"], result["flops_after"]
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     rows.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
-    at_cut = result.get("metrics_dense") or {}
+    at_cut = result.get("metrics_at_cut") or result.get("metrics_dense") or {}
     for name, value in (result.get("metrics") or {}).items():
         then = f"{at_cut[name]:.4f}" if name in at_cut else "-"
         rows.append((name, then, f"{value:.4f}", ""))

@@ -90,15 +90,13 @@ class TrimTrainer(Trainer):
         return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        factor = self.distil.fade(self.state.global_step, self.state.max_steps) if model.training else 0.0
-        teacher = self.teacher() if self.teacher is not None and factor else None
+        teacher = self.teacher() if self.teacher is not None and model.training else None
         if teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "output_hidden_states": True} if self.distil.hidden else inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
-        loss = self.distil.mix(loss, outputs, target, inputs, factor)
+        loss = self.distil.mix(loss, outputs, target, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
