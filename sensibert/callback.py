@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from .allocation.allocate import allocate
 from .allocation.search import search_shares
 from .core import cost
-from .core.artifacts import Plan, Sensitivity
+from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.errors import SensibertError
 from .core.grid import Grid
@@ -24,7 +24,7 @@ from .core.layout import Layout
 from .core.schedule import Schedule
 from .data import micro_batches
 from .models import bare_copy, base_of, embeddings_of, eval_mode, layout_of, sites
-from .models.masks import kept_of
+from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed, structure_of
 from .run_options import KFAC_METHODS, Options, check_blocks, default_method, grid_name, parse_grid
 from .sensitivity import sampled_loss
@@ -118,7 +118,7 @@ class TrimCallback(TrainerCallback):
             if self.grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: it has lost whole units already, want a whole one for grid {self.grid}")
         self.memory = Memory(
-            cost.spent(layout, counts, self.budget) if self.budget.kind != "ms" else 0,
+            cost.spent(layout, counts, self.budget),
             (layout.encoder_params, layout.total_params),
             cost.flops(layout, counts, self.budget.scope, 1, self.budget.length),
         )
@@ -282,16 +282,16 @@ class TrimCallback(TrainerCallback):
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the dense model."""
-        kept, layout, budget = structure_of(model), self.layout, self.budget
-        keep, grid = kept_of(model)
-        if keep is None:
-            keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
-        sizes = cost.left(layout, keep, grid, budget.scope, budget.length)
-        return Plan(layout, keep, budget, self.method, *sizes, grid=grid)
+        masks = masks_of(model)
+        if masks is not None:
+            return BlockPlan(self.layout, masks.keep, self.budget, self.method, grid=masks.grid)
+        kept = structure_of(model)
+        keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
+        return UnitPlan(self.layout, keep, self.budget, self.method)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and model is not None and "loss" in logs:
-            logs["sensibert/encoder_params"] = cost.left(layout_of(model), *kept_of(model))[0]
+            logs["sensibert/encoder_params"] = cost_of(model)[0]
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")

@@ -328,11 +328,10 @@ def plan(
     """
     from .commands import plan_file
     from .core.budget import Budget
-    from .report import what_is_left
 
     asked = Budget.parse(budget, scope, flops_length)
     result, found = plan_file(sensitivity, output, asked, step, policy, overwrite, dry_run)
-    _say(as_json, result, f"{what_is_left(found)}\n\n{_left(result)}{_written(result)}")
+    _say(as_json, result, f"{found.table()}\n\n{_left(result)}{_written(result)}")
 
 
 @app.command()
@@ -398,16 +397,17 @@ def inspect(
       sensibert inspect small
     """
     from .commands import inspect_folder
-    from .report import KEPT_HEADER, STRUCTURE_HEADER, share, table
+    from .core.artifacts import BlockPlan, UnitPlan
+    from .report import share, table
 
     result = inspect_folder(folder)
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
     told = ("model", "family", "task", "method", "budget", "grid", "seed", "steps")
-    facts, layers = _lines({name: result[name] for name in told}), table(STRUCTURE_HEADER, rows)
+    facts, layers = _lines({name: result[name] for name in told}), table(UnitPlan.table_header, rows)
     if result["tensors"]:
         left = [(row["tensor"], row["kept"], row["of"], share(row["kept"], row["of"])) for row in result["tensors"]]
-        layers = table(KEPT_HEADER, left)
+        layers = table(BlockPlan.table_header, left)
     parts = [facts, layers, _left(result), _scores(result["metrics"] or {})]
     _say(as_json, result, "\n\n".join(filter(None, parts)))
 

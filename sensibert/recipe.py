@@ -15,12 +15,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
-from .core import cost
 from .core.files import write_atomically, writing
 from .data import TaskData, get_task
 from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
-from .models import layout_of
-from .models.masks import kept_of
+from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.plots import write_report
 from .run_options import AVERAGE, SNAPSHOT, Options, parse_grid
@@ -149,7 +147,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    after, length = (layout_of(model), *kept_of(model)), options.flops_length
+    length = options.flops_length
     memory, seconds = callback.memory, callback.memory.seconds
     return {
         "task": data.task.name,
@@ -161,11 +159,11 @@ def _result(
         "seed": options.seed,
         "steps": steps,
         "encoder_params_before": memory.params_before[0],
-        "encoder_params_after": cost.left(*after, "encoder")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
         "total_params_before": memory.params_before[1],
-        "total_params_after": cost.left(*after, "model")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "flops_before": memory.flops_before,
-        "flops_after": cost.left(*after, options.scope, length)[1],
+        "flops_after": cost_of(model, options.scope, length)[1],
         "flops_length": length,
         "metrics": metrics,
         "metrics_dense": memory.metrics_dense,
