@@ -41,9 +41,8 @@ def write_report(
     if sensitivity is not None and sensitivity.tensors:
         _write_csv(folder / "ranking.csv", [RANKING_HEADER, *ranking_rows(sensitivity, plan)])
         if pictures:
-            values = sensitivity.tensors
-            title, label = "sensitivity of every weight", "mean |weight · gradient|"
-            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, values, title, label)
+            labels = "sensitivity", "mean |weight · gradient|"
+            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *labels)
     if sensitivity is not None and sensitivity.curves:
         units = {site.name: site.units for site in sensitivity.layout.sites}
         rows = [(s, n, units[s], f"{r:.4e}") for s, curve in sensitivity.curves.items() for n, r in curve]
@@ -62,7 +61,7 @@ def _draw_plan(path: Path, plan: Plan) -> None:
     """Bars of heads and FFN widths for a plan of units, the kept share of every weight for a plan of blocks."""
     if isinstance(plan, BlockPlan):
         shares = {name: kept / whole for name, kept, whole, _ in plan.table_rows() if whole}
-        return _draw_tensors(path, plan.layout, shares, "kept share of every weight", "share kept", top=1)
+        return _draw_tensors(path, plan.layout, shares, "kept", "share of the elements", top=1)
     from matplotlib.figure import Figure  # not pyplot, which would set a backend for the whole process
 
     rows = plan.table_rows()
@@ -123,6 +122,7 @@ def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = dict(zip(("head", "ffn"), figure.subplots(1, 2, sharey=True)))
@@ -138,5 +138,6 @@ def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
         axis.set(yscale="log", ylim=(LOWEST_RISE, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes["head"].set_ylabel("predicted rise of the loss")
-    figure.colorbar(ScalarMappable(Normalize(0, last), colors), ax=list(axes.values()), label="layer")
+    scale, whole = ScalarMappable(Normalize(0, last), colors), MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=list(axes.values()), label="layer", ticks=whole)
     figure.savefig(path, dpi=130)
