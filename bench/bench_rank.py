@@ -34,7 +34,7 @@ from bench_accuracy import data_files
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.config import TrimConfig
 from sensibert.core.layout import Layout
@@ -163,7 +163,7 @@ def measured(
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         keep[drop.site][drop.units] = False
         first = layout.site(drop.site).layer
-        plan = Plan(layout, keep, Budget(1.0, "params", True), "rank")
+        plan = UnitPlan(layout, keep, Budget(1.0, "params", True), "rank")
         with taken_over(model, plan, drop, factors), silenced(model, plan):
             with remembering(model, first, outputs[first - 1]):
                 found.append(losses_of(model, batches) - dense)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .core import cost
-from .core.artifacts import Plan, Sensitivity
+from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
@@ -21,7 +21,7 @@ from .core.schedule import Schedule
 from .data import micro_batches
 from .decide import Choose, decide
 from .models import base_of, layout_of, sites
-from .models.masks import kept_of
+from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
@@ -203,16 +203,16 @@ class TrimCallback(TrainerCallback):
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the untrimmed model."""
-        kept, layout, budget = structure_of(model), self.layout, self.budget
-        keep, grid = kept_of(model)
-        if keep is None:
-            keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
-        sizes = cost.left(layout, keep, grid, budget.scope, budget.length)
-        return Plan(layout, keep, budget, self.config.method, *sizes, grid=grid)
+        masks, method = masks_of(model), self.config.method
+        if masks is not None:
+            return BlockPlan(self.layout, masks.keep, self.budget, method, grid=masks.grid)
+        kept = structure_of(model)
+        keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
+        return UnitPlan(self.layout, keep, self.budget, method)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and model is not None and "loss" in logs:
-            logs["sensibert/encoder_params"] = cost.left(layout_of(model), *kept_of(model))[0]
+            logs["sensibert/encoder_params"] = cost_of(model)[0]
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.memory.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")

@@ -266,11 +266,10 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
     from .commands import plan_file
-    from .report import what_is_left
 
     config, dry_run = _options(values, output="").trim, values["dry_run"]
     result, found = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
-    _print(values["as_json"], result, f"{what_is_left(found)}\n\n{_sizes(result)}{_written(result)}")
+    _print(values["as_json"], result, f"{found.table()}\n\n{_sizes(result)}{_written(result)}")
 
 
 @_command(["model", "output", "plan", "config", "layout", "overwrite", "dry_run", "as_json"])
@@ -312,16 +311,17 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert inspect small
     """
     from .commands import inspect_folder
-    from .report import KEPT_HEADER, STRUCTURE_HEADER, share, table
+    from .core.artifacts import BlockPlan, UnitPlan
+    from .report import share, table
 
     result = inspect_folder(values["folder"])
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
     shown = ("model", "family", "task", "method", "budget", "grid", "seed", "steps")
-    facts, layers = _lines({name: result[name] for name in shown}), table(STRUCTURE_HEADER, rows)
+    facts, layers = _lines({name: result[name] for name in shown}), table(UnitPlan.table_header, rows)
     if result["tensors"]:
         left = [(row["tensor"], row["kept"], row["of"], share(row["kept"], row["of"])) for row in result["tensors"]]
-        layers = table(KEPT_HEADER, left)
+        layers = table(BlockPlan.table_header, left)
     parts = [facts, layers, _sizes(result), _scores(result["metrics"] or {})]
     _print(values["as_json"], result, "\n\n".join(filter(None, parts)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -28,10 +29,9 @@ from .inputs import (
     validation_examples,
 )
 from .models import base_of, layout_of
-from .models.masks import kept_of
+from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
-from .report.tables import kept_rows
 from .run_options import LAYOUTS, Options
 from .saving.folder import dense, export, load
 from .saving.output_paths import check_file, check_output
@@ -127,10 +127,10 @@ def plan_file(
 def plan_result(plan: Plan) -> dict:
     """The plan in the words of result.json."""
     budget, sizes = plan.budget, {}
-    for when, kept in (("before", (None, None)), ("after", (plan.keep, plan.grid))):
+    for when, cost_in in (("before", partial(cost.cost_of_units, plan.layout, None)), ("after", plan.cost)):
         for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
-            sizes[f"{name}_{when}"] = cost.left(plan.layout, *kept, scope)[0]
-        sizes[f"flops_{when}"] = cost.left(plan.layout, *kept, budget.scope, budget.length)[1]
+            sizes[f"{name}_{when}"] = cost_in(scope)[0]
+        sizes[f"flops_{when}"] = cost_in(budget.scope, budget.length)[1]
     facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(plan.grid)}
     return {**facts, **sizes, "flops_length": budget.length}
 
@@ -198,12 +198,11 @@ def evaluate_folder(options: Options) -> dict:
     started = time.perf_counter()
     model, data = _model_and_data(options, "validation")
     logits = predict(model, data.validation, data.collator, autocast=options.autocast())
-    now = layout_of(model), *kept_of(model)
     return {
         "task": data.task.name,
         "model": options.model,
-        "encoder_params_after": cost.left(*now, "encoder")[0],
-        "total_params_after": cost.left(*now, "model")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "metrics": data.compute_metrics(logits),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
@@ -218,7 +217,7 @@ def inspect_folder(folder: str) -> dict:
     check_family(folder)
     model, _ = load(folder)
     layout = layout_of(model)
-    keep, grid = kept_of(model)
+    masks = masks_of(model)
     before = layout_of(dense(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
@@ -236,13 +235,14 @@ def inspect_folder(folder: str) -> dict:
     scope, length = noted["scope"] or "encoder", known.get("flops_length", TrimConfig.flops_length)
     sizes = {
         "encoder_params_before": before.encoder_params,
-        "encoder_params_after": cost.left(layout, keep, grid, "encoder")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
         "total_params_before": before.total_params,
-        "total_params_after": cost.left(layout, keep, grid, "model")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
-        "flops_after": cost.left(layout, keep, grid, scope, length)[1],
+        "flops_after": cost_of(model, scope, length)[1],
         "flops_length": length,
     }
-    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(grid), **sizes}
-    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of, _ in kept_rows(layout, keep, grid)]
+    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(masks and masks.grid), **sizes}
+    weights = cost.kept_by_weight(layout, masks.keep, masks.grid) if masks is not None else []
+    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of in weights]
     return {**facts, "layers": list(rows.values()), "tensors": tensors}

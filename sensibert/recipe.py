@@ -15,12 +15,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
-from .core import cost
 from .core.files import write_atomically, writing
 from .data import TaskData, get_task
 from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
-from .models import layout_of
-from .models.masks import kept_of
+from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.plots import write_report
 from .run_options import SNAPSHOT, Options
@@ -133,8 +131,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    after, trim = (layout_of(model), *kept_of(model)), options.trim
-    memory, seconds = callback.memory, callback.memory.seconds
+    trim, memory, seconds = options.trim, callback.memory, callback.memory.seconds
     return {
         "task": data.task.name,
         "model": options.model,
@@ -145,11 +142,11 @@ def _result(
         "seed": options.seed,
         "steps": steps,
         "encoder_params_before": memory.params_before[0],
-        "encoder_params_after": cost.left(*after, "encoder")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
         "total_params_before": memory.params_before[1],
-        "total_params_after": cost.left(*after, "model")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "flops_before": memory.flops_before,
-        "flops_after": cost.left(*after, trim.scope, trim.flops_length)[1],
+        "flops_after": cost_of(model, trim.scope, trim.flops_length)[1],
         "flops_length": trim.flops_length,
         "metrics": metrics,
         "metrics_at_cut": memory.metrics_at_cut,

@@ -89,7 +89,7 @@ def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
         ("abc", "'abc' is not a budget, want for example 50%params"),
         ("", "is not a budget"),
         ("50", "is not a budget"),
-        ("8ms", "latency needs a measured table"),
+        ("8ms", "is not a budget"),
     ],
 )
 def test_a_budget_that_is_none(here, tmp_path, budget, said):
@@ -100,7 +100,7 @@ def test_a_budget_that_is_none(here, tmp_path, budget, said):
 
 
 def test_a_budget_above_the_dense_model_would_trim_nothing(here, tmp_path):
-    said = "500Kparams, and the encoder has 17,088 params: nothing would go, want less"
+    said = "500Kparams, and the encoder has 17,088 params: nothing would be trimmed, want less"
     asked = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
     for more in ((), ("--dry-run",)):
         refused(said, *asked, *more)

@@ -108,7 +108,7 @@ def test_finetune_prints_what_it_writes_and_eval_finds_the_same(chain, here):
 
 def test_people_get_tables(chain):
     lines = {name: done.out.splitlines() for name, done in chain.items()}
-    assert any(line.split() == ["dense", "tuned", "left"] for line in lines["finetune"])
+    assert any(line.split() == ["before", "after", "left"] for line in lines["finetune"])
     assert any(line.split()[:1] == ["1"] and ".weight" in line for line in lines["analyze"])
     assert any(line.startswith("layer 1") for line in lines["plan"])
     assert any(line.startswith("flops") and line.endswith("%") for line in lines["trim"])

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 import sensibert
 from sensibert import recipe
 from sensibert.callback import TrimCallback
-from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.artifacts import Plan, Sensitivity, UnitPlan
 from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.schedule import Schedule
@@ -137,7 +137,7 @@ def test_a_plan_may_come_from_elsewhere(here, tmp_path):
         layout = layout_of(model)
         asked.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
         keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
-        return Plan(layout, keep, budget, "first")
+        return UnitPlan(layout, keep, budget, "first")
 
     finetune_and_trim(options(here, tmp_path / "out", max_steps=3), first_units)
     assert asked == [(4, True)]

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..core.artifacts import Plan, Sensitivity
+from ..core.artifacts import Plan, Sensitivity, UnitPlan
 from ..core.budget import Budget
 from ..core.config import ALLOCATIONS
-from ..core.cost import flops, limit, params, spent, unit_cost
+from ..core.cost import limit, spent, unit_cost
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from .blocks import allocate_blocks
@@ -157,11 +157,4 @@ def allocate(
     for site in layout.sites:
         keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
         keep[site.name][_order(ranks[site.name])[: counts[site.name]]] = True
-    return Plan(
-        layout,
-        keep,
-        budget,
-        sensitivity.statistic,
-        params=params(layout, counts, budget.scope),
-        flops=flops(layout, counts, budget.scope, 1, budget.length),
-    )
+    return UnitPlan(layout, keep, budget, sensitivity.statistic)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
@@ -189,7 +189,7 @@ def test_a_layer_without_units_has_no_scores(statistic):
     keep = {site.name: torch.arange(site.units) % 2 == 0 for site in layout.sites}
     keep["layer.0.head"][:] = False
     keep["layer.1.ffn"][:] = False
-    trim(model, Plan(layout, keep, Budget.parse("50%params"), "random"))
+    trim(model, UnitPlan(layout, keep, Budget.parse("50%params"), "random"))
     scores = analyze(model, batches(), statistic, sampled_loss).scores
     sizes = {name: len(values) for name, values in scores.items()}
     assert sizes == {"layer.0.head": 0, "layer.0.ffn": 32, "layer.1.head": 2, "layer.1.ffn": 0}
