@@ -271,13 +271,11 @@ def reference(
     for t, (w, g, m, v) in enumerate(zip(param, grad, exp_avg, exp_avg_sq, strict=True)):
         if w.numel() == 0:
             continue
-        if grad_factor is not None:  # multiplied in fp32: a factor of 1 / 65536 is nothing in half precision
-            factor = grad_factor.view(())
-            g = g * factor if g.itemsize > 2 else (g.float() * factor).to(g.dtype)
         if t not in kept and t not in scored and t not in working_copyed:
             plain[group[t], w.dtype].append((w, g, m, v, step[t]))
             continue
         # One tensor after the other, so that it is still in a cache, and temporary memory is used again.
+        g = _scaled(g, grad_factor)
         shape, i, j = matrix_shape(w), kept.get(t), scored.get(t)
         bits = None if i is None else _keep_bits(keep[i], *keep_blocks[2 * i : 2 * i + 2], w)
         if j is not None:
@@ -299,7 +297,34 @@ def reference(
                     compact = compact.view(matrix_shape(compact)).index_select(dim, index)
             out.copy_(compact)
     for (number, _), entries in plain.items():
-        _adamw(*map(list, zip(*entries, strict=True)), *settings[number])
+        _plain_adamw(entries, grad_factor, *settings[number])
+
+
+def _scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """grad * factor, multiplied in fp32: 1 / 65536 is 0 in half precision."""
+    if factor is None:
+        return grad
+    factor = factor.view(())
+    return grad * factor if grad.itemsize > 2 else (grad.float() * factor).to(grad.dtype)
+
+
+_PIECE = 1 << 17  # elements of which the scaled gradient stays in the cache of a CPU
+
+
+def _plain_adamw(entries: list[tuple[Tensor, ...]], factor: Tensor | None, *settings) -> None:
+    """_adamw of (w, grad, m, v, step) of one dtype. Scaled gradients are made in pieces, not all of them at once."""
+    rest, scratch = [], None
+    for w, g, m, v, step in entries:
+        if factor is None or not w.is_cpu or w.numel() <= _PIECE or w.itemsize == 2:
+            rest.append((w, _scaled(g, factor), m, v, step))
+            continue
+        scratch = torch.empty(_PIECE, dtype=g.dtype) if scratch is None else scratch
+        for *piece, grad in zip(*(tensor.view(-1).split(_PIECE) for tensor in (w, m, v, g)), strict=True):
+            w, m, v = piece
+            scaled = torch.mul(grad, factor.view(()), out=scratch[: len(grad)])
+            _adamw([w], [scaled], [m], [v], [step], *settings)
+    if rest:
+        _adamw(*map(list, zip(*rest, strict=True)), *settings)
 
 
 def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:

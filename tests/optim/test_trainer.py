@@ -74,6 +74,17 @@ def test_clipping_in_the_step_is_bit_for_bit_clipping_before_it(masked, max_norm
         assert all(torch.equal(p, q) for p, q in zip(*params)), step
 
 
+def test_a_large_parameter_is_clipped_in_pieces_with_the_same_bits():
+    weights = [nn.Parameter(torch.ones(1111, 777)) for _ in range(2)]
+    ours, plain = MaskedAdamW(weights[:1], lr=0.1), torch.optim.AdamW(weights[1:], lr=0.1, fused=True)
+    for _ in range(2):
+        weights[0].grad = torch.randn(1111, 777)
+        weights[1].grad = weights[0].grad.clone()
+        ours.clip_grad_norm(1.0), nn.utils.clip_grad_norm_(weights[1], 1.0)
+        ours.step(), plain.step()
+    assert torch.equal(*weights)
+
+
 def test_clipping_lasts_one_step():
     ours, theirs = (MaskedAdamW(make_params(), **SETTINGS) for _ in range(2))
     ours.param_groups[0]["params"][0].grad = torch.full((6, 4), 9.0)
