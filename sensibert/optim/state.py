@@ -23,7 +23,7 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
     shape of `old` is cut, and so are the factors of Adafactor and a keep of MaskedAdamW; single numbers (step counts)
-    are carried over; a shadow or score of `old` is let go. Any torch optimizer, also one wrapped by accelerate
+    are carried over; its working copy and score are let go. Any torch optimizer, also one wrapped by accelerate
     (`.optimizer`). ValueError if `old` is not held, if `new` has not the shape that index leaves, or for a state of
     another shape.
     """
@@ -52,9 +52,7 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         del optimizer.state[old]
         optimizer.state[new] = state
     if isinstance(optimizer, MaskedAdamW):
-        optimizer._held.clear()
-        optimizer._shadows.pop(old, None)
-        optimizer._scores.pop(old, None)
+        optimizer.forget(old)
 
 
 def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Mapping[int, Tensor]) -> dict[int, Tensor]:

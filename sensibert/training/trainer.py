@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.training_args import OptimizerNames
 
 from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.eval_mode import quick_attention
 from ..models.structure import STRUCTURE, is_trimmed, read_structure
+from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
@@ -31,6 +33,9 @@ from .distillation import Distillation
 # twice take 0.80 of the time so (`bench/bench_step.py`); a whole model meets few shapes, and fp32 prepares nothing.
 # Squad has 178 lengths in 331 batches of 32 rows, 38 in eights.
 MULTIPLE = 8
+
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # which MaskedAdamW takes the place of
 
 
 class LengthSampler(Sampler[int]):
@@ -72,6 +77,18 @@ class TrimTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
+
+    def create_optimizer(self, model=None):
+        if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(self.args)
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model):
+        optimizer = unwrapped(self.optimizer)
+        if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # whose gradients are still to be unscaled
+            return super()._clip_grad_norm(model)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_shape is None:
