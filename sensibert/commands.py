@@ -32,7 +32,7 @@ from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
 from .report.tables import kept_rows
 from .run_options import LAYOUTS, Options, grid_name, parse_grid
-from .saving.folder import dense, export, load
+from .saving.folder import export, load, zero_filled
 from .saving.output_paths import check_file, check_output
 from .sensitivity import sampled_loss
 from .sensitivity.analyze import analyze
@@ -229,7 +229,7 @@ def inspect_folder(folder: str) -> dict:
     model, _ = load(folder)
     layout = layout_of(model)
     keep, grid = kept_of(model)
-    before = layout_of(dense(model)) if is_trimmed(model) else layout
+    before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
         known = json.loads(result_file.read_text()) if result_file.exists() else {}
