@@ -25,6 +25,7 @@ from .core.schedule import Schedule
 from .data import micro_batches
 from .models import bare_copy, base_of, embeddings_of, eval_mode, layout_of, sites
 from .models.masks import kept_of
+from .models.reloadable import stock_class
 from .models.structure import is_trimmed, structure_of
 from .run_options import KFAC_METHODS, Options, check_blocks, default_method, grid_name, parse_grid
 from .sensitivity import sampled_loss
@@ -200,6 +201,7 @@ class TrimCallback(TrainerCallback):
         plan = self._decide(model, state, args, train_dataloader)
         self.spend("analyze")
         trim(model, plan, optimizer)
+        state.best_metric = state.best_model_checkpoint = None  # a checkpoint from before the cut fits no longer
         if state.global_step == max(self.cuts):
             self._recover(model, optimizer)
         self.spend("cut")
@@ -313,11 +315,8 @@ class TrimCallback(TrainerCallback):
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
     """SensibertError for a Trainer that would fail at the cut or, worse, behind it."""
     want_one_process(args)
-    if args.load_best_model_at_end:
-        raise SensibertError(
-            "finetune: load_best_model_at_end is True, but a checkpoint from before the cut does not fit the model "
-            "after it: want False"
-        )
+    if str(args.save_strategy.value) != "no":
+        stock_class(model)  # else its checkpoints could not be written once it is cut
     if isinstance(data, IterableDataset):
         raise SensibertError("finetune: the analysis draws rows of the train set, want one with a length and an index")
     trimmable = {member.parameter for site in sites(model) for member in site.members}

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import sensibert
 from sensibert.callback import TrimCallback
@@ -101,11 +108,10 @@ class Stream(IterableDataset):
 def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_step(here, tmp_path, monkeypatch):
     frozen = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
     frozen.bert.encoder.requires_grad_(False)
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     for said, more in (
         ("all that could be trimmed is frozen", {"model": frozen}),
         ("draws rows of the train set, want one with a length", {"data": Stream()}),
-        ("load_best_model_at_end is True", {**best, "kind": NeverEvaluates}),
+        ("TheirHead is not a class of transformers", {"model": TheirHead(frozen.config)}),
     ):
         trainer = own_trainer(here, tmp_path, TrimCallback(step=4), **more)
         with pytest.raises(SensibertError, match=said):
@@ -117,11 +123,8 @@ def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_ste
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
-class NeverEvaluates(Trainer):
-    """One that was given an eval set would do; what matters comes before it is looked at."""
-
-    def __init__(self, model, arguments, collator, train_dataset, callbacks):
-        super().__init__(model, arguments, collator, train_dataset, train_dataset, callbacks=callbacks)
+class TheirHead(BertForSequenceClassification):
+    pass
 
 
 @pytest.mark.parametrize(
