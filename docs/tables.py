@@ -4,13 +4,17 @@ One row of a file is one measurement; a later row of the same bench, case, metri
 Nothing is typed by hand, and a table without rows says so.
 """
 
-import json
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from _rows import condense, read, summarize  # noqa: E402
+
 # The order of columns.
 METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
@@ -30,12 +34,12 @@ def load(folder: Path) -> list[dict]:
     """The newest row of every KEY, in the order of their first appearance."""
     rows: dict[tuple, dict] = {}
     for path in sorted(folder.glob("bench_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if "bench" not in row:  # one of the runs that bench_accuracy sums up
+        found = read(path)
+        for row in (summarize(found) if path.stem == RUNS else []) + found:
+            if "bench" not in row:  # one run of bench_accuracy
                 row |= {"bench": RUNS, "case": f"{row['task']} {row['budget']} {row['method']}"}
             rows[_key(row)] = row
-    return list(rows.values())
+    return condense(rows.values())
 
 
 def _key(row: dict) -> tuple:
@@ -337,19 +341,19 @@ def masked(rows: list[dict]) -> str:
     """The masked matmul on a GPU: a line a grid and pass, a column a kept share; speed-up over dense.
 
     The median over layers and numbers of tokens, and in brackets the least and the most."""
-    cells: dict[tuple, dict[float, list[float]]] = {}
+    cells: dict[tuple, dict[float, dict]] = {}
     for row in rows:
         if row["bench"] == "bench_masked_linear" and row["metric"] == "vs_dense" and on_gpu(row):
-            path, grid, _, _, part = row["case"].split()
+            path, grid, part = row["case"].split()
             name, kept = grid.rsplit(":", 1)
-            cells.setdefault((name, path, part, row["device"]), {}).setdefault(float(kept), []).append(row["value"])
+            cells.setdefault((name, path, part, row["device"]), {})[float(kept)] = row
     shares = sorted({share for line in cells.values() for share in line}, reverse=True)
     paths, parts = ["default", "following", "tiles", "bits"], ["step", "fwd", "dX", "dW"]
     lines = []
     for key in sorted(cells, key=lambda key: (key[0], paths.index(key[1]), parts.index(key[2]))):
         found = [cells[key].get(share) for share in shares]
-        texts = [f"{statistics.median(v):.2f} ({min(v):.2f} - {max(v):.2f})" if v else "-" for v in found]
-        lines.append([*key[:3], *texts, str(max(len(v) for v in found if v)), key[3]])
+        texts = [f"{row['value']:.2f} ({row['least']:.2f} - {row['most']:.2f})" if row else "-" for row in found]
+        lines.append([*key[:3], *texts, str(max(row["cases"] for row in found if row)), key[3]])
     return markdown(["grid", "path", "pass", *(f"{share:.0%} kept" for share in shares), "cases", "device"], lines)
 
 
