@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\nall-MiniLM-L6-v2, encoder trimmed to half during fine-tuning\n")
     print(table(("", "at the cut", "trimmed", "ratio"), compare(base, result)))
     print(
-        f"\nOne run of {result['steps']} steps. `at the cut` is the whole model just before it was trimmed, after a third"
-        " of the\nsteps; `trimmed` is the end of the run, after more training. For a fair comparison, fine-tune without"
+        f"\nOne run of {result['steps']} steps. `at the cut` is the whole model just before it was trimmed, after a"
+        " third of the\nsteps; `trimmed` is the end of the run, after more training. For a fair comparison, fine-tune without"
         " trimming for\nas many steps: `sensibert finetune --method baseline` with the same options.\n",
         flush=True,
     )
