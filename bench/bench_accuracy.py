@@ -21,25 +21,22 @@ import csv
 import json
 import random
 import shutil
-import statistics
 from pathlib import Path
 
-from _harness import DEVICE, RESULTS, machine
+from _harness import DEVICE, machine
+from _rows import RECOVERING, RESULTS, SETTING, control, identity, read
 from rivals import RIVALS, Layers
 
 from sensibert.commands import evaluate_folder
 from sensibert.core.config import TrimConfig
-from sensibert.core.files import write_atomically
 from sensibert.core.schedule import RECOVERIES, Schedule
 from sensibert.core.settings import former_names
 from sensibert.data import get_task, load_examples
 from sensibert.recipe import finetune_and_trim
 from sensibert.run_options import PRECISIONS, SNAPSHOT, Options, all_names
 from sensibert.training.checkpoints import partial_folder
-from sensibert.training.run_memory import current_settings
 
-RUNS, ROWS = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy.jsonl"
-ABLATION = RESULTS / "bench_accuracy_ablation.jsonl"
+RUNS, ABLATION = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy_ablation.jsonl"
 OURS = {
     "ours": {},
     "uniform": {"allocation": "uniform"},
@@ -47,11 +44,6 @@ OURS = {
     "block64": {"grid": "block64"},
 }
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
-# What runs must share to be compared. The machine too: a GPU draws other dropout.
-SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
-RECOVERING = ("recovery", "freeze_embeddings")  # of all methods but the dense one
-SETTING += RECOVERING
-KEY = ("task", "budget", "method", "seed", *SETTING, "override")
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "allocation", "width_multiple", "grid", "samples", "micro_batch", "compensate", "schedule"}
 AFTER_THE_CUT |= {"trim_duration", "milestones", "rewarm_ratio", "recover_peak", "recover_dropout", *RECOVERING}
@@ -60,10 +52,6 @@ TEACHING = {"teacher", "distil", "temperature"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
 GIVEN |= {"max_steps", "precision", "save_before_cut", "keep_checkpoints", "save_steps", "resume"}
 GIVEN |= {"overwrite", "quiet"}
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(path: Path, row: dict) -> None:
@@ -106,15 +94,6 @@ def subset(train: Path, rows: int, folder: Path) -> Path:
         else:
             file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in table)
     return path
-
-
-def identity(row: dict) -> tuple:
-    """What makes a run that run. Rows from before an entry of KEY existed have its default; former names are equal to
-    today's."""
-    row = current_settings(row)
-    if row.get("override"):
-        row["override"] = current_settings(row["override"])
-    return tuple(json.dumps(row.get(name), sort_keys=True) for name in KEY)
 
 
 def question(arguments: argparse.Namespace, budget: str, method: str, seed: int) -> dict:
@@ -202,60 +181,14 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     return {**asked, **facts, **machine()}
 
 
-def _control(row: dict, runs: list[dict]) -> float | None:
-    """The dense score in percent with the same seed and setting."""
-    dense = {"budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
-    wanted = identity({**row, **dense})
-    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
-
-
 def ablation(row: dict, runs: list[dict]) -> dict:
     """One run with --override as a line of its own, beside the dense run of the same seed."""
-    dense, value = _control(row, runs), 100 * row["score"]
+    dense, value = control(row, runs), 100 * row["score"]
     changed = "".join(f", {name} {setting}" for name, setting in sorted(row["override"].items()))
     shared = {"bench": "bench_accuracy_ablation", "case": f"{row['task']} {row['budget']} ours{changed}"}
     shared |= {"metric": "score", "value": round(value, 2), "unit": "%", "rival": "dense" if dense else None}
     shared |= {"rival_value": dense and round(dense, 2), "ratio": dense and round(value / dense, 4), "seeds": 1}
     return {**shared, **{name: fact for name, fact in row.items() if name not in shared and name != "score"}}
-
-
-def summarize(runs: list[dict]) -> list[dict]:
-    """A row a (task, budget, method): mean and standard deviation over seeds, beside the dense control's mean.
-
-    A run that has an entry `excluded`, which says why, stays out."""
-    groups: dict[tuple, list[dict]] = {}
-    runs = [row for row in runs if "excluded" not in row]
-    for row in runs:
-        groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
-    rows = []
-    for (task, budget, method, *setting), found in groups.items():
-        control = [_control(row, runs) for row in found]  # the same seeds, or none
-        dense = statistics.mean(control) if None not in control else None
-        scores, last = [100 * row["score"] for row in found], found[-1]
-        seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
-        shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
-        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v is not None}}
-        more |= {name: last[name] for name in ("steps", "dense_steps", "encoder_params_after") if name in last}
-        more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
-        more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
-        score = statistics.mean(scores)
-        ratio = round(score / dense, 4) if dense else None
-        rival = {"rival": "dense" if dense else None, "rival_value": dense and round(dense, 2), "ratio": ratio}
-        spread = round(statistics.stdev(scores), 2) if len(scores) > 1 else None
-        rows.append(
-            {**shared, "metric": "score", "value": round(score, 2), "std": spread, "unit": "%", **rival, **more}
-        )
-        rows.append({**shared, "metric": "retention", "value": ratio, "unit": "share", **rival, **more})
-        if len(seconds) == len(found):
-            rows.append(
-                {**shared, "metric": "seconds", "value": round(statistics.mean(seconds), 1), "unit": "s", **more}
-            )
-    return rows
-
-
-def write_summary() -> None:
-    text = "".join(json.dumps(line) + "\n" for line in summarize(read(RUNS)))
-    write_atomically(ROWS, lambda path: Path(path).write_text(text))
 
 
 def main() -> None:
@@ -299,7 +232,6 @@ def main() -> None:
                 append(ABLATION, ablation(row, read(RUNS)))
             else:
                 append(RUNS, row)
-                write_summary()
             case = " ".join(map(str, (arguments.task, budget, method, *arguments.override.items(), "seed", seed)))
             print(f"{case}: {100 * row['score']:.2f}", flush=True)
 

@@ -1,7 +1,7 @@
 """The masked matmul on the layers of BERT, each pass, by grid and density: against dense and against the ideal.
 
     python -m pytest bench/bench_masked_linear.py --benchmark-only -o python_files='bench_*.py' [-k '16384 and step']
-    python bench/bench_masked_linear.py      draws bench/results/bench_masked_linear.png from the rows
+    python bench/_rows.py                    then keeps medians over layers and numbers of tokens
 
 Rivals: the dense matmul (what there is today), the matmul on a weight masked beforehand (cuBLAS at its best; not the
 mask, not the gather), F.linear(x, W * M) (what torch.nn.utils.prune does), compiled too on a GPU, 2:4 of torch where it
@@ -13,7 +13,6 @@ table lacks its tail. On a CPU: fewer cases, fp32.
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import partial
 
@@ -21,7 +20,7 @@ import _harness
 import pytest
 import torch
 import torch.nn.functional as F
-from _harness import DEVICE, RESULTS, captured_us, host_us, record
+from _harness import DEVICE, captured_us, host_us, record
 
 from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept
@@ -200,46 +199,3 @@ def semi_structured(data) -> list[tuple] | None:
         return sparse
     except (RuntimeError, ValueError, NotImplementedError, AttributeError):
         return None
-
-
-def draw() -> None:
-    """Speed-up over dense by density, one line a grid; one column a layer, one row a number of tokens: whole steps on
-    the device of the newest row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (RESULTS / f"{BENCH}.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["device"] == rows[-1]["device"] and row["metric"] == "vs_dense"]
-    speed: dict[tuple[str, int], dict[str, dict[float, float]]] = {}
-    for row in rows:
-        path, grid, layer, tokens, part = row["case"].split()
-        if path == "default" and part == "step":
-            name, density = grid.rsplit(":", 1)
-            speed.setdefault((layer, int(tokens)), {}).setdefault(name, {})[float(density)] = row["value"]
-    layers, lengths = (sorted({place[axis] for place in speed}) for axis in (0, 1))
-    shape = {"figsize": (3.2 * len(layers), 3.0 * len(lengths) + 0.4), "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(len(lengths), len(layers), sharex=True, sharey=True, **shape)
-    for (layer, tokens), grids in speed.items():
-        axis = axes[lengths.index(tokens)][layers.index(layer)]
-        for name, points in grids.items():
-            axis.plot(*zip(*sorted(points.items())), marker="o", markersize=3, label=name)
-        shares = sorted({density for points in grids.values() for density in points})
-        axis.plot(shares, [1 / share for share in shares], "k:", label="all multiplications saved")
-        axis.axhline(1, color="0.6", linewidth=0.8)
-        axis.set_title(f"{layer}, {tokens:,} tokens", fontsize=9)
-        axis.set(yscale="log", ylim=(0.4, 4.5))
-        axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
-        axis.minorticks_off()
-    for axis in [axis for axis in axes.flatten() if not axis.lines]:
-        axis.set_visible(False)
-    figure.supxlabel("kept share")
-    figure.supylabel("speed-up over dense")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.suptitle(f"masked_linear, forward and backward, {rows[-1]['device']}")
-    figure.savefig(RESULTS / f"{BENCH}.png", dpi=100)
-
-
-if __name__ == "__main__":
-    draw()

@@ -1,27 +1,75 @@
-"""bench/results/bench_accuracy.jsonl -> docs/accuracy.png: what stays of the dense score against what is left of the
-encoder.
+"""bench/results/bench_accuracy_runs.jsonl -> two pictures of the score kept against the share of the encoder left.
 
-One panel a task, one line a method with the standard deviation over seeds, 100 % as a dashed line. Points stand at the
-true share: layer dropping cannot meet every budget. Use: make readme
+docs/accuracy.png: the mean over the tasks, three methods. docs/accuracy_by_task.png: a panel a task, all methods, with
+the standard deviation over seeds. Points are at the true share: layer dropping cannot meet every budget. Use: make
+readme
 """
 
 import importlib.util
 import math
+import statistics
 from pathlib import Path
 
-from tables import GRIDS, METHODS, ROOT, load, own_recovery, pooled, scores, task_label
+from tables import GRIDS, METHODS, ROOT, SHOWN, kept, load, own_recovery, pooled, scores, share_kept, task_label
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3
 LEAST_SPAN = 6.0  # percent that a panel shows
 Point = tuple[float, float, float]
+MEANS = {"ours": "#1f5f99", "torch-pruning": "#c0603a", "magnitude": "#777777"}  # of the picture of means
+
+
+def means(rows: list[dict]) -> dict[str, list[tuple[float, float, int]]]:
+    """method -> [(share left, share of the untrimmed score kept, number of tasks), shares in percent], by share left.
+
+    The mean over tasks that the tables have; a task counts as 100 % at most."""
+    chosen = [row for row in scores(rows) if row["case"].split()[1].endswith("%params")]
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for budget, methods in kept(chosen).items():
+        for method in MEANS.keys() & methods.keys():
+            left = [100 * row["encoder_share"] for row in chosen if row["case"].endswith(f" {budget} {method}")]
+            shares = [100 * share_kept(runs) for runs in methods[method].values()]
+            found.setdefault(method, []).append((statistics.mean(left), statistics.mean(shares), len(shares)))
+    return {method: sorted(points) for method, points in found.items()}
+
+
+def draw_means(path: Path, found: dict[str, list[tuple[float, float, int]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    most = max(tasks for points in found.values() for _, _, tasks in points)
+    axis.axhline(100, color="black", linestyle="--", linewidth=1)
+    axis.annotate("untrimmed model", (0.5, 100), xytext=(0, 5), textcoords="offset points", fontsize=9)
+    for method in (name for name in MEANS if name in found):
+        ours, color = method == "ours", MEANS[method]
+        left, stays, tasks = zip(*found[method], strict=True)
+        name = f"{SHOWN[method]} (ours)" if ours else SHOWN[method]
+        axis.plot(left, stays, color=color, linewidth=2.6 if ours else 1.8, marker="o", markersize=5, label=name)
+        for x, y, number in found[method]:
+            note = [f"{y:.1f}"] * ours + [f"{number} of {most} tasks"] * (number < most)
+            place = {"xytext": (0, 8 if ours else -14), "textcoords": "offset points", "ha": "center"}
+            place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            axis.annotate(", ".join(note), (x, y), color=color, fontsize=9, **place)
+    axis.legend(loc="lower right", frameon=False, fontsize=11)
+    low, _ = axis.get_ylim()
+    axis.set(
+        xlim=(0, 80),
+        ylim=(low, 102.5),
+        xlabel="encoder parameters left (%)",
+        ylabel="score kept (% of the untrimmed model)",
+    )
+    axis.set_title(f"MiniLM-L6, mean over {most} tasks", fontsize=11)
+    axis.grid(axis="y", color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
-    """task -> method -> [(share left, share of the dense score, its standard deviation), all in percent], by share.
+    """task -> method -> [(share left, share of the untrimmed score, its standard deviation), in percent], by share.
 
     Budgets of parameters, methods that cut, the default recovery. The mean over all runs of a GPU and of a CPU, each
-    beside the dense runs of the same seeds and place."""
+    beside the untrimmed runs of the same seeds and place."""
     found: dict[str, dict[str, dict[str, list[dict]]]] = {}
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
@@ -57,7 +105,7 @@ def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
     axes = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
     shown = {}
     for axis, (task, lines) in zip(axes, found.items()):
-        shown["dense"] = axis.axhline(100, color="black", linestyle="--", linewidth=1)
+        shown["untrimmed"] = axis.axhline(100, color="black", linestyle="--", linewidth=1)
         for method in methods:
             if method in lines:
                 left, stays, spread = zip(*lines[method])
@@ -65,22 +113,23 @@ def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
                 shown[method] = axis.errorbar(
                     left, stays, spread, color=color, linewidth=width, marker="o", markersize=4, capsize=3
                 )
-        axis.set(title=task, xlabel="% of the encoder's parameters left", ylabel="% of the dense score")
+        axis.set(title=task, xlabel="encoder parameters left (%)", ylabel="score kept (%)")
         axis.set_xlim(0, 104)
         low, high = axis.get_ylim()
-        short = max(0.0, LEAST_SPAN - (high - low)) / 2  # differences within the noise shall look like it
+        short = max(0.0, LEAST_SPAN - (high - low)) / 2  # so that differences within the noise look small
         axis.set_ylim(low - short, high + short)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    order = sorted(shown, key=["dense", *methods].index)
+    order = sorted(shown, key=["untrimmed", *methods].index)
     figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    lines = curves(load(ROOT / "bench" / "results"))
+    measured = load(ROOT / "bench" / "results")
     if importlib.util.find_spec("matplotlib") is None:
-        print("docs/accuracy.png stays as it was: matplotlib is not installed")
-    elif lines:
-        draw(ROOT / "docs" / "accuracy.png", lines)
+        print("the pictures in docs/ are unchanged: matplotlib is not installed")
+    else:
+        draw_means(ROOT / "docs" / "accuracy.png", means(measured))
+        draw(ROOT / "docs" / "accuracy_by_task.png", curves(measured))

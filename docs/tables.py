@@ -1,20 +1,26 @@
-"""bench/results/*.jsonl -> the tables of README.md, method.md and kernels.md, between their markers. Use: make readme
+"""bench/results/*.jsonl -> the tables of README.md and docs/*.md, between their markers. Use: make readme
 
 One row of a file is one measurement; a later row of the same bench, case, metric, rival and device replaces an earlier.
 Nothing is typed by hand, and a table without rows says so.
 """
 
-import json
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from _rows import condense, read, summarize  # noqa: E402
+
 # The order of columns.
-METHODS = ("ours", "fisher", "taylor", "saliency", "paper", "uniform", "torch-pruning", "torch-pruning-magnitude")
+METHODS = ("ours", "fisher", "taylor", "saliency", "soft_gates", "uniform", "torch-pruning", "torch-pruning-magnitude")
 METHODS += ("layers", "magnitude", "random")
 GRIDS = ("element", "block64")  # masked, not cut
+# What people would use instead, as the README calls them.
+SHOWN = {"ours": "sensibert", "torch-pruning": "Torch-Pruning", "magnitude": "magnitude", "layers": "dropping layers"}
 KERNELS = tuple(
     f"bench_{op}"
     for op in ("block_sensitivity", "select_threshold", "gather_kept", "take_columns", "masked_adamw", "masked_linear")
@@ -30,12 +36,12 @@ def load(folder: Path) -> list[dict]:
     """The newest row of every KEY, in the order of their first appearance."""
     rows: dict[tuple, dict] = {}
     for path in sorted(folder.glob("bench_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if "bench" not in row:  # one of the runs that bench_accuracy sums up
+        found = read(path)
+        for row in (summarize(found) if path.stem == RUNS else []) + found:
+            if "bench" not in row:  # one run of bench_accuracy
                 row |= {"bench": RUNS, "case": f"{row['task']} {row['budget']} {row['method']}"}
             rows[_key(row)] = row
-    return list(rows.values())
+    return condense(rows.values())
 
 
 def _key(row: dict) -> tuple:
@@ -59,14 +65,14 @@ def percent(share: float) -> str:
 
 
 def own_recovery(row: dict) -> list[str]:
-    """What of the recovery was not left at its default; of a dense run nothing."""
+    """The settings of recovery that are not the default; none for an untrimmed run."""
     parts = [f"recovery {row['recovery']}"] if row.get("recovery") else []
     frozen = row.get("freeze_embeddings")
     return parts + ([f"embeddings {'frozen' if frozen else 'learn'}"] if frozen is not None else [])
 
 
 def task_label(row: dict) -> str:
-    """The task of an accuracy row, and what sets it apart from the other rows of that task."""
+    """The task of an accuracy row, and what distinguishes it from the other rows of that task."""
     parts = [f"{row['train_rows']:,} rows"] if row.get("train_rows") else []
     parts += [f"{row['max_steps']:,} steps"] if row.get("max_steps") else []
     parts += own_recovery(row)
@@ -75,12 +81,12 @@ def task_label(row: dict) -> str:
 
 
 def usual_label(row: dict) -> str:
-    """The same of the runs with the default recovery, of which the dense control is one."""
+    """The same of the runs with the default recovery, of which the untrimmed run is one."""
     return task_label({**row, "recovery": None, "freeze_embeddings": None})
 
 
 def is_usual(row: dict) -> bool:
-    """Of the default recovery, in the place where most of a task was run; a dense control wherever."""
+    """Of the default recovery, in the place where most of a task was run; an untrimmed run anywhere."""
     return not own_recovery(row) and not row.get("place")
 
 
@@ -128,7 +134,7 @@ def columns_of(methods: set[str]) -> list[str]:
 def accuracy(rows: list[dict]) -> str:
     """The runs with the default recovery: one line a task and budget, one column a method.
 
-    The dense control of a task stands in all its lines. A cell with fewer seeds than its line says so."""
+    All lines of a task show its untrimmed run. A cell with fewer seeds than its line says so."""
     return _accuracy(scores(rows), is_usual)
 
 
@@ -137,10 +143,14 @@ def elsewhere(rows: list[dict]) -> str:
     return _accuracy(scores(rows), lambda row: not is_usual(row))
 
 
+def _score(row: dict) -> str:
+    return f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
+
+
 def _accuracy(rows: list[dict], shown: Callable[[dict], bool]) -> str:
     most: dict[tuple[str, str], int] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    controls: dict[str, str] = {}  # a dense run has no recovery to choose
+    controls: dict[str, str] = {}  # an untrimmed run has no recovery
     control: dict[str, str] = {}
     for row in filter(shown, rows):
         place = task_label(row), row["case"].split()[1]
@@ -148,7 +158,7 @@ def _accuracy(rows: list[dict], shown: Callable[[dict], bool]) -> str:
     for row in rows:
         _, budget, method = row["case"].split(maxsplit=2)
         task, seeds = task_label(row), row.get("seeds", 1)
-        text = f"{row['value']:.2f}" + (f" ± {row['std']:.2f}" if row.get("std") is not None else "")
+        text = _score(row)
         control[task] = usual_label(row)
         if method == "dense":
             controls[task] = text
@@ -164,16 +174,38 @@ def _accuracy(rows: list[dict], shown: Callable[[dict], bool]) -> str:
         [*at, controls.get(control[at[0]], "-"), *(cells[at].get(m, "-") for m in methods), str(most[at])]
         for at in order
     ]
-    return markdown(["task", "budget", "dense", *methods, "seeds"], lines)
+    return markdown(["task", "budget", "untrimmed", *methods, "seeds"], lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """The README's table: scores of every task at half of the encoder, then the mean share kept, a line a budget."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in filter(is_usual, scores(rows)):
+        task, budget, method = row["case"].split(maxsplit=2)
+        if method == "dense" or (budget == "50%params" and method in SHOWN):
+            cells.setdefault(task, {})[method] = _score(row)
+    lines = [[task, cells[task].get("dense", "-")] for task in sorted(cells) if len(cells[task]) > 1]
+    lines = [[*line, *(cells[line[0]].get(method, "-") for method in SHOWN)] for line in lines]
+    found = kept([row for row in scores(rows) if row["case"].split()[-1] in SHOWN])
+    for budget in (name for name in ("50%params", "30%params", "20%params", "10%params") if name in found):
+        shares = {name: {task: share_kept(runs) for task, runs in of.items()} for name, of in found[budget].items()}
+        most = max(map(len, shares.values()))
+        texts = [_mean(shares[m]) + _fewer(len(shares[m]), most) if m in shares else "-" for m in SHOWN]
+        lines.append([f"score kept at {budget.removesuffix('%params')} %", "100 %", *texts])
+    return markdown(["", "untrimmed", *SHOWN.values()], lines)
+
+
+def _fewer(tasks: int, most: int) -> str:
+    return f" ({tasks} task{'s' * (tasks > 1)})" if tasks < most else ""
 
 
 def retention(rows: list[dict]) -> str:
-    """One line a budget, one column a method: what share of the dense score stays, mean over tasks.
+    """One line a budget, one column a method: the share of the untrimmed score that is kept, mean over tasks.
 
-    Of a task the mean over all its runs with the default recovery, of a GPU and of a CPU, each beside the dense run of
-    the same seed and place. What a task has above the dense score does not make up for another: it counts as 100 %. For
-    `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the same places, and how
-    many tasks they are, where fewer than those of `ours`."""
+    Of a task the mean over all its runs with the default recovery, of a GPU and of a CPU, each beside the untrimmed run
+    of the same seed and place. What a task has above the untrimmed score does not make up for another: it counts as
+    100 %. For `ours` the lowest task is named; beside a rival stands what `ours` has on the same tasks in the same
+    places, and how many tasks they are, where fewer than those of `ours`."""
     return _retention([row for row in scores(rows) if row["case"].split()[-1] not in GRIDS])
 
 
@@ -184,31 +216,37 @@ def grids(rows: list[dict]) -> str:
     return _retention([row for row in found if row["case"].split()[1] in budgets])
 
 
-def _retention(rows: list[dict]) -> str:
-    found: dict[str, dict[str, dict[str, dict[str, tuple[float, int]]]]] = {}  # budget, method, task, place
+def kept(rows: list[dict]) -> dict[str, dict[str, dict[str, dict[str, tuple[float, int]]]]]:
+    """budget -> method -> task -> place -> (share of the untrimmed score, over how many seeds); default recovery."""
+    found: dict = {}
     for row in rows:
         _, budget, method = row["case"].split(maxsplit=2)
         if row.get("ratio") and method != "dense" and budget != "100%params" and not own_recovery(row):
             label, place = task_label({**row, "place": ""}), row.get("place", "")
             runs = found.setdefault(budget, {}).setdefault(method, {}).setdefault(label, {})
             runs[place] = row["ratio"], row.get("seeds", 1)
+    return found
+
+
+def _retention(rows: list[dict]) -> str:
+    found = kept(rows)
     rivals = columns_of({method for methods in found.values() for method in methods} - {"ours"})
     lines = []
     for budget in sorted(found, key=_budget):
         all_ours = found[budget].get("ours", {})
-        ours = {label: _share(runs) for label, runs in all_ours.items()}
+        ours = {label: share_kept(runs) for label, runs in all_ours.items()}
         number = sum(seeds for runs in all_ours.values() for _, seeds in runs.values())
         cells = [f"{_mean(ours)}, {_lowest(ours)}" if ours else "-"]
         for rival in rivals:
             theirs = found[budget].get(rival, {})
             same = [
-                _share(all_ours[label], runs)
+                share_kept(all_ours[label], runs)
                 for label, runs in theirs.items()
                 if runs.keys() <= all_ours.get(label, {}).keys()
             ]
             said = [f"ours {percent(statistics.mean(same))}"] if same and len(same) == len(theirs) else []
             said += [f"{len(theirs)} task{'s' * (len(theirs) > 1)}"] if len(theirs) < len(ours) else []
-            shares = {label: _share(runs) for label, runs in theirs.items()}
+            shares = {label: share_kept(runs) for label, runs in theirs.items()}
             cells.append((_mean(shares) + (f" ({', '.join(said)})" if said else "")) if shares else "-")
         lines.append([budget, f"{len(ours)}, {number}", *cells])
     return markdown(["budget", "tasks, runs of ours", "ours, lowest task", *rivals], lines)
@@ -220,7 +258,7 @@ def pooled(runs: Iterable[tuple[float, int]]) -> float:
     return sum(share * number for share, number in zip(shares, seeds, strict=True)) / sum(seeds)
 
 
-def _share(runs: dict[str, tuple[float, int]], like: dict[str, tuple[float, int]] | None = None) -> float:
+def share_kept(runs: dict[str, tuple[float, int]], like: dict[str, tuple[float, int]] | None = None) -> float:
     """Mean of what stays over the runs of all places, at most 1; like: over the places, and as many runs, as there."""
     weights = {place: seeds for place, (_, seeds) in (like or runs).items()}
     return min(1.0, pooled((runs[place][0], seeds) for place, seeds in weights.items()))
@@ -236,10 +274,9 @@ def _lowest(shares: dict[str, float]) -> str:
 
 
 def cost(rows: list[dict]) -> str:
-    """One line a budget: what part of the FLOPs of a dense run a run of `ours` costs, all in all; least and most of
-    the tasks.
+    """One line a budget: FLOPs of a whole run of `ours` relative to the untrimmed run; least and most of the tasks.
 
-    No seconds: the runs shared their machine. Those are for bench_cost to say."""
+    No seconds, since the runs shared their machine: bench_cost measures those."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in scores(rows):
         task, budget, method = row["case"].split(maxsplit=2)
@@ -249,7 +286,7 @@ def cost(rows: list[dict]) -> str:
     for budget in sorted(found, key=_budget):
         shares = [share for of_task in found[budget].values() for share in of_task]
         lines.append([budget, f"{min(shares):.2f} - {max(shares):.2f}", str(len(found[budget]))])
-    return markdown(["budget", "steps of the dense model a step", "tasks"], lines)
+    return markdown(["budget", "FLOPs of a run, untrimmed run = 1", "tasks"], lines)
 
 
 def ablation(rows: list[dict]) -> str:
@@ -257,7 +294,7 @@ def ablation(rows: list[dict]) -> str:
 
     Beside a change stands what the default recipe has on the same seeds: one seed is not like another. Where all
     embeddings were treated otherwise than by default, so were those of the controls. Of the controls that the accuracy
-    tables have, only the dense and the default run are said again."""
+    tables have, only the untrimmed and the default run are repeated."""
     told = {_key(row) for row in scores(rows) if row["case"].split()[-1] not in ("ours", "dense")}
     tried: dict[tuple, dict[str, list[dict]]] = {}
     shared = ("epochs", "precision", "accelerator", "freeze_embeddings")
@@ -286,7 +323,9 @@ def ablation(rows: list[dict]) -> str:
             ratio = statistics.mean(values) / statistics.mean(dense) if all(dense) else None
             default = [runs.get((f"{case} ours", seed)) for seed in seeds]
             lines.append([case, how, change, *_cells(values, spread, ratio, default, len(values))])
-    return markdown(["", "epochs", "", "score", "of dense", "default, same seeds", "seeds"], lines)
+    return markdown(
+        ["task, budget", "epochs", "what was changed", "score", "of untrimmed", "default, same seeds", "seeds"], lines
+    )
 
 
 def _control_label(row: dict, case: str) -> str | None:
@@ -296,7 +335,8 @@ def _control_label(row: dict, case: str) -> str | None:
     method = row["case"].removeprefix(f"{case} ")
     if method == "ours" and row.get("recovery"):
         return f"recovery {row['recovery']}"
-    return None if row.get("recovery") else "**the default recipe**" if method == "ours" else method
+    names = {"ours": "**the default recipe**", "dense": "untrimmed"}
+    return None if row.get("recovery") else names.get(method, method)
 
 
 def _cells(values: list[float], spread: float | None, ratio: float | None, usual: list, seeds: int) -> list[str]:
@@ -316,7 +356,7 @@ def grouped(rows: list[dict]) -> str:
         line[2] = f"{number(row['value'])}{unit}{what}"
         rival = f"{row['rival']} {number(row['ratio'])}" if row.get("rival") else "-"
         line[3] = f"{line[3]} · {rival}".removeprefix(" · ")
-    return markdown(["", "case", "ours", "times better than", "device"], list(lines.values()))
+    return markdown(["", "case", "ours", "speed-up over", "device"], list(lines.values()))
 
 
 def kernels(rows: list[dict]) -> str:
@@ -337,19 +377,19 @@ def masked(rows: list[dict]) -> str:
     """The masked matmul on a GPU: a line a grid and pass, a column a kept share; speed-up over dense.
 
     The median over layers and numbers of tokens, and in brackets the least and the most."""
-    cells: dict[tuple, dict[float, list[float]]] = {}
+    cells: dict[tuple, dict[float, dict]] = {}
     for row in rows:
         if row["bench"] == "bench_masked_linear" and row["metric"] == "vs_dense" and on_gpu(row):
-            path, grid, _, _, part = row["case"].split()
+            path, grid, part = row["case"].split()
             name, kept = grid.rsplit(":", 1)
-            cells.setdefault((name, path, part, row["device"]), {}).setdefault(float(kept), []).append(row["value"])
+            cells.setdefault((name, path, part, row["device"]), {})[float(kept)] = row
     shares = sorted({share for line in cells.values() for share in line}, reverse=True)
     paths, parts = ["default", "following", "tiles", "bits"], ["step", "fwd", "dX", "dW"]
     lines = []
     for key in sorted(cells, key=lambda key: (key[0], paths.index(key[1]), parts.index(key[2]))):
         found = [cells[key].get(share) for share in shares]
-        texts = [f"{statistics.median(v):.2f} ({min(v):.2f} - {max(v):.2f})" if v else "-" for v in found]
-        lines.append([*key[:3], *texts, str(max(len(v) for v in found if v)), key[3]])
+        texts = [f"{row['value']:.2f} ({row['least']:.2f} - {row['most']:.2f})" if row else "-" for row in found]
+        lines.append([*key[:3], *texts, str(max(row["cases"] for row in found if row)), key[3]])
     return markdown(["grid", "path", "pass", *(f"{share:.0%} kept" for share in shares), "cases", "device"], lines)
 
 
@@ -374,6 +414,7 @@ def rank(rows: list[dict]) -> str:
 
 
 TABLES = {
+    "summary": summary,
     "accuracy": accuracy,
     "elsewhere": elsewhere,
     "retention": retention,
@@ -399,5 +440,5 @@ def fill(text: str, rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     measured = load(ROOT / "bench" / "results")
-    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in ("method.md", "kernels.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         page.write_text(fill(page.read_text(encoding="utf-8"), measured), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The main job on a CPU, in a few minutes: fine-tune a real BERT, trim its encoder to half on the way, compare, reload.
+"""Fine-tune a real BERT on a CPU in a few minutes, trim its encoder to half on the way, compare, reload.
 
 `make demo` runs it. The model is all-MiniLM-L6-v2 from the `demo` extra, the task is examples/docstrings.py. Nothing is
-downloaded. Everything it writes goes into one folder, by default runs/demo.
+downloaded. All files go into one folder, by default runs/demo.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def packaged_model() -> str:
 
 
 def latencies_ms(models: list, batch: int, length: int, repeats: int) -> list[float]:
-    """Median milliseconds of a forward pass of each model; they take turns, so that a busy moment hits all of them."""
+    """Median milliseconds of a forward pass of each model; they take turns, so that a busy moment slows all of them."""
     ids = torch.randint(models[0].config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     seconds = [[] for _ in models]
     with torch.inference_mode():
@@ -60,30 +60,30 @@ def latencies_ms(models: list, batch: int, length: int, repeats: int) -> list[fl
 
 
 def compare(base: str, result: dict) -> list[tuple[str, str, str, str]]:
-    """Rows of the table: what, dense, trimmed, trimmed / dense."""
+    """Rows of the table: what, the model at the cut, the trimmed one, trimmed / at the cut."""
     trimmed = AutoModelForSequenceClassification.from_pretrained(result["output"]).eval()
-    dense = AutoModelForSequenceClassification.from_pretrained(base, num_labels=trimmed.config.num_labels).eval()
+    whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=trimmed.config.num_labels).eval()
     rows = []
 
     def add(what: str, a: float, b: float, form: str, ratio: bool = True) -> None:
         rows.append((what, form.format(a), form.format(b), f"{b / a:.2f}" if ratio else ""))
 
-    accuracies = 100 * result["metrics_dense"]["accuracy"], 100 * result["metrics"]["accuracy"]
-    add("accuracy on held-out docstrings", *accuracies, "{:.1f} %", ratio=False)
+    accuracies = 100 * result["metrics_at_cut"]["accuracy"], 100 * result["metrics"]["accuracy"]
+    add("accuracy on the validation set", *accuracies, "{:.1f} %", ratio=False)
     add("encoder parameters", result["encoder_params_before"], result["encoder_params_after"], "{:,}")
     add("all parameters, with embeddings", result["total_params_before"], result["total_params_after"], "{:,}")
     for batch, repeats in ((32, 7), (1, 31)):
         what = f"CPU latency, {batch} x 128 tokens"
-        add(what, *latencies_ms([dense, trimmed], batch, 128, repeats), "{:.1f} ms")
+        add(what, *latencies_ms([whole, trimmed], batch, 128, repeats), "{:.1f} ms")
     with tempfile.TemporaryDirectory() as folder:
-        dense.save_pretrained(folder)
+        whole.save_pretrained(folder)
         files = [Path(place) / "model.safetensors" for place in (folder, result["output"])]
         add("model.safetensors", *(file.stat().st_size / 1e6 for file in files), "{:.1f} MB")
     return rows
 
 
 def classify(folder: str, validation: str) -> None:
-    """What a user of the folder writes. Runs in a process of its own, so that nothing is left of the training run."""
+    """Use the saved folder as its users do. Runs in a process of its own, which knows nothing of the training run."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
@@ -99,7 +99,7 @@ def classify(folder: str, validation: str) -> None:
         part = rows[begin : begin + 64]
         found = predict([row["sentence"] for row in part]).argmax(-1).tolist()
         hits += sum(model.config.id2label[i] == row["label"] for i, row in zip(found, part))
-    print(f"reloaded from {folder} by a new process: {100 * hits / len(rows):.1f} % of the held-out docstrings\n")
+    print(f"Reloaded from {folder} in a new process: accuracy {100 * hits / len(rows):.1f} %\n")
     for text, scores in zip(LINES, predict(list(LINES))):
         best = int(scores.argmax())
         print(f"  {model.config.id2label[best]:>15}  {100 * float(scores[best]):3.0f} %  {text}")
@@ -115,20 +115,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.classify:
         return classify(*args.classify)
 
+    from sensibert.core.config import TrimConfig
     from sensibert.recipe import finetune_and_trim
     from sensibert.run_options import Options
 
     begin, base, data = time.perf_counter(), packaged_model(), Path(args.output, "data")
-    print("which library does this docstring come from? reading the sources of the installed libraries ...", flush=True)
+    print(
+        "Task: which library does a docstring come from? Reading the sources of the installed libraries ...", flush=True
+    )
     counts = docstrings.build(data)
-    print(f"{counts['train']:,} docstrings to learn from, {counts['validation']:,} held out", flush=True)
+    print(f"{counts['train']:,} docstrings for training, {counts['validation']:,} for validation", flush=True)
     result = finetune_and_trim(
         Options(
             model=base,
             output=str(Path(args.output, "model")),
             train_file=str(data / "train.csv"),
             validation_file=str(data / "validation.csv"),
-            budget="50%params",
+            trim=TrimConfig("50%params"),
             epochs=args.epochs,
             learning_rate=2e-4,
             batch_size=BATCH,
@@ -137,18 +140,18 @@ def main(argv: list[str] | None = None) -> None:
             quiet=not sys.stderr.isatty(),
         )
     )
-    print("\nall-MiniLM-L6-v2, its encoder trimmed to half while it was fine-tuned\n")
-    print(table(("", "dense", "trimmed", "ratio"), compare(base, result)))
+    print("\nall-MiniLM-L6-v2, encoder trimmed to half during fine-tuning\n")
+    print(table(("", "at the cut", "trimmed", "ratio"), compare(base, result)))
     print(
-        f"\nOne run of {result['steps']} steps. The dense column is this run just before the cut, after a third of the"
-        " steps; the\ntrimmed one is its end, so the trimmed model has seen more data. The fair control is a dense run"
-        " of the same\nlength: `sensibert finetune --method dense` with the same options.\n",
+        f"\nOne run of {result['steps']} steps. `at the cut` is the whole model just before it was trimmed, after a"
+        " third of the\nsteps; `trimmed` is the end of the run, after more training. For a fair comparison, fine-tune"
+        " without trimming for\nas many steps: `sensibert finetune --method baseline` with the same options.\n",
         flush=True,
     )
     command = [sys.executable, __file__, "--classify", result["output"], str(data / "validation.csv")]
     subprocess.run(command, check=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-    print(f"\n{time.perf_counter() - begin:.0f} seconds in all, peak memory {peak:.1f} GiB, files in {args.output}")
+    print(f"\n{time.perf_counter() - begin:.0f} seconds, peak memory {peak:.1f} GiB, files in {args.output}")
 
 
 if __name__ == "__main__":

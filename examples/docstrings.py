@@ -1,8 +1,8 @@
 """A text task every installation has: which library does this docstring come from?
 
-Docstrings are read by parsing the sources of the installed libraries, never by importing them. The names that would
-give the answer away are masked in all texts alike. Which files are read, and which side of the split a file belongs
-to, depends on hashes of their paths, so the same versions give the same data everywhere: about 1,000 texts a library.
+Docstrings are read by parsing the sources of the installed libraries, never by importing them. Names that would
+reveal the answer are masked in all texts. The files read, and their side of the split, depend on hashes of
+their paths, so the same library versions give the same data everywhere: about 1,000 texts a library.
 Use: python examples/docstrings.py FOLDER
 """
 
@@ -65,16 +65,16 @@ def collect(label: str, folder: Path, cap: int = CAP) -> dict[str, list[str]]:
     files = [p.relative_to(folder) for p in folder.rglob("*.py")]
     files = [p for p in files if not SKIP & set(p.parts)]
     held_out = round(cap * VALIDATION_SHARE)
-    texts, room, seen = {"train": [], "validation": []}, {"train": cap - held_out, "validation": held_out}, set()
+    texts, left, seen = {"train": [], "validation": []}, {"train": cap - held_out, "validation": held_out}, set()
     for file in sorted(files, key=lambda p: (share(f"{label}/{p.as_posix()}"), p)):
-        # a whole file goes to one side: neighbours layout_of the same thing in the same words
+        # a whole file goes to one side: neighbours describe the same thing in the same words
         side = "validation" if share(f"split/{label}/{file.as_posix()}") < VALIDATION_SHARE else "train"
-        if len(texts[side]) == room[side]:
+        if len(texts[side]) == left[side]:
             continue
         for text in docstrings(folder / file):
             words = mask(text).split()[:MAX_WORDS]
             begin = re.sub(r"\W+", "", "".join(words).lower())[:60]
-            if len(words) >= MIN_WORDS and begin not in seen and len(texts[side]) < room[side]:
+            if len(words) >= MIN_WORDS and begin not in seen and len(texts[side]) < left[side]:
                 seen.add(begin)
                 texts[side].append(" ".join(words))
     return texts

@@ -8,6 +8,7 @@ import sys
 import bench_accuracy as bench
 import pytest
 import torch
+from _rows import KEY, condense, summarize
 from safetensors.torch import load_file
 
 from sensibert import recipe
@@ -22,7 +23,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     runs.sentence_file(tmp_path / "toy" / "train.csv", 64, seed=1)
     runs.sentence_file(tmp_path / "toy" / "validation.csv", 40, seed=2)
-    for name in ("RUNS", "ROWS", "ABLATION"):
+    for name in ("RUNS", "ABLATION"):
         monkeypatch.setattr(bench, name, tmp_path / f"{name.lower()}.jsonl")
     monkeypatch.setattr(recipe, "write_report", lambda *args: [])
     return tmp_path
@@ -46,22 +47,20 @@ def test_every_method_takes_the_same_steps_and_none_runs_twice(here, monkeypatch
     assert [p.name for p in (here / "work").iterdir()] == ["toy-0-epochs=3.0-learning_rate=0.0001-warm"]
     monkeypatch.setattr(bench, "run", None)
     assert start(here, monkeypatch, "--methods", *methods) == rows
-    shares = {row["case"]: row["encoder_share"] for row in bench.read(bench.ROWS)}
+    shares = {row["case"]: row["encoder_share"] for row in summarize(bench.read(bench.RUNS))}
     assert shares["toy 50%params layers"] == 0.5 and shares["toy 100%params dense"] == 1
 
 
 def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatch):
     more = ("--train-rows", 48, "--max-steps", 3)
     start(here, monkeypatch, "--methods", "dense", *more)
-    summary = bench.ROWS.read_text()
+    summary = bench.RUNS.read_text()
     asked = ("--override", "recover_peak=1", "--override", "policy=uniform", *more)
     start(here, monkeypatch, *asked)
     (row,) = bench.read(bench.ABLATION)
-    assert row["case"] == "toy 50%params ours, allocation uniform, recover_peak 1" and bench.ROWS.read_text() == summary
-    assert row["override"] == {"recover_peak": 1, "allocation": "uniform"} and (row["train_rows"], row["steps"]) == (
-        48,
-        3,
-    )
+    assert row["case"] == "toy 50%params ours, allocation uniform, recover_peak 1" and bench.RUNS.read_text() == summary
+    assert row["override"] == {"recover_peak": 1, "allocation": "uniform"}
+    assert (row["train_rows"], row["steps"]) == (48, 3)
     assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
     monkeypatch.setattr(bench, "run", None)
     start(here, monkeypatch, *asked)
@@ -72,7 +71,7 @@ def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
     full, half = start(here, monkeypatch, "--methods", "dense", "--precision", "bf16")
     assert "precision" not in full and half["precision"] == "bf16"
     assert bench.identity(full) != bench.identity(half)
-    asked = {name: half[name] for name in bench.KEY if name in half}
+    asked = {name: half[name] for name in KEY if name in half}
     assert bench.options_of(asked, model="", output="").precision == "bf16"
     assert bench.folder_name(asked, {}) != bench.folder_name({**asked, "precision": "fp32"}, {})
 
@@ -82,10 +81,10 @@ def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_d
     usual, dense, kept = start(here, monkeypatch, "--methods", "dense", "ours", "--recovery", "continue")
     assert "recovery" not in usual and "recovery" not in dense and kept["recovery"] == "continue"
     assert len(list((here / "work").iterdir())) == 1  # the warm-up
-    asked = {name: kept[name] for name in bench.KEY if name in kept}
+    asked = {name: kept[name] for name in KEY if name in kept}
     assert bench.options_of(asked, model="", output="").trim.schedule.recovery == "continue"
     assert bench.identity({**asked, "recovery": "plain"}) == bench.identity(asked)  # as rows before called it
-    scores = [row for row in bench.read(bench.ROWS) if row["metric"] == "score" and "ours" in row["case"]]
+    scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     controls = {row.get("recovery"): row["rival_value"] for row in scores}
     assert controls == {None: 100 * dense["score"], "continue": 100 * dense["score"]}
 
@@ -96,9 +95,9 @@ def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_de
     *_, frozen = start(here, monkeypatch, "--methods", "ours", "--freeze-embeddings")
     assert "freeze_embeddings" not in usual | dense and len(bench.read(bench.RUNS)) == 4
     for row, asked in ((learns, False), (frozen, True)):
-        wanted = {name: row[name] for name in bench.KEY if name in row}
+        wanted = {name: row[name] for name in KEY if name in row}
         assert bench.options_of(wanted, model="", output="").trim.schedule.freeze_embeddings is asked
-    scores = [row for row in bench.read(bench.ROWS) if row["metric"] == "score" and "ours" in row["case"]]
+    scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     assert {row.get("freeze_embeddings") for row in scores} == {None, False, True}
     assert {row["rival_value"] for row in scores} == {100 * dense["score"]}
 
@@ -121,7 +120,7 @@ def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
 def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatch):
     """Its own checkpoints would bring the dropped layers back."""
     (whole,) = start(here, monkeypatch, "--methods", "layers")
-    asked = {name: whole[name] for name in bench.KEY if name in whole}
+    asked = {name: whole[name] for name in KEY if name in whole}
     partial = partial_folder(here / "work" / bench.folder_name(asked, {}, "50%params", "layers"))
     shutil.copytree(here / "work" / bench.folder_name(asked, {}, "warm"), partial)
     bench.RUNS.unlink()
@@ -180,15 +179,34 @@ def run_row(seed=0, method="ours", score=0.5, **more):
 
 def test_only_runs_of_one_setting_are_averaged_and_compared():
     dense = run_row(method="dense", budget="100%params", score=0.8)
-    rows = bench.summarize([dense, run_row(), run_row(1, score=0.6), run_row(train_rows=10, score=0.1)])
+    rows = summarize([dense, run_row(), run_row(1, score=0.6), run_row(train_rows=10, score=0.1)])
     scores = {(r["case"], r.get("train_rows")): (r["value"], r["ratio"]) for r in rows if r["metric"] == "score"}
     assert scores["toy 50%params ours", None] == (55, None)  # no dense run of seed 1
     assert scores["toy 50%params ours", 10] == (10, None)
-    (row,) = [r for r in bench.summarize([dense, run_row()]) if r["case"].endswith("ours") and r["metric"] == "score"]
+    (row,) = [r for r in summarize([dense, run_row()]) if r["case"].endswith("ours") and r["metric"] == "score"]
     assert (row["value"], row["rival_value"], row["ratio"], row["seeds"]) == (50, 80, 0.625, 1)
 
 
 def test_runs_that_are_excluded_with_a_reason_count_nowhere():
     bad = run_row(1, score=0.9) | {"excluded": "its dense run did not learn"}
-    (row,) = [r for r in bench.summarize([run_row(), bad]) if r["metric"] == "score"]
+    (row,) = [r for r in summarize([run_row(), bad]) if r["metric"] == "score"]
     assert (row["value"], row["seeds"]) == (50, 1)
+
+
+def test_the_masked_matmul_is_condensed_to_medians_over_layers_and_tokens():
+    def one(case, value, metric="vs_dense", rival=None, device="GPU", **more):
+        row = {"bench": "bench_masked_linear", "case": case, "metric": metric, "value": value, "unit": "1"}
+        return row | {"rival": rival, "rival_value": 9.0, "ratio": value, "device": device} | dict(torch="t", **more)
+
+    facts = {"commit": "c", "date": "d"}
+    layers = (("up", 1), ("down", 4), ("attention", 3))
+    gpu = [one(f"default row:0.5 base.{layer} 4096 step", value, **facts) for layer, value in layers]
+    naive = [one(f"default row:0.5 base.up {m} step", m, "us", "F.linear(x, W*M)", **facts) for m in (2, 4)]
+    dropped = one("default row:0.5 base.up 4096 dX", 5, "us", "dense", **facts)
+    cpu = one("default row:0.5 base.up 512 step", 5, "us", "dense", "CPU x 1")
+    other = {"bench": "bench_step", "case": "any", "device": "GPU"}
+    rows = condense([other, *gpu, *naive, dropped, cpu, cpu | {"case": "default row:0.25 base.up 512 step"}])
+    assert rows[:2] == [other, cpu] and len(rows) == 4
+    told = [[row[name] for name in ("case", "metric", "value", "least", "most", "cases")] for row in rows[2:]]
+    assert told == [["default row:0.5 step", "vs_dense", 3, 1, 4, 3], ["default row:0.5 step", "speedup", 3, 2, 4, 2]]
+    assert condense(rows) == rows

@@ -34,9 +34,10 @@ def demo(tmp_path, monkeypatch):
 
 def test_it_trims_compares_and_reloads(demo, tmp_path, capfd):
     demo.main(["--output", str(tmp_path / "out"), "--epochs", "2"])
-    said = capfd.readouterr().out
-    before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", said).groups()
+    printed = capfd.readouterr().out
+    assert re.search(r"^ +at the cut +trimmed +ratio$", printed, flags=re.MULTILINE)
+    before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", printed).groups()
     assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
-    trimmed = re.search(r"accuracy on held-out docstrings +[\d.]+ % +([\d.]+) %", said)[1]
-    assert re.search(r"reloaded from .*: ([\d.]+) %", said)[1] == trimmed
-    assert len(re.findall(r"^ +(?:alpha|beta) +\d+ %  ", said, flags=re.MULTILINE)) == len(demo.LINES)
+    trimmed = re.search(r"accuracy on the validation set +[\d.]+ % +([\d.]+) %", printed)[1]
+    assert re.search(r"Reloaded from .*: accuracy ([\d.]+) %", printed)[1] == trimmed
+    assert len(re.findall(r"^ +(?:alpha|beta) +\d+ %  ", printed, flags=re.MULTILINE)) == len(demo.LINES)

@@ -1,4 +1,4 @@
-"""The README's picture of accuracy against budget, from rows of bench/results."""
+"""The pictures of the score kept against the share left, from rows of bench/results."""
 
 import math
 import sys
@@ -75,4 +75,31 @@ def test_a_panel_a_task_and_every_method_in_the_legend(plots, tmp_path, monkeypa
     (figure,) = drawn
     visible = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert visible == ["task0", "task1", "task2", "task3"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "ours", "new"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untrimmed", "ours", "new"]
+
+
+def test_the_mean_of_three_methods_is_over_tasks_of_which_none_makes_up_for_another(plots):
+    rows = [
+        score("mrpc 50%params ours", 80, ratio=1.2, encoder_share=0.5),
+        score("qnli 50%params ours", 80, ratio=0.9, encoder_share=0.48),
+        score("qnli 30%params ours", 80, ratio=0.8, encoder_share=0.3),
+        score("qnli 50%params torch-pruning", 80, ratio=0.7, encoder_share=0.5),
+        score("qnli 50%params random", 80, ratio=0.7, encoder_share=0.5),
+        score("qnli 50%flops ours", 80, ratio=0.7, encoder_share=0.5),
+    ]
+    found = plots.means(rows)
+    assert found.keys() == {"ours", "torch-pruning"} and found["torch-pruning"] == [pytest.approx((50, 70, 1))]
+    assert found["ours"] == [pytest.approx((30, 80, 1)), pytest.approx((49, 95, 2))]
+
+
+def test_the_picture_of_means_has_a_line_a_method_and_says_where_tasks_are_missing(plots, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append(figure))
+    plots.draw_means(tmp_path / "a.png", {"ours": [(30, 90, 6), (50, 99, 6)], "magnitude": [(30, 80, 4), (50, 90, 6)]})
+    (axis,) = drawn[0].axes
+    texts = {text.get_text() for text in axis.texts}
+    assert texts - {""} == {"untrimmed model", "90.0", "99.0", "4 of 6 tasks"}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["sensibert (ours)", "magnitude"]
+    assert [len(line.get_xdata()) for line in axis.lines] == [2, 2, 2] and "6 tasks" in axis.get_title()

@@ -42,7 +42,7 @@ def test_methods_become_columns_and_a_missing_one_a_dash(tables, tmp_path):
     assert tables.fill(README, rows).splitlines()[:7] == [
         "before",
         "<!-- table: accuracy -->",
-        "| task | budget | dense | ours | random | seeds |",
+        "| task | budget | untrimmed | ours | random | seeds |",
         "| --- | --- | --- | --- | --- | --- |",
         "| mrpc | 50%params | 80.40 | 79.94 ± 0.50 (99.4 %) | 70.00, 2 seeds | 3 |",
         "| qnli | 50%params | - | 82.00 | - | 1 |",
@@ -67,6 +67,30 @@ def test_retention_is_the_mean_over_tasks_and_names_the_worst(tables, tmp_path):
         "| budget | tasks, runs of ours | ours, lowest task | layers | random |",
         "| --- | --- | --- | --- | --- |",
         "| 50%params | 2, 2 | 99.5 %, qnli 99.0 % | 95.0 % (1 task) | 90.0 % (ours 100.0 %, 1 task) |",
+    ]
+
+
+def test_the_readme_compares_scores_at_half_and_the_share_kept_at_every_budget(tables, tmp_path):
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "mrpc 100%params dense", 80.4, "score", std=0.7),
+            row("bench_accuracy", "mrpc 50%params ours", 80, "score", ratio=0.995),
+            row("bench_accuracy", "mrpc 50%params layers", 60, "score", ratio=0.75),
+            row("bench_accuracy", "mrpc 50%params uniform", 79, "score", ratio=0.98),
+            row("bench_accuracy", "mrpc 30%params ours", 78, "score", ratio=0.97),
+            row("bench_accuracy", "qnli 100%params dense", 82, "score"),
+            row("bench_accuracy", "qnli 50%params ours", 90, "score", ratio=1.1),
+            row("bench_accuracy", "qnli 50%flops ours", 70, "score", ratio=0.8),
+        )
+    )
+    assert tables.summary(rows).splitlines() == [
+        "|  | untrimmed | sensibert | Torch-Pruning | magnitude | dropping layers |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| mrpc | 80.40 ± 0.70 | 80.00 | - | - | 60.00 |",
+        "| qnli | 82.00 | 90.00 | - | - | - |",
+        "| score kept at 50 % | 100 % | 99.8 % | - | - | 75.0 % (1 task) |",
+        "| score kept at 30 % | 100 % | 97.0 % | - | - | - |",
     ]
 
 
@@ -97,7 +121,7 @@ def test_a_part_of_a_set_and_a_missed_budget_are_said(tables, tmp_path):
         )
     )
     lines = tables.accuracy(rows).splitlines()
-    assert lines[0] == "| task | budget | dense | ours | layers | seeds |"
+    assert lines[0] == "| task | budget | untrimmed | ours | layers | seeds |"
     assert lines[2:] == [
         "| sst2 (20,000 rows, 500 steps) | 30%params | - | 90.00 | 88.00 at 33 % | 1 |",
         "| sst2 | 30%params | - | 92.00 | - | 1 |",

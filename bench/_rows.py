@@ -1,0 +1,109 @@
+"""Rows of bench/results, read and summed up; needs the standard library only. As a script: condense the masked matmul.
+
+python bench/_rows.py    rewrites bench_masked_linear.jsonl: what test_layer appended becomes medians
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MASKED = "bench_masked_linear"
+# What runs must share to be compared. The machine too: a GPU draws other dropout.
+SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
+RECOVERING = ("recovery", "freeze_embeddings")  # of all methods but the untrimmed one
+SETTING += RECOVERING
+KEY = ("task", "budget", "method", "seed", *SETTING, "override")
+# Beside which rivals the masked matmul is remembered, and in which pass; beside dense and the ideal it always is.
+_RIVALS = {("step", "F.linear(x, W*M)"), ("fwd", "2:4 of torch"), ("scores", "without")}
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def identity(row: dict) -> tuple:
+    """What makes a run that run. Rows from before an entry of KEY existed have its default."""
+    return tuple(json.dumps(row.get(name), sort_keys=True) for name in KEY)
+
+
+def control(row: dict, runs: list[dict]) -> float | None:
+    """The score in percent of the untrimmed run with the same seed and setting."""
+    dense = {"budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
+    wanted = identity({**row, **dense})
+    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """A row a (task, budget, method): mean and standard deviation over seeds, beside the untrimmed run's mean.
+
+    A run that has an entry `excluded`, which says why, stays out."""
+    groups: dict[tuple, list[dict]] = {}
+    runs = [row for row in runs if "excluded" not in row]
+    for row in runs:
+        groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
+    rows = []
+    for (task, budget, method, *setting), found in groups.items():
+        controls = [control(row, runs) for row in found]  # the same seeds, or none
+        dense = statistics.mean(controls) if None not in controls else None
+        scores, last = [100 * row["score"] for row in found], found[-1]
+        seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
+        shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
+        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v is not None}}
+        more |= {name: last[name] for name in ("steps", "dense_steps", "encoder_params_after") if name in last}
+        more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
+        more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
+        score = statistics.mean(scores)
+        ratio = round(score / dense, 4) if dense else None
+        rival = {"rival": "dense" if dense else None, "rival_value": dense and round(dense, 2), "ratio": ratio}
+        spread = round(statistics.stdev(scores), 2) if len(scores) > 1 else None
+        rows.append(
+            {**shared, "metric": "score", "value": round(score, 2), "std": spread, "unit": "%", **rival, **more}
+        )
+        rows.append({**shared, "metric": "retention", "value": ratio, "unit": "share", **rival, **more})
+        if len(seconds) == len(found):
+            rows.append(
+                {**shared, "metric": "seconds", "value": round(statistics.mean(seconds), 1), "unit": "s", **more}
+            )
+    return rows
+
+
+def condense(rows: Iterable[dict]) -> list[dict]:
+    """Of the masked matmul: on a GPU medians over layers and numbers of tokens, with `least`, `most` and `cases`;
+    on a CPU those of whole steps with half the weight kept. Other rows, and medians, pass as they are.
+
+    A median is of the value; beside a rival, of the ratio. Give the newest row of a case only."""
+    passed: list[dict] = []
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        on_cpu = " x " in row.get("device", "")  # a CPU is named with its number of threads
+        if row.get("bench") != MASKED or "cases" in row:
+            passed.append(row)
+        elif on_cpu and row["rival"] and row["case"].endswith(" step") and ":0.5 " in row["case"]:
+            passed.append(row)
+        elif not on_cpu:
+            path, grid, _, _, *part = row["case"].split()
+            case, metric, rival = " ".join([path, grid, *part]), row["metric"], row["rival"]
+            if metric in ("vs_dense", "host_us") or (path, part, metric) == ("default", ["step"], "vs_ideal"):
+                groups.setdefault((case, metric, rival, row["device"]), []).append(row)
+            elif (part[-1], rival) in _RIVALS:
+                groups.setdefault((case, "speedup", rival, row["device"]), []).append(row)
+    return passed + [_median(*key, found) for key, found in groups.items()]
+
+
+def _median(case: str, metric: str, rival: str | None, device: str, found: list[dict]) -> dict:
+    values = [row["ratio"] if metric == "speedup" else row["value"] for row in found]
+    rivals = [row["rival_value"] for row in found] if metric == "host_us" else []
+    row = {**found[-1], "case": case, "metric": metric, "rival": rival, "device": device, "ratio": None}
+    row |= {"value": statistics.median(values), "unit": "us" if metric == "host_us" else "1"}
+    row |= {"rival_value": statistics.median(rivals) if rivals else None}
+    return row | {"least": min(values), "most": max(values), "cases": len(values)}
+
+
+if __name__ == "__main__":
+    path = RESULTS / f"{MASKED}.jsonl"
+    newest = {(row["case"], row["metric"], row["rival"], row["device"]): row for row in read(path)}
+    path.write_text("".join(json.dumps(row) + "\n" for row in condense(newest.values())))

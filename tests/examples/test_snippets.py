@@ -1,0 +1,126 @@
+"""Every snippet of README.md and of the pages in docs/ runs as it stands, in a folder with the files that it names.
+
+A page is a test; its snippets run in order. Python shares one namespace, `sensibert` runs in this process, a yaml with
+a title becomes that file. `make`, `pip install` and `python FILE` are checked, not run. A title that begins with "not
+run" or "fails" says so to readers and to this test; what is neither code nor command is marked text.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests import runs
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = None
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', flags=re.DOTALL | re.MULTILINE)
+
+
+class Snippet(NamedTuple):
+    language: str
+    title: str
+    code: str
+    line: int
+
+
+def snippets(text: str) -> list[Snippet]:
+    return [Snippet(m[1], m[2] or "", m[3], text[: m.start()].count("\n") + 2) for m in FENCE.finditer(text)]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The words of each line of a shell snippet, without comments; a backslash joins lines."""
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words]
+
+
+def complaint(words: list[str], fails: bool) -> str | None:
+    """Run or check one command; what is wrong with it, or None."""
+    program, *rest = words
+    if program == "sensibert":
+        done = runs.command(*rest)
+        if fails:
+            return None if done.code == 2 and len(done.err.splitlines()) == 1 else f"exit code {done.code}: {done.err}"
+        return f"exit code {done.code}: {done.err}" if done.code else None
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return None if rest[0] in targets else f"{rest[0]} is no target of the Makefile"
+    if program == "pip":
+        wanted = set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", rest[-1]))))
+        return f"no extra {wanted - extras()}" if tomllib and wanted - extras() else None
+    if program == "python":
+        return None if (ROOT / rest[0]).exists() else f"there is no {rest[0]}"
+    return f"{program} is no command that is run or checked here: mark the snippet, or teach this test"
+
+
+def extras() -> set[str]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working directory: a tiny model under a well-known name, and a file of each kind that pages speak of."""
+    monkeypatch.chdir(tmp_path)
+    runs.model_folder(tmp_path / "bert-base-uncased")
+    runs.sentence_file(tmp_path / "train.csv", 96, seed=1)
+    runs.sentence_file(tmp_path / "dev.csv", 40, seed=2)
+    runs.sentence_file(tmp_path / "reviews.csv", 48, header=("body", "stars"))
+    runs.pair_file(tmp_path / "pairs.csv")
+    runs.tag_file(tmp_path / "tags.jsonl")
+    runs.question_file(tmp_path / "squad-train.jsonl")
+    runs.question_file(tmp_path / "squad-dev.jsonl", seed=1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_snippets_of_a_page_run_in_order(page, here):
+    namespace = {"__name__": "__main__"}
+    for snippet in snippets(page.read_text(encoding="utf-8")):
+        where = f"{page.relative_to(ROOT)}, line {snippet.line}"
+        if snippet.title.startswith("not run") or snippet.language == "text":
+            continue
+        if snippet.language == "python":
+            exec(compile(snippet.code, where, "exec"), namespace)
+        elif snippet.language == "yaml" and snippet.title:
+            (here / snippet.title).write_text(snippet.code)
+        elif snippet.language == "bash":
+            for words in commands(snippet.code):
+                wrong = complaint(words, snippet.title.startswith("fails"))
+                assert wrong is None, f"{where}: {shlex.join(words)}: {wrong}"
+        else:
+            raise AssertionError(f"{where}: {snippet.language!r} is neither python, bash, text nor a yaml with a title")
+
+
+def test_snippets_that_are_not_run_are_few():
+    marked = [s for page in PAGES for s in snippets(page.read_text("utf-8")) if s.title.startswith("not run")]
+    assert len(marked) <= 2
+
+
+@pytest.mark.parametrize(
+    "words, fails, said",
+    [
+        (["make", "demo"], False, None),
+        (["make", "coffee"], False, "coffee is no target"),
+        (["pip", "install", ".[docs,bench]"], False, None),
+        (["python", "bench/nothing.py"], False, "there is no"),
+        (["rm", "-r", "/"], False, "rm is no command"),
+        (["sensibert", "plan", "--sensitivity", "nothing"], True, None),
+        (["sensibert", "plan", "--sensitivity", "nothing"], False, "exit code 2"),
+        (["sensibert", "--version"], True, "exit code 0"),
+    ],
+)
+def test_a_wrong_command_is_told(words, fails, said, here):
+    wrong = complaint(words, fails)
+    assert wrong is None if said is None else said in wrong
+
+
+def test_commands_are_split_like_a_shell_splits_them():
+    code = "# first\nsensibert trim \\\n    --model 'a b'  # then\n\nmake demo\n"
+    assert commands(code) == [["sensibert", "trim", "--model", "a b"], ["make", "demo"]]
