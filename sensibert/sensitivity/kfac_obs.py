@@ -65,8 +65,8 @@ class FisherFactors:
         )
 
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
-        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: delta with drawn labels,
-        given with the labels of the batch."""
+        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: delta with drawn
+        labels, given with the labels of the batch."""
         h, delta = (t.flatten(0, -2).to(self.second.dtype) for t in (h, delta))
         if given is not None:
             given = given.flatten(0, -2).to(self.second.dtype)
@@ -77,8 +77,8 @@ class FisherFactors:
         self.output.addmm_(delta.T, delta)
 
     def add_gates(self, h: Tensor, delta: Tensor, weight: Tensor, columns: Tensor) -> None:
-        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. If the samples are not
-        separated ([tokens, K]), the gradient of all is squared, which is the same on average: drawn labels cancel."""
+        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. If the samples are
+        not separated ([tokens, K]), the gradient of all is squared: the same on average, since drawn labels cancel."""
         h, delta = (t.flatten(1, -2) if t.dim() > 2 else t[None] for t in (h, delta))
         gate = (h * (delta.to(weight.dtype) @ weight)).sum(1)[:, columns.to(h.device)].sum(-1)
         self.gates += gate.to(self.gates.dtype).square().sum(0)
@@ -119,8 +119,8 @@ def collect_factors(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
-    """Name of each consuming weight -> its factors. One forward and one backward pass a batch, or two backward passes if
-    the batch has labels. The model stays as it is.
+    """Name of each consuming weight -> its factors. One forward and one backward pass a batch, or two backward passes
+    if the batch has labels. The model stays as it is.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
     passes only, and every token counts the same (a_t = 1, G = I). SensibertError for no data, or a loss that is not
@@ -275,8 +275,8 @@ def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, 
 def predicted_curve(
     linear: nn.Linear, factors: FisherFactors, costs: Tensor, columns: Tensor
 ) -> list[tuple[int, float]]:
-    """[(units removed, predicted rise of the mean loss)], at 0 and at every POINTS-th of the units, when they are removed
-    in the order of their costs and the others compensate.
+    """[(units removed, predicted rise of the mean loss)], at 0 and at every POINTS-th of the units, when they are
+    removed in the order of their costs and the others compensate.
 
     costs: `removal_costs` [units]; columns [units, span]. The slope needs factors that were collected with labels."""
     if not factors.weight > 0:  # the loss does not depend on this output

@@ -27,9 +27,9 @@ from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
-# Batches are padded to a multiple of this many tokens on a GPU, and in bf16 on a CPU once the model is trimmed: its layers
-# have different widths, so every new length brings many new matrix shapes, and preparing those in cuBLAS and oneDNN costs
-# more than the padding. On a CPU, with MiniLM at half and every length new, a step takes 0.80 of the time
+# Batches are padded to a multiple of this many tokens on a GPU, and in bf16 on a CPU once the model is trimmed: its
+# layers have different widths, so every new length brings many new matrix shapes, and preparing those in cuBLAS and
+# oneDNN costs more than the padding. On a CPU, with MiniLM at half and every length new, a step takes 0.80 of the time
 # (`bench/bench_step.py`); an untrimmed model has few shapes, and fp32 prepares nothing. squad has 178 lengths in 331
 # batches of 32 rows, or 38 multiples of 8.
 MULTIPLE = 8
@@ -143,7 +143,8 @@ class TrimTrainer(Trainer):
             cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
             if not cutters:
                 raise SensibertError(
-                    f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to trim this one"
+                    f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to trim this "
+                    "one"
                 )
             cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -157,7 +158,7 @@ class TrimTrainer(Trainer):
 
 
 def want_one_process(arguments: TrainingArguments) -> None:
-    """SensibertError for several processes: DDP would go on reducing the gradients of parameters from before the cut."""
+    """SensibertError for several processes: DDP would keep reducing the gradients of parameters from before the cut."""
     if arguments.world_size > 1:
         raise SensibertError(
             f"finetune: world_size is {arguments.world_size}, want 1: trimming during training runs in one process; "
