@@ -14,7 +14,7 @@ _HOME = {
     "core.layout": ("Layout", "Site"),
     "core.budget": ("Budget",),
     "core.artifacts": ("Plan", "Sensitivity"),
-    "ops": ("BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
+    "ops": ("Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
     "nn": ("MaskedLinear", "replace", "restore"),
     "models": ("layout_of", "families"),
     "optim": ("MaskedAdamW", "slice_state"),

@@ -1,6 +1,6 @@
-// dW = (dY^T X) * keep where keep drops whole 64 x 64 blocks of W, and what each block is worth. Hopper only.
+// dW = (dY^T X) * keep where keep drops whole 64 x 64 blocks of W. Hopper only.
 #pragma once
-#include "block_sensitivity.h"  // Reduce, Finish
+#include "element.h"
 
 namespace sensibert {
 
@@ -14,16 +14,6 @@ struct BlockList {
     const int32_t* tiles;    // [num_tiles, kDweightTileWords]: longest first balances
     const int32_t* dropped;  // [num_dropped] i * ceil(K / 64) + j
     int32_t num_tiles, num_dropped;
-};
-
-// out = decay * out + scale * finish(reduce over a block of w * dW), dW as it is before it is rounded.
-struct DweightScore {
-    float* out;     // [ceil(N / 64), ceil(K / 64)]; null: not wanted
-    const void* w;  // [N, K] of any dtype, aligned to 16 bytes; not read in dropped blocks
-    DType w_dtype;
-    Reduce reduce;  // kSigned, kAbs or kSquare
-    Finish finish;
-    float decay, scale;  // with decay 0, out is not read
 };
 
 // dW [N, K] = dY [M, N]^T X [M, K], every element written: 0 in dropped blocks. One 16-bit dtype; rows of dY and X lie
@@ -44,7 +34,7 @@ int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks);
 
 // Accumulates in fp32, in an order set by M, the list and num_chunks. cudaErrorInvalidValue if an argument does not
 // fit; cudaErrorNotSupported if the driver knows no tensor maps.
-cudaError_t launch_masked_linear_dweight(const DweightProblem& problem, const BlockList& list,
-                                         const DweightScore& score, void* scratch, cudaStream_t stream);
+cudaError_t launch_masked_linear_dweight(const DweightProblem& problem, const BlockList& list, void* scratch,
+                                         cudaStream_t stream);
 
 }  // namespace sensibert

@@ -16,8 +16,8 @@ ROW_BYTES = 16  # rows of bits start at multiples of it, which the kernel's copi
 
 
 def pack(kept: Tensor) -> Tensor:
-    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0: as select_threshold packs. The
-    rows lie a multiple of ROW_BYTES apart."""
+    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0. The rows lie a multiple
+    of ROW_BYTES apart."""
     N, K = kept.shape
     bytes_of = F.pad(kept, (0, -K % (8 * ROW_BYTES))).view(N, -1, 8).to(torch.uint8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
