@@ -178,12 +178,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                 float add[2] = {0.f, 0.f};
                 if (bias != nullptr && here < p.N) add[0] = to_float(bias[here]), add[1] = to_float(bias[here + 1]);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {  // columns 8 c + 2 (lane % 4) and one more
+                for (int h = 0; h < 2; ++h) {  // r % 8 moves the 16-byte chunk: no bank is hit twice
                     const int r = warp * 16 + lane / 4 + h * 8;
                     const float* const d = band + c * 4 + h * 2;
-                    uint32_t* const word = reinterpret_cast<uint32_t*>(box + r * 128 + (c ^ r % 8) * 16 + lane % 4 * 4);
-                    *word =
-                        pack<T>(d[0] + add[0], d[1] + add[1]);  // r % 8 moves the 16-byte chunk: no bank is hit twice
+                    unsigned char* const at = box + r * 128 + (c ^ r % 8) * 16 + lane % 4 * 4;
+                    *reinterpret_cast<uint32_t*>(at) = pack<T>(d[0] + add[0], d[1] + add[1]);
                 }
             }
             fence_shared_for_store();
