@@ -26,7 +26,7 @@ struct DweightProblem {
     int num_chunks;  // pieces that the tokens are cut into, 1 .. 16: dweight_chunks() knows a good number
 };
 
-// A pure function, and not of the card: a sum has the same order everywhere.
+// A pure function of the sizes, not of the GPU: a sum has the same order everywhere.
 int dweight_chunks(int64_t num_tokens, int64_t num_tiles);
 
 // Bytes of device memory for the launch, 16-byte aligned, not initialised; 0 for one chunk.

@@ -126,9 +126,9 @@ def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, i
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"block_sensitivity: {name}[{t}] is {type(tensor).__name__}, want a tensor")
             if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-                said = f"{tensor.dtype}, {tensor.layout}"
+                got = f"{tensor.dtype}, {tensor.layout}"
                 raise ValueError(
-                    f"block_sensitivity: {name}[{t}] is {said}, want dense float32, bfloat16, float16, float64"
+                    f"block_sensitivity: {name}[{t}] is {got}, want dense float32, bfloat16, float16, float64"
                 )
             if tensor.device != weights[0].device:
                 raise ValueError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
@@ -145,7 +145,7 @@ def _check_out(out, weights, shapes) -> None:
         raise ValueError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
     for t, (total, w, shape) in enumerate(zip(out, weights, shapes)):
         if total.dtype != torch.float32 or tuple(total.shape) != shape or not total.is_contiguous():
-            said = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
-            raise ValueError(f"block_sensitivity: out[{t}] is {said}, want contiguous torch.float32 {shape}")
+            got = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
+            raise ValueError(f"block_sensitivity: out[{t}] is {got}, want contiguous torch.float32 {shape}")
         if total.device != w.device:
             raise ValueError(f"block_sensitivity: out[{t}] is on {total.device}, want {w.device}")

@@ -1,7 +1,7 @@
 """select_threshold: keep exactly the k largest of many score tensors, without concatenating them.
 
 Order: larger score first, then the earlier tensor, then the lower flat index; -0.0 equals 0.0; NaN comes after -inf.
-So no two elements tie, the answer is unique, and a budget is met exactly. Every path below gives the same bits.
+So no two elements tie, the result is unique, and a budget is met exactly. Kernel and reference give the same bits.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
     """The k-th largest key, k >= 1: count them by their upper 16 bits, then look only where the k-th must be."""
     counts = sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys)
     above = counts.flip(0).cumsum(0)  # of the largest bin, of the two largest, ...
-    place = int((above < k).sum())
-    rank = k - int(above[place - 1]) if place else k
-    inside = torch.cat([key[key >> 16 == 2**15 - 1 - place] for key in keys])
+    bin = int((above < k).sum())
+    rank = k - int(above[bin - 1]) if bin else k
+    inside = torch.cat([key[key >> 16 == 2**15 - 1 - bin] for key in keys])
     return inside.kthvalue(len(inside) - rank + 1).values
 
 

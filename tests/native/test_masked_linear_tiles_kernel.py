@@ -84,7 +84,7 @@ def test_neither_order_nor_strides_nor_blocks_change_a_bit(kernel, tile_cols):
 
 @pytest.mark.parametrize("build", ["asan", "tsan"])
 @pytest.mark.parametrize("tile_cols", [192, 256])
-def test_sanitizers_have_nothing_to_say(kernel, build, tile_cols):
+def test_sanitizers_find_nothing(kernel, build, tile_cols):
     args = make_inputs(66, 200, 456, Grid.block(64, 64), torch.bfloat16, kept=0.8)
     for by_columns in (False, True):
         check(run(kernel, *args, tile_cols, by_columns, build=build), *args)

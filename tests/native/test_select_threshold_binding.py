@@ -52,7 +52,7 @@ def arguments(**changed):
     return given | {"scores": [torch.randn(3, 9)], "k": 7} | changed
 
 torch.library.opcheck(op.default, tuple(arguments().values()))
-for changed, said in [
+for changed, message in [
     ({"scores": [torch.randn(4, 9)]}, "keep[0] is not 36 contiguous elements"),
     ({"scores": [torch.randn(3, 9).double()]}, "scores[0] is of a dtype"),
     ({"scores": []}, "keep has 1 tensors, want 0"),
@@ -64,9 +64,9 @@ for changed, said in [
     try:
         op(*arguments(**changed).values())
     except RuntimeError as error:
-        assert said in str(error), (said, str(error))
+        assert message in str(error), (message, str(error))
     else:
-        raise AssertionError(f"not refused: {said}")
+        raise AssertionError(f"not refused: {message}")
 print("passed")
 """
 

@@ -98,7 +98,7 @@ def test_scores_that_defeat_the_list_are_still_exact(kernel, build, name, scores
         assert_same(kernel, build, scores, k)
 
 
-def test_a_sample_that_misleads_costs_no_bit(kernel):
+def test_a_misleading_sample_changes_no_bit(kernel):
     # Tensors far shorter than a stratum: the hash finds few of them, and the largest sit where it does not look.
     scores = [torch.randn(1, 3) + i % 7 for i in range(900)]
     for k in (1, 500, 2699):

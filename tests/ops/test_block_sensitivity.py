@@ -205,7 +205,7 @@ W, G = torch.zeros(2, 3), torch.zeros(2, 3)
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (
             ([W], [G], Grid.row(), "max"),
@@ -240,6 +240,6 @@ W, G = torch.zeros(2, 3), torch.zeros(2, 3)
         (([W], [G], Grid.row(), "abs", "none", [torch.zeros(2, 1, device="meta")]), r"out\[0\] is on meta, want cpu"),
     ],
 )
-def test_a_bad_argument_is_named(args, said):
-    with pytest.raises(ValueError, match="block_sensitivity: " + said):
+def test_a_bad_argument_is_named(args, message):
+    with pytest.raises(ValueError, match="block_sensitivity: " + message):
         block_sensitivity(*args)

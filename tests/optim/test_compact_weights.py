@@ -135,7 +135,7 @@ def test_kernels_that_apply_the_masks_get_the_cast_weight_if_it_is_whole(path, g
 def test_the_weight_gradient_has_full_size_and_exact_zeros(grid):
     layer, _ = make_pair(grid)
     x = torch.randn(5, 12)
-    x[:, ~grid.expand(layer.keep, 8, 12).any(0)] = torch.nan  # columns that nobody keeps are not read
+    x[:, ~grid.expand(layer.keep, 8, 12).any(0)] = torch.nan  # columns without a kept weight are not read
     layer.weight.grad = None
     with torch.autocast("cpu", BF16):
         layer(x).float().square().sum().backward()

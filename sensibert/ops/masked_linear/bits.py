@@ -12,7 +12,7 @@ from ...core.grid import Grid
 
 OP = "sensibert::masked_linear_bits"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor bits, bool by_columns) -> Tensor")
-ROW_BYTES = 16  # rows of bits start at multiples of it, which the kernel's copies want
+ROW_BYTES = 16  # rows of bits start at multiples of it, as the kernel's copies need
 
 
 def pack(kept: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def pack(kept: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, num_cols: int) -> Tensor:
     """uint8 [N, ceil(K / 8)] -> bool [N, K]."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits[:, :, None] >> places & 1).flatten(1)[:, :num_cols].bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, :, None] >> shifts & 1).flatten(1)[:, :num_cols].bool()
 
 
 def row_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:

@@ -55,8 +55,8 @@ def _tiles(rows: list[set[int]], i: int, j: int) -> Iterator[list[int]]:
     only_i, only_j = sorted(rows[i] - set(both)), sorted(rows[j] - set(both)) if i != j else []
     while both or (only_i and only_j):
         shared, both = both[:TILE_BANDS], both[TILE_BANDS:]
-        room = TILE_BANDS - len(shared)
-        own_i, own_j, only_i, only_j = only_i[:room], only_j[:room], only_i[room:], only_j[room:]
+        free = TILE_BANDS - len(shared)
+        own_i, own_j, only_i, only_j = only_i[:free], only_j[:free], only_i[free:], only_j[free:]
         yield [i, j, len(own_i), len(shared), len(own_j), *own_i, *shared, *own_j]
     row, rest = (i, only_i) if only_i else (j, only_j)
     num_tiles = -(-len(rest) // (2 * TILE_BANDS))

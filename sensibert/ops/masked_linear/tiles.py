@@ -23,8 +23,8 @@ TILE_COLS = (192, 256)
 
 
 class TileList(NamedTuple):
-    """What is left of W [N, K], for T = ceil(N / tile_cols) tiles of output features; masked_linear_tiles.h has the
-    format."""
+    """The kept blocks of W [N, K], for T = ceil(N / tile_cols) tiles of output features. The format is described in
+    masked_linear_tiles.h."""
 
     offsets: Tensor  # [2 T + 1] int32
     entries: Tensor  # [offsets[-1]] int32: step << 4 | bands

@@ -100,7 +100,7 @@ def test_bits_are_made_once_per_value_of_keep(as_on_hopper, monkeypatch):
 
 needs_the_kernel = pytest.mark.skipif(
     "bits" not in paths.built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper card, or the kernel was not built",
+    reason="no Hopper GPU, or the kernel was not built",
 )
 
 
