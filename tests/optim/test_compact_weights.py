@@ -419,6 +419,14 @@ def test_an_exported_program_does_not_hold_it(strict):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_autocast_of_the_cpu_does_not_reach_a_layer_on_the_gpu():
+    layer, _ = make_pair(device="cuda")
+    with torch.autocast("cuda", torch.float16), torch.autocast("cpu", BF16):
+        assert layer(torch.randn(5, 12, device="cuda")).dtype == torch.float16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("grid", [Grid.rows(4), Grid.columns(3), Grid.block(4, 4)], ids=str)
 def test_a_captured_training_step_replays_what_eager_steps_do(grid):
     x, weights = torch.randn(64, 12, device="cuda"), []

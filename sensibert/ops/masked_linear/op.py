@@ -295,7 +295,8 @@ def _autocast(device_type: str):
     """Casts x to the autocast dtype (float64 stays, as in torch); the op casts b and the kept part of W."""
 
     def cast(x, *others):
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        stays = x.dtype == torch.float64 or x.device.type != device_type  # `versions` is on the CPU, x may not be
+        dtype = x.dtype if stays else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             return ops.masked_linear(x.to(dtype), *others)
 
