@@ -143,8 +143,8 @@ class TrimTrainer(Trainer):
             cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
             if not cutters:
                 raise SensibertError(
-                    f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to trim this "
-                    "one"
+                    f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to "
+                    "trim this one"
                 )
             cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
