@@ -1,4 +1,4 @@
-"""A folder is the model: it reloads to the same logits, with sensibert and without, or says in words why not."""
+"""An exported folder reloads to the same logits, with sensibert and without it, or is refused in words."""
 
 import ast
 import copy
@@ -54,7 +54,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A trimmed classifier of every family and its dense twin: family -> (folder, logits before it was saved)."""
+    """A trimmed classifier of every family and its zero-filled twin: family -> (folder, logits before it was saved)."""
     found, folder = {}, tmp_path_factory.mktemp("shelf")
     for family in FAMILIES:
         model = trimmed(family)
@@ -71,7 +71,7 @@ ELSEWHERE = """
 import json, pickle, sys
 from pathlib import Path
 import torch, transformers
-shelf, batch, said = Path(sys.argv[1]), torch.load(sys.argv[2]), {}
+shelf, batch, report = Path(sys.argv[1]), torch.load(sys.argv[2]), {}
 auto = transformers.AutoModelForSequenceClassification
 
 def refusal(path, **kwargs):
@@ -86,27 +86,27 @@ def same(model, name):
 
 for path in sorted(p for p in shelf.iterdir() if p.is_dir() and not p.name.startswith("again")):
     model = auto.from_pretrained(path, trust_remote_code=True)
-    said[path.name] = {"class": type(model).__module__, "same": same(model, path.name)}
+    report[path.name] = {"class": type(model).__module__, "same": same(model, path.name)}
     with torch.no_grad():
         dense = auto.from_pretrained(path / "dense")(**batch).logits
-    said[path.name]["dense"] = float((dense - torch.load(shelf / f"{path.name}.pt")).abs().max())
+    report[path.name]["dense"] = float((dense - torch.load(shelf / f"{path.name}.pt")).abs().max())
     model.save_pretrained(shelf / f"again-{path.name}")
     again = auto.from_pretrained(shelf / f"again-{path.name}", trust_remote_code=True)
-    said[path.name]["again"] = same(again, path.name)
-said["pickled"] = same(pickle.loads(pickle.dumps(again)), path.name)
-said["refused"] = refusal(shelf / "bert")
-said["refused, sizes ignored"] = refusal(shelf / "bert", ignore_mismatched_sizes=True)
-said["tokens"] = transformers.AutoTokenizer.from_pretrained(shelf / "bert", trust_remote_code=True)("a b")["input_ids"]
+    report[path.name]["again"] = same(again, path.name)
+report["pickled"] = same(pickle.loads(pickle.dumps(again)), path.name)
+report["refused"] = refusal(shelf / "bert")
+report["refused, sizes ignored"] = refusal(shelf / "bert", ignore_mismatched_sizes=True)
+report["tokens"] = transformers.AutoTokenizer.from_pretrained(shelf / "bert", trust_remote_code=True)("a b")["input_ids"]
 pipe = transformers.pipeline("text-classification", model=str(shelf / "bert"), trust_remote_code=True)
-said["pipeline"] = pipe("a b")[0]["label"]
-said["sensibert"] = "sensibert" in sys.modules
-print("\\n" + json.dumps(said))
+report["pipeline"] = pipe("a b")[0]["label"]
+report["sensibert"] = "sensibert" in sys.modules
+print("\\n" + json.dumps(report))
 """
 
 
 @pytest.fixture(scope="module")
 def elsewhere(shelf, tmp_path_factory):
-    """What a process says in which sensibert cannot be imported, about every folder of the shelf."""
+    """What a process without sensibert reports about every folder of the shelf."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.save(tiny_batch(), folder / "batch.pt")
     program = fresh.WITHOUT + ELSEWHERE
@@ -123,14 +123,14 @@ def test_plain_transformers_reloads_it_bit_for_bit_once_sensibert_is_imported(sh
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trust_remote_code_reloads_it_bit_for_bit_where_sensibert_is_missing(elsewhere, family):
-    said = elsewhere[family]
-    assert said["class"].startswith("transformers_modules.") and said["same"], said
-    assert said["again"], "saved again from there, it must load again"
+    report = elsewhere[family]
+    assert report["class"].startswith("transformers_modules.") and report["same"], report
+    assert report["again"], "saved again from there, it must load again"
     assert not elsewhere["sensibert"] and elsewhere["pickled"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_dense_folder_is_a_stock_model_of_the_base_sizes(shelf, elsewhere, family):
+def test_the_dense_folder_is_a_stock_model_of_the_original_sizes(shelf, elsewhere, family):
     path, logits = shelf[family]
     model = AutoClassifier.from_pretrained(path / "dense")
     assert type(model).__module__.startswith("transformers.") and model.config.model_type == family
@@ -328,7 +328,7 @@ def test_a_taken_folder_needs_overwrite_which_leaves_other_files_alone(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_what_a_former_run_said_of_itself_goes_with_its_model(tmp_path):
+def test_the_reports_of_a_former_run_go_with_its_model(tmp_path):
     path = export(trimmed(), tmp_path / "m")
     for name in ("result.json", "recipe.json", "notes.json"):
         (path / name).write_text("{}")
@@ -343,7 +343,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
         assert torch.equal(output(load(export(model, path))[0]), output(model))
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     model, (soft, hard) = trimmed(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights do not fit
     try:
@@ -355,7 +355,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["trimmed", "dense"])
-def test_an_unwritable_place_is_said(layout, tmp_path):
+def test_an_unwritable_place_is_an_error(layout, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SensibertError, match="export: cannot write .*/file/m"):
         export(trimmed(), tmp_path / "file" / "m", layout=layout)
@@ -369,7 +369,7 @@ class TheirHead(transformers.BertForSequenceClassification):
 
 
 @pytest.mark.parametrize(
-    "make, options, said",
+    "make, options, message",
     [
         (tiny_model, {"layout": "sparse"}, "layout is 'sparse', want one of trimmed, dense, both"),
         (lambda: TheirHead(tiny_config()), {}, "TheirHead is not a class of transformers"),
@@ -379,13 +379,13 @@ class TheirHead(transformers.BertForSequenceClassification):
     ],
     ids=["layout", "own class", "no transformer", "masked", "info"],
 )
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(make, options, said, tmp_path):
-    with pytest.raises(SensibertError, match=said):
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(make, options, message, tmp_path):
+    with pytest.raises(SensibertError, match=message):
         export(make(), tmp_path / "m", **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_none_is_said_in_one_line(shelf, tmp_path):
+def test_a_folder_without_a_model_is_an_error_of_one_line(shelf, tmp_path):
     path = export(trimmed(), tmp_path / "m")
     weights = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(weights[: len(weights) // 2])

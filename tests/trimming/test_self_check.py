@@ -22,7 +22,7 @@ def bare(family: str, **changes):
 
 
 @pytest.mark.parametrize(
-    "family, overrides, table, said",
+    "family, overrides, table, message",
     [
         ("deberta-v2", DEBERTA, lambda: bare("deberta-v2"), r"masked and trimmed deberta-v2 differ by \d"),
         ("rembert", {"embedding_size": 16}, lambda: bare("rembert"), "the trimmed rembert does not run"),
@@ -37,7 +37,7 @@ def bare(family: str, **changes):
     ],
     ids=["deberta-v2 silently", "rembert", "mpnet", "mpnet positions", "modernbert"],
 )
-def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides, table, said, monkeypatch):
+def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides, table, message, monkeypatch):
     model, batch = tiny_model(family, **overrides), tiny_batch()
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer)
@@ -46,7 +46,7 @@ def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides,
     assert 0 < int(plan.keep["layer.0.head"].sum()) < 4
     before, expected = facts(model), outputs(model, batch)
     monkeypatch.setitem(families(), family, table())
-    with pytest.raises(SensibertError, match=said) as caught:
+    with pytest.raises(SensibertError, match=message) as caught:
         trim(model, plan, optimizer)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()

@@ -274,15 +274,15 @@ def test_a_fresh_model_takes_the_shapes_of_a_stored_structure(family, overrides)
     assert all(torch.equal(kept, structure_of(model)[name]) for name, kept in structure_of(fresh).items())
 
 
-def test_fused_attention_is_never_asked_for_no_heads(monkeypatch, tmp_path):
-    """torch 2.11 on CUDA cannot compute it; a copy, the same structure and the exported folder must not ask either."""
+def test_fused_attention_is_never_called_without_heads(monkeypatch, tmp_path):
+    """torch 2.11 on CUDA cannot compute it; nor may a copy, a restructured model or the exported folder call it."""
     fused = F.scaled_dot_product_attention
 
-    def asked(query, *args, **kwargs):
+    def checked(query, *args, **kwargs):
         assert query.numel(), "0 heads"
         return fused(query, *args, **kwargs)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", asked)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", checked)
     model, batch = tiny_model("bert", attn_implementation="sdpa"), tiny_batch()
     plan = random_plan(layout_of(model), empty=["layer.0.head"])
     trimmed = trim(model, plan, copy_model=True)
