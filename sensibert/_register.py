@@ -1,6 +1,6 @@
-"""What `import sensibert` does: transformers' Auto classes learn to load trimmed folders without a flag.
+"""What `import sensibert` does: transformers' Auto classes load trimmed folders without trust_remote_code.
 
-It costs nothing until they are imported; this file and the front door import neither torch nor transformers.
+It costs nothing until they are imported; neither this file nor the package's __init__ imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PREFIX = "sensibert_"
 
 
 def register_families() -> None:
-    """AutoConfig learns every `sensibert_<family>`; the model classes follow with the first config of that type."""
+    """Register every `sensibert_<family>` with AutoConfig; the first config of a type registers its model classes."""
     auto = importlib.import_module(AUTO)
     code = importlib.import_module(f"{__package__}.models.modeling_sensibert")
     for model_type in importlib.import_module(f"{__package__}.models").families():
@@ -26,8 +26,8 @@ def register_families() -> None:
 
 
 class _Known(dict):
-    """Config types that were registered from outside; ours come with the first question for one of them. Not sooner:
-    the classes behind them cannot be built while transformers itself is still being imported."""
+    """Transformers' dict of registered config types; the first lookup of one of ours registers them all. Not sooner:
+    the classes cannot be built while transformers itself is being imported."""
 
     waiting = True
 
@@ -45,7 +45,7 @@ def _prepare(auto: ModuleType) -> None:
 
 
 class _WhenImported:
-    """Import hook on AUTO: load it as always, then prepare it. Serves once."""
+    """Import hook for AUTO: prepares the module once it is loaded, and removes itself."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname != AUTO:
@@ -65,7 +65,7 @@ class _WhenImported:
 
 
 def register() -> None:
-    """At once if transformers' Auto classes are there, else as soon as they are."""
+    """Prepare transformers' Auto classes now if they are imported, else when they are."""
     if AUTO in sys.modules:
         _prepare(sys.modules[AUTO])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):

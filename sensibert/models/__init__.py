@@ -1,4 +1,4 @@
-"""What the package knows of a transformers model: its family, its layout, its structure."""
+"""Reads a transformers model: its family, its layout, its structure; and makes a trimmed one reloadable."""
 
 from .eval_mode import bare_copy, eval_mode, require_finite
 from .families import Axis, Family, base_type, families

@@ -1,4 +1,4 @@
-"""A model in eval mode for a while, gradients allowed, and afterwards exactly as it was; what an analysis checks."""
+"""How an analysis runs a model: in eval mode with gradients, in the fastest attention, with a loss that is checked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import SensibertError
 
-# Tokens a row up to which fused attention in bf16 on a CPU is slower, forward and back, than plain matrix products: 5
-# times at 18 tokens, 1.25 times at 128, half as slow at 384 (32 rows, 12 heads of 32, one AVX-512 core).
+# In rows of up to so many tokens, fused attention in bf16 on a CPU is slower than plain matrix products, forward and
+# backward: 5 times at 18 tokens, 1.25 times at 128; at 384 twice as fast (32 rows, 12 heads of 32, one AVX-512 core).
 SHORT = 128
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -21,10 +21,10 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 def quick_attention(
     device: torch.device, autocast: bool = False, length: int | None = None
 ) -> contextlib.AbstractContextManager:
-    """Inside, scaled_dot_product_attention takes what is fastest for batches of ever new shapes.
+    """A context in which scaled_dot_product_attention is fast for batches whose shapes keep changing.
 
-    On a GPU all but cuDNN, which makes a plan for each new shape, at tens of milliseconds; in bf16 on a CPU plain
-    matrix products for rows of up to SHORT tokens. length: tokens a row, None if unknown."""
+    On a GPU it excludes cuDNN, which spends tens of milliseconds on a plan for each new shape; in bf16 on a CPU it
+    selects plain matrix products for rows of up to SHORT tokens. length: tokens in a row, None if unknown."""
     if device.type == "cuda":
         return sdpa_kernel(WITHOUT_PLANS)
     short = device.type == "cpu" and autocast and length is not None and length <= SHORT
@@ -33,7 +33,9 @@ def quick_attention(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
-    """Dropout off, gradients on, mixed precision if asked for; gives the model's device."""
+    """A context with dropout off, gradients on and mixed precision in `autocast`; its value is the model's device.
+
+    On exit each module is in the mode it was in."""
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -47,14 +49,14 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy without the wrapper around `forward` that mixed precision puts there: it would call the model itself."""
+    """A deep copy without the wrapper that mixed precision puts around `forward`, which would call the original."""
     copied = copy.deepcopy(model)
     vars(copied).pop("forward", None)
     return copied
 
 
 def require_finite(loss: Tensor, samples: int) -> None:
-    """SensibertError if the loss after so many samples is NaN or inf."""
+    """SensibertError if the loss, computed after `samples` samples, is NaN or inf."""
     if not torch.isfinite(loss):
         raise SensibertError(
             f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"

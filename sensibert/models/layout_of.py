@@ -1,7 +1,6 @@
-"""The table a model family fills in, and what is read off a model with it.
+"""Model -> Layout: its sites and what they cost, read with the table of its family.
 
-A family says where its trimmable axes live: which linear layers produce a unit's activation (rows) and which one
-consumes it (columns). Everything else (sites, costs, surgery, export) follows from the table.
+A table names the linear layers that produce a unit's activation (rows) and the one that consumes it (columns).
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from ..core.layout import Flops, Layout, Member, Site, Weight
 from .families.family import Axis, Family
 from .modules import attribute, base_of, family_of, layers
 
-# Task heads that read one vector a sequence; all others read every token.
+# Task heads that read one vector of each sequence; all others read every token.
 SEQUENCE_HEADS = ("SequenceClassification", "MultipleChoice", "NextSentencePrediction")
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
     try:
-        found = attribute(layer, path)
+        module = attribute(layer, path)
     except AttributeError:
         return None
-    return found if isinstance(found, nn.Linear) else None
+    return module if isinstance(module, nn.Linear) else None
 
 
 def _repeats(family: Family, config: object, number: int, count: int) -> int:
-    """How often layer `number` of `count` runs in one pass; the depths are dealt out to the groups as ALBERT does."""
+    """How often layer `number` of `count` runs in one pass; layers are assigned to groups as in ALBERT."""
     if not family.repeats:
         return 1
     depth, groups = (getattr(config, name) for name in family.repeats)
@@ -72,23 +71,25 @@ def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: 
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every trimmable axis: per layer its heads, then its FFN neurons. Names do not depend on the task head."""
+    """Every trimmable axis of a model: for each layer its heads, then its FFN neurons. The task head does not matter.
+
+    SensibertError for a family without a table, or a layer that is not as its table says."""
     family, config, stack = family_of(model), model.config, layers(model)
-    found = []
+    result = []
     for number, (path, layer) in enumerate(stack):
         repeats = _repeats(family, config, number, len(stack))
         for kind, axis in (("head", family.head), ("ffn", family.ffn)):
             site = _site(family, axis, kind, number, path, layer, config)
-            found.append(replace(site, flops=site.flops * repeats))
-    return tuple(found)
+            result.append(replace(site, flops=site.flops * repeats))
+    return tuple(result)
 
 
-def _weights(model: nn.Module, found: tuple[Site, ...]) -> tuple[Weight, ...]:
+def _weights(model: nn.Module, all_sites: tuple[Site, ...]) -> tuple[Weight, ...]:
     """The matrices of the sites, in their order."""
     family, stack, state = family_of(model), layers(model), dict(base_of(model).named_parameters())
     tables = {f"{path}.{name}.weight" for path, _ in stack for name in (*family.head.tables, *family.ffn.tables)}
     weights = []
-    for site in found:
+    for site in all_sites:
         flops = 2 * _repeats(family, model.config, site.layer, len(stack))
         for name in (m.parameter for m in site.members if m.parameter.endswith(".weight")):
             weights.append(Weight(name, site.layer, *state[name].shape, 0 if name in tables else flops))
@@ -100,7 +101,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _multiply_adds(module: nn.Module) -> int:
-    """Per position; 0 for what is no matrix product."""
+    """Multiply-adds for each position; 0 for a module that is no matrix product."""
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features
     if isinstance(module, nn.Conv1d):
@@ -109,7 +110,7 @@ def _multiply_adds(module: nn.Module) -> int:
 
 
 def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
-    """FLOPs of the linear layers no site owns: (inside the encoder, in the whole model)."""
+    """FLOPs of the linear layers that belong to no site: (inside the encoder, in the whole model)."""
     family, base = family_of(model), base_of(model)
     encoder_prefix, encoder, rest = family.encoder + ".", Flops(), Flops()
     sequence_head = type(model).__name__.endswith(SEQUENCE_HEADS)
@@ -130,23 +131,23 @@ def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Sites and costs of a model as it is now (a trimmed model is described with its current sizes)."""
+    """Sites and costs of a model with its current sizes, trimmed or not. SensibertError as in `sites`."""
     family, base = family_of(model), base_of(model)
-    found = sites(model)
-    encoder_rest, model_rest = _rest(model, {m.parameter for site in found for m in site.members})
+    all_sites = sites(model)
+    encoder_rest, model_rest = _rest(model, {m.parameter for site in all_sites for m in site.members})
     state = dict(base.named_parameters())
-    digest = hashlib.sha256(json.dumps([asdict(site) for site in found]).encode())
-    for site in found:
+    digest = hashlib.sha256(json.dumps([asdict(site) for site in all_sites]).encode())
+    for site in all_sites:
         weight = state[site.consumer.parameter].detach().flatten()
         digest.update(weight[:: max(1, weight.numel() // 64)].to("cpu", torch.float32).numpy().tobytes())
     return Layout(
         family=family.model_type,
         digest=digest.hexdigest()[:16],
-        sites=found,
+        sites=all_sites,
         hidden=int(model.config.hidden_size),
         encoder_params=_numel(attribute(base, family.encoder)),
         total_params=_numel(model),
         encoder_rest=encoder_rest,
         model_rest=model_rest,
-        weights=_weights(model, found),
+        weights=_weights(model, all_sites),
     )

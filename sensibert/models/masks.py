@@ -1,4 +1,4 @@
-"""Which blocks of its weights a model keeps, where a grid was cut and no unit: carried by its MaskedLinear layers."""
+"""The masks of a model trimmed by a grid: which blocks of its weights are kept. Its MaskedLinear layers hold them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .layout_of import layout_of
 from .modules import base_of
 
 FORMAT = "sensibert.masks"
-_ATTRIBUTE = "sensibert_grid"  # on the model: its layers may also be masked by units, which is nobody's result
+_ATTRIBUTE = "sensibert_grid"  # of the model: layers that a user masks with `replace` are no result of a trim
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """keep: parameter name in the base model -> bool [blocks of rows, blocks of columns]."""
+    """keep: name of a parameter in the base model -> bool [blocks of rows, blocks of columns], True = kept."""
 
     grid: Grid
     keep: dict[str, Tensor]
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(eight blocks a byte, lowest bit first, each row padded with 0; what it takes to unpack them)."""
+        """(tensors of bits, facts to unpack them): eight blocks a byte, lowest bit first, each row padded with 0."""
         bits = {name: np.packbits(keep.numpy(), axis=1, bitorder="little") for name, keep in self.keep.items()}
         columns = json.dumps({name: keep.shape[1] for name, keep in self.keep.items()})
         facts = {"format": FORMAT, "grid": str(self.grid), "columns": columns}
@@ -37,16 +37,16 @@ class Masks:
 
     @classmethod
     def unpacked(cls, bits: Mapping[str, Tensor], facts: Mapping[str, str]) -> Masks:
-        """Inverse of `packed`; KeyError, ValueError or TypeError if it is not that."""
+        """The inverse of `packed`; KeyError, ValueError or TypeError for anything else."""
         keep = {}
         for name, count in json.loads(facts["columns"]).items():
-            found = np.unpackbits(bits[name].numpy(), axis=1, count=count, bitorder="little")
-            keep[name] = torch.from_numpy(found).bool()
+            blocks = np.unpackbits(bits[name].numpy(), axis=1, count=count, bitorder="little")
+            keep[name] = torch.from_numpy(blocks).bool()
         return cls(Grid.parse(facts["grid"]), keep)
 
 
 def masks_of(model: nn.Module) -> Masks | None:
-    """The model's masks as they are now (copies, on the CPU); None where no grid was cut, or `restore` has ended it."""
+    """Copies of the model's masks, on the CPU; None if it was not trimmed by a grid, or after `restore`."""
     grid, layers = getattr(model, _ATTRIBUTE, None), base_of(model).named_modules()
     if grid is None:
         return None
@@ -56,7 +56,7 @@ def masks_of(model: nn.Module) -> Masks | None:
 
 
 def set_masks(model: nn.Module, masks: Masks) -> None:
-    """Turn the layers into MaskedLinear; their weights stay what they are. SensibertError where a mask does not fit."""
+    """Turn the layers into MaskedLinear, with their weights unchanged. SensibertError if a mask does not fit."""
     try:
         replace(base_of(model), {name.removesuffix(".weight"): (k, masks.grid) for name, k in masks.keep.items()})
     except ValueError as error:
@@ -65,7 +65,7 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
 
 
 def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:
-    """The masks and their grid; (None, None) where no grid was cut."""
+    """The masks and their grid; (None, None) if the model was not trimmed by a grid."""
     masks = masks_of(model)
     return (None, None) if masks is None else (masks.keep, masks.grid)
 

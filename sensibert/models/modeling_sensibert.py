@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
 
 STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 
@@ -103,7 +102,7 @@ class _Trimmed:
             raise ValueError(f"sensibert: {path} lacks {len(lost)} weights of its layers ({lost[0]}, ...)")
         if path is not None:
             where = kwargs.keys() & {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
-            file = cached_file(path, STRUCTURE_FILE, **{name: kwargs[name] for name in where})
+            file = transformers.utils.cached_file(path, STRUCTURE_FILE, **{name: kwargs[name] for name in where})
             model.base_model.sensibert_structure = {name: kept.long() for name, kept in load_file(file).items()}
         return (model, info) if output_loading_info else model
 
@@ -127,7 +126,8 @@ def _made(name, stock):
         config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
         made = type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
         # Which hidden states to record is looked up by class, and noted only when a model is built: ours change class.
-        dict.__setitem__(transformers.modeling_utils._CAN_RECORD_REGISTRY, str(made), stock._can_record_outputs)
+        records = getattr(transformers.modeling_utils, "_CAN_RECORD_REGISTRY", {})
+        dict.__setitem__(records, str(made), getattr(stock, "_can_record_outputs", None))
         return made
 
     def post_init(self, **kwargs):  # the first config of a type registers its models with the Auto classes

@@ -44,15 +44,15 @@ def embeddings_of(model: nn.Module) -> nn.Module:
 
 
 def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules at a dotted path whose `*` stands for every index of a module list."""
-    found = [("", root)]
+    """(path, module) at a dotted path, in order; `*` matches every index of a module list."""
+    level = [("", root)]
     for part in pattern.split("."):
         nested = []
-        for name, module in found:
+        for name, module in level:
             children = module.named_children() if part == "*" else [(part, getattr(module, part))]
             nested += [(f"{name}.{child}" if name else child, value) for child, value in children]
-        found = nested
-    yield from found
+        level = nested
+    yield from level
 
 
 def positions(model: nn.Module) -> int | None:

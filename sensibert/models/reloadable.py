@@ -22,21 +22,20 @@ OWN = "Sensibert"  # SensibertX is the reloadable subclass of transformers' X
 
 def _stock(kind: type) -> type | None:
     """transformers' class X if kind is X or SensibertX, this package's or that of a folder's code; else None."""
-    found = getattr(transformers, kind.__name__.removeprefix(OWN), None)
-    if found is None or kind is found:
-        return found
-    return found if kind.__name__ == OWN + found.__name__ and issubclass(kind, found) else None
+    stock = getattr(transformers, kind.__name__.removeprefix(OWN), None)
+    if stock is None or kind is stock:
+        return stock
+    return stock if kind.__name__ == OWN + stock.__name__ and issubclass(kind, stock) else None
 
 
 def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
     """The class of transformers that computes what this model computes; SensibertError if there is none."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise SensibertError(f"model: {type(model).__name__} is not a transformers model; unwrap it first")
-    found = _stock(type(model))
-    for kind, known in ((type(model), found), (type(model.config), _stock(type(model.config)))):
-        if known is None:
+    for kind in (type(model), type(model.config)):
+        if _stock(kind) is None:
             raise SensibertError(_no_class_of_transformers(kind.__name__))
-    return found
+    return _stock(type(model))
 
 
 def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
@@ -114,7 +113,7 @@ def _own_config(
 
 
 def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
-    """As the modeling code reads it: only the linear layers that are there."""
+    """The axis as modeling_sensibert.py reads it: with the linear layers that this model has."""
     names = dict(layer.named_modules())
     return {
         "produces": [path for path in (*axis.produces, *axis.tables) if isinstance(names.get(path), nn.Linear)],
@@ -131,13 +130,13 @@ def _table(family: Family, layer: nn.Module) -> dict[str, object]:
 
 
 def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, str]:
-    """Auto class -> our class, for every head transformers has for this config (encoders only)."""
+    """Auto class -> SensibertX, for every head that transformers has for this config (encoders only)."""
     auto = transformers.models.auto.modeling_auto
-    found = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
+    classes = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
     for name in sorted(vars(auto)):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
         if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):
-                found[name] = f"{CODE}.{OWN}{model_class.__name__}"
-    return found
+                classes[name] = f"{CODE}.{OWN}{model_class.__name__}"
+    return classes

@@ -108,7 +108,7 @@ def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Index)
 
 
 def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
-    """Set what `optimizer` remembers of the dropped weights of `param` to 0; in a MaskedAdamW set the keep as well.
+    """Set the state of the dropped weights of `param` to 0; a MaskedAdamW gets the keep as well.
 
     Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""
     optimizer = unwrapped(optimizer)

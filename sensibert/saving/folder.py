@@ -33,7 +33,7 @@ from .model_card import CODE, card
 
 LAYOUTS = ("trimmed", "dense", "both")
 CONFIG, CARD = "config.json", "README.md"
-REPORTS = ("result.json", "recipe.json")  # written by a run
+REPORTS = ("result.json", "recipe.json")  # written by `finetune`
 DENSE = "dense"  # subfolder of layout="both"
 SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads", "table")  # not for info to change
 
@@ -65,7 +65,7 @@ def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
-    """The model, whose modules it shares, with a config of its own in which the entry `sensibert` says more."""
+    """A view that shares the model's modules and has a config of its own, with more in the entry `sensibert`."""
     layout, view = layout_of(model), copy.copy(model)
     origin = {"budget": None, "method": None} | model.config.sensibert
     counted = {"digest": layout.digest, "encoder_params": layout.encoder_params, "sensibert_version": version()}

@@ -1,7 +1,7 @@
-"""Model, plan and factors -> the same model, whose kept units have taken over what the dropped ones gave.
+"""Model, plan and factors -> the same model, whose kept units compensate for the dropped ones.
 
-An optional step before `trim`: the least-squares solution of every consuming weight (see `sensibert.surgeon`). Its
-tokens are weighted by the loss: without that, those that the loss never looks at rule the solution.
+An optional step before `trim`: it solves each consuming weight anew by least squares (see `sensitivity.kfac_obs`).
+Tokens are weighted by the loss; otherwise those without influence on it would dominate the solution.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..sensitivity.kfac_obs import DAMP_WEIGHTS, FisherFactors, compensate_weigh
 
 
 def compensate(model: nn.Module, plan: Plan, factors: Mapping[str, FisherFactors], damp: float = DAMP_WEIGHTS) -> None:
-    """Solve the consuming weights of the cut sites anew, in place; dropped columns stay for `trim` to remove.
+    """Solve the consuming weights of the sites to cut, in place; dropped columns stay, for `trim` to remove.
 
-    factors: `surgeon.collect_factors` of the same model. SensibertError if they are not finite."""
+    factors: `kfac_obs.collect_factors` of the same model. SensibertError if they are not finite."""
     for site in plan.layout.sites:
         found = factors[site.consumer.parameter]
         if plan.keep[site.name].all():

@@ -1,7 +1,7 @@
-"""Kept blocks -> a model whose dropped weights are 0 and stay 0: what `trim` does where no whole unit goes.
+"""Model and kept blocks -> masked model: what `trim` does with a plan of blocks. Dropped weights are and stay 0.
 
-The layers become MaskedLinear, whose gradient is exactly 0 in dropped blocks. With weight and moments at 0 no step of
-an optimizer that multiplies and adds (weight decay, momentum, Adam) brings such a weight back.
+The layers become MaskedLinear, whose gradient is exactly 0 in dropped blocks. As weight and moments are 0 too, no step
+of an optimizer that multiplies and adds (weight decay, momentum, Adam) changes such a weight.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def mask_blocks(
 ) -> nn.Module:
     """Zero and mask what `keep` drops, in the model and in the state of its optimizer, in place; return the model.
 
-    keep: parameter of the base model -> bool [blocks of rows, blocks of columns]. What was dropped before and is kept
-    now trains again, from 0. SensibertError if the model has lost whole units, or keep does not fit; it is then as it
-    was."""
+    keep: name of a parameter in the base model -> bool [blocks of rows, blocks of columns], True = kept. A block that
+    an earlier mask dropped trains again, from 0. SensibertError if whole units were cut from the model, or if keep does
+    not fit; the model is then as it was."""
     if is_trimmed(model):
         raise SensibertError(f"trim: the model has lost whole units already, want a whole one for grid {grid}")
     state, held = dict(base_of(model).named_parameters()), set()

@@ -1,4 +1,4 @@
-"""The proof of a trim: the masked and the trimmed encoder must agree on one batch."""
+"""The check of every trim: the masked and the trimmed encoder must agree on one batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECK_TOKENS = 12
 
 @contextmanager
 def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """Inside, dropped units contribute nothing: the consuming layer reads zeros in their columns."""
+    """A context in which dropped units contribute nothing: the consuming layer reads zeros in their columns."""
     handles = []
     for site in plan.layout.sites:
         consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
@@ -37,7 +37,7 @@ def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: nn.Module) -> Tensor:
-    """Last hidden states of two fixed sequences of random tokens, the second one padded: [tokens, hidden] fp64."""
+    """Last hidden states, [tokens, hidden] fp64, of two fixed sequences of random tokens, the second one padded."""
     base, high = base_of(model), model.config.vocab_size
     length = min(CHECK_TOKENS, getattr(model.config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
     ids = torch.randint(min(10, high - 1), high, (2, length), generator=torch.Generator().manual_seed(0))
@@ -55,8 +55,9 @@ def probe(model: nn.Module) -> Tensor:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Rounding of a whole encoder, relative to its largest output: 24 wide fp32 layers reach 5e-6, and a toy DeBERTa
-    with its heads laid out wrongly is off by no more than 2e-5 to 4e-5."""
+    """The rounding error to allow for a whole encoder, relative to its largest output.
+
+    In fp32, 24 wide layers reach 5e-6; a small DeBERTa with wrongly laid out heads is off by only 2e-5 to 4e-5."""
     if dtype == torch.float64:
         return 1e-6  # some families round to fp32 inside
     if dtype == torch.float32:
@@ -66,15 +67,15 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def check_same(model: nn.Module, expected: Tensor) -> None:
     """SensibertError unless the trimmed model computes what the masked one did."""
-    said = "the model is left as it was. Is its table in sensibert/models/ complete?"
+    advice = "the model is left as it was. Is its table in sensibert/models/families/ complete?"
     family = family_of(model).model_type
     try:
-        found = probe(model)
+        result = probe(model)
     except (RuntimeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
-        raise SensibertError(f"trim: the trimmed {family} does not run ({reason}); {said}") from error
-    error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+        raise SensibertError(f"trim: the trimmed {family} does not run ({reason}); {advice}") from error
+    error = float((expected - result).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= _tolerance(next(model.parameters()).dtype):  # a NaN is an error too
         raise SensibertError(
-            f"trim: masked and trimmed {family} differ by {error:.1e} (relative), want rounding; {said}"
+            f"trim: masked and trimmed {family} differ by {error:.1e} (relative), want rounding; {advice}"
         )

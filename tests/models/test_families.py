@@ -1,4 +1,4 @@
-"""Every family, every task head: what the table says is what the model is, does and costs."""
+"""Every family, every task head: the table agrees with the model's shapes, outputs and costs."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def check(model) -> None:
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head or "encoder")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masked_and_trimmed_agree_and_cost_what_was_said(family, head):
+def test_masked_and_trimmed_agree_at_the_announced_cost(family, head):
     check(make(family, head))
 
 

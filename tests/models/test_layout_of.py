@@ -1,13 +1,9 @@
-"""What a table gives: sites, costs and a digest; and who is turned away, in which words."""
-
-import time
+"""What a table yields: sites, costs and a digest; and the error messages for models without one."""
 
 import pytest
-import torch
 from torch import nn
 
 from sensibert.core.errors import SensibertError
-from sensibert.core.layout import Layout
 from sensibert.models import base_of, base_type, families, family_of, layers, layout_of, sites
 from sensibert.models.modules import attribute, walk
 from tests.helpers import tiny_model
@@ -15,17 +11,21 @@ from tests.helpers import tiny_model
 HEADS = ["", "SequenceClassification", "QuestionAnswering", "TokenClassification", "MultipleChoice", "MaskedLM"]
 
 
-def test_the_families_the_package_promises_are_there():
-    promised = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "modernbert"}
-    assert promised | {"deberta-v2", "mpnet"} <= families().keys()
+def test_the_documented_families_are_there():
+    documented = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "modernbert"}
+    assert documented | {"deberta-v2", "mpnet"} <= families().keys()
 
 
-def test_an_unknown_family_hears_what_is_supported_and_how_to_add_one():
+def test_an_unknown_family_is_refused_with_those_supported_and_how_to_add_one():
     with pytest.raises(SensibertError) as caught:
         layout_of(nn.Linear(2, 2))
-    said = str(caught.value)
-    assert said.startswith("model: family 'Linear' is not supported") and "CONTRIBUTING" in said and "\n" not in said
-    assert all(name in said for name in families())
+    message = str(caught.value)
+    assert (
+        message.startswith("model: family 'Linear' is not supported")
+        and "CONTRIBUTING" in message
+        and "\n" not in message
+    )
+    assert all(name in message for name in families())
 
 
 @pytest.mark.parametrize("family, head", [("gpt2", ""), ("t5", "")])
@@ -106,13 +106,3 @@ def test_paths_with_a_star_visit_every_layer_in_order():
     names = [name for name, _ in layers(model)]
     assert names == [f"encoder.albert_layer_groups.{g}.albert_layers.{i}" for g in (0, 1) for i in (0, 1)]
     assert all(attribute(model, name) is layer for name, layer in walk(model, family_of(model).layers))
-
-
-def test_a_bert_base_is_described_in_a_moment():
-    with torch.device("meta"):
-        model = tiny_model(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-    model.to_empty(device="cpu")
-    start = time.process_time()
-    layout = layout_of(model)
-    assert time.process_time() - start < 2
-    assert isinstance(layout, Layout) and len(layout.sites) == 24

@@ -1,4 +1,4 @@
-"""What a trimmed model remembers of its base, and how MPNet's shared positions follow the heads that are left."""
+"""The kept units of a trimmed model, and how MPNet's shared positions follow the kept heads."""
 
 import pytest
 import torch

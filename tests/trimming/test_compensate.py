@@ -1,4 +1,4 @@
-"""What the dropped units gave, the kept ones take over: exactly where they can, by least squares where they cannot."""
+"""Kept units compensate for dropped ones: exactly where that is possible, else by least squares."""
 
 import copy
 

@@ -82,7 +82,7 @@ def test_every_statistic_meets_the_budget_within_a_block(statistic, grid):
     assert plan.params == dense - zeros
 
 
-def test_the_masked_model_is_the_dense_one_with_zeros():
+def test_the_masked_model_is_the_whole_one_with_zeros():
     model, other = tiny_model(), tiny_model()
     plan = plan_for(model, Grid(16, 16))
     trim(model, plan)
@@ -152,7 +152,7 @@ def test_masks_come_back_from_a_file_bit_by_bit(tmp_path, grid):
     assert all(torch.equal(masks_of(other).keep[name], keep) for name, keep in masks_of(model).keep.items())
 
 
-def test_what_does_not_go_together_is_said(tmp_path):
+def test_combinations_that_cannot_work_are_refused_in_words(tmp_path):
     model = tiny_model()
     plan = plan_for(model)
     with pytest.raises(SensibertError, match="'paper' is of whole units, want another with a grid"):

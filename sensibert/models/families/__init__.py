@@ -1,4 +1,4 @@
-"""Where each model family keeps its trimmable axes: one table a file."""
+"""One table for each model family: the names of the modules and attributes of its trimmable axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFIX = "sensibert_"  # model_type of a trimmed folder: this prefix and the fam
 
 @cache
 def families() -> dict[str, Family]:
-    """model_type -> Family, from every module of this package that defines FAMILY."""
+    """model_type -> Family, of every module in this package that defines FAMILY."""
     package = __name__
     table: dict[str, Family] = {}
     for module in iter_modules(import_module(package).__path__):
@@ -26,5 +26,5 @@ def families() -> dict[str, Family]:
 
 
 def base_type(model_type: str) -> str:
-    """`sensibert_bert` and `bert` are both `bert`."""
+    """The model type of the original model: `bert` for `bert` and for `sensibert_bert`."""
     return model_type.removeprefix(PREFIX)

@@ -1,12 +1,12 @@
-"""DeBERTa-v2 and -v3. Its heads are laid out by attributes: without them a trimmed layer runs and is silently wrong."""
+"""DeBERTa-v2 and -v3. Attributes lay out the heads: with stale ones a trimmed layer runs and is silently wrong."""
 
 from ...core.layout import Flops
 from .family import Axis, Family
 
 
 def _relative_flops(config: object, head_dim: int) -> Flops:
-    """A head against the table of relative positions: 2 D FLOPs a token and entry for each of c2p and p2c, and the
-    projections of the table itself, once a pass."""
+    """FLOPs of a head for relative positions: 2 D for each token, entry of the table and kind (c2p, p2c), and the
+    projections of the table, once a pass."""
     if not config.relative_attention:
         return Flops()
     buckets, longest = getattr(config, "position_buckets", -1), config.max_relative_positions
