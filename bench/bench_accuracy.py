@@ -3,7 +3,7 @@
     python bench/bench_accuracy.py --data DATA --model MODEL --task banking77 --budgets 50%params 30%params
     ... --methods dense ours uniform layers torch-pruning torch-pruning-magnitude magnitude random
     ... --methods element block64 --budgets 50%params 10%params   # `ours` on other grids: masked, not cut
-    ... --override recover_peak=1 --override shape=cubic     # an ablation: `ours` with these options
+    ... --override recover_peak=1 --override schedule=cubic    # an ablation: `ours` with these options
     ... --train-rows 20000 --max-steps 500                   # a part of a large set; the rows say so
 
 DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
@@ -21,7 +21,6 @@ import csv
 import json
 import random
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 from _harness import DEVICE, machine
@@ -29,22 +28,29 @@ from _rows import RECOVERING, RESULTS, SETTING, control, identity, read
 from rivals import RIVALS, Layers
 
 from sensibert.commands import evaluate_folder
+from sensibert.core.config import TrimConfig
 from sensibert.core.schedule import RECOVERIES, Schedule
+from sensibert.core.settings import former_names
 from sensibert.data import get_task, load_examples
 from sensibert.recipe import finetune_and_trim
-from sensibert.run_options import AVERAGE, PRECISIONS, SNAPSHOT, Options
+from sensibert.run_options import PRECISIONS, SNAPSHOT, Options, all_names
 from sensibert.training.checkpoints import partial_folder
 
 RUNS, ABLATION = RESULTS / "bench_accuracy_runs.jsonl", RESULTS / "bench_accuracy_ablation.jsonl"
-OURS = {"ours": {}, "uniform": {"policy": "uniform"}, "element": {"grid": "element"}, "block64": {"grid": "block64"}}
+OURS = {
+    "ours": {},
+    "uniform": {"allocation": "uniform"},
+    "element": {"grid": "element"},
+    "block64": {"grid": "block64"},
+}
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
-AFTER_THE_CUT = {"method", "policy", "step", "grid", "samples", "micro_batch", "compensate", "shape", "trim_share"}
-AFTER_THE_CUT |= {"milestones", "rewarm", "recover_peak", "recover_dropout", "search", *RECOVERING}
+AFTER_THE_CUT = {"method", "allocation", "width_multiple", "grid", "samples", "micro_batch", "compensate", "schedule"}
+AFTER_THE_CUT |= {"trim_duration", "milestones", "rewarm_ratio", "recover_peak", "recover_dropout", *RECOVERING}
 # The same where the run is its own teacher.
-TEACHING = {"teacher", "distil", "distil_hidden", "distil_until", "temperature", "average_decay"}
+TEACHING = {"teacher", "distil", "temperature"}
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
-GIVEN |= {"max_steps", "precision", "schedule", "save_before_cut", "keep_checkpoints", "save_steps", "resume"}
+GIVEN |= {"max_steps", "precision", "save_before_cut", "keep_checkpoints", "save_steps", "resume"}
 GIVEN |= {"overwrite", "quiet"}
 
 
@@ -54,9 +60,9 @@ def append(path: Path, row: dict) -> None:
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """`name=value` with a JSON value, or a bare word, for a field of Options or Schedule."""
+    """`name=value` with a JSON value, or a bare word, for a setting of a run; former names are accepted."""
     name, sign, value = text.partition("=")
-    known = sorted({f.name for f in (*fields(Options), *fields(Schedule))} - GIVEN)
+    name, known = former_names(TrimConfig, Schedule).get(name, name), sorted(all_names() - GIVEN)
     if not sign or name not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not name=value with a name of {', '.join(known)}")
     try:
@@ -102,7 +108,7 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
 
 def before_the_cut(override: dict) -> dict:
     """What of an override, or of a question, the warm-up depends on."""
-    later = AFTER_THE_CUT | (TEACHING if override.get("teacher", SNAPSHOT) in (SNAPSHOT, AVERAGE) else set())
+    later = AFTER_THE_CUT | (TEACHING if override.get("teacher", SNAPSHOT) == SNAPSHOT else set())
     return {name: value for name, value in override.items() if name not in later}
 
 
@@ -113,24 +119,24 @@ def folder_name(asked: dict, override: dict, *more: str) -> str:
 
 
 def options_of(asked: dict, **usual) -> Options:
-    """The Options of a run; the schedule's fields may stand among the others."""
+    """The Options of a run."""
     method = asked["method"]
     settings = {"method": "dense"} if method == "dense" else {"budget": asked["budget"], **OURS.get(method, {})}
     settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
     settings |= asked.get("override", {})
     settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked}
     settings = {name: value for name, value in settings.items() if name not in ("train_rows", "accelerator")}
-    shape = {f.name: settings.pop(f.name) for f in fields(Schedule) if f.name in settings}
-    return Options(schedule=Schedule(**shape), resume=True, overwrite=True, quiet=True, **usual, **settings)
+    return Options.from_settings({"resume": True, "overwrite": True, "quiet": True, **usual, **settings})
 
 
 def dense_steps(options: Options, result: dict) -> float:
     """Cost in steps of the dense model, by the encoder's FLOPs; without the analysis, at most 1/64 of the steps."""
-    cuts = options.schedule.cuts(result["steps"]) if options.method != "dense" else {}
+    trim = options.trim
+    cuts = trim.schedule.cuts(result["steps"]) if trim.trims else {}
     left, share, begin, total = result["flops_after"] / result["flops_before"], 1.0, 0, 0.0
     for step, progress in [*cuts.items(), (result["steps"], 1.0)]:
         total, begin = total + (step - begin) * share, step
-        share = options.schedule.ratio(progress, left)
+        share = trim.schedule.ratio(progress, left)
     return round(total, 1)
 
 
@@ -161,7 +167,7 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     result = finetune_and_trim(options, rival)
     if isinstance(rival, Layers):
         result["encoder_params_after"] = rival.finish(output)
-    scored = evaluate_folder(Options(model=str(output), output="", validation_file=str(validation)))
+    scored = evaluate_folder(Options(model=str(output), validation_file=str(validation)))
     if first:
         warm.mkdir()
         dense = min(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))

@@ -54,8 +54,8 @@ def main() -> None:
     arguments = parser.parse_args()
     precision = "--precision", arguments.precision
     length = "--epochs", str(arguments.epochs), *precision
-    start = run(arguments, "--method", "dense", "--max-steps", "1", *precision)
-    dense = run(arguments, "--method", "dense", *length)
+    start = run(arguments, "--method", "baseline", "--max-steps", "1", *precision)
+    dense = run(arguments, "--method", "baseline", *length)
     for budget in arguments.budgets:
         ours = run(arguments, "--budget", budget, *length)
         case = f"{arguments.name} " if arguments.name else ""

@@ -18,7 +18,6 @@ from _harness import record
 from transformers import AutoModel, BertConfig, BertModel
 
 from sensibert.allocation.allocate import allocate
-from sensibert.core.budget import Budget
 from sensibert.sensitivity.analyze import analyze
 from sensibert.trimming.trim import trim
 
@@ -44,7 +43,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = AutoModel.from_pretrained(arguments.model) if arguments.model else BertModel(BertConfig())
     dense = dense.eval().to(device)
-    plan = allocate(analyze(dense, statistic="magnitude"), Budget.parse(arguments.budget), policy="uniform")
+    plan = allocate(analyze(dense, method="magnitude"), arguments.budget, allocation="uniform")
     trimmed = trim(dense, plan, copy_model=True)
     ids = torch.randint(5, dense.config.vocab_size, (arguments.batch, arguments.length), device=device)
     times = [(seconds(dense, ids), seconds(trimmed, ids)) for _ in range(arguments.rounds + 2)][2:]

@@ -13,7 +13,7 @@ from _harness import DEVICE, copy_us, host_us, measure, record, timed
 from problems import MODELS, bert, random_like
 
 from sensibert.ops import gather_kept
-from sensibert.ops.masked_linear.kept_index import live
+from sensibert.ops.masked_linear.kept_index import kept_index
 
 BENCH = "bench_gather_kept"
 SCALED = {"bert-base": bert(768, 2, 3072), "bert-large": bert(1024, 2, 4096)}
@@ -30,7 +30,7 @@ def one_by_one(weights, rows, cols, out):
 def test_a_mask_change(case, benchmark):
     chosen = [p for p in CASES[case] if p.name.startswith("layer.") and len(p.shape) == 2]
     weights = random_like(chosen, DEVICE)  # many times L2
-    kept = [live(torch.rand(p.grid.shape(*p.shape), device=DEVICE) < 0.5, p.grid, *p.shape) for p in chosen]
+    kept = [kept_index(torch.rand(p.grid.shape(*p.shape), device=DEVICE) < 0.5, p.grid, *p.shape) for p in chosen]
     rows, cols = [k.rows for k in kept], [k.cols for k in kept]
     out = gather_kept(weights, rows, cols, dtype=torch.bfloat16)
     want = [torch.full_like(o, torch.nan) for o in out]

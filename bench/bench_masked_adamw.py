@@ -1,10 +1,10 @@
-"""An optimizer step with masks, bf16 shadow and sensitivity in one pass, against the same as separate steps.
+"""An optimizer step with masks, bf16 working copy and sensitivity in one pass, against the same as separate steps.
 
 python -m pytest bench/bench_masked_adamw.py --benchmark-only -o python_files='bench_*.py'
 
-Half of the weights of every layer are dropped, element by element; each has a shadow, and a score on its own grid. The
-rivals mask weights only, not moments, and by a product, which a NaN survives. `compact`: half of the heads and neurons,
-and shadows of the kept rows and columns alone. On a CPU: two layers of the model.
+Half of the weights of every layer are dropped, element by element; each has a working copy, and a score on its own
+grid. The rivals mask weights only, not moments, and by a product, which a NaN survives. `compact`: half of the heads
+and neurons, and working copies of the kept rows and columns alone. On a CPU: two layers of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from problems import MODELS, bert, random_like
 from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept, masked_adamw
 from sensibert.ops.masked_adamw import index_map
-from sensibert.ops.masked_linear.kept_index import Live, live
+from sensibert.ops.masked_linear.kept_index import KeptIndex, kept_index
 from sensibert.optim.masked_adamw import MaskedAdamW
 
 BENCH = "bench_masked_adamw"
@@ -41,9 +41,9 @@ class Problem:
         shapes = [grid.shape(*w.shape) for grid, w in zip(self.keep_grids, self.weights)]
         self.keeps = [torch.rand(shape, device=DEVICE) < 0.5 for shape in shapes]
         self.masks = [g.expand(keep, *w.shape) for keep, g, w in zip(self.keeps, self.keep_grids, self.weights)]
-        whole = Live(None, None, None, 1.0, 1.0)  # shadows at full size
+        whole = KeptIndex(None, None, None, 1.0, 1.0)  # working copies at full size
         self.kept = [
-            live(keep, g, *w.shape) if compact else whole
+            kept_index(keep, g, *w.shape) if compact else whole
             for keep, g, w in zip(self.keeps, self.keep_grids, self.weights)
         ]
         self.index = [[kept[axis] for kept in self.kept] for axis in (0, 1)]  # rows, columns, or None
@@ -51,7 +51,7 @@ class Problem:
             {t: index_map(i, self.params[t].shape[axis]) for t, i in zip(self.chosen, index) if i is not None}
             for axis, index in enumerate(self.index)
         ]
-        self.shadows = gather_kept(self.weights, *self.index, dtype=torch.bfloat16)
+        self.working_copies = gather_kept(self.weights, *self.index, dtype=torch.bfloat16)
         self.scores = [torch.zeros(g.shape(*w.shape), device=DEVICE) for g, w in zip(self.grids, self.weights)]
         for weight, mask in zip(self.weights, self.masks):
             weight.mul_(mask)
@@ -60,12 +60,12 @@ class Problem:
         self.steps = [torch.tensor(1.0, device=DEVICE) for _ in self.params]
         self.lr = torch.tensor([SETTINGS["lr"]], device=DEVICE)
 
-    def one_pass(self, extras: bool = True, shadows: bool = True) -> None:
+    def one_pass(self, extras: bool = True, working_copies: bool = True) -> None:
         by_place = {
             "keeps": {t: (keep, grid) for t, keep, grid in zip(self.chosen, self.keeps, self.keep_grids)},
-            "shadows": dict(zip(self.chosen, self.shadows)) if shadows else {},
-            "row_maps": self.maps[0] if shadows else {},
-            "col_maps": self.maps[1] if shadows else {},
+            "working_copies": dict(zip(self.chosen, self.working_copies)) if working_copies else {},
+            "row_maps": self.maps[0] if working_copies else {},
+            "col_maps": self.maps[1] if working_copies else {},
             "scores": {t: (score, grid) for t, score, grid in zip(self.chosen, self.scores, self.grids)},
         }
         masked_adamw(
@@ -77,9 +77,9 @@ class Problem:
     def optimizer(self) -> MaskedAdamW:
         """What makes the same steps in a training loop; its third step holds what does not change."""
         optimizer = MaskedAdamW(self.params, **SETTINGS)
-        for t, keep, grid, shadow in zip(self.chosen, self.keeps, self.keep_grids, self.shadows):
+        for t, keep, grid, working_copy in zip(self.chosen, self.keeps, self.keep_grids, self.working_copies):
             optimizer.set_keep(self.params[t], keep, grid)
-            optimizer.set_shadow(self.params[t], shadow, self.maps[0].get(t), self.maps[1].get(t))
+            optimizer.set_working_copy(self.params[t], working_copy, self.maps[0].get(t), self.maps[1].get(t))
         held = zip(self.chosen, self.scores, self.grids)
         optimizer.track({self.params[t]: (score, grid) for t, score, grid in held})
         for _ in range(3):
@@ -94,29 +94,29 @@ class Problem:
             score += product.view(len(product) // rows, rows, -1, cols).sum((1, 3))
         optimizer.step()
         torch._foreach_mul_(self.weights, self.masks)
-        for shadow, weight, rows, cols in zip(self.shadows, self.weights, *self.index):
+        for working_copy, weight, rows, cols in zip(self.working_copies, self.weights, *self.index):
             weight = weight if rows is None else weight.index_select(0, rows)
-            shadow.copy_(weight if cols is None else weight.index_select(1, cols))
+            working_copy.copy_(weight if cols is None else weight.index_select(1, cols))
 
     def pass_and_gather(self) -> None:
-        """What a step costs that does not write the compact shadows itself."""
-        self.one_pass(shadows=False)
-        gather_kept(self.weights, *self.index, out=self.shadows)
+        """What a step costs that does not write the compact working copies itself."""
+        self.one_pass(working_copies=False)
+        gather_kept(self.weights, *self.index, out=self.working_copies)
 
     def num_bytes(self, extras: bool) -> int:
         moved = 28 * sum(p.numel() for p in self.params)
         if extras:
-            moved += sum(2 * s.numel() + k.numel() for s, k in zip(self.shadows, self.keeps))
+            moved += sum(2 * s.numel() + k.numel() for s, k in zip(self.working_copies, self.keeps))
         # Of a dropped row or column w, g, m and v are not read.
         return moved - sum(16 * round((1 - kept.density) * w.numel()) for kept, w in zip(self.kept, self.weights))
 
 
 def prove(case: str, compact: bool = False) -> None:
-    """Both ways from the same start give the same weights, shadows and scores."""
+    """Both ways from the same start give the same weights, working copies and scores."""
     ours, theirs = (torch.manual_seed(0) and Problem(case, compact) for _ in range(2))
     ours.one_pass()
     theirs.separate(torch.optim.AdamW(theirs.params, **SETTINGS))
-    for mine, other in zip([*ours.params, *ours.shadows], [*theirs.params, *theirs.shadows]):
+    for mine, other in zip([*ours.params, *ours.working_copies], [*theirs.params, *theirs.working_copies]):
         torch.testing.assert_close(mine, other, rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-7)
     for mine, other in zip(ours.scores, theirs.scores):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
@@ -124,7 +124,7 @@ def prove(case: str, compact: bool = False) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_a_step_with_masks_shadow_and_score(case, benchmark):
+def test_a_step_with_masks_working_copy_and_score(case, benchmark):
     prove(case)
     problem = Problem(case)
     ours = timed(benchmark, problem.one_pass, [()])  # the state of a model is many times L2
@@ -141,7 +141,7 @@ def test_a_step_with_masks_shadow_and_score(case, benchmark):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_a_step_with_compact_shadows(case, benchmark):
+def test_a_step_with_compact_working_copies(case, benchmark):
     prove(case, compact=True)
     problem = Problem(case, compact=True)
     ours = timed(benchmark, problem.one_pass, [()]).median

@@ -6,8 +6,8 @@
 Rivals: the dense matmul (what there is today), the matmul on a weight masked beforehand (cuBLAS at its best; not the
 mask, not the gather), F.linear(x, W * M) (what torch.nn.utils.prune does), compiled too on a GPU, 2:4 of torch where it
 runs, and the ideal: a layer compacted beforehand, or for scattered blocks the dense time times the kept share.
-`following` is the same layer after a step of the optimizer that it follows: the compact weight is there already.
-On a GPU the times are those of the card alone (replayed graphs), the usual numbers of tokens first: stopped early, the
+`following` is the same layer after a step of an optimizer that follows it: the compact weight is there already.
+On a GPU the times are those of the GPU alone (replayed graphs), the usual numbers of tokens first: stopped early, the
 table lacks its tail. On a CPU: fewer cases, fp32.
 """
 
@@ -25,8 +25,7 @@ from _harness import DEVICE, captured_us, host_us, record
 from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept
 from sensibert.ops.masked_linear.dispatch import built
-from sensibert.ops.masked_linear.dweight import block_list
-from sensibert.ops.masked_linear.kept_index import live, publish, remember
+from sensibert.ops.masked_linear.kept_index import CompactWeight, kept_index
 from sensibert.ops.masked_linear.op import force, masked_linear
 
 BENCH = "bench_masked_linear"
@@ -73,14 +72,14 @@ def inputs(M, N, K):
     return x, w.mul_(K**-0.5), b, dy
 
 
-def alone(part, x, w, b, dy, keep, grid):
+def alone(part, x, w, b, dy, keep, grid, compact=None):
     """The pass of the ops, without autograd around a single gradient."""
     blocks = (grid.block_rows, grid.block_cols)
     if part == "dX":
-        return torch.ops.sensibert.masked_linear_dx(dy, w, keep, *blocks)
+        return torch.ops.sensibert.masked_linear_dx(dy, w, keep, *blocks, *(compact[:2] if compact else ()))
     if part == "dW":
         return torch.ops.sensibert.masked_linear_dweight(dy, x, keep, *blocks)
-    return run(masked_linear, part, x, w, b, dy, keep, grid)
+    return run(masked_linear, part, x, w, b, dy, keep, grid, compact)
 
 
 def plain(part, x, w, b, dy):
@@ -109,7 +108,7 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
     num_bytes = DTYPE.itemsize * (M * K + N * K + 2 * M * N)
     data = [inputs(M, N, K) for _ in range(max(2, 160_000_000 // num_bytes) if ON_GPU else 1)]
     keep = keep_of(grid, N, K, density)
-    kept, mask = live(keep, grid, N, K), grid.expand(keep, N, K)
+    kept, mask = kept_index(keep, grid, N, K), grid.expand(keep, N, K)
 
     x, w, b, dy = data[0]
     own = {Grid.block(64, 64): "tiles", Grid.element(): "bits"}.get(grid)
@@ -128,10 +127,8 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         "dense": (dense, data),
         "masked beforehand": (dense, masked),
     }
-    if density < 1 and part != "dW":  # as after a step of the optimizer that the layer follows
-        following = [(x, w.clone(), *rest, keep, grid) for x, w, *rest in data]
-        for _, w, *_ in following:
-            publish(w, keep, grid, gather_kept([w], [kept.rows], [kept.cols], [kept.bits])[0])
+    if density < 1 and part != "dW":  # as after a step of an optimizer that follows the layer
+        following = [(*row, keep, grid, compact_of(row[1], keep, kept)) for row in data]
         calls["following"] = (partial(alone, part), following)
     if kept.share < 1 and kept.bits is None:
         calls["ideal"] = (dense, [compacted(*row, kept) for row in data])
@@ -144,16 +141,13 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         calls["2:4 of torch"] = (linear, sparse)
     if own and (own, part) != ("bits", "dW"):  # bits has no dW of its own
         calls[own] = (partial(forced, own, part), calls["ours"][1])
-        if part == "dW":
-            calls["tiles and scores"] = (scored, calls["ours"][1])
     times = captured_us(calls, least_us=300) if ON_GPU else alternate(calls)
     benchmark.pedantic(calls["ours"][0], args=calls["ours"][1][0], rounds=1)
     if density == 1:
         times["ideal"] = times["dense"]
     elif "ideal" not in times:
         times["ideal"] = times["masked beforehand"] if grid == Grid.element() else times["dense"] * density
-    apart = ("ours", "following", own, "tiles and scores")
-    ours, followed, forced_own, with_scores = (times.pop(name, None) for name in apart)
+    ours, followed, forced_own = (times.pop(name, None) for name in ("ours", "following", own))
 
     case = f"{grid}:{density:g} {model}.{layer} {tokens} {part}"
     for name, value in times.items():
@@ -171,8 +165,6 @@ def test_layer(model, layer, tokens, grid, density, part, benchmark):
         for name in ("dense", "masked beforehand"):
             record(BENCH, f"{own} {case}", "us", forced_own, "us", name, times[name])
         record(BENCH, f"{own} {case}", "vs_dense", times["dense"] / forced_own, "1")
-    if with_scores is not None:
-        record(BENCH, f"tiles {case} with scores", "us", with_scores, "us", "without", forced_own)
 
 
 def alternate(calls: dict) -> dict[str, float]:
@@ -191,15 +183,13 @@ def forced(path: str, *arguments):
         return alone(*arguments)
 
 
-def scored(x, w, b, dy, keep, grid):
-    """dW of the path tiles, with the saliency of each block."""
-    blocks = remember(block_list, keep, grid, *w.shape)
-    out = torch.empty(keep.shape, device=DEVICE)
-    return torch.ops.sensibert.masked_linear_tiles_dweight_score_(out, dy, x, w, *blocks, "abs", "none", 0.0, 1.0)
+def compact_of(w, keep, kept) -> CompactWeight:
+    (matrix,) = gather_kept([w], [kept.rows], [kept.cols], [kept.bits])
+    return CompactWeight(matrix, torch.tensor([w._version, keep._version]), w, keep)
 
 
 def semi_structured(data) -> list[tuple] | None:
-    """The arguments of F.linear with torch's 2:4 sparse weight; None where this torch or card has none."""
+    """The arguments of F.linear with torch's 2:4 sparse weight; None where this torch or GPU has none."""
     try:
         pattern = torch.tensor([1, 1, 0, 0], device=DEVICE, dtype=DTYPE)
         sparse = [

@@ -34,13 +34,14 @@ from bench_accuracy import data_files
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
+from sensibert.core.config import TrimConfig
 from sensibert.core.layout import Layout
 from sensibert.data import TaskData, micro_batches
 from sensibert.inputs import best_device, encode, load_tokenizer, training_examples, validation_examples
 from sensibert.models import layers, layout_of
-from sensibert.run_options import Options, default_method
+from sensibert.run_options import Options
 from sensibert.saving.folder import load
 from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
@@ -162,7 +163,7 @@ def measured(
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
         keep[drop.site][drop.units] = False
         first = layout.site(drop.site).layer
-        plan = Plan(layout, keep, Budget(1.0, "params", True), "rank")
+        plan = UnitPlan(layout, keep, Budget(1.0, "params", True), "rank")
         with taken_over(model, plan, drop, factors), silenced(model, plan):
             with remembering(model, first, outputs[first - 1]):
                 found.append(losses_of(model, batches) - dense)
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="a folder of DATA with a classification task")
     parser.add_argument("--model", required=True, help="where the tokenizer is")
     parser.add_argument("--checkpoint", required=True, help="the fine-tuned dense model")
-    parser.add_argument("--method", default=default_method(None), help="the statistic that ranks the units")
+    parser.add_argument("--method", default=TrimConfig().resolved().method, help="the statistic that ranks the units")
     parser.add_argument("--samples", type=int, default=512, help="training rows for the predictions")
     parser.add_argument("--rows", type=int, default=512, help="validation rows for the measurements")
     parser.add_argument("--seed", type=int, default=0)
@@ -262,7 +263,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     train, validation = map(str, data_files(Path(arguments.data) / arguments.task))
     model = load(arguments.checkpoint)[0].eval().to(best_device())
-    options = Options(model=arguments.model, output="", train_file=train, validation_file=validation).resolved()
+    options = Options(model=arguments.model, train_file=train, validation_file=validation).resolved()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     examples = training_examples(options), validation_examples(options)
     data = encode(options, load_tokenizer(arguments.model), *examples, names)
@@ -274,7 +275,7 @@ def main() -> None:
     factors = None
     if arguments.method == "obs":
         factors = collect_factors(model, layout, train_rows(32), sampled_loss, arguments.seed)
-    few = train_rows(Options.micro_batch)
+    few = train_rows(TrimConfig.micro_batch)
     sensitivity = analyze(model, few, arguments.method, sampled_loss, arguments.seed, factors=factors)
     wanted = drops(layout, sensitivity.scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)

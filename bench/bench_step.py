@@ -25,7 +25,7 @@ from _harness import record
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig
 
 from sensibert.allocation.allocate import default_width_multiple
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.models import layout_of
 from sensibert.models.eval_mode import quick_attention
@@ -43,7 +43,7 @@ def tapered(model: torch.nn.Module) -> Plan:
         unit = step if site.kind == "ffn" else 1
         share = 0.2 + 0.6 * site.layer / max(1, last)
         keep[site.name] = torch.arange(site.units) < max(unit, round(share * site.units / unit) * unit)
-    return Plan(layout, keep, Budget.parse("50%params"), "tapered")
+    return UnitPlan(layout, keep, Budget.parse("50%params"), "tapered")
 
 
 def lengths(regime: str, longest: int, steps: int) -> list[int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from sensibert.core.config import TrimConfig
 from sensibert.run_options import PRECISIONS, Options
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train-file", required=True)
-    parser.add_argument("--budget", default=Options.budget)
+    parser.add_argument("--budget", default=TrimConfig.budget)
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)

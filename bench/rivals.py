@@ -3,7 +3,7 @@
 A rival is asked once, with the dense model of the cut step, the same micro-batches as our analysis and the same budget.
 Its answer is a plan; trimming, recovery, steps and learning rates are those of `recipe`.
 
-uniform          our statistic, the same share of every site (`--policy uniform`)
+uniform          our statistic, the same share of every site (`--allocation uniform`)
 layers           the lowest layers stay whole, the upper ones go (Sajjad et al., arXiv 2004.03844)
 torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency graph, its group importance with its own
                  normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; searched
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sensibert.allocation.allocate import default_width_multiple
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
-from sensibert.core.cost import counts_of, flops, limit, params, spent, unit_cost
+from sensibert.core.cost import counts_of, limit, spent, unit_cost
 from sensibert.core.errors import SensibertError
 from sensibert.core.layout import Layout, Member, Site
 from sensibert.models import base_of, family_of, layers, layout_of
@@ -37,12 +37,6 @@ from sensibert.saving.folder import load
 
 Batches = Iterable[Mapping[str, Tensor]]
 COARSE, FINE = 16, 8  # ratios tried one after the other, then halvings of the last stretch
-
-
-def _plan(layout: Layout, keep: dict[str, Tensor], budget: Budget, method: str) -> Plan:
-    counts = counts_of(layout, keep)
-    sizes = params(layout, counts, budget.scope), flops(layout, counts, budget.scope, 1, budget.length)
-    return Plan(layout, keep, budget, method, *sizes)
 
 
 class Layers:
@@ -69,7 +63,7 @@ class Layers:
         keep = {s.name: torch.full((s.units,), s.layer < fitting) for s in layout.sites}
         for site in layout.sites:
             keep[site.name][: site.minimum] = True
-        return _plan(layout, keep, budget, "layers")
+        return UnitPlan(layout, keep, budget, "layers")
 
     @staticmethod
     def _spent(layout: Layout, kept: int, depth: int, budget: Budget) -> int:
@@ -151,7 +145,7 @@ class TorchPruning:
         keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in layout.sites}
         for name, count in counts.items():
             keep[name][order[name][:count]] = True
-        return _plan(layout, keep, budget, f"torch-pruning-{self.importance}")
+        return UnitPlan(layout, keep, budget, f"torch-pruning-{self.importance}")
 
 
 def _accumulate_gradients(model: nn.Module, batches: Batches) -> None:

@@ -13,7 +13,7 @@ _HOME = {
     "core.grid": ("Grid",),
     "core.layout": ("Layout", "Site"),
     "core.budget": ("Budget",),
-    "core.artifacts": ("Plan", "Sensitivity"),
+    "core.artifacts": ("BlockPlan", "Plan", "Sensitivity", "UnitPlan"),
     "ops": ("BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
     "nn": ("MaskedLinear", "replace", "restore"),
     "models": ("layout_of", "families"),

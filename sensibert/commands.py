@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from .allocation.allocate import allocate
-from .callback import RANKED_SAMPLES
 from .core import cost
 from .core.artifacts import Plan, Sensitivity
-from .core.budget import Budget
+from .core.config import TrimConfig, grid_name
 from .core.errors import SensibertError
 from .core.files import writing
+from .core.statistics import STATISTICS
 from .data import PRESETS, TaskData, get_task, guess_task, micro_batches
+from .decide import RANKED_SAMPLES
 from .inputs import (
     best_device,
     check_family,
@@ -27,17 +29,13 @@ from .inputs import (
     validation_examples,
 )
 from .models import base_of, layout_of
-from .models.masks import kept_of
+from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
-from .report.tables import kept_rows
-from .run_options import LAYOUTS, Options, grid_name, parse_grid
+from .run_options import LAYOUTS, Options
 from .saving.folder import dense, export, load
 from .saving.output_paths import check_file, check_output
-from .sensitivity import sampled_loss
-from .sensitivity.analyze import analyze
-from .sensitivity.gradients import STATISTICS
-from .sensitivity.ranking import rank_tensors
+from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.trainer import predict
 from .trimming.trim import trim
 
@@ -46,7 +44,7 @@ _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification
 
 def outline(options: Options) -> dict:
     """What a run would do, told from options, model and local files: nothing is written, nothing encoded or trained."""
-    options.check()
+    options.want_train_data()
     options = options.resolved()
     check_place(options)
     train = training_examples(options) if options.train_file else None
@@ -54,26 +52,24 @@ def outline(options: Options) -> dict:
     task = options.task or guess_task(train, options.text_column, options.label_column)
     columns = options.text_column, options.label_column
     data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
-    layout = layout_of(load_model(options.model, data))
-    budget, counts, limit = options.parsed_budget(), cost.counts_of(layout), None
-    if options.method != "dense":
-        limit = cost.want_reach(layout, budget, parse_grid(options.grid))
+    layout, trim = layout_of(load_model(options.model, data)), options.trim
+    budget, counts = trim.parsed_budget(), cost.counts_of(layout)
     return {
         "task": get_task(task).name,
         "model": options.model,
         "family": layout.family,
         "train_rows": len(train) if train else None,
         "validation_rows": len(validation) if validation else None,
-        "method": options.method,
-        "budget": str(budget) if options.method != "dense" else None,
-        "scope": options.scope,
-        "grid": options.grid,
+        "method": trim.method,
+        "budget": str(budget) if trim.trims else None,
+        "scope": trim.scope,
+        "grid": trim.grid,
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": limit,
-        "schedule": options.schedule.shape,
-        "cut_after": f"{100 * options.schedule.warm_share:.0f} % of the steps",
+        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
+        "schedule": trim.schedule.shape,
+        "cut_after": f"{100 * trim.schedule.trim_start:.0f} % of the steps",
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,
@@ -84,49 +80,44 @@ def outline(options: Options) -> dict:
 def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     """Scores of a fine-tuned model on a file, written to options.output."""
     options = options.resolved()
-    rule = STATISTICS.get(options.method)
-    options.check(needs_data=rule is None or rule.data)
+    trim = options.trim
+    rule = STATISTICS.get(trim.method)
     if rule is None:
-        raise SensibertError(f"method is {options.method!r}, want one of {', '.join(STATISTICS)}")
+        raise SensibertError(f"method is {trim.method!r}, want one of {', '.join(STATISTICS)}")
+    if rule.data:
+        options.want_train_data()
     check_file(options.output, options.overwrite)
-    grid, asked = parse_grid(options.grid), (options.seed, options.autocast())
+    grid, how, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
     if rule.data:
         model, data = _model_and_data(options, "train")
+        task = data.task.name
 
         def batches(samples: int):
-            return micro_batches(data.train, data.collator, samples, options.micro_batch, options.seed)
+            return micro_batches(data.train, data.collator, samples, trim.micro_batch, options.seed)
 
-        found = analyze(model, batches(options.samples), options.method, sampled_loss, *asked, grid)
-        few = batches(min(options.samples, RANKED_SAMPLES))
-        found = replace(found, tensors=rank_tensors(model, few, sampled_loss, *asked))
+        scores = analyze(model, batches(trim.samples), trim.method, *how, grid)
+        scores = replace(scores, tensors=rank_tensors(model, batches(min(trim.samples, RANKED_SAMPLES)), *how))
     else:
         check_family(options.model)
-        found = analyze(load(options.model)[0], (), options.method, None, *asked, grid)
+        scores = analyze(load(options.model)[0], (), trim.method, *how, grid)
     with writing(options.output):
-        found.save(options.output)
-    facts = {"task": data.task.name if rule.data else None, "model": options.model, "method": options.method}
-    facts |= {"grid": options.grid}
-    sizes = {"seed": options.seed, "samples": found.samples, "encoder_params_before": found.layout.encoder_params}
-    return {**facts, **sizes, "tensors": found.tensors, "curves": found.curves, "output": options.output}, found
+        scores.save(options.output)
+    facts = {"task": task, "model": options.model, "method": trim.method, "grid": trim.grid}
+    sizes = {"seed": options.seed, "samples": scores.samples, "encoder_params_before": scores.layout.encoder_params}
+    return {**facts, **sizes, "tensors": scores.tensors, "curves": scores.curves, "output": options.output}, scores
 
 
 def plan_file(
-    sensitivity: str,
-    output: str | None,
-    budget: Budget,
-    step: int | None,
-    policy: str,
-    overwrite: bool,
-    dry_run: bool,
+    sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
 ) -> tuple[dict, Plan]:
-    """The plan that a sensitivity file gives for a budget, written to output; and the same in the words of a result."""
+    """The plan that a sensitivity file gives for config's budget, written to output; and the same as in result.json."""
     if output is None and not dry_run:
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
         check_file(output, overwrite)
-    scores = Sensitivity.load(sensitivity)
+    scores, budget = Sensitivity.load(sensitivity), config.parsed_budget()
     cost.want_reach(scores.layout, budget, scores.grid)
-    plan = allocate(scores, budget, step, policy)
+    plan = allocate(scores, budget, config.width_multiple, config.allocation)
     if output is not None and not dry_run:
         with writing(output):
             plan.save(output)
@@ -136,10 +127,10 @@ def plan_file(
 def plan_result(plan: Plan) -> dict:
     """The plan in the words of result.json."""
     budget, sizes = plan.budget, {}
-    for when, kept in (("before", (None, None)), ("after", (plan.keep, plan.grid))):
+    for when, cost_in in (("before", partial(cost.cost_of_units, plan.layout, None)), ("after", plan.cost)):
         for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
-            sizes[f"{name}_{when}"] = cost.left(plan.layout, *kept, scope)[0]
-        sizes[f"flops_{when}"] = cost.left(plan.layout, *kept, budget.scope, budget.length)[1]
+            sizes[f"{name}_{when}"] = cost_in(scope)[0]
+        sizes[f"flops_{when}"] = cost_in(budget.scope, budget.length)[1]
     facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(plan.grid)}
     return {**facts, **sizes, "flops_length": budget.length}
 
@@ -205,22 +196,20 @@ def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
 def evaluate_folder(options: Options) -> dict:
     """Metrics of a model folder on a file."""
     started = time.perf_counter()
-    options.check(needs_data=False)
     model, data = _model_and_data(options, "validation")
     logits = predict(model, data.validation, data.collator, autocast=options.autocast())
-    now = layout_of(model), *kept_of(model)
     return {
         "task": data.task.name,
         "model": options.model,
-        "encoder_params_after": cost.left(*now, "encoder")[0],
-        "total_params_after": cost.left(*now, "model")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "metrics": data.compute_metrics(logits),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
 
 
 # What only the run itself knows; null where a folder was trimmed without one.
-_NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_dense", "seconds")
+_NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds")
 
 
 def inspect_folder(folder: str) -> dict:
@@ -228,7 +217,7 @@ def inspect_folder(folder: str) -> dict:
     check_family(folder)
     model, _ = load(folder)
     layout = layout_of(model)
-    keep, grid = kept_of(model)
+    masks = masks_of(model)
     before = layout_of(dense(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
@@ -240,17 +229,20 @@ def inspect_folder(folder: str) -> dict:
         row = rows.setdefault(now.layer, {"layer": now.layer})
         name = "heads" if now.kind == "head" else "ffn"
         row |= {name: now.units, f"{name}_of": then.units}
+    if "metrics_dense" in known:  # its name up to version 0.1
+        known["metrics_at_cut"] = known.pop("metrics_dense")
     noted = {name: known.get(name, entry.get(name)) for name in _NOTED}
-    scope, length = noted["scope"] or "encoder", known.get("flops_length", Options.flops_length)
+    scope, length = noted["scope"] or "encoder", known.get("flops_length", TrimConfig.flops_length)
     sizes = {
         "encoder_params_before": before.encoder_params,
-        "encoder_params_after": cost.left(layout, keep, grid, "encoder")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
         "total_params_before": before.total_params,
-        "total_params_after": cost.left(layout, keep, grid, "model")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
-        "flops_after": cost.left(layout, keep, grid, scope, length)[1],
+        "flops_after": cost_of(model, scope, length)[1],
         "flops_length": length,
     }
-    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(grid), **sizes}
-    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of, _ in kept_rows(layout, keep, grid)]
+    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(masks and masks.grid), **sizes}
+    weights = cost.kept_by_weight(layout, masks.keep, masks.grid) if masks is not None else []
+    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of in weights]
     return {**facts, "layers": list(rows.values()), "tensors": tensors}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import positions
 from .models.structure import STRUCTURE, read_structure
-from .run_options import AVERAGE, SNAPSHOT, Options
+from .run_options import SNAPSHOT, Options
+from .saving import load
 from .training.distillation import Reordered
 
 # What transformers raises for a folder that is missing, damaged, or of another kind.
@@ -121,14 +121,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def load_teacher(
-    options: Options, data: TaskData, folder: Path, load: Callable[[str], tuple[nn.Module, object]]
-) -> nn.Module | None:
-    """The given teacher, or the snapshot this run has made already; None until there is one.
+def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
+    """The given teacher, or the snapshot that this run has made already; None until there is one.
 
-    load: source -> (model with its head, tokenizer), as `export` has it. SensibertError for one of another task. Its
-    classes may stand in another order than those of the data."""
-    if options.teacher in (None, AVERAGE) or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
+    Its classes may have another order than those of the data. SensibertError for a model of another task."""
+    if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
     check_family(source)

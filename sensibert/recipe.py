@@ -15,19 +15,17 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
-from .core import cost
 from .core.files import write_atomically, writing
 from .data import TaskData, get_task
 from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
-from .models import layout_of
-from .models.masks import kept_of
+from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.plots import write_report
-from .run_options import AVERAGE, SNAPSHOT, Options, parse_grid
-from .saving.folder import export, load
+from .run_options import SNAPSHOT, Options
+from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .training.checkpoints import workspace
-from .training.distillation import Average, Distillation
+from .training.distillation import Distillation
 from .training.trainer import finetune, predict
 
 RESULT = "result.json"
@@ -69,7 +67,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     started = time.perf_counter()
-    options.check()
+    options.want_train_data()
     options = options.resolved()
     check_place(options)
     if options.quiet:
@@ -83,7 +81,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
-    options = replace(options, schedule=options.schedule.for_task(data.task.recovery))
+    options = replace(options, trim=replace(options.trim, schedule=options.trim.schedule.for_task(data.task.recovery)))
     set_seed(options.seed)
     model = load_model(options.model, data)
     check_room(model, data)
@@ -96,51 +94,35 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-    teacher = load_teacher(options, data, folder, load)
-    average = Average(lambda total: max(options.schedule.cuts(total)) + 1, options.average_decay)
+    teacher = load_teacher(options, data, folder)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
         if options.teacher == SNAPSHOT:
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
             export(model, folder / SNAPSHOT, tokenizer)  # whole or not at all: a resumed run must meet the same teacher
-            teacher = load_teacher(options, data, folder, load)
+            teacher = load_teacher(options, data, folder)
         return score(model)
 
-    callback = TrimCallback(
-        options.parsed_budget(),
-        options.method,
-        options.schedule,
-        options.samples,
-        options.micro_batch,
-        options.step,
-        options.policy,
-        options.seed,
-        autocast,
-        before_cut=before_cut,
-        save_before_cut=options.save_before_cut,
-        choose=choose,
-        compensate=options.compensate,
-        grid=parse_grid(options.grid),
-        search=options.search,
-    )
+    callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
     callback.prepare(model, checkpoint)
-    callback.started(started)
+    callback.memory.restart_clock(started)
+    callback.memory.spend("load")
     trainer = finetune(
         model,
         data.train,
         data.collator,
         training_arguments(options, folder),
-        [average, callback] if options.teacher == AVERAGE else [callback],
+        [callback],
         checkpoint,
-        lr_shape=options.schedule.lr(options.method == "dense", callback.left()),
-        teacher=average.teacher if options.teacher == AVERAGE else lambda: teacher,
-        distil=Distillation(options.distil, options.temperature, options.distil_hidden, options.schedule.fade),
+        lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
+        teacher=lambda: teacher,
+        distil=Distillation(options.distil, options.temperature),
     )
     metrics = score(model)
-    dense = {f"dense_{name}": value for name, value in (callback.memory.metrics_dense or {}).items()}
-    trainer.log({f"sensibert/{name}": value for name, value in {**dense, **(metrics or {})}.items()})
-    callback.spend("evaluate")
+    at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
+    trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
+    callback.memory.spend("evaluate")
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     _publish(options, folder, model, tokenizer, callback, result)
     return result
@@ -149,26 +131,25 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    after, length = (layout_of(model), *kept_of(model)), options.flops_length
-    memory, seconds = callback.memory, callback.memory.seconds
+    trim, memory, seconds = options.trim, callback.memory, callback.memory.seconds
     return {
         "task": data.task.name,
         "model": options.model,
-        "method": options.method,
-        "budget": str(options.parsed_budget()) if options.method != "dense" else None,
-        "scope": options.scope,
-        "grid": options.grid,
+        "method": trim.method,
+        "budget": str(callback.budget) if trim.trims else None,
+        "scope": trim.scope,
+        "grid": trim.grid,
         "seed": options.seed,
         "steps": steps,
         "encoder_params_before": memory.params_before[0],
-        "encoder_params_after": cost.left(*after, "encoder")[0],
+        "encoder_params_after": cost_of(model, "encoder")[0],
         "total_params_before": memory.params_before[1],
-        "total_params_after": cost.left(*after, "model")[0],
+        "total_params_after": cost_of(model, "model")[0],
         "flops_before": memory.flops_before,
-        "flops_after": cost.left(*after, options.scope, length)[1],
-        "flops_length": length,
+        "flops_after": cost_of(model, trim.scope, trim.flops_length)[1],
+        "flops_length": trim.flops_length,
         "metrics": metrics,
-        "metrics_dense": memory.metrics_dense,
+        "metrics_at_cut": memory.metrics_at_cut,
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }

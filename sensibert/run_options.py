@@ -1,123 +1,120 @@
-"""What a run depends on: names, defaults, and what can be told before anything is read. Nothing heavy is imported
-until it is needed, so that `sensibert --help` is quick."""
+"""Everything a run depends on: the model, the data, the training and the trim. Nothing heavy is imported until it is
+needed, so that `sensibert --help` is quick."""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
+from .core.config import TrimConfig, current_names, trim_names
 from .core.errors import SensibertError
-from .core.schedule import Schedule
+from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 
 if TYPE_CHECKING:
     import torch
 
-    from .core.budget import Budget
-    from .core.grid import Grid
-
 PRECISIONS = ("fp32", "bf16")
-METHODS = ("obs", "layer-obs", "fisher", "taylor", "saliency", "magnitude", "random", "paper", "dense")
-POLICIES = ("global", "uniform", "exact")
 LAYOUTS = ("trimmed", "dense", "both")
-GRIDS = ("unit", "element", "block64")
-KFAC_METHODS = ("obs", "layer-obs")  # what goes is chosen in view of what the others can take over
-UNITS_ONLY = (*KFAC_METHODS, "paper")
-SNAPSHOT, AVERAGE = "snapshot", "average"
-_CHOICES = {"method": METHODS, "precision": PRECISIONS, "policy": POLICIES, "layout": LAYOUTS}
-_POSITIVE = (
-    *("epochs", "learning_rate", "batch_size", "gradient_accumulation", "samples", "micro_batch", "temperature"),
-    *("step", "save_steps", "flops_length", "max_length"),
-)
-_INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
-
-
-def parse_grid(text: str) -> Grid | None:
-    """`unit` (heads and neurons: no grid), `element`, `block64` or any other block<size>."""
-    from .core.grid import Grid
-
-    block = re.fullmatch(r"block([1-9]\d*)", text)
-    if text not in GRIDS and not block:
-        raise SensibertError(f"grid is {text!r}, want one of {', '.join(GRIDS)} (or another block<size>)")
-    return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
-
-
-def default_method(grid: object) -> str:
-    """For a grid as an option, or parsed."""
-    return "obs" if grid in (None, "unit") else "fisher"
-
-
-def grid_name(grid: Grid | None) -> str:
-    """Inverse of parse_grid, for any grid."""
-    if grid is None:
-        return "unit"
-    square = grid.block_rows == grid.block_cols > 1
-    return f"block{grid.block_rows}" if square else str(grid)
-
-
-def check_blocks(
-    grid: Grid, method: str | None, policy: str, step: int | None, compensate: bool | None, search: int
-) -> None:
-    """SensibertError for a setting that means whole units, where blocks of a grid are masked."""
-    given = {"policy": policy, "search": search, "method": method, "step": step, "compensate": compensate}
-    wrong = {"policy": policy == "exact", "method": method in UNITS_ONLY, "step": step is not None}
-    for name in filter({**given, **wrong}.get, given):
-        said = f"{name} is {given[name]!r}, which means whole units"
-        raise SensibertError(f"{said}, and grid is {grid_name(grid)!r}: want grid unit, or another {name}")
+SNAPSHOT = "snapshot"  # a teacher: the run's own model at the cut
+INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
+USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # where no preset says otherwise
+# Panels of the help. Options without one come first: those that people use first.
+DATA, TRAINING, DISTILLATION, OUTPUT = "Data", "Training", "Distillation", "Output and checkpoints"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a run depends on. Fields left None take the preset's, the task's or the method's value."""
+    """Settings of a run. Fields left None take the value of the preset, or the usual one (`resolved`).
 
-    model: str
-    output: str
-    train_file: str | None = None
-    validation_file: str | None = None
-    task: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    budget: str = "50%params"
-    grid: str = "unit"
-    scope: str = "encoder"
-    flops_length: int = 128
-    method: str | None = None  # obs; of the blocks of a grid, fisher
-    policy: str = "global"
-    step: int | None = None
-    samples: int = 1024
-    micro_batch: int = 4
-    compensate: bool | None = None  # solve the consuming weights anew at each cut; None: with obs and layer-obs
-    search: int = 0  # trials of a search for shares of the layers by the true loss
-    schedule: Schedule = field(default_factory=Schedule)
-    # a model folder or hub name; "snapshot": the run's own dense model at the cut; "average": of its weights since then
-    teacher: str | None = None
-    distil: float = 0.5
-    distil_hidden: float = 0.0
-    temperature: float = 2.0
-    average_decay: float = 0.99
-    epochs: float | None = None
-    max_steps: int = -1
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.01
-    max_length: int | None = None
-    doc_stride: int | None = None
-    precision: str = "fp32"
-    seed: int = 0
-    layout: str = "trimmed"
-    save_steps: int | None = None  # None: at every epoch's end
-    save_before_cut: bool = False  # so that runs with other budgets or methods can start from there
-    keep_checkpoints: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
+    Checked when it is made: SensibertError names the first value that cannot be."""
 
-    def parsed_budget(self) -> Budget:
-        from .core.budget import Budget
+    model: str = setting("", "Folder or hub name of a BERT-family model.")
+    output: str = setting("", "Folder to write; it appears when the run is complete.")
+    train_file: str | None = setting(None, "csv, tsv, jsonl, json or parquet file, also .gz, or a hub name.")
+    validation_file: str | None = setting(None, "The same, for the scores.")
+    task: str | None = setting(
+        None,
+        "text-classification, regression, question-answering, token-classification, or a preset: mnli, qqp, qnli, "
+        "sst2, squad.",
+        show_default="guessed from the columns or the model",
+    )
+    trim: TrimConfig = field(default_factory=TrimConfig)
+    epochs: float | None = setting(
+        None, "Passes over the training file.", bound=POSITIVE, show_default="3, or the preset's"
+    )
+    learning_rate: float | None = setting(
+        None, "Peak learning rate.", bound=POSITIVE, show_default="1e-4, or the preset's"
+    )
+    text_column: str | None = setting(None, "Input column, or two: a,b.", DATA)
+    label_column: str | None = setting(None, "Label column.", DATA)
+    max_length: int | None = setting(
+        None, "Tokens a row at most.", DATA, bound=POSITIVE, show_default="128, for questions 384"
+    )
+    doc_stride: int | None = setting(
+        None, "Tokens that two windows of a long context share.", DATA, bound=NOT_NEGATIVE,
+        show_default="128, at most max_length / 3",
+    )  # fmt: skip
+    batch_size: int | None = setting(
+        None, "Rows a batch.", TRAINING, bound=POSITIVE, show_default="32, or the preset's"
+    )
+    gradient_accumulation: int = setting(1, "Batches a step.", TRAINING, bound=POSITIVE)
+    max_steps: int = setting(
+        -1, "Optimizer steps, instead of epochs.", TRAINING, bound=(lambda n: n >= 1 or n == -1, "at least 1, or -1")
+    )
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", TRAINING, bound=NOT_NEGATIVE)
+    precision: str = setting("fp32", "Precision of the forward and backward pass.", TRAINING, PRECISIONS)
+    seed: int = setting(0, "Random seed.", TRAINING, bound=(lambda n: 0 <= n < 2**32, f"0 to {2**32 - 1}"))
+    teacher: str | None = setting(
+        None, f"Fine-tuned model to distil from, or {SNAPSHOT}: the run's own model at the cut.", DISTILLATION
+    )
+    distil: float = setting(0.5, "Weight of the distillation loss.", DISTILLATION, bound=WEIGHT)
+    temperature: float = setting(2.0, "Temperature of the distillation.", DISTILLATION, bound=POSITIVE)
+    layout: str = setting(
+        "trimmed", "trimmed: as small as the model. dense: zero-filled, loads everywhere. both.", OUTPUT, LAYOUTS
+    )
+    save_steps: int | None = setting(
+        None, "Steps between checkpoints.", OUTPUT, bound=POSITIVE, show_default="one an epoch"
+    )
+    save_before_cut: bool = setting(False, "Save a checkpoint at the last step before trimming.", OUTPUT)
+    keep_checkpoints: bool = setting(False, "Keep the checkpoints, in OUTPUT.partial.", OUTPUT)
+    resume: bool = setting(False, "Continue from the last complete checkpoint.", OUTPUT)
+    overwrite: bool = setting(False, "Replace what is at the output.", OUTPUT)
+    quiet: bool = setting(False, "No progress bars.", OUTPUT, show_default="without a terminal")
 
-        return Budget.parse(self.budget, self.scope, self.flops_length)
+    def __post_init__(self) -> None:
+        check(self)
+        if self.teacher == SNAPSHOT and not self.trim.trims:
+            raise SensibertError(
+                f"teacher is {SNAPSHOT!r}, which exists from the cut on, and method baseline never cuts"
+            )
+        if self.teacher == "average":
+            raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
+        if self.task is not None:
+            from .data import get_task
+
+            get_task(self.task)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Options:
+        """From flat settings, as `settings` gives them; former names are accepted. SensibertError names what is
+        unknown."""
+        settings, own = current_names(settings), settings_of(cls)
+        unknown = sorted(settings.keys() - own.keys() - trim_names())
+        if unknown:
+            raise SensibertError(f"{unknown[0]} is no setting of a run, want some of {', '.join(sorted(all_names()))}")
+        trim = TrimConfig.from_settings({name: settings[name] for name in trim_names() & settings.keys()})
+        return cls(**{name: settings[name] for name in own if name in settings}, trim=trim)
+
+    def settings(self) -> dict[str, Any]:
+        """The run in flat names, those of the command line, as `--config` reads them."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            if f.name == "trim":
+                found |= self.trim.settings()
+            elif f.name not in INVOCATION:
+                found[f.name] = getattr(self, f.name)
+        return found
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of a mixed-precision forward pass."""
@@ -125,64 +122,24 @@ class Options:
 
         return torch.bfloat16 if self.precision == "bf16" else None
 
-    def check(self, needs_data: bool = True) -> None:
-        """SensibertError for what can be told without reading data or model."""
-        from .data import PRESETS, get_task
-
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in (*known, getattr(Options, name)):
-                raise SensibertError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(known)}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SensibertError(f"{name} is {value}, want more than 0")
-        if self.search < 0:
-            raise SensibertError(f"search is {self.search}, want a number of trials of at least 0")
-        if not 0 <= self.distil <= 1:
-            raise SensibertError(f"distil is {self.distil}, want a weight in [0, 1]")
-        if not 0 <= self.distil_hidden < math.inf:
-            raise SensibertError(f"distil_hidden is {self.distil_hidden}, want a weight of at least 0")
-        if self.distil_hidden and self.teacher is None:
-            raise SensibertError(f"distil_hidden is {self.distil_hidden}, and there is no teacher: want one, or 0")
-        if not 0 <= self.average_decay < 1:
-            raise SensibertError(f"average_decay is {self.average_decay}, want a share in [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise SensibertError(f"weight_decay is {self.weight_decay}, want at least 0")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise SensibertError(f"max_steps is {self.max_steps}, want at least 1, or -1 to count epochs")
-        if not 0 <= self.seed < 2**32:
-            raise SensibertError(f"seed is {self.seed}, want 0 to {2**32 - 1}")
-        if self.teacher in (SNAPSHOT, AVERAGE) and self.method == "dense":
-            raise SensibertError(f"teacher is {self.teacher!r}, which begins at the cut, and method dense never cuts")
-        self.parsed_budget()
-        self._check_grid()
-        if self.task is not None:
-            get_task(self.task)
-        if needs_data and self.task not in PRESETS and self.train_file is None:
-            raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
-
-    def _check_grid(self) -> None:
-        from .core.cost import check_budget
-
-        grid = parse_grid(self.grid)
-        if grid is None or self.method == "dense":
-            return
-        check_budget(self.parsed_budget(), grid)
-        check_blocks(grid, self.method, self.policy, self.step, self.compensate, self.search)
-
-    def resolved(self) -> Options:
-        """With the preset's and the method's settings where nothing else was asked for."""
+    def want_train_data(self) -> None:
+        """SensibertError if there is neither a training file nor a preset that names one."""
         from .data import PRESETS
 
-        preset, usual = PRESETS.get(self.task or ""), {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}
+        if self.task not in PRESETS and self.train_file is None:
+            raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+
+    def resolved(self) -> Options:
+        """With the values of the preset, the usual ones and those of the method where nothing was chosen."""
+        from .data import PRESETS
+
+        preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
-        usual["method"] = default_method(self.grid)
-        usual["compensate"] = (self.method or usual["method"]) in KFAC_METHODS
-        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+        chosen = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return replace(self, trim=self.trim.resolved(), **chosen)
 
-    def settings(self) -> dict:
-        """The run in the words of the command line, as --config reads them."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _INVOCATION}
-        shape = asdict(self.schedule)
-        return {**found, "schedule": shape.pop("shape"), **shape}
+
+def all_names() -> set[str]:
+    """The flat names of all settings of a run."""
+    return settings_of(Options).keys() | trim_names()

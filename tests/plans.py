@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.layout import Layout
 from tests.helpers import tiny_batch
@@ -22,7 +22,7 @@ def random_plan(layout: Layout, seed: int = 0, empty: Iterable[str] = (), share:
             if int(kept.sum()) < site.minimum:
                 kept[unit] = True
         keep[site.name] = kept
-    return Plan(layout, keep, Budget(1.0, "params", True), "random")
+    return UnitPlan(layout, keep, Budget(1.0, "params", True), "random")
 
 
 def batch_for(model: nn.Module, choices: int = 2, **sizes) -> dict[str, Tensor]:

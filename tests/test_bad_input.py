@@ -62,8 +62,9 @@ def refused(said: str, *arguments) -> str:
 
 def finetune_arguments(here, output, **changed):
     asked = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
-    asked |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "step": 4} | changed
-    return ["finetune", *(part for name, value in asked.items() for part in (f"--{name}", value))]
+    asked |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
+    given = {name: value for name, value in asked.items() if value is not None}
+    return ["finetune", *(part for name, value in given.items() for part in (f"--{name}", value))]
 
 
 def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
@@ -88,7 +89,7 @@ def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
         ("abc", "'abc' is not a budget, want for example 50%params"),
         ("", "is not a budget"),
         ("50", "is not a budget"),
-        ("8ms", "latency needs a measured table"),
+        ("8ms", "is not a budget"),
     ],
 )
 def test_a_budget_that_is_none(here, tmp_path, budget, said):
@@ -99,7 +100,7 @@ def test_a_budget_that_is_none(here, tmp_path, budget, said):
 
 
 def test_a_budget_above_the_dense_model_would_trim_nothing(here, tmp_path):
-    said = "500Kparams, and the encoder has 17,088 params: nothing would go, want less"
+    said = "500Kparams, and the encoder has 17,088 params: nothing would be trimmed, want less"
     asked = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
     for more in ((), ("--dry-run",)):
         refused(said, *asked, *more)
@@ -184,30 +185,30 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
     [
         ({"method": "best"}, "method is 'best', want one of obs"),
         ({"layout": "tall"}, "layout is 'tall', want one of trimmed"),
-        ({"policy": "fair"}, "policy is 'fair', want one of global"),
+        ({"allocation": "fair"}, "allocation is 'fair', want one of global"),
+        ({"policy": "fair"}, "allocation is 'fair', want one of global"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"scope": "head"}, "scope is 'head'"),
         ({"task": "poetry"}, "task is 'poetry'"),
-        ({"schedule": "square"}, "shape is 'square', want one of oneshot, cubic"),
-        ({"warm-share": 1.5}, "warm_share is 1.5, want a fraction"),
+        ({"schedule": "square"}, "schedule is 'square', want one of oneshot, cubic"),
+        ({"trim-start": 1.5}, "trim_start is 1.5, want a fraction"),
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": "many"}, "'--epochs'"),
         ({"max-steps": 0}, "max_steps is 0"),
         ({"learning-rate": "nan"}, "learning_rate is nan"),
         ({"batch-size": -2}, "batch_size is -2"),
         ({"seed": -1}, "seed is -1"),
-        ({"step": 0}, "step is 0"),
+        ({"width-multiple": 0}, "width_multiple is 0"),
         ({"text-column": "words"}, "'words'"),
         ({"max-length": 1}, "max_length"),
         ({"distil": 2}, "distil is 2"),
-        ({"teacher": "snapshot", "method": "dense"}, "method dense never cuts"),
-        ({"teacher": "average", "method": "dense"}, "method dense never cuts"),
-        ({"teacher": "average", "average-decay": 1}, "average_decay is 1"),
-        ({"distil-hidden": 1}, "there is no teacher"),
-        ({"search": -1}, "search is -1"),
-        ({"grid": "element", "policy": "exact"}, "policy is 'exact', which means whole units"),
-        ({"grid": "element", "search": 3}, "search is 3, which means whole units"),
-        ({"distil-hidden": -1, "teacher": "average"}, "distil_hidden is -1"),
+        ({"teacher": "snapshot", "method": "baseline"}, "method baseline never cuts"),
+        ({"teacher": "average"}, "teacher is 'average', which was removed"),
+        ({"search": 3}, "No such option"),
+        (
+            {"grid": "element", "allocation": "exact", "width-multiple": None},
+            "allocation is 'exact', which needs whole",
+        ),
         ({"output": ""}, "want the name of a new folder"),
         ({"colour": "red"}, "--colour"),
     ],
@@ -220,7 +221,7 @@ def test_a_setting_out_of_range_is_named_before_any_work(here, tmp_path, changed
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(here, tmp_path):
     with untouched(here, tmp_path):
-        asked = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "dense"})
+        asked = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
         refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *asked)
 
 
@@ -288,7 +289,7 @@ def test_ctrl_c_is_told_by_the_code(monkeypatch):
 
     monkeypatch.setattr("sensibert.commands.inspect_folder", interrupted)
     done = command("inspect", "somewhere")
-    assert done.code == 130 and "stopped; finetune --resume goes on" in done.err
+    assert done.code == 130 and "stopped; finetune --resume continues" in done.err
 
 
 def test_an_output_that_is_taken_is_kept(here, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 import sensibert
 from sensibert.callback import TrimCallback
 from sensibert.core import cost
+from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
 from sensibert.core.schedule import Schedule
@@ -25,6 +26,10 @@ def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("callback"))
 
 
+def config(budget="50%params", **settings) -> TrimConfig:
+    return TrimConfig(budget, width_multiple=4, **settings)
+
+
 def own_trainer(here, output, callback, kind=Trainer, model=None, data=None, **arguments):
     """A Trainer as its owner would build it."""
     tokenizer = AutoTokenizer.from_pretrained(here / "model")
@@ -36,7 +41,7 @@ def own_trainer(here, output, callback, kind=Trainer, model=None, data=None, **a
 
 
 def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
-    callback = TrimCallback("40%params", "taylor", step=4)
+    callback = TrimCallback(config("40%params", method="taylor"))
     trainer = own_trainer(here, tmp_path, callback)
     model = trainer.model
     trainer.train()
@@ -53,7 +58,7 @@ def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
 
 def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
     def run(folder, checkpoint=None):
-        callback = TrimCallback("50%params", step=4, schedule=Schedule("cubic", milestones=3))
+        callback = TrimCallback(config(schedule=Schedule("cubic", milestones=3)))
         trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=5, save_strategy="steps", seed=3)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer.model, callback
@@ -69,14 +74,14 @@ def test_the_checkpoint_that_counts_is_the_one_that_is_loaded(here, tmp_path):
     """Not one of the same step that lies in the output folder."""
 
     def train(folder, source=None, method="obs", **arguments):
-        callback = TrimCallback("50%params", method, step=4)
+        callback = TrimCallback(config(method=method))
         trainer = own_trainer(here, folder, callback, TrimTrainer, save_steps=6, save_strategy="steps", **arguments)
         trainer.train(resume_from_checkpoint=source and str(source / "checkpoint-6"))
         return trainer
 
     train(tmp_path / "a")
     train(tmp_path / "b", seed=9)
-    train(tmp_path / "dense", method="dense")
+    train(tmp_path / "dense", method="baseline")
     for source, said in (("b", "b.checkpoint-6 has seed 9, and this run 42"), ("dense", "checkpoint-6 has cuts none")):
         with pytest.raises(SensibertError, match=said):
             train(tmp_path / "new", tmp_path / source)
@@ -85,11 +90,13 @@ def test_the_checkpoint_that_counts_is_the_one_that_is_loaded(here, tmp_path):
 
 
 def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
-    trainer = own_trainer(here, tmp_path, TrimCallback("50%params", step=4), TrimTrainer, save_steps=6)
+    trainer = own_trainer(here, tmp_path, TrimCallback(config()), TrimTrainer, save_steps=6)
     trainer.train()
     other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
-    other.add_callback(TrimCallback("50%params", step=4))
-    with pytest.raises(SensibertError, match="it came after the model was cut, want it among the Trainer's callbacks="):
+    other.add_callback(TrimCallback(config()))
+    with pytest.raises(
+        SensibertError, match="it was added after the model was trimmed, want it among the Trainer's callbacks="
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
@@ -101,47 +108,41 @@ class Stream(IterableDataset):
 def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_step(here, tmp_path, monkeypatch):
     frozen = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
     frozen.bert.encoder.requires_grad_(False)
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     for said, more in (
-        ("all that could be trimmed is frozen", {"model": frozen}),
-        ("draws rows of the train set, want one with a length", {"data": Stream()}),
-        ("load_best_model_at_end is True", {**best, "kind": NeverEvaluates}),
+        ("every trimmable parameter has requires_grad=False", {"model": frozen}),
+        ("train_dataset is an IterableDataset, want one with a length", {"data": Stream()}),
     ):
-        trainer = own_trainer(here, tmp_path, TrimCallback(step=4), **more)
+        trainer = own_trainer(here, tmp_path, TrimCallback(config()), **more)
         with pytest.raises(SensibertError, match=said):
             trainer.train()
         assert trainer.state.global_step == 0
-    trainer = own_trainer(here, tmp_path, TrimCallback(step=4))
+    trainer = own_trainer(here, tmp_path, TrimCallback(config()))
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(SensibertError, match="runs in one process, 2 were started"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
-
-
-class NeverEvaluates(Trainer):
-    """One that was given an eval set would do; what matters comes before it is looked at."""
-
-    def __init__(self, model, arguments, collator, train_dataset, callbacks):
-        super().__init__(model, arguments, collator, train_dataset, train_dataset, callbacks=callbacks)
 
 
 @pytest.mark.parametrize(
     "asked, said",
     [
         ({"method": "fischer"}, "method is 'fischer', want one of"),
-        ({"policy": "globl"}, "policy is 'globl', want one of"),
+        ({"allocation": "globl"}, "allocation is 'globl', want one of"),
         ({"samples": 0}, "samples is 0, want more than 0"),
-        ({"grid": Grid.element(), "method": "paper"}, "method is 'paper', which means whole units"),
-        ({"grid": Grid.block(64, 64), "step": 8}, "step is 8, which means whole units, and grid is 'block64'"),
+        ({"grid": "element", "method": "paper"}, "method is 'soft_gates', which needs whole units"),
+        (
+            {"grid": "block64", "width_multiple": 8},
+            "width_multiple is 8, which needs whole units, and grid is 'block64'",
+        ),
     ],
 )
 def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(asked, said):
     with pytest.raises(SensibertError, match=said):
-        TrimCallback("50%params", **asked)
+        TrimCallback(TrimConfig(**asked))
 
 
 def test_a_callback_takes_a_grid_by_its_name(here, tmp_path):
-    callback = TrimCallback("50%params", grid="block8", schedule=Schedule(warm_share=0.2))
-    assert (callback.grid, callback.method) == (Grid.block(8, 8), "fisher")
+    callback = TrimCallback(TrimConfig(grid="block8", schedule=Schedule(trim_start=0.2)))
+    assert (callback.config.grid, callback.config.method) == ("block8", "fisher")
     trainer = own_trainer(here, tmp_path, callback, TrimTrainer)
     trainer.train()
     plan = callback.whole_plan(trainer.model)
@@ -163,11 +164,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(here, tmp_path):
 
 def test_recovery_finds_the_dropout_that_is_only_a_number():
     model = tiny_model("modernbert", attention_dropout=0.3)
-    callback = TrimCallback(schedule=Schedule(recovery="lifted"))
+    callback = TrimCallback(TrimConfig(schedule=Schedule(recovery="rewarm")))
     rates = [module for module in model.modules() if hasattr(module, "attention_dropout")]
     callback.prepare(model)
     callback.cuts = {1: 1.0}
-    callback._recover(model, torch.optim.AdamW(model.parameters()))
+    callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert rates and {module.attention_dropout for module in rates} == {0.0}
     callback.on_train_end(None, None, None)
     assert {module.attention_dropout for module in rates} == {0.3}
@@ -177,9 +178,9 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
     "budget, asked, frozen",
     [("40%params", None, True), ("50%params", None, False), ("60%params", True, True), ("40%params", False, False)],
 )
-def test_behind_a_deep_cut_the_embeddings_stand_still(here, tmp_path, budget, asked, frozen):
+def test_after_a_deep_cut_the_embeddings_are_frozen(here, tmp_path, budget, asked, frozen):
     tables, schedule = [], Schedule(freeze_embeddings=asked)
-    callback = TrimCallback(budget, "magnitude", schedule, step=4)
+    callback = TrimCallback(config(budget, method="magnitude", schedule=schedule))
     trainer = own_trainer(here, tmp_path, callback, max_steps=6)
     table = embeddings_of(trainer.model).word_embeddings.weight
 
@@ -202,7 +203,7 @@ def test_embeddings_are_as_they_were_once_the_training_ends(learns):
     table.requires_grad_(learns)
     callback.prepare(model)
     callback.cuts = {1: 1.0}
-    callback._recover(model, torch.optim.AdamW(model.parameters()))
+    callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert not table.requires_grad
     callback.on_train_end(None, None, None)
     assert table.requires_grad is learns

@@ -56,7 +56,7 @@ def chain(here):
     scores, plan = here / "scores.safetensors", here / "plan.safetensors"
     data = ("--train-file", here / "train.csv", "--samples", 32)
     asked = {
-        "finetune": (*finetune_arguments(here, here / "tuned"), "--method", "dense"),
+        "finetune": (*finetune_arguments(here, here / "tuned"), "--method", "baseline"),
         "analyze": ("analyze", "--model", here / "tuned", "--output", scores, *data),
         "plan": ("plan", "--sensitivity", scores, "--budget", "40%flops", "--step", 4, "--output", plan),
         "trim": ("trim", "--model", here / "tuned", "--plan", plan, "--output", here / "small"),
@@ -108,7 +108,7 @@ def test_finetune_prints_what_it_writes_and_eval_finds_the_same(chain, here):
 
 def test_people_get_tables(chain):
     lines = {name: done.out.splitlines() for name, done in chain.items()}
-    assert any(line.split() == ["dense", "tuned", "left"] for line in lines["finetune"])
+    assert any(line.split() == ["before", "after", "left"] for line in lines["finetune"])
     assert any(line.split()[:1] == ["1"] and ".weight" in line for line in lines["analyze"])
     assert any(line.startswith("layer 1") for line in lines["plan"])
     assert any(line.startswith("flops") and line.endswith("%") for line in lines["trim"])
@@ -134,7 +134,7 @@ def test_every_task_is_guessed_tuned_trimmed_and_scored_alike(here, tmp_path, wr
     done = command(*asked, "--max-length", 48, "--json")
     assert (done.code, done.err) == (0, "")
     result = done.json
-    assert set(result["metrics"]) == set(result["metrics_dense"]) == metrics
+    assert set(result["metrics"]) == set(result["metrics_at_cut"]) == metrics
     assert result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
     scored = command(
         *("eval", tmp_path / "out", "--validation-file", tmp_path / f"dev.{suffix}", "--max-length", 48, "--json")

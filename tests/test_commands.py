@@ -25,15 +25,15 @@ from tests.helpers import tiny_model
 )
 def test_the_task_of_a_model_is_told_by_its_head(head, labels, task):
     model = tiny_model(head=head, num_labels=labels)
-    assert steps._task_of(model, Options("m", "")) == task
-    assert steps._task_of(model, Options("m", "", task="squad")) == "squad"  # what was asked for comes first
+    assert steps._task_of(model, Options("m")) == task
+    assert steps._task_of(model, Options("m", task="squad")) == "squad"  # what was asked for comes first
     model.config.sensibert = {"task": "noted"}
-    assert steps._task_of(model, Options("m", "")) == "noted"
+    assert steps._task_of(model, Options("m")) == "noted"
 
 
 def test_a_head_for_another_purpose_has_no_task():
     with pytest.raises(SensibertError, match="is a BertForMaskedLM, want a fine-tuned model with a task head"):
-        steps._task_of(tiny_model(head="MaskedLM"), Options("somewhere", ""))
+        steps._task_of(tiny_model(head="MaskedLM"), Options("somewhere"))
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def test_a_preset_scores_on_its_own_validation_data(tuned, monkeypatch):
         return read(str(tuned / "dev.csv"))
 
     monkeypatch.setattr(sources, "load_examples", local)
-    result = steps.evaluate_folder(Options(str(tuned / "tuned"), "", task="sst2"))
+    result = steps.evaluate_folder(Options(str(tuned / "tuned"), task="sst2"))
     assert seen == [("nyu-mll/glue:sst2", "validation")] and set(result["metrics"]) == {"accuracy", "f1"}
 
 
 def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tuned):
     asked = {"validation_file": str(tuned / "dev.csv")}
-    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), "", **asked))
-    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), "", precision="bf16", **asked))
+    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **asked))
+    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **asked))
     assert exact["task"] == mixed["task"] == "text-classification"
     assert (
         0 < exact["metrics"]["accuracy"] < 1 and abs(exact["metrics"]["accuracy"] - mixed["metrics"]["accuracy"]) < 0.3
@@ -79,7 +79,7 @@ def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, mon
     )
     asked = {"validation_file": str(tuned / "dev.csv")}
     for folder, more in ((tmp_path / "noted", {}), (tmp_path / "noted", {"max_length": 7}), (tuned / "tuned", {})):
-        steps.evaluate_folder(Options(str(folder), "", **asked, **more))
+        steps.evaluate_folder(Options(str(folder), **asked, **more))
     assert seen == [5, 7, None]
 
 

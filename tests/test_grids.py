@@ -9,13 +9,13 @@ from transformers import AutoModelForSequenceClassification
 
 from sensibert.callback import TrimCallback
 from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.config import TrimConfig, grid_name, parse_grid
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
-from sensibert.core.schedule import Schedule
 from sensibert.models import base_of
 from sensibert.models.masks import masks_of
 from sensibert.recipe import finetune_and_trim
-from sensibert.run_options import Options, grid_name, parse_grid
+from sensibert.run_options import Options
 from sensibert.saving.folder import load, load_structure
 from tests import runs
 from tests.helpers import tiny_batch
@@ -33,7 +33,7 @@ def options(here, output, **changed) -> Options:
     usual = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "quiet": True, "grid": "element"}
     files = {"train_file": here / "train.csv", "validation_file": here / "dev.csv", "model": here / "model"}
     files = {name: str(path) for name, path in files.items()}
-    return Options(**({"output": str(output)} | usual | files | changed))
+    return Options.from_settings({"output": str(output)} | usual | files | changed)
 
 
 def zeros(folder, plan: Plan) -> int:
@@ -80,9 +80,9 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random"])
-def test_every_method_and_policy_meets_the_budget_within_a_block(here, tmp_path, method):
-    policy = "uniform" if method in ("saliency", "random") else "global"
-    asked = {"grid": "block8", "method": method, "policy": policy, "max_steps": 4, "budget": "40%params"}
+def test_every_method_and_allocation_meets_the_budget_within_a_block(here, tmp_path, method):
+    allocation = "uniform" if method in ("saliency", "random") else "global"
+    asked = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
     result = finetune_and_trim(options(here, tmp_path / "out", **asked))
     room = int(0.4 * result["encoder_params_before"]) - result["encoder_params_after"]
     assert 0 <= room < 64 and result["grid"] == "block8"
@@ -112,7 +112,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(("kind", "grid", "step"), [("oneshot", "element", 6), ("cubic", "block8", 4)])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, step, monkeypatch):
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    asked = {"batch_size": 32, "save_steps": 2, "schedule": Schedule(kind, milestones=2), "grid": grid}
+    asked = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
     finetune_and_trim(options(here, tmp_path / "whole", **asked))
     step_end = TrimCallback.on_step_end
 
@@ -157,11 +157,11 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
         (("--grid", "element", "--budget", "50%flops"), "no kernel skips single elements, want params"),
         (
             ("--grid", "element", "--method", "paper"),
-            "method is 'paper', which means whole units, and grid is",
+            "method is 'soft_gates', which needs whole units, and grid is",
         ),
-        (("--grid", "block64", "--method", "obs"), "method is 'obs', which means whole units, and grid is 'block64'"),
-        (("--grid", "block64", "--step", "4"), "step is 4, which means whole units, and grid is 'block64'"),
-        (("--grid", "block64", "--compensate"), "compensate is True, which means whole units"),
+        (("--grid", "block64", "--method", "obs"), "method is 'obs', which needs whole units, and grid is 'block64'"),
+        (("--grid", "block64", "--step", "4"), "width_multiple is 4, which needs whole units, and grid is 'block64'"),
+        (("--grid", "block64", "--compensate"), "compensate is True, which needs whole units"),
         (("--grid", "element", "--budget", "3params"), "cannot be trimmed; the smallest reachable budget is"),
     ],
 )
@@ -174,7 +174,7 @@ def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, ch
 
 
 def test_a_model_that_lost_units_takes_no_grid(here, tmp_path):
-    finetune_and_trim(options(here, tmp_path / "small", grid="unit", step=4, max_steps=2, method="magnitude"))
+    finetune_and_trim(options(here, tmp_path / "small", grid="unit", width_multiple=4, max_steps=2, method="magnitude"))
     with pytest.raises(SensibertError, match="it has lost whole units already, want a whole one for grid element"):
         finetune_and_trim(options(here, tmp_path / "out", model=str(tmp_path / "small")))
 
@@ -183,9 +183,9 @@ def test_grids_have_names():
     for name in ("unit", "element", "block64", "block7"):
         assert grid_name(parse_grid(name)) == name
     assert parse_grid("block64") == Grid(64, 64) and grid_name(Grid(64, 32)) == "64x32"
-    assert json.loads(json.dumps(Options(model="", output="", grid="block8").settings()))["grid"] == "block8"
+    assert json.loads(json.dumps(TrimConfig(grid="block8").settings()))["grid"] == "block8"
 
 
 def test_a_callback_is_told_that_blocks_have_nothing_to_take_over():
-    with pytest.raises(SensibertError, match="compensate is True, which means whole units, and grid is 'element'"):
-        TrimCallback(compensate=True, grid=Grid.element())
+    with pytest.raises(SensibertError, match="compensate is True, which needs whole units, and grid is 'element'"):
+        TrimCallback(TrimConfig(compensate=True, grid="element"))

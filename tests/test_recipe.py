@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 import sensibert
 from sensibert import recipe
 from sensibert.callback import TrimCallback
-from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.artifacts import Plan, Sensitivity, UnitPlan
+from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.schedule import Schedule
 from sensibert.models import layout_of
@@ -36,14 +37,9 @@ def here(tmp_path_factory):
 
 
 def options(here, output, **changed) -> Options:
-    usual = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "step": 4, "quiet": True}
-    return Options(
-        model=str(here / "model"),
-        output=str(output),
-        train_file=str(here / "train.csv"),
-        validation_file=str(here / "dev.csv"),
-        **(usual | changed),
-    )
+    usual = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "width_multiple": 4, "quiet": True}
+    files = {"train_file": str(here / "train.csv"), "validation_file": str(here / "dev.csv")}
+    return Options.from_settings({"model": str(here / "model"), "output": str(output), **files, **usual, **changed})
 
 
 def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, report):
@@ -65,13 +61,13 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random", "paper", "dense"])
+@pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random", "soft_gates", "baseline"])
 def test_every_method_takes_the_same_steps_and_meets_the_same_budget(here, tmp_path, method):
     result = finetune_and_trim(options(here, tmp_path / "out", method=method, max_steps=4))
     assert result["steps"] == 4
     share = result["encoder_params_after"] / result["encoder_params_before"]
-    assert share == 1 if method == "dense" else 0.4 < share <= 0.5
-    assert (result["metrics_dense"] is None) == (method == "dense")
+    assert share == 1 if method == "baseline" else 0.4 < share <= 0.5
+    assert (result["metrics_at_cut"] is None) == (method == "baseline")
 
 
 @pytest.mark.parametrize("budget", ["30%flops", "9Kparams", "70%params"])
@@ -85,7 +81,6 @@ def test_other_budgets_are_met_from_below(here, tmp_path, budget):
 
 def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path):
     seen = []
-    cubic = Schedule("cubic", milestones=3)
 
     class Watch(TrimCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -94,7 +89,7 @@ def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path)
 
     original, recipe.TrimCallback = recipe.TrimCallback, Watch
     try:
-        result = finetune_and_trim(options(here, tmp_path / "out", schedule=cubic, epochs=1))
+        result = finetune_and_trim(options(here, tmp_path / "out", schedule="cubic", milestones=3, epochs=1))
     finally:
         recipe.TrimCallback = original
     assert len(set(seen)) == 4 and seen == sorted(seen, reverse=True)  # dense and three cuts
@@ -115,12 +110,10 @@ class Killed(BaseException):
 
 def short(kind="oneshot", **changed) -> dict:
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    shape, teaching = Schedule("cubic" if kind == "cubic" else "oneshot", milestones=2), {"teacher": "snapshot"}
-    if kind == "average":
-        teaching = {"teacher": "average", "distil_hidden": 0.5}
-    if kind == "frozen":  # embeddings stand still behind so deep a cut; in bf16 batches are padded on
-        teaching = {"budget": "30%params", "precision": "bf16"}
-    return {"batch_size": 32, "save_steps": 2, "schedule": shape, **teaching, **changed}
+    shape, more = {"schedule": "cubic" if kind == "cubic" else "oneshot", "milestones": 2}, {"teacher": "snapshot"}
+    if kind == "frozen":  # embeddings are frozen after so deep a cut; in bf16 batches are padded to multiples
+        more = {"budget": "30%params", "precision": "bf16"}
+    return {"batch_size": 32, "save_steps": 2, **shape, **more, **changed}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +137,7 @@ def test_a_plan_may_come_from_elsewhere(here, tmp_path):
         layout = layout_of(model)
         asked.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
         keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
-        return Plan(layout, keep, budget, "first")
+        return UnitPlan(layout, keep, budget, "first")
 
     finetune_and_trim(options(here, tmp_path / "out", max_steps=3), first_units)
     assert asked == [(4, True)]
@@ -153,7 +146,7 @@ def test_a_plan_may_come_from_elsewhere(here, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])  # from a dense checkpoint; between two cuts, mid-epoch; near the end
-@pytest.mark.parametrize("kind", ["oneshot", "cubic", "average", "frozen"])
+@pytest.mark.parametrize("kind", ["oneshot", "cubic", "frozen"])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, kind, monkeypatch):
     step_end = TrimCallback.on_step_end
 
@@ -171,7 +164,7 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, k
     with pytest.raises(SensibertError, match="unfinished run, want --resume or --overwrite"):
         finetune_and_trim(options(here, tmp_path / "broken", **short(kind)))
     result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **short(kind)))
-    assert result["metrics_dense"] is not None
+    assert result["metrics_at_cut"] is not None
     assert same_weights(whole(kind), tmp_path / "broken")
 
 
@@ -197,7 +190,7 @@ def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, wh
     assert same_weights(whole("oneshot"), tmp_path / "killed")
 
 
-def test_runs_can_branch_from_the_last_dense_step(here, tmp_path):
+def test_runs_can_branch_from_the_last_step_before_the_cut(here, tmp_path):
     asked = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
     finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **asked))
     (saved,) = (tmp_path / "first.partial").glob("checkpoint-2")
@@ -227,17 +220,17 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
         ({"max_steps": 9}, r"has cuts after step 2 \(100 %\), and this run after step 3"),
         ({"budget": "30%params"}, "has budget 50%params of the encoder, and this run 30%params of the encoder"),
         ({"method": "fisher"}, "has method obs, and this run fisher"),
-        ({"policy": "uniform"}, "has policy global, and this run uniform"),
+        ({"allocation": "uniform"}, "has allocation global, and this run uniform"),
         ({"compensate": False}, "has compensate True, and this run False"),
-        ({"schedule": Schedule(warm_share=0.9)}, r"has cuts after step 2 \(100 %\), and this run none"),
-        ({"schedule": Schedule("cubic", milestones=1)}, None),
-        ({"schedule": Schedule("cubic", milestones=2)}, r"this run after step 2 \(50 %\), after step 3 \(100 %\)"),
-        ({"schedule": Schedule(recovery="plain")}, "has recovery lifted, and this run plain"),
-        ({"schedule": Schedule(freeze_embeddings=True)}, "has freeze_embeddings False, and this run True"),
+        ({"trim_start": 0.9}, r"has cuts after step 2 \(100 %\), and this run none"),
+        ({"schedule": "cubic", "milestones": 1}, None),
+        ({"schedule": "cubic", "milestones": 2}, r"this run after step 2 \(50 %\), after step 3 \(100 %\)"),
+        ({"recovery": "continue"}, "has recovery rewarm, and this run continue"),
+        ({"freeze_embeddings": True}, "has freeze_embeddings False, and this run True"),
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )
-def test_a_run_goes_on_only_with_the_settings_of_its_checkpoint(begun, tmp_path, asked, said):
+def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path, asked, said):
     here, run = begun
     shutil.copytree(run, tmp_path / "out.partial")
     shutil.rmtree(tmp_path / "out.partial" / "checkpoint-6")
@@ -260,15 +253,15 @@ def test_flops_are_counted_at_the_length_of_the_checkpoint(here, tmp_path):
 
 def test_a_cubic_between_its_cuts_is_not_taken_for_one_that_has_arrived(here, tmp_path):
     usual = {"save_steps": 4, "keep_checkpoints": True, "overwrite": True, "max_steps": 8}
-    finetune_and_trim(options(here, tmp_path / "out", schedule=Schedule("cubic", milestones=4), **usual))
+    finetune_and_trim(options(here, tmp_path / "out", schedule="cubic", milestones=4, **usual))
     shutil.rmtree(tmp_path / "out.partial" / "checkpoint-8")
     with pytest.raises(SensibertError, match=r"3 \(25 %\), after step 4 \(75 %\), and this run after step 3 \(100 %\)"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
 
 
-def test_a_dense_checkpoint_behind_the_cut_is_not_taken_for_a_trimmed_one(here, tmp_path):
+def test_a_baseline_checkpoint_from_after_the_cut_is_not_taken_for_a_trimmed_one(here, tmp_path):
     usual = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", method="dense", **usual))
+    finetune_and_trim(options(here, tmp_path / "out", method="baseline", **usual))
     with pytest.raises(SensibertError, match=r"has cuts none, and this run after step 2 \(100 %\)"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual))
 
@@ -280,7 +273,7 @@ def begun(here, tmp_path_factory):
     return here, folder / "out.partial"
 
 
-def test_a_trimmed_model_is_trimmed_again_and_told_in_its_own_units(here, tmp_path):
+def test_a_trimmed_model_is_trimmed_again_and_counted_in_its_own_units(here, tmp_path):
     first = finetune_and_trim(options(here, tmp_path / "first", max_steps=3))
     again = options(here, tmp_path / "again", max_steps=3, budget="60%params", teacher="snapshot")
     result = finetune_and_trim(replace(again, model=str(tmp_path / "first")))
@@ -301,7 +294,7 @@ def test_a_model_kept_in_half_precision_is_trained_in_fp32(here, tmp_path, dtype
 
 
 def test_what_a_grid_has_masked_is_no_model_to_start_from(here, tmp_path):
-    finetune_and_trim(options(here, tmp_path / "masked", max_steps=3, grid="element", step=None))
+    finetune_and_trim(options(here, tmp_path / "masked", max_steps=3, grid="element", width_multiple=None))
     with pytest.raises(SensibertError, match="masked is masked by a grid, want a model that is whole"):
         finetune_and_trim(replace(options(here, tmp_path / "out"), model=str(tmp_path / "masked")))
 
@@ -315,7 +308,7 @@ def test_rows_longer_than_the_model_are_refused(here, tmp_path):
 
 
 def test_few_samples_still_give_one_to_every_cut(here, tmp_path):
-    asked = options(here, tmp_path / "out", samples=2, schedule=Schedule("cubic", milestones=3), max_steps=9)
+    asked = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
     finetune_and_trim(asked)
     assert Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").samples == 1
 
@@ -349,50 +342,22 @@ def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
     """The snapshot cannot change what is cut: it is made at the cut. A teacher from outside can."""
     plain = finetune_and_trim(options(here, tmp_path / "plain", **short(teacher=None, save_steps=100)))
     taught = json.loads((whole("oneshot") / "result.json").read_text())
-    assert plain["metrics_dense"] == taught["metrics_dense"]
+    assert plain["metrics_at_cut"] == taught["metrics_at_cut"]
     assert plain["encoder_params_after"] == taught["encoder_params_after"]
     assert not same_weights(tmp_path / "plain", whole("oneshot"))
     outside = short(teacher=str(tmp_path / "plain"), distil=0.9, save_steps=100)
     finetune_and_trim(options(here, tmp_path / "outside", **outside))
     assert not same_weights(tmp_path / "plain", tmp_path / "outside")
-    assert not same_weights(tmp_path / "plain", whole("average"))
 
 
-def test_a_search_measures_the_loss_of_the_cut_it_would_make(here, tmp_path, monkeypatch):
-    """With no step after the cut, the loss of the last trial that won is that of the model that is left."""
-    seen, usual, export = [], TrimCallback._loss_after, recipe.export
-
-    def look(self, model, plan, moments, batches):
-        rows = list(batches)
-        seen.append((usual(self, model, plan, moments, iter(rows)), plan, rows))
-        return seen[-1][0]
-
-    monkeypatch.setattr(TrimCallback, "_loss_after", look)
-
-    def remember(model, *rest, **more):
-        after.append(model)
-        return export(model, *rest, **more)
-
-    monkeypatch.setattr(recipe, "export", remember)
-    after, last = [], Schedule(warm_share=0.99)
-    asked = {"method": "layer-obs", "search": 4, "max_steps": 3, "schedule": last}
-    finetune_and_trim(options(here, tmp_path / "out", **asked))
-    lowest, plan, rows = min(seen, key=lambda trial: trial[0])
-    made = Plan.load(tmp_path / "out" / "plan.safetensors")
-    assert 1 < len(seen) <= 5 and all(torch.equal(made.keep[name], keep) for name, keep in plan.keep.items())
-    with torch.no_grad():
-        losses = [(len(row["labels"]), float(after[0].eval()(**row).loss)) for row in rows]
-    assert sum(n * loss for n, loss in losses) / sum(n for n, _ in losses) == pytest.approx(lowest, rel=1e-4)
-
-
-@pytest.mark.parametrize("recovery, after", [(None, 0.0), ("lifted", 0.0), ("plain", 0.25)])
-def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
+@pytest.mark.parametrize("recovery, after", [(None, 0.0), ("rewarm", 0.0), ("continue", 0.25)])
+def test_recovery_changes_the_dropout_and_restores_it(recovery, after):
     model = tiny_model(hidden_dropout_prob=0.25)
-    callback = TrimCallback(schedule=Schedule(recovery=recovery))
+    callback = TrimCallback(TrimConfig(schedule=Schedule(recovery=recovery)))
     callback.prepare(model)
     callback.cuts = {1: 1.0}
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
-    callback._recover(model, torch.optim.AdamW(model.parameters()))
+    callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert dropouts and {module.p for module in dropouts} == {after}
     callback.on_train_end(None, None, None)
     assert {module.p for module in dropouts} == {0.25}
@@ -407,7 +372,7 @@ def test_recovery_sets_the_dropout_aside_and_puts_it_back(recovery, after):
         ("75%params", "model", 0.79),  # 43 % of the encoder, since the rest of the model stays
     ],
 )
-def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
+def test_how_far_the_rate_of_a_continued_schedule_rises_follows_from_the_budget(
     here, tmp_path, budget, scope, peak, monkeypatch
 ):
     rates = []
@@ -418,7 +383,7 @@ def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
 
     monkeypatch.setattr(recipe, "finetune", stop)
     third = layout_of(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
-    asked = {"budget": budget.format(third=third), "scope": scope, "schedule": Schedule(recovery="plain")}
+    asked = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
     with pytest.raises(KeyboardInterrupt):
         finetune_and_trim(options(here, tmp_path / "out", **asked))
     assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)
@@ -426,7 +391,7 @@ def test_how_far_the_rate_of_a_plain_recovery_rises_follows_from_the_budget(
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp_path):
     with pytest.raises(SensibertError, match=r"the loss is (nan|inf) at step \d+; try a smaller learning rate"):
-        finetune_and_trim(options(here, tmp_path / "out", learning_rate=1e30, method="dense"))
+        finetune_and_trim(options(here, tmp_path / "out", learning_rate=1e30, method="baseline"))
     assert not (tmp_path / "out").exists()
 
 

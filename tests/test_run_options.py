@@ -1,34 +1,29 @@
 """What options mean before anything is read, and how the files they name are found."""
 
-from dataclasses import fields
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from sensibert import inputs as sources
-from sensibert import run_options as names
-from sensibert.allocation.allocate import POLICIES
+from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.schedule import Schedule
 from sensibert.data import PRESETS
-from sensibert.run_options import Options
-from sensibert.saving.folder import LAYOUTS
-from sensibert.sensitivity.gradients import STATISTICS
+from sensibert.run_options import Options, all_names
+
+V0_1 = Path(__file__).parent / "fixtures" / "v0_1"
 
 
 def options(**changed) -> Options:
     return Options("m", "o", **changed)
 
 
-def test_the_light_lists_agree_with_those_of_the_verbs():
-    assert names.METHODS == (*STATISTICS, "dense")
-    assert names.POLICIES == POLICIES and names.LAYOUTS == LAYOUTS
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_brings_its_settings_and_the_command_line_wins(name):
     preset = PRESETS[name]
-    options(task=name).check()  # needs no file
+    options(task=name).want_train_data()  # needs no file
     found = options(task=name).resolved()
     for setting in ("epochs", "learning_rate", "batch_size", "max_length"):
         assert getattr(found, setting) == getattr(preset, setting), setting
@@ -41,10 +36,36 @@ def test_without_a_preset_there_are_usual_settings():
 
 
 def test_the_settings_are_the_words_of_the_command_line():
-    settings = options(schedule=Schedule("cubic", milestones=2), resume=True).settings()
+    run = options(trim=TrimConfig(schedule=Schedule("cubic", milestones=2)), resume=True)
+    settings = run.settings()
     assert (settings["schedule"], settings["milestones"]) == ("cubic", 2)
-    assert not {"resume", "overwrite", "quiet"} & settings.keys()
-    assert {f.name for f in fields(Options)} - settings.keys() == {"resume", "overwrite", "quiet"}
+    assert all_names() - settings.keys() == {"resume", "overwrite", "quiet"}
+    assert Options.from_settings({**json.loads(json.dumps(settings)), "resume": True}) == run
+
+
+def test_the_recipe_of_an_earlier_version_is_read():
+    written = json.loads((V0_1 / "unit" / "recipe.json").read_text())
+    assert {"policy", "step", "search", "distil_hidden"} <= written.keys()
+    run = Options.from_settings(written)
+    assert (run.trim.allocation, run.trim.width_multiple, run.trim.schedule.recovery) == ("global", 8, "rewarm")
+    assert (run.max_steps, run.learning_rate, run.trim.schedule.trim_start) == (12, 1e-3, 1 / 3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"search": 4}, "search is 4, but this setting was removed"),
+        ({"teacher": "average"}, "teacher is 'average', which was removed"),
+        ({"colour": "red"}, "colour is no setting of a run, want some of allocation, "),
+        ({"policy": "uniform", "allocation": "global"}, "allocation is given twice"),
+        ({"teacher": "snapshot", "method": "dense"}, "method baseline never cuts"),
+        ({"seed": 2.5}, "seed is 2.5, want a whole number"),
+        ({"resume": "yes"}, "resume is 'yes', want true or false"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, message):
+    with pytest.raises(SensibertError, match=message):
+        Options.from_settings(settings)
 
 
 def test_precision_is_a_dtype():
@@ -68,9 +89,8 @@ def test_files_come_before_presets_and_hub_names_get_their_split(asked, wanted, 
     assert seen == wanted and train == "rows" and (validation is None) == (len(wanted) == 1)
 
 
-def test_what_is_missing_is_said():
+def test_a_missing_training_file_is_named():
     with pytest.raises(SensibertError, match=r"train_file is missing, want a file or a preset task \(mnli, qqp"):
-        options().check()
+        options().want_train_data()
     with pytest.raises(SensibertError, match="train_file is missing"):
         sources.training_examples(options())
-    options().check(needs_data=False)

@@ -2,8 +2,8 @@
 //
 //   g = grad * factor        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   w = w (1 - lr decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-//   dropped elements: w = m = v = 0, whatever they held, and they are not read;  shadow = bf16(w), with maps compact:
-//   shadow[row_map[i]][col_map[j]] = bf16(w[i][j]) where both have a place
+//   dropped elements: w = m = v = 0, whatever they held, and they are not read;  working copy = bf16(w), with maps compact:
+//   copy[row_map[i]][col_map[j]] = bf16(w[i][j]) where both have a place
 //   score of a block = finish(sum of reduce(w before the step, g)) over its survivors
 //
 // A tensor [N, K] is cut into tiles of 4,096 elements, a block of threads each; a thread moves quads (4 elements).
@@ -15,7 +15,7 @@
 //      | tile 2 | 3  | ...
 //
 // Small N or K: the tile is flatter or narrower. No mask, score, map: one row of N*K, so only the last quad is short.
-// Cost: 28 bytes an fp32 element (read w, g, m, v, write w, m, v), + 2 for the shadow, + 1 / block for keep; 12 (+ 2)
+// Cost: 28 bytes an fp32 element (read w, g, m, v, write w, m, v), + 2 for the working copy, + 1 / block for keep; 12 (+ 2)
 // where a quad is dropped. All tensor entries ride in the launch's parameters: nothing to upload, fit for a CUDA graph.
 #include "masked_adamw.h"
 
@@ -55,18 +55,18 @@ struct Entry {
 
 struct Extra {
     const uint8_t* keep;
-    __nv_bfloat16* shadow;
+    __nv_bfloat16* copy;
     float* score;
     float* partial;                                         // of this tensor, [tile][block rows][block columns]
     uint32_t keep_rows, keep_cols, score_rows, score_cols;  // block sizes, the whole axis spelt out
     uint32_t first_finisher;  // first block of the finishing kernel that works for this tensor
     uint8_t keep_quads;       // 1: a quad lies in one keep block, 4: it is four of them, aligned; 0: neither
     bool final_in_tile : 1;   // no score block reaches beyond its tile
-    bool shadow_quads : 1;    // whether a row of the compact shadow takes full quads
+    bool copy_quads : 1;      // whether a row of the compact working copy takes full quads
     uint16_t lanes;           // threads of the finishing kernel a score block
     const int32_t* row_map;
     const int32_t* col_map;
-    uint32_t shadow_rows, shadow_cols;  // of the compact shadow; no row where there is no map
+    uint32_t copy_rows, copy_cols;  // of the compact working copy; no row where there is no map
 };
 
 struct Settings {
@@ -176,16 +176,16 @@ __device__ __forceinline__ unsigned survivors(const Extra& x, int64_t cols, uint
     return bits;
 }
 
-// Writes what has a place in the compact shadow. Unsigned, -1 lies beyond every axis.
+// Writes what has a place in the compact working copy. Unsigned, -1 lies beyond every axis.
 __device__ __forceinline__ void store_compact(const Extra& x, uint32_t row, uint32_t col, const Quad& q, int n) {
     const uint32_t to = x.row_map ? uint32_t(x.row_map[row]) : row;
-    if (to >= x.shadow_rows) return;
-    __nv_bfloat16* const out = x.shadow + int64_t(to) * x.shadow_cols;
-    if (!x.col_map && n == kQuad && x.shadow_quads) return store_quad(out + col, q);
+    if (to >= x.copy_rows) return;
+    __nv_bfloat16* const out = x.copy + int64_t(to) * x.copy_cols;
+    if (!x.col_map && n == kQuad && x.copy_quads) return store_quad(out + col, q);
     for (int j = 0; j < kQuad; ++j) {
         if (j >= n) continue;
         const uint32_t c = x.col_map ? uint32_t(x.col_map[col + j]) : col + j;
-        if (c < x.shadow_cols) out[c] = from_float<__nv_bfloat16>(q.x[j]);
+        if (c < x.copy_cols) out[c] = from_float<__nv_bfloat16>(q.x[j]);
     }
 }
 
@@ -227,16 +227,16 @@ __device__ __forceinline__ void step_tile(const Args& args, const Entry& e, cons
             }
         }
         if (term) store_quad(term, score);
-        const bool compact = x && x->shadow_rows;
-        __nv_bfloat16* const shadow = x && x->shadow && !compact ? x->shadow + at : nullptr;
+        const bool compact = x && x->copy_rows;
+        __nv_bfloat16* const copy = x && x->copy && !compact ? x->copy + at : nullptr;
         Quad stored;  // an fp16 weight is rounded twice, as casting the parameter would
         for (int j = 0; j < kQuad; ++j) stored.x[j] = to_float(from_float<T>(w.x[j]));
         if (whole) {
             store_quad(param, w), store_quad(exp_avg, m), store_quad(exp_avg_sq, v);
-            if (shadow) store_quad(shadow, stored);
+            if (copy) store_quad(copy, stored);
         } else {
             store_some(param, w, n), store_some(exp_avg, m, n), store_some(exp_avg_sq, v, n);
-            if (shadow) store_some(shadow, stored, n);
+            if (copy) store_some(copy, stored, n);
         }
         if (compact) store_compact(*x, row, uint32_t(col), stored, n);
     }
@@ -372,18 +372,18 @@ struct Planned {
 Planned plan(const AdamWTensor& t) {
     Planned p;
     int64_t rows = t.N, cols = t.K, keep_rows = t.keep_rows, keep_cols = t.keep_cols;
-    int64_t score_rows = t.score_rows, score_cols = t.score_cols, shadow_rows = t.shadow_rows;
-    int64_t shadow_cols = t.shadow_cols;
+    int64_t score_rows = t.score_rows, score_cols = t.score_cols, copy_rows = t.copy_rows;
+    int64_t copy_cols = t.copy_cols;
     const int32_t *row_map = t.row_map, *col_map = t.col_map;
     if (rows == 0 || cols == 0) return p;
-    const bool mapped = t.shadow && (t.row_map || t.col_map), blocks = t.keep || t.score || mapped;
+    const bool mapped = t.copy && (t.row_map || t.col_map), blocks = t.keep || t.score || mapped;
     if (!blocks) cols *= rows, rows = 1;
     if (cols == 1) {  // a vector lies better along the columns; its blocks turn with it
         std::swap(rows, cols);
         keep_cols = keep_rows, keep_rows = 1;
         score_cols = score_rows, score_rows = 1;
         std::swap(row_map, col_map);
-        std::swap(shadow_rows, shadow_cols);
+        std::swap(copy_rows, copy_cols);
     }
     p.fits = rows < kMaxAxis && (!blocks || cols < kMaxAxis);
     const auto size_of = [](int64_t block, int64_t axis) { return uint32_t(block && block < axis ? block : axis); };
@@ -397,20 +397,20 @@ Planned plan(const AdamWTensor& t) {
     e.quads = rows == 1 || cols % kQuad == 0;
     const void* const pointers[] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq};
     for (const void* pointer : pointers) e.quads = e.quads && quad_aligned(pointer, t.dtype);
-    e.quads = e.quads && (mapped || quad_aligned(t.shadow, DType::kBFloat16));
+    e.quads = e.quads && (mapped || quad_aligned(t.copy, DType::kBFloat16));
     const uint32_t tile_cols = 1u << e.col_bits, tile_rows = kTile >> e.col_bits;
     p.num_tiles = int64_t(ceil_div(rows, tile_rows)) * ((cols + tile_cols - 1) / tile_cols);
 
     Extra& x = p.extra;
-    p.has_extra = blocks || t.shadow;
-    x.keep = t.keep, x.shadow = t.shadow, x.score = t.score;
+    p.has_extra = blocks || t.copy;
+    x.keep = t.keep, x.copy = t.copy, x.score = t.score;
     if (!blocks || !p.fits) return p;
     if (mapped) {
-        p.fits = shadow_rows < kMaxAxis && shadow_cols < kMaxAxis;
+        p.fits = copy_rows < kMaxAxis && copy_cols < kMaxAxis;
         x.row_map = row_map, x.col_map = col_map;
-        x.shadow_rows = uint32_t(shadow_rows), x.shadow_cols = uint32_t(shadow_cols);
-        x.shadow_quads = shadow_cols % kQuad == 0 && quad_aligned(t.shadow, DType::kBFloat16);
-        if (shadow_rows == 0 || shadow_cols == 0) x.shadow = nullptr, x.shadow_rows = 0;
+        x.copy_rows = uint32_t(copy_rows), x.copy_cols = uint32_t(copy_cols);
+        x.copy_quads = copy_cols % kQuad == 0 && quad_aligned(t.copy, DType::kBFloat16);
+        if (copy_rows == 0 || copy_cols == 0) x.copy = nullptr, x.copy_rows = 0;
     }
     x.keep_rows = size_of(keep_rows, rows), x.keep_cols = size_of(keep_cols, cols);
     x.score_rows = size_of(score_rows, rows), x.score_cols = size_of(score_cols, cols);

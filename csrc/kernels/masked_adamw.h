@@ -1,4 +1,4 @@
-// One AdamW step over many tensors, with masks, a bf16 shadow and sensitivities; see masked_adamw.cu.
+// One AdamW step over many tensors, with masks, a bf16 working copy and sensitivities; see masked_adamw.cu.
 #pragma once
 #include "block_sensitivity.h"  // Reduce, Finish
 
@@ -18,13 +18,13 @@ struct AdamWTensor {
 
     const uint8_t* keep;  // [ceil(N / keep_rows), ceil(K / keep_cols)], 0 or 1; nullptr: all survive
     int64_t keep_rows, keep_cols;
-    __nv_bfloat16* shadow;  // [N, K], or [shadow_rows, shadow_cols] where there is a map; nullptr: not wanted
-    float* score;           // [ceil(N / score_rows), ceil(K / score_cols)]; nullptr: not wanted
+    __nv_bfloat16* copy;  // [N, K], or [copy_rows, copy_cols] where there is a map; nullptr: not wanted
+    float* score;         // [ceil(N / score_rows), ceil(K / score_cols)]; nullptr: not wanted
     int64_t score_rows, score_cols;
 
-    const int32_t* row_map;  // [N]: the row of the shadow that each row has, or -1; nullptr: its own
+    const int32_t* row_map;  // [N]: the row of the working copy that each row has, or -1; nullptr: its own
     const int32_t* col_map;  // [K]: likewise
-    int64_t shadow_rows, shadow_cols;
+    int64_t copy_rows, copy_cols;
 };
 
 struct AdamWGroup {

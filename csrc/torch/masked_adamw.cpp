@@ -60,8 +60,8 @@ struct Held {
     std::vector<double> beta1, beta2, eps, weight_decay;
     std::vector<Tensor> keep;
     std::vector<int64_t> keep_of, keep_blocks;
-    std::vector<Tensor> shadow;
-    std::vector<int64_t> shadow_of;
+    std::vector<Tensor> copy;
+    std::vector<int64_t> copy_of;
     std::vector<Tensor> row_map;
     std::vector<int64_t> row_map_of;
     std::vector<Tensor> col_map;
@@ -87,8 +87,8 @@ struct Packed {
 // Gradients with gaps are replaced by contiguous ones, which the caller keeps until the launch.
 Packed pack(const std::vector<Tensor>& param, std::vector<Tensor>& grad, const Tensor& lr,
             const std::optional<Tensor>& grad_factor, const Held& held) {
-    const auto& [exp_avg, exp_avg_sq, step, group, beta1, beta2, eps, weight_decay, keep, keep_of, keep_blocks, shadow,
-                 shadow_of, row_map, row_map_of, col_map, col_map_of, score, score_of, score_blocks, reduce, finish,
+    const auto& [exp_avg, exp_avg_sq, step, group, beta1, beta2, eps, weight_decay, keep, keep_of, keep_blocks, copy,
+                 copy_of, row_map, row_map_of, col_map, col_map_of, score, score_of, score_blocks, reduce, finish,
                  decay, scale] = held;
     Packed packed{{},
                   {},
@@ -105,7 +105,7 @@ Packed pack(const std::vector<Tensor>& param, std::vector<Tensor>& grad, const T
     if (grad_factor) want(*grad_factor, ScalarType::Float, 1, lr, "grad_factor", 0);
     want_entries(keep.size(), keep_of, keep_blocks, num_params, "keep");
     want_entries(score.size(), score_of, score_blocks, num_params, "score");
-    want_entries(shadow.size(), shadow_of, std::vector<int64_t>(2 * shadow.size()), num_params, "shadow");
+    want_entries(copy.size(), copy_of, std::vector<int64_t>(2 * copy.size()), num_params, "working_copy");
     want_entries(row_map.size(), row_map_of, std::vector<int64_t>(2 * row_map.size()), num_params, "row_map");
     want_entries(col_map.size(), col_map_of, std::vector<int64_t>(2 * col_map.size()), num_params, "col_map");
 
@@ -149,19 +149,19 @@ Packed pack(const std::vector<Tensor>& param, std::vector<Tensor>& grad, const T
         want(col_map[i], ScalarType::Int, entry.K, lr, "col_map", i);
         entry.col_map = static_cast<const int32_t*>(col_map[i].const_data_ptr());
     }
-    for (size_t i = 0; i < shadow.size(); ++i) {
-        AdamWTensor& entry = packed.tensors[shadow_of[i]];
+    for (size_t i = 0; i < copy.size(); ++i) {
+        AdamWTensor& entry = packed.tensors[copy_of[i]];
         if (entry.row_map || entry.col_map) {
-            STD_TORCH_CHECK(shadow[i].dim() == 2, kOp, ": shadow[", i, "] has a map, but is not a matrix");
-            entry.shadow_rows = shadow[i].size(0), entry.shadow_cols = shadow[i].size(1);
-            const bool fits = (entry.row_map ? entry.shadow_rows <= entry.N : entry.shadow_rows == entry.N) &&
-                              (entry.col_map ? entry.shadow_cols <= entry.K : entry.shadow_cols == entry.K);
-            STD_TORCH_CHECK(fits, kOp, ": shadow[", i, "] is not of the shape that its maps leave");
-            want(shadow[i], ScalarType::BFloat16, shadow[i].numel(), lr, "shadow", i);
+            STD_TORCH_CHECK(copy[i].dim() == 2, kOp, ": working_copy[", i, "] has a map, but is not a matrix");
+            entry.copy_rows = copy[i].size(0), entry.copy_cols = copy[i].size(1);
+            const bool fits = (entry.row_map ? entry.copy_rows <= entry.N : entry.copy_rows == entry.N) &&
+                              (entry.col_map ? entry.copy_cols <= entry.K : entry.copy_cols == entry.K);
+            STD_TORCH_CHECK(fits, kOp, ": working_copy[", i, "] is not of the shape that its maps leave");
+            want(copy[i], ScalarType::BFloat16, copy[i].numel(), lr, "working_copy", i);
         } else {
-            want(shadow[i], ScalarType::BFloat16, param[shadow_of[i]].numel(), lr, "shadow", i);
+            want(copy[i], ScalarType::BFloat16, param[copy_of[i]].numel(), lr, "working_copy", i);
         }
-        entry.shadow = static_cast<__nv_bfloat16*>(shadow[i].mutable_data_ptr());
+        entry.copy = static_cast<__nv_bfloat16*>(copy[i].mutable_data_ptr());
     }
     for (size_t i = 0; i < score.size(); ++i) {
         AdamWTensor& entry = packed.tensors[score_of[i]];
@@ -195,14 +195,14 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
                        std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor lr, std::vector<int64_t> group,
                        std::vector<double> beta1, std::vector<double> beta2, std::vector<double> eps,
                        std::vector<double> weight_decay, std::optional<Tensor> grad_factor, std::vector<Tensor> keep,
-                       std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks, std::vector<Tensor> shadow,
-                       std::vector<int64_t> shadow_of, std::vector<Tensor> row_map, std::vector<int64_t> row_map_of,
+                       std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks, std::vector<Tensor> copy,
+                       std::vector<int64_t> copy_of, std::vector<Tensor> row_map, std::vector<int64_t> row_map_of,
                        std::vector<Tensor> col_map, std::vector<int64_t> col_map_of, std::vector<Tensor> score,
                        std::vector<int64_t> score_of, std::vector<int64_t> score_blocks, std::string reduce,
                        std::string finish, double decay, double scale) {
     const Held held = held_from(exp_avg, exp_avg_sq, step, group, beta1, beta2, eps, weight_decay, keep, keep_of,
-                                keep_blocks, shadow, shadow_of, row_map, row_map_of, col_map, col_map_of, score,
-                                score_of, score_blocks, reduce, finish, decay, scale);
+                                keep_blocks, copy, copy_of, row_map, row_map_of, col_map, col_map_of, score, score_of,
+                                score_blocks, reduce, finish, decay, scale);
     launch(pack(param, grad, lr, grad_factor, held), lr, grad_factor, held);
 }
 
@@ -210,15 +210,15 @@ void masked_adamw_cuda(std::vector<Tensor> param, std::vector<Tensor> grad, std:
 Tensor masked_adamw_hold_cuda(std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step,
                               std::vector<int64_t> group, std::vector<double> beta1, std::vector<double> beta2,
                               std::vector<double> eps, std::vector<double> weight_decay, std::vector<Tensor> keep,
-                              std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks,
-                              std::vector<Tensor> shadow, std::vector<int64_t> shadow_of, std::vector<Tensor> row_map,
+                              std::vector<int64_t> keep_of, std::vector<int64_t> keep_blocks, std::vector<Tensor> copy,
+                              std::vector<int64_t> copy_of, std::vector<Tensor> row_map,
                               std::vector<int64_t> row_map_of, std::vector<Tensor> col_map,
                               std::vector<int64_t> col_map_of, std::vector<Tensor> score, std::vector<int64_t> score_of,
                               std::vector<int64_t> score_blocks, std::string reduce, std::string finish, double decay,
                               double scale) {
     Held* const held = new Held(held_from(exp_avg, exp_avg_sq, step, group, beta1, beta2, eps, weight_decay, keep,
-                                          keep_of, keep_blocks, shadow, shadow_of, row_map, row_map_of, col_map,
-                                          col_map_of, score, score_of, score_blocks, reduce, finish, decay, scale));
+                                          keep_of, keep_blocks, copy, copy_of, row_map, row_map_of, col_map, col_map_of,
+                                          score, score_of, score_blocks, reduce, finish, decay, scale));
     const int64_t size = sizeof(Held), stride = 1;
     return torch::stable::from_blob(held, {&size, 1}, {&stride, 1},
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,

@@ -1,9 +1,9 @@
 """Sensitivity and budget -> plan. Pure: no model, no GPU; ties break by (site, unit).
 
 Keep a unit while its score per cost is above one global multiplier, i.e. take units in falling score / cost until
-the budget is spent. Then round to what hardware likes: FFN widths to a multiple of `step` (heads are whole anyway), and
-fill what that freed with the best of the dropped, one head or one step of neurons at a time, never above the budget.
-`exact` solves the same with the rounding in it, by dynamic programming.
+the budget is spent. Then round FFN widths down to a multiple of `width_multiple` (heads are whole anyway), and spend
+what that freed on the best of the dropped units, one head or one multiple of neurons at a time, never above the budget.
+`exact` solves the same including the rounding, by dynamic programming.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..core.artifacts import Plan, Sensitivity
+from ..core.artifacts import Plan, Sensitivity, UnitPlan
 from ..core.budget import Budget
-from ..core.cost import flops, limit, params, spent, unit_cost
+from ..core.config import ALLOCATIONS
+from ..core.cost import limit, spent, unit_cost
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from .blocks import allocate_blocks
 from .solver import solve_budget
 
-# A gate value, or a coin, says nothing about cost: these compare units of different size as they are.
-RANKED_BY_SCORE = ("paper", "random")
-POLICIES = ("global", "uniform", "exact")
+# A gate value or a random number says nothing about cost: these scores are not divided by it.
+RANKED_BY_SCORE = ("soft_gates", "random")
 BEYOND_ALL = 1e100  # an infinite score, where scores are added
 # (site, count, size) -> how much the next `size` units of a site that keeps its best `count` are wanted
 Worth = Callable[[Site, int, int], float]
 
 
 def default_width_multiple(hidden: int) -> int:
-    """FFN widths are rounded to this: tensor cores like 64, small models lose too much by it."""
+    """Multiple that FFN widths are rounded to: 64 suits tensor cores, below a hidden size of 768 it costs too much."""
     return 64 if hidden >= 768 else 32
 
 
@@ -63,14 +63,14 @@ def _uniform(layout: Layout, budget: Budget, allowed: int) -> dict[str, int]:
     return {s.name: max(s.minimum, int(low * s.units)) for s in layout.sites}
 
 
-def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed: int, step: int) -> dict[str, int]:
+def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed: int, multiple: int) -> dict[str, int]:
     """The rounded counts whose kept scores sum to the most, up to the resolution of `solve_budget`."""
     none = spent(layout, {site.name: 0 for site in layout.sites}, budget)
     levels, costs, values = [], [], []
     for site in layout.sites:
         price = unit_cost(site, budget)
         best = ranks[site.name][_order(ranks[site.name])].nan_to_num(nan=0.0, posinf=BEYOND_ALL, neginf=0.0) * price
-        counts = range(site.units + 1) if site.kind == "head" else (*range(0, site.units, step), site.units)
+        counts = range(site.units + 1) if site.kind == "head" else (*range(0, site.units, multiple), site.units)
         levels.append([count for count in counts if count >= site.minimum])
         costs.append([count * price for count in levels[-1]])
         values.append([float(best[:count].sum()) for count in levels[-1]])
@@ -78,22 +78,22 @@ def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed:
     return {site.name: counts[level] for site, counts, level in zip(layout.sites, levels, chosen, strict=True)}
 
 
-def _step(site: Site, step: int, count: int) -> int:
-    """Units that the next enlargement of a site adds: one head, or neurons up to the next multiple of step."""
-    size = 1 if site.kind == "head" else step - count % step
+def _enlargement(site: Site, multiple: int, count: int) -> int:
+    """Units that the next enlargement of a site adds: one head, or neurons up to the next multiple."""
+    size = 1 if site.kind == "head" else multiple - count % multiple
     return min(size, site.units - count)
 
 
 def _fill(
-    layout: Layout, worth: Worth, budget: Budget, allowed: int, counts: Mapping[str, int], step: int
+    layout: Layout, worth: Worth, budget: Budget, allowed: int, counts: Mapping[str, int], multiple: int
 ) -> dict[str, int]:
-    """Enlarge sites by one head or step of neurons while anything fits; what is worth most goes first."""
+    """Enlarge sites by one head or up to the next multiple of neurons while anything fits, the most valuable first."""
     counts, room = dict(counts), allowed - spent(layout, counts, budget)
     while True:
         options = []
         for number, site in enumerate(layout.sites):
             count = counts[site.name]
-            size = _step(site, step, count)
+            size = _enlargement(site, multiple, count)
             if size and size * unit_cost(site, budget) <= room:
                 options.append((worth(site, count, size), -number, size))
         if not options:
@@ -104,36 +104,42 @@ def _fill(
         room -= size * unit_cost(site, budget)
 
 
-def allocate(sensitivity: Sensitivity, budget: Budget | str, step: int | None = None, policy: str = "global") -> Plan:
-    """Choose the units that survive.
-
-    budget: an upper bound, also as text ("50%params"); the plan is below it by less than the cheapest head or rounding
-    step that was left.
-    step: FFN widths become multiples of it (1 = no rounding; default by `default_width_multiple`).
-    policy: `global` (one threshold for all sites), `uniform` (the same share everywhere; scores rank inside a site) or
-    `exact` (the largest sum of kept scores at widths that are rounded already).
-    A sensitivity of blocks of a grid gives a plan of blocks (`allocate_blocks`), which no step rounds.
-    SensibertError if the budget is below what cannot be trimmed."""
-    layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
-    if policy not in POLICIES:
-        raise SensibertError(f"allocate: policy is {policy!r}, want one of {', '.join(POLICIES)}")
-    if sensitivity.grid is not None:
-        if policy == "exact":
-            raise SensibertError("allocate: policy is 'exact', which means whole units, and the scores are of a grid")
-        if step is not None:
-            raise SensibertError(f"allocate: step is {step}, want None: it rounds widths, which a grid leaves whole")
-        return allocate_blocks(sensitivity, sensitivity.grid, budget, policy)
-    step = default_width_multiple(layout.hidden) if step is None else step
-    if step < 1:
-        raise SensibertError(f"allocate: step is {step}, want at least 1")
-    allowed = limit(layout, budget)
+def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
+    """Site -> fp64 [units] on the CPU, what the units are compared by: score per cost."""
     ranks = {}
-    for site in layout.sites:
-        score = sensitivity.scores.get(site.name, torch.empty(0)).double()
+    for site in sensitivity.layout.sites:
+        score = sensitivity.scores.get(site.name, torch.empty(0)).to("cpu", torch.float64)  # a few thousand numbers
         if score.shape != (site.units,):
             raise SensibertError(f"allocate: scores of {site.name} are {tuple(score.shape)}, want ({site.units},)")
         ranks[site.name] = score if sensitivity.statistic in RANKED_BY_SCORE else score / unit_cost(site, budget)
-    if policy == "uniform":
+    return ranks
+
+
+def allocate(
+    sensitivity: Sensitivity, budget: Budget | str, width_multiple: int | None = None, allocation: str = "global"
+) -> Plan:
+    """Choose the units that survive a budget.
+
+    budget: an upper bound, also as text ("50%params"); the plan is below it by less than the cheapest head or multiple
+    of neurons that was dropped. width_multiple: FFN widths become multiples of it; 1: no rounding; None: 64, below a
+    hidden size of 768 32. allocation: `global` (one threshold for all sites), `uniform` (the same fraction of every
+    site; scores rank inside a site) or `exact` (the largest sum of kept scores at widths that are rounded already).
+    A sensitivity of blocks of a grid gives a plan of blocks, which are not rounded.
+    SensibertError for a budget below what cannot be trimmed, and names an argument that does not fit."""
+    layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
+    if allocation not in ALLOCATIONS:
+        raise SensibertError(f"allocate: allocation is {allocation!r}, want one of {', '.join(ALLOCATIONS)}")
+    if sensitivity.grid is not None:
+        if allocation == "exact":
+            raise SensibertError("allocate: allocation is 'exact', which needs whole units; want global or uniform")
+        if width_multiple is not None:
+            raise SensibertError(f"allocate: width_multiple is {width_multiple}, want None: a grid keeps all widths")
+        return allocate_blocks(sensitivity, sensitivity.grid, budget, allocation)
+    multiple = default_width_multiple(layout.hidden) if width_multiple is None else width_multiple
+    if multiple < 1:
+        raise SensibertError(f"allocate: width_multiple is {multiple}, want at least 1")
+    allowed, ranks = limit(layout, budget), _ranks(sensitivity, budget)
+    if allocation == "uniform":
         counts = _uniform(layout, budget, allowed)
         worth: Worth = lambda site, count, size: -count / site.units  # noqa: E731
     else:
@@ -141,21 +147,14 @@ def allocate(sensitivity: Sensitivity, budget: Budget | str, step: int | None = 
         worth = lambda site, count, size: float(ordered[site.name][count : count + size].mean())  # noqa: E731
         smallest = {site.name: site.minimum for site in layout.sites}
         counts = _threshold(layout, ranks, budget, allowed - spent(layout, smallest, budget))
-    if policy == "exact":
-        counts = _exact(layout, ranks, budget, allowed, step)
+    if allocation == "exact":
+        counts = _exact(layout, ranks, budget, allowed, multiple)
     for site in layout.sites:
-        if site.kind == "ffn" and counts[site.name] < site.units and policy != "exact":
-            counts[site.name] = max(site.minimum, counts[site.name] // step * step)
-    counts = _fill(layout, worth, budget, allowed, counts, step)
+        if site.kind == "ffn" and counts[site.name] < site.units and allocation != "exact":
+            counts[site.name] = max(site.minimum, counts[site.name] // multiple * multiple)
+    counts = _fill(layout, worth, budget, allowed, counts, multiple)
     keep = {}
     for site in layout.sites:
         keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
         keep[site.name][_order(ranks[site.name])[: counts[site.name]]] = True
-    return Plan(
-        layout,
-        keep,
-        budget,
-        sensitivity.statistic,
-        params=params(layout, counts, budget.scope),
-        flops=flops(layout, counts, budget.scope, 1, budget.length),
-    )
+    return UnitPlan(layout, keep, budget, sensitivity.statistic)

@@ -1,1 +1,1 @@
-"""What knows no model: the grid, layouts, budgets, costs, artifacts, settings and files."""
+"""Grids, layouts, budgets, costs, artifacts, settings and files: everything that needs no model."""

@@ -13,24 +13,28 @@ SCOPES = ("encoder", "model")
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on parameters or FLOPs of the encoder or the model, as a share of the dense one or absolute."""
+    """An upper bound on the parameters or FLOPs of the encoder or the whole model.
+
+    value: a fraction of the untrimmed size in (0, 1] if relative, else an absolute number."""
 
     value: float
-    kind: str  # "params", "flops" or "ms"
+    kind: str  # "params" or "flops"
     relative: bool
     scope: str = "encoder"
-    length: int = 128  # tokens a sequence, for FLOPs
+    length: int = 128  # tokens per sequence, for FLOPs
 
     @classmethod
     def parse(cls, text: str, scope: str = "encoder", length: int = 128) -> Budget:
-        """`50%params`, `30%flops`, `5.3Mparams`, `1.2Gflops`, `8ms`. SensibertError says what is wrong."""
+        """The budget of a text such as `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`.
+
+        SensibertError if the text is no budget, is outside (0 %, 100 %], or the scope is unknown."""
         wanted = "want for example 50%params, 30%flops, 5.3Mparams or 1.2Gflops"
         if scope not in SCOPES:
             raise SensibertError(f"budget: scope is {scope!r}, want encoder or model")
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGT]?)\s*(params|flops|ms)\s*", text)
-        if not found or (found[3] == "ms" and found[2]):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGT]?)\s*(params|flops)\s*", text)
+        if not match:
             raise SensibertError(f"budget: {text!r} is not a budget, {wanted}")
-        number, unit, kind = float(found[1]), found[2], found[3]
+        number, unit, kind = float(match[1]), match[2], match[3]
         relative = unit == "%"
         if number <= 0 or (relative and number > 100):
             raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {wanted}")
@@ -40,6 +44,6 @@ class Budget:
         if self.relative:
             return f"{self.value * 100:g}%{self.kind}"
         for unit in ("T", "G", "M", "K"):
-            if self.kind != "ms" and self.value >= _SCALE[unit]:
+            if self.value >= _SCALE[unit]:
                 return f"{self.value / _SCALE[unit]:.12g}{unit}{self.kind}"
         return f"{self.value:.12g}{self.kind}"

@@ -1,7 +1,7 @@
-"""The one exception a user of the package has to know."""
+"""The exception that the package raises for bad input."""
 
 from __future__ import annotations
 
 
 class SensibertError(ValueError):
-    """Bad input, said in one line: which argument or file, what came, what was wanted."""
+    """Bad input, in one line: the argument or file, the value, and what was expected."""

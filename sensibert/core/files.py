@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from .errors import SensibertError
 
 
-def write_atomically(path: str | Path, write) -> None:
-    """Call write(temporary path beside `path`), then rename: the file is there whole or not at all.
+def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
+    """Call write(temporary path in the same folder), then rename it to `path`.
 
-    SensibertError where there is no room or no right to write."""
+    SensibertError if the system refuses (no space, no permission); an existing file then stays as it was."""
     path, temporary = Path(path), None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -34,7 +34,9 @@ def write_atomically(path: str | Path, write) -> None:
 
 @contextmanager
 def writing(path: str | Path, hint: str = "") -> Iterator[None]:
-    """The system's refusal to write, from whichever library it comes, as a SensibertError."""
+    """Turn errors of the file system inside the block, whichever library raises them, into a SensibertError.
+
+    path: what is written, for the message; hint: appended to it. Other errors pass unchanged."""
     try:
         yield
     except SensibertError:

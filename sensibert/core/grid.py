@@ -1,4 +1,4 @@
-"""The one geometry: a grid cuts a weight [N, K] into blocks."""
+"""A grid cuts a weight [N, K] into blocks: what scores, masks and plans refer to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks of (block_rows, block_cols) over a weight [N, K]; 0 = the whole axis, the last may be short."""
+    """Blocks of block_rows x block_cols elements over a weight [N, K]; 0 means the whole axis.
+
+    The last block of an axis may be shorter. ValueError for negative sizes."""
 
     block_rows: int
     block_cols: int
@@ -22,37 +24,42 @@ class Grid:
 
     @classmethod
     def element(cls) -> Grid:
+        """Single weights."""
         return cls(1, 1)
 
     @classmethod
     def row(cls) -> Grid:
+        """Output channels: an FFN neuron in the up projection."""
         return cls(1, 0)
 
     @classmethod
     def column(cls) -> Grid:
+        """Input channels: an FFN neuron in the down projection."""
         return cls(0, 1)
 
     @classmethod
     def rows(cls, span: int) -> Grid:
-        """Bands of `span` output channels: an attention head seen from q, k, v."""
+        """Bands of `span` output channels: an attention head in the query, key and value projections."""
         return cls(span, 0)
 
     @classmethod
     def columns(cls, span: int) -> Grid:
-        """Bands of `span` input channels: an attention head seen from the output projection."""
+        """Bands of `span` input channels: an attention head in the output projection."""
         return cls(0, span)
 
     @classmethod
     def block(cls, rows: int, cols: int) -> Grid:
+        """Blocks of rows x cols elements."""
         return cls(rows, cols)
 
     @classmethod
     def tensor(cls) -> Grid:
+        """The whole weight as one block."""
         return cls(0, 0)
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """Inverse of str(): `element`, `row`, `column`, `rows:64`, `columns:64`, `64x64`, `tensor`."""
+        """Inverse of str(): `element`, `row`, `column`, `rows:64`, `columns:64`, `64x64`, `tensor`; else ValueError."""
         named = {"element": cls(1, 1), "row": cls(1, 0), "column": cls(0, 1), "tensor": cls(0, 0)}
         if text in named:
             return named[text]
@@ -76,7 +83,7 @@ class Grid:
         return f"{self.block_rows}x{self.block_cols}"
 
     def block_size(self, num_rows: int, num_cols: int) -> tuple[int, int]:
-        """The block in elements for a weight [N, K], at least (1, 1)."""
+        """Elements of a full block (rows, columns) in a weight [N, K], at least (1, 1)."""
         return self.block_rows or max(num_rows, 1), self.block_cols or max(num_cols, 1)
 
     def shape(self, num_rows: int, num_cols: int) -> tuple[int, int]:
@@ -85,7 +92,9 @@ class Grid:
         return math.ceil(num_rows / rows), math.ceil(num_cols / cols)
 
     def expand(self, keep: Tensor, num_rows: int, num_cols: int) -> Tensor:
-        """keep, one value a block -> the same value for each element, [N, K]."""
+        """keep [block rows, block columns] -> [N, K], every element with the value of its block.
+
+        ValueError if keep is not of `shape(N, K)`."""
         if tuple(keep.shape) != self.shape(num_rows, num_cols):
             raise ValueError(f"Grid {self}: keep is {tuple(keep.shape)}, want {self.shape(num_rows, num_cols)}")
         rows, cols = self.block_size(num_rows, num_cols)

@@ -1,4 +1,4 @@
-"""What of a model can be trimmed and what it costs: members, sites, weights. No tensors, no model."""
+"""What can be trimmed in a model, and what it costs: members, sites and weights, without tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .grid import Grid
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter's share in a site: unit j owns [j*span, (j+1)*span) in each of `parts` sections of axis `dim`."""
+    """A parameter that belongs to a site: unit j is [j*span, (j+1)*span) in each of `parts` sections of axis `dim`.
+
+    A fused query-key-value matrix has three parts."""
 
     parameter: str
     dim: int
@@ -26,7 +28,9 @@ class Member:
         return Grid(self.span, 0) if self.dim == 0 else Grid(0, self.span)
 
     def index(self, kept: Tensor, units: int) -> Tensor:
-        """Kept unit numbers [n] -> kept positions along the axis [parts * n * span], sections in their order."""
+        """Indices of the kept units, int64 [n] -> indices along axis `dim`, int64 [parts * n * span], by sections.
+
+        units: how many the site has."""
         offset = torch.arange(self.span, device=kept.device)
         inside = (kept[:, None] * self.span + offset).flatten()
         return torch.cat([inside + part * units * self.span for part in range(self.parts)])
@@ -34,7 +38,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Flops:
-    """2 x multiply-adds of a forward pass: per token, pair of tokens, sequence, and per pass whatever the batch."""
+    """FLOPs (2 per multiply-add) of a forward pass: per token, per pair of tokens, per sequence, and per pass."""
 
     token: int = 0
     pair: int = 0
@@ -42,6 +46,7 @@ class Flops:
     forward: int = 0
 
     def at(self, batch: int, length: int) -> int:
+        """The sum for one pass over `batch` sequences of `length` tokens."""
         return batch * (self.token * length + self.pair * length * length + self.sequence) + self.forward
 
     def __add__(self, other: Flops) -> Flops:
@@ -53,45 +58,48 @@ class Flops:
 
 @dataclass(frozen=True)
 class Site:
-    """`units` units that can be removed one by one, each a block of every member. Costs are those of one unit."""
+    """The heads or the FFN neurons of one layer: `units` units, each a block of every member.
+
+    A unit is kept or removed in all members at once. params and flops are the cost of one unit."""
 
     name: str
     kind: str  # "head" or "ffn"
     layer: int
     units: int
     members: tuple[Member, ...]
-    consumer: Member  # the member whose columns read the unit's activation: gates and gate gradients live there
+    consumer: Member  # the member whose columns read the activation of the unit; scores are computed there
     params: int
     flops: Flops
-    minimum: int = 0  # units the family's code cannot do without
+    minimum: int = 0  # units that the model's code requires
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [rows, cols] of the sites, as the blocks of a grid see it: what is masked when no whole unit goes."""
+    """A matrix [rows, cols] among the members of the sites, whose blocks a grid masks."""
 
     parameter: str
     layer: int
     rows: int
     cols: int
-    flops: int  # of one element, a token; 0 where it is multiplied once a pass, whatever the tokens
+    flops: int  # of one element per token; 0 if it is multiplied once per pass, whatever the tokens
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a model can be trimmed, and what everything costs. Parameters count shared tensors once."""
+    """What can be trimmed in a model, and what everything costs. Shared tensors are counted once."""
 
     family: str
-    digest: str  # of the structure and a sample of the weights: tells another model apart
+    digest: str  # of the structure and a sample of the weights, to recognize the model
     sites: tuple[Site, ...]
     hidden: int
     encoder_params: int
     total_params: int
-    encoder_rest: Flops  # what no site owns, inside the encoder
-    model_rest: Flops  # the same for the whole model, encoder included
+    encoder_rest: Flops  # of the encoder, outside the sites
+    model_rest: Flops  # of the model (encoder included), outside the sites
     weights: tuple[Weight, ...] = ()  # the matrices among the sites' members
 
     def site(self, name: str) -> Site:
+        """The site of that name; KeyError if there is none."""
         for site in self.sites:
             if site.name == name:
                 return site
@@ -99,11 +107,12 @@ class Layout:
 
 
 def layout_from(data: dict) -> Layout:
+    """Inverse of `dataclasses.asdict` for a Layout, also after JSON; empties `data`. Else KeyError or TypeError."""
     sites = []
     for site in data.pop("sites"):
         members = tuple(Member(**m) for m in site.pop("members"))
         consumer, flops = Member(**site.pop("consumer")), Flops(**site.pop("flops"))
         sites.append(Site(members=members, consumer=consumer, flops=flops, **site))
-    rest = {name: Flops(**data.pop(name)) for name in ("encoder_rest", "model_rest")}
+    encoder_rest, model_rest = Flops(**data.pop("encoder_rest")), Flops(**data.pop("model_rest"))
     weights = tuple(Weight(**weight) for weight in data.pop("weights", ()))
-    return Layout(sites=tuple(sites), weights=weights, **rest, **data)
+    return Layout(sites=tuple(sites), weights=weights, encoder_rest=encoder_rest, model_rest=model_rest, **data)

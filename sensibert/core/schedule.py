@@ -1,7 +1,7 @@
-"""When a run trims, and how fast it learns: pure functions of the step. Fractions are of all steps of the run.
+"""When a run trims, and its learning rate: pure functions of the step. Fractions are of all steps of the run.
 
-A  dense warm-up until `warm_share` · B analysis · C trim, at once or along a cubic over `trim_share` · D recover at a
-fixed structure, linear to 0, after another warm-up (`lifted`) or from where the rate was, or higher (`plain`).
+Warm up until `trim_start`, analyze, trim (at once, or along a cubic over `trim_duration`), then recover at a fixed
+structure while the learning rate falls linearly to 0.
 """
 
 from __future__ import annotations
@@ -10,110 +10,117 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .errors import SensibertError
+from .settings import AT_LEAST_ONE, FRACTION, POSITIVE, check, setting
 
 SHAPES = ("oneshot", "cubic")
-RECOVERIES = ("lifted", "plain")
-LIFTED_PEAK = 1.6
+RECOVERIES = ("rewarm", "continue")
+REWARM_PEAK = 1.6  # times the peak learning rate
+SCHEDULE, RECOVERY = "Schedule", "Recovery after trimming"  # panels of the help
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """shape: oneshot or cubic (Zhu & Gupta, arXiv 1710.01878); milestones: how many cuts the cubic takes.
+    """When to trim, and how the learning rate, dropout and embeddings behave afterwards.
 
-    warmup, rewarm: shares of the steps in which the learning rate rises, at first and after the last cut. recovery:
-    from the last cut on, `lifted`: up to 1.6 times the peak, no dropout; `plain`: with the model's dropout, and from
-    the rate that it was, or the higher the further the cut goes below half (`peak`); None: what the task wants
-    (`for_task`), lifted if nobody says. recover_peak (times the peak) and recover_dropout: other values than those.
-    freeze_embeddings: from the last cut on they learn no more; None: where less than half of the encoder is left.
-    distil_until: the share of the recovery in which a teacher's weight falls linearly to 0; None: it stays."""
+    shape: `oneshot`, or `cubic` with `milestones` cuts (Zhu & Gupta, arXiv 1710.01878). recovery: after the last cut,
+    `rewarm` turns dropout off and raises the learning rate again, to 1.6 times its peak; `continue` keeps dropout and
+    continues the schedule, or raises the rate the further the budget is below 50 % (`peak`); None: the task's default
+    (`for_task`), `rewarm` if nothing else is known. recover_peak (times the peak learning rate) and recover_dropout
+    override both. freeze_embeddings: None freezes them after trimming where less than half of the encoder is left.
+    SensibertError names a value that cannot be."""
 
-    shape: str = "oneshot"
-    warm_share: float = 1 / 3
-    trim_share: float = 0.2
-    milestones: int = 6
-    warmup: float = 0.06
-    rewarm: float = 0.03
-    recovery: str | None = None
-    recover_peak: float | None = None
-    recover_dropout: float | None = None
-    freeze_embeddings: bool | None = None
-    distil_until: float | None = None
+    shape: str = setting(
+        "oneshot", "Trim at once, or in several cuts along a cubic.", SCHEDULE, SHAPES, flag="schedule"
+    )
+    trim_start: float = setting(
+        1 / 3, "Fraction of the steps before the first cut.", SCHEDULE, bound=FRACTION, was="warm_share",
+        show_default="1/3",
+    )  # fmt: skip
+    trim_duration: float = setting(
+        0.2, "Fraction of the steps over which the cubic trims.", SCHEDULE, bound=FRACTION, was="trim_share"
+    )
+    milestones: int = setting(6, "Number of cuts of the cubic.", SCHEDULE, bound=AT_LEAST_ONE)
+    warmup_ratio: float = setting(
+        0.06, "Fraction of the steps of learning-rate warm-up.", SCHEDULE, bound=FRACTION, was="warmup"
+    )
+    rewarm_ratio: float = setting(0.03, "The same, after the last cut.", RECOVERY, bound=FRACTION, was="rewarm")
+    recovery: str | None = setting(
+        None,
+        "rewarm: raise the learning rate again, without dropout. continue: keep dropout and continue the schedule; "
+        "below a 50 % budget the rate is raised.",
+        RECOVERY,
+        RECOVERIES,
+        renamed={"lifted": "rewarm", "plain": "continue"},
+        show_default="continue for question answering, otherwise rewarm",
+    )
+    recover_peak: float | None = setting(
+        None, "Peak after the last cut, times the learning rate.", RECOVERY, bound=POSITIVE,
+        show_default="from --recovery",
+    )  # fmt: skip
+    recover_dropout: float | None = setting(
+        None, "Dropout after the last cut.", RECOVERY, bound=FRACTION, show_default="from --recovery"
+    )
+    freeze_embeddings: bool | None = setting(
+        None, "Freeze the embeddings after the last cut.", RECOVERY, show_default="below a 50 % budget"
+    )
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise SensibertError(f"schedule: shape is {self.shape!r}, want one of {', '.join(SHAPES)}")
-        if self.recovery not in (*RECOVERIES, None):
-            raise SensibertError(f"schedule: recovery is {self.recovery!r}, want one of {', '.join(RECOVERIES)}")
-        for name in ("warm_share", "trim_share", "warmup", "rewarm", "recover_dropout"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise SensibertError(f"schedule: {name} is {getattr(self, name)}, want a fraction in [0, 1)")
-        if self.warm_share + (self.trim_share if self.shape == "cubic" else 0) >= 1:
-            raise SensibertError("schedule: warm_share + trim_share leave no steps to recover, want a sum below 1")
-        if self.milestones < 1:
-            raise SensibertError(f"schedule: milestones is {self.milestones}, want at least 1")
-        if self.recover_peak is not None and not self.recover_peak > 0:
-            raise SensibertError(f"schedule: recover_peak is {self.recover_peak}, want more than 0")
-        if self.distil_until is not None and not 0 < self.distil_until <= 1:
-            raise SensibertError(f"schedule: distil_until is {self.distil_until}, want a fraction in (0, 1]")
+        check(self)
+        if self.trim_start + (self.trim_duration if self.shape == "cubic" else 0) >= 1:
+            raise SensibertError("schedule: trim_start + trim_duration leave no steps to recover, want a sum below 1")
 
     def for_task(self, recovery: str) -> Schedule:
-        """With the task's recovery where none was asked for."""
+        """With the task's default recovery where none was chosen."""
         return replace(self, recovery=self.recovery or recovery)
 
     def dropout(self) -> float | None:
-        """The dropout after the last cut; None: the model's own."""
-        if self.recover_dropout is None and self.recovery == "plain":
+        """Dropout after the last cut; None: the model's own."""
+        if self.recover_dropout is None and self.recovery == "continue":
             return None
         return self.recover_dropout or 0.0
 
     def freezes(self, left: float) -> bool:
-        """Whether the embeddings stand still after the last cut; left: what stays of the encoder's cost."""
+        """Whether embeddings are frozen after the last cut. left: fraction of the encoder's cost that is left."""
         return left < 0.5 if self.freeze_embeddings is None else self.freeze_embeddings
 
     def cuts(self, total: int) -> dict[int, float]:
-        """step -> how far the trimming has gone after it, from 0 (dense) to 1 (the budget)."""
-        first = min(max(1, round(self.warm_share * total)), total)
+        """Step -> progress of the trimming after it: 0 is untrimmed, 1 the budget. total: steps of the run."""
+        first = min(max(1, round(self.trim_start * total)), total)
         if self.shape == "oneshot":
             return {first: 1.0}
-        length, found = self.trim_share * total, {}
+        length, cuts = self.trim_duration * total, {}
         for number in range(1, self.milestones + 1):
             progress = number / self.milestones
-            found[min(total, first + round(length * (number - 1) / max(1, self.milestones - 1)))] = progress
-        return found
+            cuts[min(total, first + round(length * (number - 1) / max(1, self.milestones - 1)))] = progress
+        return cuts
 
     def ratio(self, progress: float, final: float) -> float:
-        """r = r_f + (1 - r_f) (1 - t)^3: the share of the cost that is left at progress t."""
+        """r = r_f + (1 - r_f) (1 - t)^3: the fraction of the cost that is left at progress t."""
         return final + (1 - final) * (1 - progress) ** 3
 
-    def fade(self, step: int, total: int) -> float:
-        """Factor on a teacher's weight: 1 until the last cut, then to 0 over distil_until of the rest."""
-        last = max(self.cuts(total))
-        if self.distil_until is None or step <= last:
-            return 1.0
-        return max(0.0, 1 - (step - last) / (self.distil_until * (total - last)))
-
     def peak(self, begin: float, left: float) -> float:
-        """What the rate rises to after the last cut, from begin; left: what stays of the encoder's cost."""
+        """The factor that the learning rate rises to after the last cut, from `begin`; left as for `freezes`."""
         if self.recover_peak is not None:
             return self.recover_peak
-        if self.recovery != "plain":
-            return LIFTED_PEAK
-        return begin + (LIFTED_PEAK - begin) * max(0.0, 1 - 2 * left)
+        if self.recovery != "continue":
+            return REWARM_PEAK
+        return begin + (REWARM_PEAK - begin) * max(0.0, 1 - 2 * left)
 
-    def lr(self, dense: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
-        """(step, total) -> factor on the peak: warm-up then linear to 0; after the last cut once more from `peak`."""
+    def lr(self, baseline: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
+        """(step, total steps) -> factor on the peak learning rate: warm-up, then linear to 0; after the last cut once
+        more, from `peak`. baseline: without a cut."""
 
         def line(step: int, total: int) -> float:
             return max(0.0, 1 - step / max(1, total))
 
         def factor(step: int, total: int) -> float:
-            warm = max(1, round(self.warmup * total))
+            warm = max(1, round(self.warmup_ratio * total))
             if step < warm:
                 return (step + 1) / warm
-            last = max(self.cuts(total)) if not dense else total
-            if step < last or dense:
+            last = max(self.cuts(total)) if not baseline else total
+            if step < last or baseline:
                 return line(step, total)
-            again = max(1, round(self.rewarm * total))
+            again = max(1, round(self.rewarm_ratio * total))
             begin = line(last, total)
             peak = self.peak(begin, left)
             if step < last + again:

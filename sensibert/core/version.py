@@ -2,7 +2,7 @@
 
 
 def version() -> str:
-    from importlib import metadata  # slow to import, and rarely asked for
+    from importlib import metadata  # slow to import, and rarely needed
 
     try:
         return metadata.version("sensibert")

@@ -18,7 +18,7 @@ class Task:
     label_columns: tuple[str, ...]
     main_metric: str
     max_length: int = 128
-    recovery: str = "lifted"
+    recovery: str = "rewarm"
 
 
 SENTENCES = (
@@ -37,7 +37,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, ("label",), "accuracy"),
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
-        Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "plain"),
+        Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
     )
 }

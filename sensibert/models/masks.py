@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.cost import cost_of_blocks, cost_of_units
 from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..nn import MaskedLinear, replace
+from .layout_of import layout_of
 from .modules import base_of
 
 FORMAT = "sensibert.masks"
@@ -63,6 +65,14 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
 
 
 def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:
-    """The masks as `cost.left` takes them; (None, None) where no grid was cut."""
+    """The masks and their grid; (None, None) where no grid was cut."""
     masks = masks_of(model)
     return (None, None) if masks is None else (masks.keep, masks.grid)
+
+
+def cost_of(model: nn.Module, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
+    """(parameters, FLOPs of one sequence of `length` tokens) of a model as it is now, without what its masks drop."""
+    layout, masks = layout_of(model), masks_of(model)
+    if masks is None:
+        return cost_of_units(layout, None, scope, length)
+    return cost_of_blocks(layout, masks.keep, masks.grid, scope, length)

@@ -6,19 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core.grid import Grid
-from ..ops.block_sensitivity import block_sensitivity
+from ..ops.masked_linear.kept_index import CompactWeight
 from ..ops.masked_linear.op import masked_linear
 
 
 class MaskedLinear(nn.Linear):
-    """y = x (weight * keep)^T + bias: an nn.Linear of the same parameters, with one more buffer and one attribute.
+    """y = x (weight * keep)^T + bias: an nn.Linear of the same parameters, with a buffer `keep` and a `grid`.
 
     keep is bool grid.shape(out_features, in_features), True survives, all True at first. It is not persistent: the
     state dict is that of nn.Linear, so a strict load works both ways, and the masks of a run belong to its Plan.
-    Copies and pickles carry keep. The bias is not masked. Numerics: see sensibert.ops.masked_linear."""
+    Copies and pickles carry keep. The bias is not masked. Numerics: see sensibert.ops.masked_linear.
+
+    compact: the kept part of the weight, where someone writes it beforehand (`MaskedAdamW.follow`); forward multiplies
+    with it while it is valid. In no state dict, copy or pickle."""
 
     keep: Tensor
     grid: Grid
+    compact: CompactWeight | None = None
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, grid: Grid = Grid.row()):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -26,7 +30,7 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, keep: Tensor | None = None, grid: Grid = Grid.row()) -> MaskedLinear:
-        """Turn `linear` itself into a MaskedLinear and return it: its parameters, hooks and owners stay what they are.
+        """Turn `linear` itself into a MaskedLinear and return it: parameters and hooks keep their identity.
 
         ValueError if it is neither a plain nn.Linear nor a MaskedLinear, or has had its forward replaced."""
         if not is_maskable(linear):
@@ -41,17 +45,19 @@ class MaskedLinear(nn.Linear):
         with torch.no_grad():
             self.weight.masked_fill_(~self.grid.expand(self.keep, self.out_features, self.in_features), 0)
         del self.keep, self.grid
+        self.__dict__.pop("compact", None)
         self.__class__ = nn.Linear
         return self
 
     def reset_parameters(self) -> None:
-        """As nn.Linear, and everything kept: after to_empty() the buffer is as undefined as the weight."""
+        """As nn.Linear, and keep all True: after to_empty() the buffer is as undefined as the weight."""
         super().reset_parameters()
         if "keep" in self._buffers:
             self.keep.fill_(True)
 
     def set_keep(self, keep: Tensor | None, grid: Grid | None = None) -> None:
-        """New masks: keep bool grid.shape(N, K), None for all True; grid None: as before. In place if it fits."""
+        """Set the masks, in place where the shape stays: keep bool grid.shape(N, K), None for all True; grid None keeps
+        the grid. ValueError if keep does not fit the grid."""
         grid = self.grid if grid is None else grid
         check_keep(self, keep, grid)
         shape = grid.shape(self.out_features, self.in_features)
@@ -62,18 +68,18 @@ class MaskedLinear(nn.Linear):
             old.copy_(keep)
         else:
             self.register_buffer("keep", keep.detach().to(self.weight.device, copy=True).contiguous(), persistent=False)
+            self.compact = None
         self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        return masked_linear(x, self.weight, self.bias, self.keep, self.grid)
+        return masked_linear(x, self.weight, self.bias, self.keep, self.grid, self.compact)
 
-    def gate_gradient(self) -> Tensor:
-        """dL/dm of a gate m = 1 on each block of the grid: sum of weight * dL/dweight over the block, from weight.grad.
+    def _apply(self, fn, recurse=True):  # to(), half(), cuda(), ...: the matrix stays where and what it was
+        self.compact = None
+        return super()._apply(fn, recurse)
 
-        fp32, the shape of keep, 0 in dropped blocks. RuntimeError before a backward."""
-        if self.weight.grad is None:
-            raise RuntimeError("MaskedLinear.gate_gradient: weight.grad is None, want the gradient of a backward")
-        return block_sensitivity([self.weight], [self.weight.grad], self.grid, reduce="signed")[0]
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "compact"}
 
     def extra_repr(self) -> str:
         kept = "?" if self.keep.is_meta else f"{int(self.keep.sum())}/{self.keep.numel()}"
@@ -81,7 +87,7 @@ class MaskedLinear(nn.Linear):
 
 
 def is_maskable(module: nn.Module) -> bool:
-    """A plain nn.Linear or a MaskedLinear; not a subclass that may compute something else, nor a wrapped forward."""
+    """Whether module is a plain nn.Linear or a MaskedLinear: no other subclass, and no forward of its own."""
     return type(module) in (nn.Linear, MaskedLinear) and "forward" not in vars(module)
 
 
@@ -93,5 +99,5 @@ def check_keep(linear: nn.Linear, keep: Tensor | None, grid: Grid) -> None:
     """ValueError if keep is not a bool tensor of the grid's shape on this weight."""
     want = grid.shape(linear.out_features, linear.in_features)
     if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != want):
-        said = f"{keep.dtype} {tuple(keep.shape)}"
-        raise ValueError(f"MaskedLinear: keep is {said}, want torch.bool {want} for the grid {grid}")
+        got = f"{keep.dtype} {tuple(keep.shape)}"
+        raise ValueError(f"MaskedLinear: keep is {got}, want torch.bool {want} for the grid {grid}")

@@ -33,7 +33,7 @@ def gather_kept(
 ) -> list[Tensor]:
     """weights [N, K] of one device; rows [n], cols [k] int64, None for all -> weight[rows][:, cols] [n, k] for each.
 
-    bits int8 [n, k], as `live` finds them: all bits set where a weight is kept, none in a hole, which becomes exactly 0
+    bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, none in a hole, which becomes exactly 0
     whatever was there. dtype None: that of the weight; out: matrices to write instead of new ones. float32, bfloat16,
     float16, float64, mixed freely, one rounding. No gradient, nothing is read back. An index outside its axis is an
     IndexError on a CPU and a NaN in a kernel. ValueError names what does not fit."""

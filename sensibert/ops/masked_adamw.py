@@ -1,10 +1,10 @@
-"""One AdamW step over all tensors of all groups, with masks, a bf16 shadow and the sensitivity in the same pass.
+"""One AdamW step over all tensors of all groups, with masks, a bf16 working copy and the sensitivity in the same pass.
 
 g = grad * grad_factor
 w = w * (1 - lr * weight_decay)
 m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
 w = w - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)        Loshchilov and Hutter, 1711.05101
-w, m, v = 0 wherever keep is False;   shadow = bf16(w), or its kept rows and columns alone
+w, m, v = 0 wherever keep is False;   working copy = bf16(w), or its kept rows and columns alone
 score = decay * score + scale * finish(sum over the block of reduce(w before the step, g)), survivors only
 """
 
@@ -23,7 +23,7 @@ OP = "sensibert::masked_adamw_"
 _MOMENTS = "Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, "
 _SETTINGS = "int[] group, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, "
 _EXTRAS = (
-    "Tensor[] keep, int[] keep_of, int[] keep_blocks, Tensor(d!)[] shadow, int[] shadow_of, "
+    "Tensor[] keep, int[] keep_of, int[] keep_blocks, Tensor(d!)[] working_copy, int[] working_copy_of, "
     "Tensor[] row_map, int[] row_map_of, Tensor[] col_map, int[] col_map_of, "
     "Tensor(e!)[] score, int[] score_of, int[] score_blocks, str reduce, str finish, float decay, float scale"
 )
@@ -56,7 +56,7 @@ def masked_adamw(
     *,
     grad_factor: Tensor | None = None,
     keeps: Mapping[int, tuple[Tensor, Grid]] | None = None,
-    shadows: Mapping[int, Tensor] | None = None,
+    working_copies: Mapping[int, Tensor] | None = None,
     row_maps: Mapping[int, Tensor] | None = None,
     col_maps: Mapping[int, Tensor] | None = None,
     scores: Mapping[int, tuple[Tensor, Grid]] | None = None,
@@ -69,22 +69,22 @@ def masked_adamw(
 
     steps: the number of this step, 1 for the first, one fp32 a tensor. groups: the group of each tensor; lr [G] fp32,
     fp64 if params are; betas, eps, weight_decay: one entry a group. grad_factor: one fp32 (clipping / loss scale).
-    keeps, shadows, scores: by position in params; keep bool and score fp32 in the shape of their grid, shadow bf16 in
-    that of its param. row_maps, col_maps (`index_map`) make a shadow compact: int32 [N], [K], the row and column of
-    shadow [n, k] that each of the weight [N, K] has, or -1; no map: all of them. Each row and column of the shadow has
-    one. One device, nothing is read back, deterministic. ValueError names what does not fit.
+    keeps, working_copies, scores: by position in params; keep bool and score fp32 in the shape of their grid, a working
+    copy bf16 in that of its param. row_maps, col_maps (`index_map`) make a working copy compact: int32 [N], [K], the
+    row and column of the copy [n, k] for each one of the weight [N, K], or -1; no map: all of them. Each row and
+    column of the copy has one. One device, nothing is read back, deterministic. ValueError names what does not fit.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
     if reduce not in REDUCES or finish not in FINISHES:
         raise ValueError(f"masked_adamw: reduce, finish are {reduce!r}, {finish!r}, want one of {REDUCES}, {FINISHES}")
     if grad_factor is not None:
         _check_scalar("grad_factor", grad_factor, lr.device)
-    keeps, shadows, scores = keeps or {}, shadows or {}, scores or {}
+    keeps, working_copies, scores = keeps or {}, working_copies or {}, scores or {}
     _check_blocks("keep", keeps, torch.bool, params)
     _check_blocks("score", scores, torch.float32, params)
     row_maps, col_maps = row_maps or {}, col_maps or {}
-    _check_shadows(shadows, row_maps, col_maps, params)
-    mutated = [*params, *exp_avgs, *exp_avg_sqs, *shadows.values(), *(score for score, _ in scores.values())]
+    _check_working_copies(working_copies, row_maps, col_maps, params)
+    mutated = [*params, *exp_avgs, *exp_avg_sqs, *working_copies.values(), *(score for score, _ in scores.values())]
     packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
     tensors = iter(packed)
     # Kernels compute in 32 bits; double precision, which nobody trains in but tests do, takes the reference everywhere.
@@ -100,7 +100,7 @@ def masked_adamw(
         grad_factor,
         *_listed_extras(
             {t: (keep.contiguous(), grid) for t, (keep, grid) in keeps.items()},
-            {t: next(tensors) for t in shadows},
+            {t: next(tensors) for t in working_copies},
             {t: row_map.contiguous() for t, row_map in row_maps.items()},
             {t: col_map.contiguous() for t, col_map in col_maps.items()},
             {t: (next(tensors), grid) for t, (_, grid) in scores.items()},
@@ -120,14 +120,14 @@ def _listed_settings(groups, betas, eps, weight_decay) -> tuple[list, ...]:
     return list(groups), [beta[0] for beta in betas], [beta[1] for beta in betas], list(eps), list(weight_decay)
 
 
-def _listed_extras(keeps, shadows, row_maps, col_maps, scores, reduce, finish, decay, scale) -> tuple:
+def _listed_extras(keeps, working_copies, row_maps, col_maps, scores, reduce, finish, decay, scale) -> tuple:
     """As the op takes them."""
     return (
         [keep for keep, _ in keeps.values()],
         list(keeps),
         [size for _, grid in keeps.values() for size in (grid.block_rows, grid.block_cols)],
-        list(shadows.values()),
-        list(shadows),
+        list(working_copies.values()),
+        list(working_copies),
         list(row_maps.values()),
         list(row_maps),
         list(col_maps.values()),
@@ -212,23 +212,27 @@ def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: 
             raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {wanted} (grid {grid})")
 
 
-def _check_shadows(shadows, row_maps, col_maps, params) -> None:
+def _check_working_copies(working_copies, row_maps, col_maps, params) -> None:
     for name, maps, axis in (("row_map", row_maps, 0), ("col_map", col_maps, 1)):
         for t, of in maps.items():
-            if t not in shadows:
-                raise ValueError(f"masked_adamw: {name} is for params[{t}], which has no shadow")
+            if t not in working_copies:
+                raise ValueError(f"masked_adamw: {name} is for params[{t}], which has no working_copy")
             size = matrix_shape(params[t])[axis]
             if (of.dtype, tuple(of.shape), of.device) != (torch.int32, (size,), params[t].device):
                 wanted = f"int32 ({size},) on {params[t].device}"
                 raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {wanted}")
-    for t, shadow in shadows.items():
+    for t, working_copy in working_copies.items():
         wanted = tuple(params[t].shape)
         if t in row_maps or t in col_maps:  # as many rows and columns as have a place in it: up to the caller
             N, K = matrix_shape(params[t])
-            n, k = (*shadow.shape, -1, -1)[:2]
+            n, k = (*working_copy.shape, -1, -1)[:2]
             wanted = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
-        if (shadow.dtype, tuple(shadow.shape), shadow.device) != (torch.bfloat16, wanted, params[t].device):
-            raise ValueError(f"masked_adamw: shadow[{t}] is {_named(shadow)}, want bfloat16 {wanted}")
+        if (working_copy.dtype, tuple(working_copy.shape), working_copy.device) != (
+            torch.bfloat16,
+            wanted,
+            params[t].device,
+        ):
+            raise ValueError(f"masked_adamw: working_copy[{t}] is {_named(working_copy)}, want bfloat16 {wanted}")
 
 
 def index_map(index: Tensor, size: int) -> Tensor:
@@ -257,23 +261,21 @@ def _as_bits(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def reference(
     param, grad, exp_avg, exp_avg_sq, step, lr, group, beta1, beta2, eps, weight_decay, grad_factor,
-    keep, keep_of, keep_blocks, shadow, shadow_of, row_map, row_map_of, col_map, col_map_of,
+    keep, keep_of, keep_blocks, working_copy, working_copy_of, row_map, row_map_of, col_map, col_map_of,
     score, score_of, score_blocks, reduce, finish, decay, scale,
 ) -> None:  # fmt: skip
     settings = list(zip(lr.unbind(), beta1, beta2, eps, weight_decay, strict=True))
-    kept, scored, shadowed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, shadow_of))
+    kept, scored, working_copyed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, working_copy_of))
     maps = [dict(zip(of, given, strict=True)) for of, given in ((row_map_of, row_map), (col_map_of, col_map))]
     plain = defaultdict(list)
     for t, (w, g, m, v) in enumerate(zip(param, grad, exp_avg, exp_avg_sq, strict=True)):
         if w.numel() == 0:
             continue
-        if grad_factor is not None:  # multiplied in fp32: a factor of 1 / 65536 is nothing in half precision
-            factor = grad_factor.view(())
-            g = g * factor if g.itemsize > 2 else (g.float() * factor).to(g.dtype)
-        if t not in kept and t not in scored and t not in shadowed:
+        if t not in kept and t not in scored and t not in working_copyed:
             plain[group[t], w.dtype].append((w, g, m, v, step[t]))
             continue
         # One tensor after the other, so that it is still in a cache, and temporary memory is used again.
+        g = _scaled(g, grad_factor)
         shape, i, j = matrix_shape(w), kept.get(t), scored.get(t)
         bits = None if i is None else _keep_bits(keep[i], *keep_blocks[2 * i : 2 * i + 2], w)
         if j is not None:
@@ -287,15 +289,42 @@ def reference(
         if bits is not None:
             for tensor in (w, m, v):
                 _as_bits(tensor).bitwise_and_(bits)
-        if t in shadowed:
-            out, compact = shadow[shadowed[t]], w
+        if t in working_copyed:
+            out, compact = working_copy[working_copyed[t]], w
             for dim, places in enumerate(of.get(t) for of in maps):
                 if places is not None:  # sorted, the places are -1, ..., -1, 0, ..., n - 1
                     index = places.argsort()[len(places) - out.shape[dim] :]
                     compact = compact.view(matrix_shape(compact)).index_select(dim, index)
             out.copy_(compact)
     for (number, _), entries in plain.items():
-        _adamw(*map(list, zip(*entries, strict=True)), *settings[number])
+        _plain_adamw(entries, grad_factor, *settings[number])
+
+
+def _scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """grad * factor, multiplied in fp32: 1 / 65536 is 0 in half precision."""
+    if factor is None:
+        return grad
+    factor = factor.view(())
+    return grad * factor if grad.itemsize > 2 else (grad.float() * factor).to(grad.dtype)
+
+
+_PIECE = 1 << 17  # elements of which the scaled gradient stays in the cache of a CPU
+
+
+def _plain_adamw(entries: list[tuple[Tensor, ...]], factor: Tensor | None, *settings) -> None:
+    """_adamw of (w, grad, m, v, step) of one dtype. Scaled gradients are made in pieces, not all of them at once."""
+    rest, scratch = [], None
+    for w, g, m, v, step in entries:
+        if factor is None or not w.is_cpu or w.numel() <= _PIECE or w.itemsize == 2:
+            rest.append((w, _scaled(g, factor), m, v, step))
+            continue
+        scratch = torch.empty(_PIECE, dtype=g.dtype) if scratch is None else scratch
+        for *piece, grad in zip(*(tensor.view(-1).split(_PIECE) for tensor in (w, m, v, g)), strict=True):
+            w, m, v = piece
+            scaled = torch.mul(grad, factor.view(()), out=scratch[: len(grad)])
+            _adamw([w], [scaled], [m], [v], [step], *settings)
+    if rest:
+        _adamw(*map(list, zip(*rest, strict=True)), *settings)
 
 
 def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:

@@ -1,6 +1,6 @@
-"""The optimizer that keeps dropped weights at zero, and state that follows a parameter."""
+"""The optimizer of every run, and optimizer state that follows a parameter when it shrinks or is masked."""
 
-from .masked_adamw import MaskedAdamW
-from .state import mask_state, slice_state
+from .masked_adamw import MaskedAdamW, optimizer_cls_and_kwargs
+from .state import mask_state, slice_state, unwrapped
 
-__all__ = ["MaskedAdamW", "mask_state", "slice_state"]
+__all__ = ["MaskedAdamW", "mask_state", "optimizer_cls_and_kwargs", "slice_state", "unwrapped"]

@@ -1,115 +1,99 @@
-"""The layers whose compact weight an optimizer writes in its own pass, and the one gather when their masks change."""
+"""The masked layers whose compact weight an optimizer writes in its own pass: `MaskedAdamW.follow`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core.grid import Grid
+from ..nn.masked_linear import MaskedLinear
 from ..ops.gather_kept import gather_kept
 from ..ops.masked_adamw import index_map
-from ..ops.masked_linear.kept_index import CompactWeight, live, publish, withdraw
-
-if TYPE_CHECKING:
-    from ..nn.masked_linear import MaskedLinear
+from ..ops.masked_linear.kept_index import CompactWeight, kept_index
 
 
 @dataclass(eq=False)
-class _Follower:
-    """One layer, and the matrix [n, k] of its kept rows and columns that stands for its weight in a matmul."""
+class _Followed:
+    """One layer, and the compact weight that was made for it last."""
 
     layer: MaskedLinear
     weight: Tensor
-    keep: Tensor
-    seen: tuple[int, Grid] | None = None  # version of keep and grid that the matrix was made for
-    promise: CompactWeight | None = None
+    compact: CompactWeight | None = None
 
     @property
-    def now(self) -> tuple[int, Grid]:
-        return self.keep._version, self.layer.grid
+    def versions(self) -> list[int]:
+        """What compact.versions must hold to be valid."""
+        return [self.weight._version, self.layer.keep._version]
 
     @property
-    def follows(self) -> bool:
-        """Until the layer gets another weight, or a keep of another shape or device, or is turned back."""
-        keep, weight = self.layer._buffers.get("keep"), self.layer._parameters.get("weight")
-        return keep is self.keep and weight is self.weight
+    def ended(self) -> bool:
+        """Whether the layer is no longer masked or has another weight."""
+        return not isinstance(self.layer, MaskedLinear) or self.layer._parameters.get("weight") is not self.weight
+
+    @property
+    def stale(self) -> bool:
+        """Whether the masks have changed since compact was made, or the layer has dropped it."""
+        compact, keep = self.layer.compact, self.layer.keep
+        return compact is None or compact is not self.compact or compact.versions.numpy()[1] != keep._version
 
 
-class Followers:
-    """All layers that follow one MaskedAdamW, whose hooks keep this object alive."""
+class CompactWeights:
+    """All layers that one MaskedAdamW follows. It belongs to the optimizer, which passes itself to each method."""
 
-    def __init__(self, optimizer) -> None:
-        self.optimizer = ref(optimizer)
-        self.members: list[_Follower] = []
-        self.renew = WeakMethod(self.refresh)
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(self.after_step)
+    def __init__(self) -> None:
+        self._followed: list[_Followed] = []
 
-    def add(self, layer: MaskedLinear) -> None:
-        self.optimizer().set_keep(layer.weight, layer.keep, layer.grid)  # refuses a weight that it does not hold
-        self.members = [m for m in self.members if m.weight is not layer.weight]  # one compact matrix a weight
-        self.members.append(_Follower(layer, layer.weight, layer.keep))
-        self.refresh()
+    def follow(self, optimizer, model: nn.Module) -> None:
+        owned = {param for group in optimizer.param_groups for param in group["params"]}
+        by_weight = {entry.weight: entry for entry in self._followed if not entry.ended}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, MaskedLinear) or layer._parameters.get("weight") not in owned:
+                continue
+            entry = by_weight.setdefault(layer.weight, _Followed(layer, layer.weight))
+            if entry.layer is not layer and not _same_masks(entry.layer, layer):
+                raise ValueError(f"follow: {name} shares its weight with a layer of other masks, want the same masks")
+        for entry in by_weight.values():
+            optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
+        self._followed += [entry for entry in by_weight.values() if entry not in self._followed]
+        self.before_step(optimizer)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """New compact matrices where keep has changed, gathered at once; the optimizer writes them from now on."""
-        optimizer = self.optimizer()
-        for member in [m for m in self.members if not m.follows]:
-            self.members.remove(member)
-            optimizer.set_shadow(member.weight, None)
-            withdraw(member.weight)
-        stale = [m for m in self.members if m.seen != m.now]
-        with torch.inference_mode(False):  # they outlive the call that asked for them
-            for device in {m.weight.device for m in stale}:
-                self._gather([m for m in stale if m.weight.device == device])
+    def before_step(self, optimizer) -> None:
+        """Give the layers' masks to the optimizer, and gather a new matrix for each layer whose masks have changed."""
+        for entry in [entry for entry in self._followed if entry.ended]:
+            self._followed.remove(entry)
+            optimizer.set_working_copy(entry.weight, None)
+        for entry in self._followed:
+            if optimizer.state[entry.weight].get("keep") is not entry.layer.keep:  # another buffer, or a loaded state
+                optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
+        stale = [entry for entry in self._followed if entry.stale]
+        with torch.inference_mode(False):  # the matrices outlive the call
+            for device in {entry.weight.device for entry in stale}:
+                _gather(optimizer, [entry for entry in stale if entry.weight.device == device])
 
-    def _gather(self, members: list[_Follower]) -> None:
-        optimizer, kept = self.optimizer(), [live(m.keep, m.layer.grid, *m.weight.shape) for m in members]
-        columns = ([getattr(found, name) for found in kept] for name in ("rows", "cols", "bits"))
-        compacts = gather_kept([m.weight for m in members], *columns, dtype=torch.bfloat16)
-        for member, found, compact in zip(members, kept, compacts, strict=True):
-            maps = [
-                None if index is None else index_map(index, size)
-                for index, size in zip((found.rows, found.cols), member.weight.shape, strict=True)
-            ]
-            optimizer.set_keep(member.weight, member.keep, member.layer.grid)
-            optimizer.set_shadow(member.weight, compact, *maps)
-            member.seen = member.now
-            member.promise = publish(member.weight, member.keep, member.layer.grid, compact, self.renew)
-
-    def before_step(self, optimizer, *_) -> None:
-        self.refresh()
-        for member in self.members:
-            if optimizer.state[member.weight].get("keep") is not member.keep:  # loaded, or cleared: the layer decides
-                optimizer.set_keep(member.weight, member.keep, member.layer.grid)
-
-    def after_step(self, optimizer, *_) -> None:
-        for member in self.members:
-            # Without a gradient the step wrote nothing: what was published before stays as true as it was.
-            written = member.weight.grad is not None and optimizer.shadow(member.weight) is member.promise.compact
-            if written and member.seen == member.now:
-                member.promise.weight_version = member.weight._version
+    def after_step(self, optimizer) -> None:
+        """Mark what the step has written as valid for the weights as they are now."""
+        for entry in self._followed:
+            # A parameter without a gradient has not been written.
+            if entry.weight.grad is not None and optimizer.working_copy(entry.weight) is entry.compact.matrix:
+                entry.compact.versions.numpy()[:] = entry.versions  # numpy leaves the version of `versions` as it is
 
 
-_known: WeakKeyDictionary = WeakKeyDictionary()  # optimizer -> its Followers
+def _gather(optimizer, entries: list[_Followed]) -> None:
+    kept = [kept_index(entry.layer.keep, entry.layer.grid, *entry.weight.shape) for entry in entries]
+    indices = ([getattr(index, name) for index in kept] for name in ("rows", "cols", "bits"))
+    matrices = gather_kept([entry.weight for entry in entries], *indices, dtype=torch.bfloat16)
+    for entry, index, matrix in zip(entries, kept, matrices, strict=True):
+        maps = [
+            None if positions is None else index_map(positions, size)
+            for positions, size in zip((index.rows, index.cols), entry.weight.shape, strict=True)
+        ]
+        optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
+        optimizer.set_working_copy(entry.weight, matrix, *maps)
+        entry.compact = CompactWeight(matrix, torch.tensor(entry.versions), entry.weight, entry.layer.keep)
+        entry.layer.compact = entry.compact
 
 
-def followers(optimizer) -> Followers:
-    if optimizer not in _known:
-        _known[optimizer] = Followers(optimizer)
-    return _known[optimizer]
-
-
-def follow(layer: MaskedLinear, optimizer) -> None:
-    """Let `optimizer`, a MaskedAdamW that holds the weight, keep dropped weights at 0 and write in its own pass the
-    bf16 matrix of the kept rows and columns that a call under bf16 autocast (or a bf16 layer) then multiplies with,
-    instead of gathering, casting and masking the weight each time.
-
-    After set_keep the next call makes it anew, in one launch for all layers that follow the optimizer. The layer's
-    masks are the optimizer's, also after its load_state_dict. Ends when set_keep changes the shape of keep."""
-    followers(optimizer).add(layer)
+def _same_masks(a: MaskedLinear, b: MaskedLinear) -> bool:
+    return a.grid == b.grid and torch.equal(a.keep, b.keep)

@@ -1,4 +1,4 @@
-"""AdamW that keeps dropped weights at zero, and optimizer state that follows a parameter when it shrinks."""
+"""AdamW that keeps dropped weights at zero and writes bf16 working copies in the same pass."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from operator import is_
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.grid import Grid
 from ..ops.masked_adamw import HeldAdamW, matrix_shape
+from .compact_weights import CompactWeights
 
 
 @dataclass(eq=False)
@@ -29,12 +30,18 @@ class _Held:
 class MaskedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
 
-    set_keep names the blocks of a parameter that survive: the others and their moments are exactly 0 after every step.
-    set_shadow has a bf16 copy of a parameter, or of its kept rows and columns, rewritten by every step; track has
-    sensitivities accumulated in it.
-    `grad_factor`, a float32 scalar tensor or None, multiplies every gradient on the way (clipping, inverse loss scale).
-    A group's lr may be a tensor: then a captured step reads it anew at each replay. Without masks: torch.optim.AdamW.
-    """
+    Without masks the weights are those of torch.optim.AdamW(fused=True), bit for bit on a CPU. In addition:
+
+    - `set_keep` names the blocks of a parameter that survive: the others and their moments are exactly 0 after every
+      step.
+    - `follow` keeps the dropped weights of a model's masked layers at 0 and writes the bf16 matrices that they multiply
+      with.
+    - `set_working_copy` has a bf16 copy of a parameter, or of its kept rows and columns, written at every step.
+    - `track` adds the sensitivity of parameters to tensors.
+    - `clip_grad_norm` scales the gradients of the next step, within the step.
+    - `grad_factor`, a float32 scalar tensor or None, multiplies every gradient within every step (inverse loss scale).
+
+    A group's lr may be a tensor: then a captured step reads it anew at each replay. Gradients are never written."""
 
     def __init__(
         self,
@@ -53,8 +60,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _start_unsaved(self) -> None:
         self.grad_factor: Tensor | None = None
+        self._clip_factor: Tensor | None = None
+        self._compact_weights = CompactWeights()
         self._lr: dict[tuple[torch.device, torch.dtype], tuple[list[float], Tensor]] = {}
-        self._shadows: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._working_copies: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._held: dict[torch.device, _Held] = {}
         self.track({})
 
@@ -72,27 +81,48 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.state[param]["keep"] = keep.to(param.device).contiguous()
         self.state[param]["keep_grid"] = (grid.block_rows, grid.block_cols)
 
-    def clear_keep(self, param: Tensor) -> None:
-        """All of param trains again, what was dropped from 0."""
-        self._want_held(param)
-        self.state[param].pop("keep", None)
-        self.state[param].pop("keep_grid", None)
-
-    def set_shadow(
-        self, param: Tensor, shadow: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
+    def set_working_copy(
+        self, param: Tensor, working_copy: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
     ) -> None:
-        """shadow, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
+        """working_copy, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
 
-        With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that have a place."""
+        With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that the maps keep."""
         self._held.clear()
-        self._shadows.pop(param, None)
-        if shadow is not None:
+        self._working_copies.pop(param, None)
+        if working_copy is not None:
             self._want_held(param)
-            self._shadows[param] = (shadow, row_map, col_map)
+            self._working_copies[param] = (working_copy, row_map, col_map)
 
-    def shadow(self, param: Tensor) -> Tensor | None:
-        """What set_shadow named."""
-        return self._shadows[param][0] if param in self._shadows else None
+    def working_copy(self, param: Tensor) -> Tensor | None:
+        """The tensor that set_working_copy named, or None."""
+        return self._working_copies[param][0] if param in self._working_copies else None
+
+    def follow(self, model: nn.Module) -> None:
+        """Take the masks of the model's MaskedLinear layers, and write their compact weights in every step from now on.
+
+        A compact weight is the bf16 matrix [n, k] of the kept rows and columns. Under bf16 autocast, or in bf16, the
+        layer multiplies with it instead of gathering, casting and masking its weight. A layer whose weight is in no
+        param group is left alone.
+
+        New masks of a layer (`set_keep`) are those of the optimizer from its next step on, also after load_state_dict;
+        the new matrices of all layers are gathered in one launch then, and until then the layers gather for themselves.
+        A layer that is turned back into nn.Linear or gets another weight is no longer followed: after a trim, call
+        follow again. Not saved. ValueError if layers with different masks share a weight."""
+        self._compact_weights.follow(self, model)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
+        """Let the next step scale its gradients so that their total 2-norm is at most max_norm; return their norm.
+
+        As torch.nn.utils.clip_grad_norm_, but the gradients are scaled within the step and stay as they are. norm: their
+        total norm, if it is known."""
+        if norm is None:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+        if self.grad_factor is not None:
+            norm = norm * self.grad_factor.to(norm.device)
+        self._clip_factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
+        return norm
 
     def track(
         self,
@@ -117,6 +147,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._compact_weights.before_step(self)
         entries = [
             (param, grad, number)
             for number, group in enumerate(self.param_groups)
@@ -127,6 +158,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for device in devices:
             here = entries if len(devices) == 1 else [entry for entry in entries if entry[0].device == device]
             self._step_on(device, *map(list, zip(*here, strict=True)))
+        self._clip_factor = None
+        self._compact_weights.after_step(self)
         return loss
 
     def _step_on(self, device: torch.device, params: list[Tensor], grads: list[Tensor], groups: list[int]) -> None:
@@ -141,12 +174,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         held = self._held_for(device, params, groups, states, steps)
-        factor = None if self.grad_factor is None else self.grad_factor.to(device)
-        held.step(grads, self._lr_on(device, held.rate), factor)
+        held.step(grads, self._lr_on(device, held.rate), self._factor_on(device))
         torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
 
+    def _factor_on(self, device: torch.device) -> Tensor | None:
+        """What every gradient on this device is multiplied by."""
+        factors = [factor.to(device) for factor in (self._clip_factor, self.grad_factor) if factor is not None]
+        if self._clip_factor is not None and device.type == "cpu" and factors[0] == 1:
+            del factors[0]  # nothing is clipped
+        return None if not factors else factors[0] if len(factors) == 1 else factors[0] * factors[1]
+
     def _held_for(self, device: torch.device, params, groups, states: list[dict], steps) -> _Held:
-        """The step of the last time, or a new one if anything is another tensor or setting than it was."""
+        """The step of the last call, or a new one if a tensor or a setting is another one."""
         moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
         keeps = [state.get("keep") for state in states]
         grids = [state.get("keep_grid") for state in states]
@@ -159,7 +198,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             step = HeldAdamW(
                 params, *moments, steps, groups, betas, eps, weight_decay,
                 keeps={t: (keep, Grid(*grids[t])) for t, keep in enumerate(keeps) if keep is not None},
-                **self._shadows_of(params),
+                **self._working_copies_of(params),
                 scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
                 **self._statistic,
             )  # fmt: skip
@@ -168,10 +207,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._held[device] = held
         return held
 
-    def _shadows_of(self, params: list[Tensor]) -> dict[str, dict[int, Tensor]]:
-        """Shadows, row maps and column maps by place, as the op wants them."""
-        held = [(t, self._shadows[p]) for t, p in enumerate(params) if p in self._shadows]
-        names = ("shadows", "row_maps", "col_maps")
+    def _working_copies_of(self, params: list[Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Working copies, row maps and column maps by position, as the op takes them."""
+        held = [(t, self._working_copies[p]) for t, p in enumerate(params) if p in self._working_copies]
+        names = ("working_copies", "row_maps", "col_maps")
         return {name: {t: s[i] for t, s in held if s[i] is not None} for i, name in enumerate(names)}
 
     def _lr_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -194,6 +233,25 @@ class MaskedAdamW(torch.optim.Optimizer):
             if "keep" in state:
                 state["keep"] = state["keep"].to(param.device, torch.bool)
 
+    def forget(self, param: Tensor) -> None:
+        """Let go of the working copy and the score of param, which is about to leave the optimizer."""
+        self._held.clear()
+        self._working_copies.pop(param, None)
+        self._scores.pop(param, None)
+
     def _want_held(self, param: Tensor) -> None:
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise ValueError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")
+
+
+def optimizer_cls_and_kwargs(args) -> tuple[type[MaskedAdamW], dict]:
+    """MaskedAdamW with the settings of a transformers.TrainingArguments: `Trainer(optimizer_cls_and_kwargs=...)`.
+
+    Weights are those of `optim="adamw_torch_fused"`, bit for bit on a CPU."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    return MaskedAdamW, settings

@@ -11,17 +11,23 @@ from ..ops.masked_adamw import matrix_shape
 from .masked_adamw import MaskedAdamW
 
 
+def unwrapped(optimizer):
+    """The torch optimizer inside the wrappers of accelerate."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]) -> None:
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
     shape of `old` is cut, and so are the factors of Adafactor and a keep of MaskedAdamW; single numbers (step counts)
-    are carried over; a shadow or score of `old` is let go. Any torch optimizer, also one wrapped by accelerate
+    are carried over; its working copy and score are let go. Any torch optimizer, also one wrapped by accelerate
     (`.optimizer`). ValueError if `old` is not held, if `new` has not the shape that index leaves, or for a state of
     another shape.
     """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)
     shape = list(old.shape)
     for dim, kept in index.items():
         shape[dim] = len(kept)
@@ -46,9 +52,7 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]
         del optimizer.state[old]
         optimizer.state[new] = state
     if isinstance(optimizer, MaskedAdamW):
-        optimizer._held.clear()
-        optimizer._shadows.pop(old, None)
-        optimizer._scores.pop(old, None)
+        optimizer.forget(old)
 
 
 def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -68,8 +72,7 @@ def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
     """Set what `optimizer` remembers of the dropped weights of `param` to 0; a MaskedAdamW is told the keep as well.
 
     Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)
     if isinstance(optimizer, MaskedAdamW):
         optimizer.set_keep(param, keep, grid)
     dropped = ~grid.expand(keep.to(param.device), *matrix_shape(param)).view(param.shape)

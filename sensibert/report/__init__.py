@@ -1,16 +1,7 @@
-"""Tables and pictures for people."""
+"""Tables and pictures of sensitivities, plans and results."""
 
+from ..core.text import share, table
 from .plots import write_report
-from .tables import KEPT_HEADER, STRUCTURE_HEADER, kept_rows, ranking, share, summary, table, what_is_left
+from .tables import ranking, summary
 
-__all__ = [
-    "KEPT_HEADER",
-    "STRUCTURE_HEADER",
-    "kept_rows",
-    "ranking",
-    "share",
-    "summary",
-    "table",
-    "what_is_left",
-    "write_report",
-]
+__all__ = ["ranking", "share", "summary", "table", "write_report"]

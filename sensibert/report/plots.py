@@ -1,4 +1,4 @@
-"""Artifacts and results as pictures and files."""
+"""Sensitivities, plans and results as pictures and files."""
 
 from __future__ import annotations
 
@@ -6,121 +6,138 @@ import csv
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..core.artifacts import Plan, Sensitivity
+from ..core.artifacts import BlockPlan, Plan, Sensitivity
 from ..core.layout import Layout
-from .tables import RANKING_HEADER, kept_rows, ranking_rows, structure_rows, summary, what_is_left
+from .tables import RANKING_HEADER, ranking_rows, summary
+
+if TYPE_CHECKING:  # matplotlib is slow to import and may be missing
+    from matplotlib.axes import Axes
+
+CURVES_HEADER = ("site", "units_gone", "units", "predicted_rise")
+LOWEST_RISE = 1e-4  # where the logarithmic axis of curves.png begins
 
 
-def _bars(axis, title: str, kept: list[int], whole: list[int]) -> None:
-    places = range(len(kept))
-    axis.bar(places, whole, color="#d9dee4", label="dense")
-    axis.bar(places, kept, color="#2f6f9f", label="kept")
-    for place, value in zip(places, kept):
-        axis.annotate(str(value), (place, value), ha="center", va="bottom", fontsize=8)
-    axis.set(title=title, xlabel="layer", xticks=list(places))
+def write_report(
+    folder: str | Path, result: Mapping[str, Any], sensitivity: Sensitivity | None, plan: Plan | None
+) -> list[Path]:
+    """Write a report into `folder`, which is made if it is missing; returns its files, sorted.
+
+    Always summary.txt (`result` is the content of result.json); with a plan kept.png; with a ranking of tensors
+    ranking.csv and sensitivity.png; with predicted curves (method obs) curves.csv and curves.png. Without matplotlib
+    the summary says that there are no pictures."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [summary(result)]
+    if plan is not None:
+        text.append(plan.table())
+    pictures = importlib.util.find_spec("matplotlib") is not None
+    if not pictures:
+        text.append("No pictures: matplotlib is not installed.")
+    (folder / "summary.txt").write_text("\n\n".join(text) + "\n")
+    if plan is not None and pictures:
+        _draw_plan(folder / "kept.png", plan)
+    if sensitivity is not None and sensitivity.tensors:
+        _write_csv(folder / "ranking.csv", [RANKING_HEADER, *ranking_rows(sensitivity, plan)])
+        if pictures:
+            labels = "sensitivity", "mean |weight · gradient|"
+            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *labels)
+    if sensitivity is not None and sensitivity.curves:
+        units = {site.name: site.units for site in sensitivity.layout.sites}
+        rows = [(s, n, units[s], f"{r:.4e}") for s, curve in sensitivity.curves.items() for n, r in curve]
+        _write_csv(folder / "curves.csv", [CURVES_HEADER, *rows])
+        if pictures:
+            _draw_curves(folder / "curves.png", sensitivity)
+    return sorted(folder.iterdir())
+
+
+def _write_csv(path: Path, rows: list[tuple]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _draw_plan(path: Path, plan: Plan) -> None:
+    """Bars of heads and FFN widths for a plan of units, the kept share of every weight for a plan of blocks."""
+    if isinstance(plan, BlockPlan):
+        shares = {name: kept / whole for name, kept, whole, _ in plan.table_rows() if whole}
+        return _draw_tensors(path, plan.layout, shares, "kept", "share of the elements", top=1)
+    from matplotlib.figure import Figure  # not pyplot, which would set a backend for the whole process
+
+    rows = plan.table_rows()
+    figure = Figure(figsize=(4 + 0.7 * len(rows), 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    _bars(axes[0], "attention heads", [r[1] for r in rows], [r[2] for r in rows])
+    _bars(axes[1], "FFN width", [r[3] for r in rows], [r[4] for r in rows])
+    figure.savefig(path, dpi=130)
+
+
+def _bars(axis: Axes, title: str, kept: list[int], whole: list[int]) -> None:
+    layers = range(len(kept))
+    axis.bar(layers, whole, color="#d9dee4", label="before")
+    axis.bar(layers, kept, color="#2f6f9f", label="kept")
+    for layer, value in zip(layers, kept):
+        axis.annotate(str(value), (layer, value), ha="center", va="bottom", fontsize=8)
+    axis.set(title=title, xlabel="layer", xticks=list(layers))
     axis.margins(y=0.15)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_kept(path: Path, rows: list[tuple]) -> None:
-    from matplotlib.figure import Figure  # not pyplot: the caller's backend is not ours to choose
+def _draw_tensors(
+    path: Path, layout: Layout, values: Mapping[str, float], title: str, label: str, top: float | None = None
+) -> None:
+    """One value per weight as a heat map: layers along x, the weights of a layer along y, in the order of a pass.
 
-    figure = Figure(figsize=(4 + 0.7 * len(rows), 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    _bars(axes[0], "attention heads kept", [r[1] for r in rows], [r[2] for r in rows])
-    _bars(axes[1], "FFN width kept", [r[3] for r in rows], [r[4] for r in rows])
-    figure.savefig(path, dpi=130)
-
-
-def _draw_left(path: Path, plan: Plan) -> None:
-    if plan.grid is None:
-        return _draw_kept(path, structure_rows(plan.layout, plan.keep))
-    shares = {name: kept / of for name, kept, of, _ in kept_rows(plan.layout, plan.keep, plan.grid) if of}
-    _draw_tensors(path, plan.layout, shares, "kept", "share of the weights", vmin=0, vmax=1)
-
-
-def _draw_tensors(path: Path, layout: Layout, values: Mapping[str, float], title: str, label: str, **scale) -> None:
-    """One number a weight tensor: layers across, the tensors of a layer down in the order of its forward pass."""
+    top: the value at the end of the color scale, which then begins at 0."""
     from matplotlib.figure import Figure
 
     owner = {m.parameter: site.layer for site in layout.sites for m in site.members}
     layers = sorted(set(owner.values()))
-    names: dict[str, dict[int, float]] = {_role(name): {} for name in owner if name in values}
+    rows: dict[str, dict[int, float]] = {_role(name): {} for name in owner if name in values}
     for parameter, value in values.items():
-        names[_role(parameter)][owner[parameter]] = value
-    grid = [[row.get(layer, float("nan")) for layer in layers] for row in names.values()]
-    figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(names)), layout="constrained")
+        rows[_role(parameter)][owner[parameter]] = value
+    cells = [[row.get(layer, float("nan")) for layer in layers] for row in rows.values()]
+    figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(grid, aspect="auto", cmap="viridis", **scale)
+    image = axis.imshow(cells, aspect="auto", cmap="viridis", vmin=None if top is None else 0, vmax=top)
     axis.set(title=title, xlabel="layer")
-    axis.set_xticks(range(len(layers)), layers)
-    axis.set_yticks(range(len(names)), list(names))
+    axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axis.set_yticks(range(len(rows)), list(rows))
     figure.colorbar(image, ax=axis, label=label)
     figure.savefig(path, dpi=130)
 
 
-CURVE_FLOOR = 1e-4
-CURVES_HEADER = ("site", "units_gone", "units", "predicted_rise")
+def _role(parameter: str) -> str:
+    """`encoder.layer.3.output.dense.weight` -> `output.dense`: the name of a tensor inside its layer."""
+    parts = parameter.removesuffix(".weight").split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
 
 
 def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
-    """Predicted rise of the loss against the share of units gone, a line a site; it ends at CURVE_FLOOR below."""
+    """Predicted rise of the loss over the share of units removed, one line per site; smaller rises are drawn at
+    LOWEST_RISE."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = dict(zip(("head", "ffn"), figure.subplots(1, 2, sharey=True)))
     sites = [site for site in sensitivity.layout.sites if site.units]
-    scale = ScalarMappable(Normalize(0, max(1, max(site.layer for site in sites))), colormaps["viridis"])
+    last, colors = max(1, max(site.layer for site in sites)), colormaps["viridis"]
     for site in sites:
         gone, rises = zip(*sensitivity.curves[site.name])
-        heights = [max(rise, CURVE_FLOOR) for rise in rises]
-        axes[site.kind].plot([n / site.units for n in gone], heights, "o-", ms=3, color=scale.to_rgba(site.layer))
+        heights = [max(rise, LOWEST_RISE) for rise in rises]
+        axes[site.kind].plot([n / site.units for n in gone], heights, "o-", ms=3, color=colors(site.layer / last))
     for kind, axis in axes.items():
-        axis.set(title={"head": "heads of a layer", "ffn": "FFN of a layer"}[kind], xlabel="share of the units gone")
-        axis.set(yscale="log", ylim=(CURVE_FLOOR, None))
+        title = {"head": "attention heads of a layer", "ffn": "FFN neurons of a layer"}[kind]
+        axis.set(title=title, xlabel="share of units removed")
+        axis.set(yscale="log", ylim=(LOWEST_RISE, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes["head"].set_ylabel("predicted rise of the loss")
-    figure.colorbar(scale, ax=list(axes.values()), label="layer")
+    scale, whole = ScalarMappable(Normalize(0, last), colors), MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=list(axes.values()), label="layer", ticks=whole)
     figure.savefig(path, dpi=130)
-
-
-def _role(parameter: str) -> str:
-    """`encoder.layer.3.output.dense.weight` -> `output.dense`: the tensor's name without its layer."""
-    parts = parameter.removesuffix(".weight").split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
-
-
-def write_report(folder: str | Path, result: dict, sensitivity: Sensitivity | None, plan: Plan | None) -> list[Path]:
-    """summary.txt, ranking.csv, kept.png and sensitivity.png into folder, with obs also curves.csv and curves.png; the
-    pictures need matplotlib."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = [summary(result)]
-    if plan is not None:
-        text.append(what_is_left(plan))
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    if not drawn:
-        text.append("No pictures: matplotlib is not installed.")
-    (folder / "summary.txt").write_text("\n\n".join(text) + "\n")
-    if plan is not None and drawn:
-        _draw_left(folder / "kept.png", plan)
-    if sensitivity is not None and sensitivity.tensors:
-        with open(folder / "ranking.csv", "w", newline="") as file:
-            csv.writer(file).writerows([RANKING_HEADER, *ranking_rows(sensitivity, plan)])
-        if drawn:
-            said = "tensor sensitivity", "mean |w · gradient|"
-            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *said)
-    if sensitivity is not None and sensitivity.curves:
-        units = {site.name: site.units for site in sensitivity.layout.sites}
-        rows = [(s, n, units[s], f"{r:.4e}") for s, curve in sensitivity.curves.items() for n, r in curve]
-        with open(folder / "curves.csv", "w", newline="") as file:
-            csv.writer(file).writerows([CURVES_HEADER, *rows])
-        if drawn:
-            _draw_curves(folder / "curves.png", sensitivity)
-    return sorted(folder.iterdir())

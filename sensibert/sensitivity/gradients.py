@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,34 +11,12 @@ from torch import Tensor, nn
 from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..core.layout import Layout
+from ..core.statistics import Statistic
 from ..models import base_of, eval_mode, require_finite
 from ..ops import block_sensitivity
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[object, Batch, torch.Generator], Tensor]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """How a score comes about: from which labels, which members, and by which reduction of w and g."""
-
-    reduce: str
-    finish: str = "none"
-    data: bool = True
-    sampled: bool = False  # labels drawn from the model's prediction
-    all_members: bool = False  # else only the consuming weight
-
-
-STATISTICS = {
-    "obs": Statistic("factors", sampled=True),
-    "layer-obs": Statistic("factors"),
-    "fisher": Statistic("signed", "square", sampled=True),
-    "taylor": Statistic("signed", "abs"),
-    "saliency": Statistic("abs", all_members=True),
-    "magnitude": Statistic("weight_square", data=False, all_members=True),
-    "random": Statistic("random", data=False),
-    "paper": Statistic("gates"),
-}
 
 
 def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -51,7 +28,7 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
 
 
 class ScoredBlocks(NamedTuple):
-    """A parameter whose blocks are scored, and whose score that is: a site's (its units), or the parameter's own."""
+    """A parameter whose blocks are scored, and the owner of the score: a site (its units), or the parameter itself."""
 
     owner: str
     parameter: str
@@ -95,8 +72,8 @@ def collect_scores(blocks: list[ScoredBlocks], out: list[Tensor]) -> dict[str, T
     rest = iter(out)
     for block in blocks:
         for _ in range(block.parts):
-            found = next(rest).float().cpu().reshape(block.shape)
-            scores[block.owner] = scores[block.owner] + found if block.owner in scores else found
+            part = next(rest).float().reshape(block.shape)
+            scores[block.owner] = scores[block.owner] + part if block.owner in scores else part
     return scores
 
 
@@ -133,5 +110,5 @@ def gradient_scores(
         for parameter in frozen:
             parameter.requires_grad_(False)
     if out is None:
-        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+        raise SensibertError("analyze: batches is empty, want at least one micro-batch")
     return collect_scores(blocks, out), samples

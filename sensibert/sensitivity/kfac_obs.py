@@ -159,7 +159,7 @@ def collect_factors(
         for handle in handles:
             handle.remove()
     if not samples:
-        raise SensibertError("analyze: no batches came, want at least one micro-batch")
+        raise SensibertError("analyze: batches is empty, want at least one micro-batch")
     for factors in found.values():
         factors.samples = samples
     return found

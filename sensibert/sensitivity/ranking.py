@@ -40,6 +40,6 @@ def rank_tensors(
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
             samples, passes = samples + batch_size(batch), passes + 1
     if out is None:
-        raise SensibertError("rank_tensors: no batches came, want at least one micro-batch")
+        raise SensibertError("rank_tensors: batches is empty, want at least one micro-batch")
     means = {name: float(o) / w.numel() / passes for name, w, o in zip(used, weights, out, strict=True)}
     return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))

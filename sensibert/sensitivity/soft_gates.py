@@ -50,5 +50,5 @@ def soft_gate_scores(
         for handle in handles:
             handle.remove()
     if not samples:
-        raise SensibertError("analyze: no batches came, want at least one micro-batch")
-    return {name: gate.detach().abs().cpu() for name, gate in gates.items()}, samples
+        raise SensibertError("analyze: batches is empty, want at least one micro-batch")
+    return {name: gate.detach().abs() for name, gate in gates.items()}, samples

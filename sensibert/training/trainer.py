@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.training_args import OptimizerNames
 
 from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.eval_mode import quick_attention
 from ..models.structure import STRUCTURE, is_trimmed, read_structure
+from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
@@ -31,6 +33,9 @@ from .distillation import Distillation
 # twice take 0.80 of the time so (`bench/bench_step.py`); a whole model meets few shapes, and fp32 prepares nothing.
 # Squad has 178 lengths in 331 batches of 32 rows, 38 in eights.
 MULTIPLE = 8
+
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # which MaskedAdamW takes the place of
 
 
 class LengthSampler(Sampler[int]):
@@ -73,6 +78,18 @@ class TrimTrainer(Trainer):
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
 
+    def create_optimizer(self, model=None):
+        if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(self.args)
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model):
+        optimizer = unwrapped(self.optimizer)
+        if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # whose gradients are still to be unscaled
+            return super()._clip_grad_norm(model)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_shape is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -90,15 +107,13 @@ class TrimTrainer(Trainer):
         return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        factor = self.distil.fade(self.state.global_step, self.state.max_steps) if model.training else 0.0
-        teacher = self.teacher() if self.teacher is not None and factor else None
+        teacher = self.teacher() if self.teacher is not None and model.training else None
         if teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "output_hidden_states": True} if self.distil.hidden else inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             target = teacher(**{name: value for name, value in inputs.items() if name not in LABELS})
-        loss = self.distil.mix(loss, outputs, target, inputs, factor)
+        loss = self.distil.mix(loss, outputs, target, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.artifacts import Plan
+from ..core.artifacts import Plan, UnitPlan
 from ..core.budget import Budget
 from ..core.errors import SensibertError
 from ..core.layout import Member, Site
@@ -204,4 +204,4 @@ def restructure(model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn
     if missing or len(structure) != len(have):
         raise SensibertError(f"structure: does not fit this {layout.family} model (at {(missing or ['its sites'])[0]})")
     keep = {name: torch.isin(have[name], structure[name]) for name in have}
-    return trim(model, Plan(layout, keep, Budget(1.0, "params", True), "structure"), check=False)
+    return trim(model, UnitPlan(layout, keep, Budget(1.0, "params", True), "structure"), check=False)

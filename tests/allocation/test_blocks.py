@@ -1,21 +1,23 @@
-"""Allocation of blocks with scores written by hand: exactly as many as the budget pays for, ties by index."""
+"""Allocation of blocks with scores by hand: exactly as many as the budget pays for, ties by index."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from sensibert.allocation.allocate import allocate
-from sensibert.core.artifacts import Plan, Sensitivity
+from sensibert.core.artifacts import BlockPlan, Plan, Sensitivity
 from sensibert.core.budget import Budget
-from sensibert.core.cost import element_cost, kept_elements, left, limit
+from sensibert.core.cost import cost_of_blocks, cost_of_units, element_cost, kept_elements, limit
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
 from sensibert.core.layout import Flops, Layout, Weight
 
-REST = 10  # parameters of the encoder no weight owns
+REST = 10  # encoder parameters outside the weights
 
 
 def make(*shapes: tuple[int, ...], grid: Grid, scores=None, statistic: str = "fisher") -> Sensitivity:
@@ -24,32 +26,33 @@ def make(*shapes: tuple[int, ...], grid: Grid, scores=None, statistic: str = "fi
     whole = REST + sum(w.rows * w.cols for w in weights)
     token = sum(w.rows * w.cols * w.flops for w in weights)
     layout = Layout("bert", "", (), 32, whole, whole + 1000, Flops(token + 6), Flops(token + 7, 5), weights)
-    found = {}
+    values = {}
     for number, w in enumerate(weights):
         shape = grid.shape(w.rows, w.cols)
         given_ = None if scores is None else torch.tensor(scores[number], dtype=torch.float32).view(shape)
-        found[w.parameter] = torch.rand(shape) if given_ is None else given_
-    return Sensitivity(layout, found, statistic, grid=grid)
+        values[w.parameter] = torch.rand(shape) if given_ is None else given_
+    return Sensitivity(layout, values, statistic, grid=grid)
 
 
-def kept(plan: Plan) -> list[list[int]]:
+def kept(plan: BlockPlan) -> list[list[int]]:
     return [plan.keep[w.parameter].flatten().nonzero().flatten().tolist() for w in plan.layout.weights]
 
 
 def test_exactly_what_the_budget_pays_for_stays():
-    found = make((4, 8), (6, 3), grid=Grid.element())
-    plan = allocate(found, Budget.parse("50%params"))  # 30 of 60, of which 10 cannot be masked
-    scores = torch.cat([score.flatten() for score in found.scores.values()])
-    keep = torch.cat([plan.keep[name].flatten() for name in found.scores])
+    scored = make((4, 8), (6, 3), grid=Grid.element())
+    plan = allocate(scored, Budget.parse("50%params"))  # 30 of 60, of which 10 cannot be masked
+    scores = torch.cat([score.flatten() for score in scored.scores.values()])
+    keep = torch.cat([plan.keep[name].flatten() for name in scored.scores])
     assert int(keep.sum()) == 20 == plan.params - REST
     assert scores[keep].min() > scores[~keep].max()
-    assert plan.grid == Grid.element() and plan.flops == left(plan.layout, None, None)[1]  # nothing skips an element
+    assert type(plan) is BlockPlan and plan.grid == Grid.element()
+    assert plan.flops == cost_of_units(plan.layout)[1]  # no kernel skips single elements
 
 
-def test_ties_go_to_the_first_and_nan_goes_first_of_all():
-    found = make((2, 2), (2, 2), grid=Grid.element(), scores=[[1, math.nan, 1, 1], [1, 1, 2, math.nan]])
-    assert kept(allocate(found, Budget.parse("13params"))) == [[0, 2], [2]]
-    assert kept(allocate(found, Budget.parse("17params"))) == [[0, 1, 2, 3], [0, 1, 2]]
+def test_ties_keep_the_first_and_nan_is_dropped_first():
+    scored = make((2, 2), (2, 2), grid=Grid.element(), scores=[[1, math.nan, 1, 1], [1, 1, 2, math.nan]])
+    assert kept(allocate(scored, Budget.parse("13params"))) == [[0, 2], [2]]
+    assert kept(allocate(scored, Budget.parse("17params"))) == [[0, 1, 2, 3], [0, 1, 2]]
 
 
 def test_short_blocks_are_priced_by_their_elements():
@@ -61,8 +64,8 @@ def test_short_blocks_are_priced_by_their_elements():
 
 
 def test_uniform_gives_every_weight_the_same_share():
-    found = make((4, 10), (8, 10), grid=Grid.element(), scores=[list(range(40)), [0.0] * 80])
-    plan = allocate(found, Budget.parse(f"{REST + 60}params"), policy="uniform")
+    scored = make((4, 10), (8, 10), grid=Grid.element(), scores=[list(range(40)), [0.0] * 80])
+    plan = allocate(scored, Budget.parse(f"{REST + 60}params"), allocation="uniform")
     assert kept(plan) == [list(range(20, 40)), list(range(40))]
 
 
@@ -80,54 +83,89 @@ def test_uniform_gives_every_weight_the_same_share():
 def test_a_plan_is_below_its_budget_by_less_than_a_block(shapes, block, share, kind, policy, seed):
     torch.manual_seed(seed)
     grid = Grid(*block)
-    found = make(*shapes, grid=grid)
-    layout, flops = found.layout, kind == "flops"
+    scored = make(*shapes, grid=grid)
+    layout, flops = scored.layout, kind == "flops"
     if flops and grid == Grid.element():
         return
-    dense = left(layout, None, None)[flops]
-    smallest = dense - sum(w.rows * w.cols * (w.flops * 128 if flops else 1) for w in layout.weights)
-    budget = Budget(float(smallest + int(share * (dense - smallest))), kind, False)
-    plan = allocate(found, budget, policy=policy)
-    spent = (plan.flops if flops else plan.params, left(layout, plan.keep, grid)[flops])
+    whole = cost_of_units(layout)[flops]
+    smallest = whole - sum(w.rows * w.cols * (w.flops * 128 if flops else 1) for w in layout.weights)
+    budget = Budget(float(smallest + int(share * (whole - smallest))), kind, False)
+    plan = allocate(scored, budget, allocation=policy)
+    spent = (plan.flops if flops else plan.params, cost_of_blocks(layout, plan.keep, grid)[flops])
     dearest = max((block[0] * block[1] * element_cost(w, budget) for w in layout.weights), default=0)
     assert spent[0] == spent[1] <= limit(layout, budget, grid)
-    whole = all(bool(kept.all()) for kept in plan.keep.values())
-    assert whole or limit(layout, budget, grid) - spent[0] < dearest
+    assert all(bool(kept.all()) for kept in plan.keep.values()) or limit(layout, budget, grid) - spent[0] < dearest
 
 
 def test_flops_count_what_a_kernel_can_skip():
-    found = make((4, 4), (4, 4, 0), (4, 4, 6), grid=Grid(2, 2), scores=[[1, 2, 3, 4], [0] * 4, [0] * 4])
-    plan = allocate(found, Budget.parse("30%flops"))
-    assert plan.keep["1.weight"].all()  # costs no FLOPs a token: nothing is won by masking it
-    assert plan.flops <= 0.3 * left(found.layout, None, None)[1]
+    scored = make((4, 4), (4, 4, 0), (4, 4, 6), grid=Grid(2, 2), scores=[[1, 2, 3, 4], [0] * 4, [0] * 4])
+    plan = allocate(scored, Budget.parse("30%flops"))
+    assert plan.keep["1.weight"].all()  # costs no FLOPs per token, so masking it saves nothing
+    assert plan.flops <= 0.3 * cost_of_units(scored.layout)[1]
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"budget": Budget.parse("30%flops")}, "30%flops, but no kernel skips single elements"),
         ({"budget": Budget.parse("5params")}, "5 params, but 10 cannot be trimmed"),
-        ({"budget": Budget.parse("8ms")}, "latency needs a measured table"),
-        ({"step": 4}, "step is 4, want None: it rounds widths, which a grid leaves whole"),
-        ({"policy": "best"}, "policy is 'best', want one of global, uniform"),
+        ({"width_multiple": 4}, "width_multiple is 4, want None: a grid keeps all widths"),
+        ({"allocation": "best"}, "allocation is 'best', want one of global, uniform"),
     ],
 )
-def test_what_a_grid_cannot_do_is_said(change, said):
-    with pytest.raises(SensibertError, match=said):
+def test_arguments_that_a_grid_excludes_are_named(change, message):
+    with pytest.raises(SensibertError, match=message):
         allocate(make((4, 4), grid=Grid.element()), **({"budget": Budget.parse("50%params")} | change))
 
 
 def test_scores_of_another_shape_are_named():
-    found = make((4, 4), grid=Grid.element())
-    found.scores["0.weight"] = torch.rand(2, 2)
+    scored = make((4, 4), grid=Grid.element())
+    scored.scores["0.weight"] = torch.rand(2, 2)
     with pytest.raises(SensibertError, match=r"scores of 0.weight are \(2, 2\), want \(4, 4\) \(grid element\)"):
-        allocate(found, Budget.parse("50%params"))
+        allocate(scored, Budget.parse("50%params"))
 
 
-def test_both_artifacts_read_back_exactly(tmp_path):
-    found = make((5, 7), (3, 2), grid=Grid(2, 3))
-    plan = allocate(found, Budget.parse("60%params"))
-    found.save(tmp_path / "scores.safetensors")
+def test_scores_and_plan_load_as_they_were_saved(tmp_path):
+    scored = make((5, 7), (3, 2), grid=Grid(2, 3))
+    plan = allocate(scored, Budget.parse("60%params"))
+    scored.save(tmp_path / "scores.safetensors")
     plan.save(tmp_path / "plan.safetensors")
-    assert Sensitivity.load(tmp_path / "scores.safetensors") == found
+    assert Sensitivity.load(tmp_path / "scores.safetensors") == scored
     assert Plan.load(tmp_path / "plan.safetensors") == plan
+
+
+class OneDevice(TorchFunctionMode):
+    """Fails where a tensor is made on the default device, or copied to the host, as only a GPU would notice."""
+
+    MAKERS = (torch.arange, torch.empty, torch.ones, torch.tensor, torch.zeros)
+    COPIES = (torch.Tensor.cpu, torch.Tensor.numpy)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func not in self.COPIES, f"{func} copies to the host"
+        assert func not in self.MAKERS or "device" in kwargs, f"{func} makes a tensor on the default device"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", ["global", "uniform"])
+def test_blocks_are_chosen_on_the_device_of_their_scores(policy, tmp_path):
+    scored, budget = make((5, 8), (6, 3, 4), grid=Grid(2, 2)), Budget.parse("50%flops")
+    expected = allocate(scored, budget, allocation=policy)
+    with OneDevice():
+        plan = allocate(scored, budget, allocation=policy)
+        sizes = plan.params, plan.flops
+        assert plan == expected
+    assert sizes == (expected.params, expected.flops)
+    with pytest.raises(AssertionError, match="copies to the host"), OneDevice():
+        plan.save(tmp_path / "file")
+
+
+def test_every_device_chooses_the_same_blocks_and_keeps_them_until_they_are_saved(device, tmp_path):
+    scored, budget = make((50, 80), (60, 30, 4), grid=Grid(4, 8)), Budget.parse("50%flops")
+    there = replace(scored, scores={name: score.to(device) for name, score in scored.scores.items()})
+    plan = allocate(there, budget)
+    assert {kept.device.type for kept in plan.keep.values()} == {device.type}
+    assert there == scored and plan == allocate(scored, budget)
+    there.save(tmp_path / "scores")
+    plan.save(tmp_path / "plan")
+    assert Sensitivity.load(tmp_path / "scores") == scored and Plan.load(tmp_path / "plan") == plan

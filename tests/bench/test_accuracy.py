@@ -58,8 +58,11 @@ def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatc
     asked = ("--override", "recover_peak=1", "--override", "policy=uniform", *more)
     start(here, monkeypatch, *asked)
     (row,) = bench.read(bench.ABLATION)
-    assert row["case"] == "toy 50%params ours, policy uniform, recover_peak 1" and bench.RUNS.read_text() == summary
-    assert row["override"] == {"recover_peak": 1, "policy": "uniform"} and (row["train_rows"], row["steps"]) == (48, 3)
+    assert row["case"] == "toy 50%params ours, allocation uniform, recover_peak 1" and bench.RUNS.read_text() == summary
+    assert row["override"] == {"recover_peak": 1, "allocation": "uniform"} and (row["train_rows"], row["steps"]) == (
+        48,
+        3,
+    )
     assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
     monkeypatch.setattr(bench, "run", None)
     start(here, monkeypatch, *asked)
@@ -77,14 +80,14 @@ def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
 
 def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_dense_run(here, monkeypatch):
     start(here, monkeypatch, "--methods", "dense", "ours")
-    usual, dense, plain = start(here, monkeypatch, "--methods", "dense", "ours", "--recovery", "plain")
-    assert "recovery" not in usual and "recovery" not in dense and plain["recovery"] == "plain"
+    usual, dense, kept = start(here, monkeypatch, "--methods", "dense", "ours", "--recovery", "continue")
+    assert "recovery" not in usual and "recovery" not in dense and kept["recovery"] == "continue"
     assert len(list((here / "work").iterdir())) == 1  # the warm-up
-    asked = {name: plain[name] for name in KEY if name in plain}
-    assert bench.options_of(asked, model="", output="").schedule.recovery == "plain"
+    asked = {name: kept[name] for name in KEY if name in kept}
+    assert bench.options_of(asked, model="", output="").trim.schedule.recovery == "continue"
     scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     controls = {row.get("recovery"): row["rival_value"] for row in scores}
-    assert controls == {None: 100 * dense["score"], "plain": 100 * dense["score"]}
+    assert controls == {None: 100 * dense["score"], "continue": 100 * dense["score"]}
 
 
 def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_dense_one(here, monkeypatch):
@@ -94,7 +97,7 @@ def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_de
     assert "freeze_embeddings" not in usual | dense and len(bench.read(bench.RUNS)) == 4
     for row, asked in ((learns, False), (frozen, True)):
         wanted = {name: row[name] for name in KEY if name in row}
-        assert bench.options_of(wanted, model="", output="").schedule.freeze_embeddings is asked
+        assert bench.options_of(wanted, model="", output="").trim.schedule.freeze_embeddings is asked
     scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     assert {row.get("freeze_embeddings") for row in scores} == {None, False, True}
     assert {row["rival_value"] for row in scores} == {100 * dense["score"]}
@@ -129,7 +132,7 @@ def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatc
 def test_only_what_changes_the_dense_steps_splits_the_warm_up():
     before = bench.before_the_cut
     assert before({"recover_peak": 1.0, "teacher": "snapshot", "distil": 0.7}) == {}
-    assert before({"warm_share": 0.5, "method": "taylor"}) == {"warm_share": 0.5}
+    assert before({"trim_start": 0.5, "method": "taylor"}) == {"trim_start": 0.5}
     assert before({"teacher": "folder", "distil": 0.7}) == {"teacher": "folder", "distil": 0.7}
 
 
@@ -164,7 +167,9 @@ def test_the_cost_counts_each_step_by_what_is_left_of_the_model():
     assert cost(method="dense") == 12
     assert cost() == 4 + 8 * 0.5
     halfway = 0.5 + 0.5 * 0.5**3  # after the first of two cuts
-    assert cost(override={"shape": "cubic", "milestones": 2, "trim_share": 0.25}) == round(4 + 3 * halfway + 5 * 0.5, 1)
+    assert cost(override={"schedule": "cubic", "milestones": 2, "trim_duration": 0.25}) == round(
+        4 + 3 * halfway + 5 * 0.5, 1
+    )
 
 
 def run_row(seed=0, method="ours", score=0.5, **more):

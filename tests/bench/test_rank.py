@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.models import layout_of
 from sensibert.sensitivity import sampled_loss
@@ -112,7 +112,7 @@ def test_with_moments_the_kept_units_take_over_for_as_long_as_it_takes(model):
     keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
     keep["layer.1.ffn"][:32] = False
     dense = bench.losses_of(model, batches())
-    plan = Plan(layout, keep, Budget.parse("50%params"), "test")
+    plan = UnitPlan(layout, keep, Budget.parse("50%params"), "test")
     compensate(model, plan, factors)
     torch.testing.assert_close(bench.losses_of(trim(model, plan), batches()) - dense, helped, atol=1e-5, rtol=1e-4)
 

@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sensibert.core import cost
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.core.layout import Weight
 from sensibert.models import layout_of
 from tests.helpers import tiny_batch, tiny_model
 from tests.plans import random_plan
@@ -33,7 +35,7 @@ def test_a_bert_by_hand(layout):
     assert cost.params(layout, whole) == 2 * (4 * 32 * 32 + 2 * 32 * 64 + norms + biases) == layout.encoder_params
 
 
-def test_units_that_go_take_their_cost_along(layout):
+def test_removed_units_lower_the_cost(layout):
     counts = cost.counts_of(layout)
     fewer = counts | {"layer.0.head": 3, "layer.1.ffn": 60}
     head, neuron = 8 * (4 * 32 + 3), 2 * 32 + 1
@@ -61,7 +63,7 @@ def test_counts_come_from_a_plan_or_are_all(layout):
     assert cost.counts_of(layout, plan.keep)["layer.1.ffn"] == len(plan.kept("layer.1.ffn"))
 
 
-def test_the_currency_of_a_budget(layout):
+def test_the_cost_of_a_unit_is_in_what_the_budget_counts(layout):
     head = layout.site("layer.0.head")
     assert cost.unit_cost(head, Budget.parse("50%params")) == head.params
     assert cost.unit_cost(head, Budget.parse("50%flops", length=16)) == 16 * head.flops.token + 256 * head.flops.pair
@@ -70,13 +72,13 @@ def test_the_currency_of_a_budget(layout):
     assert cost.spent(layout, counts, Budget.parse("1flops", length=9)) == cost.flops(layout, counts, length=9)
 
 
-def test_a_budget_becomes_a_whole_number_from_below(layout):
+def test_a_budget_is_rounded_down_to_a_whole_number(layout):
     assert cost.limit(layout, Budget.parse("50%params")) == layout.encoder_params // 2
     assert cost.limit(layout, Budget.parse("100%params", "model")) == layout.total_params
     assert cost.limit(layout, Budget.parse("9.9999Kparams")) == 9999
 
 
-def test_what_is_left_of_the_encoder_does_not_hang_on_the_scope(layout):
+def test_the_remaining_share_of_the_encoder_does_not_depend_on_the_scope(layout):
     rest = layout.total_params - layout.encoder_params
     for share in (0.25, 0.5, 1.0):
         absolute = share * layout.encoder_params
@@ -90,14 +92,12 @@ def test_what_is_left_of_the_encoder_does_not_hang_on_the_scope(layout):
     assert cost.encoder_left(layout, Budget.parse("30%flops")) == pytest.approx(0.3)
 
 
-def test_what_cannot_be_reached_says_what_can(layout):
+def test_a_budget_out_of_reach_names_the_smallest_one(layout):
     rest = layout.encoder_params - sum(site.units * site.params for site in layout.sites)
     with pytest.raises(
         SensibertError, match=rf"1%params of the encoder is [\d,]+ params, .* {rest}params \([\d.]+ %\)"
     ):
         cost.limit(layout, Budget.parse("1%params"))
-    with pytest.raises(SensibertError, match="budget: latency needs a measured table"):
-        cost.limit(layout, Budget.parse("8ms"))
 
 
 def test_everything_is_counted_without_touching_data():
@@ -105,3 +105,18 @@ def test_everything_is_counted_without_touching_data():
         base = tiny_model(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
     layers = sum(p.numel() for p in base.bert.encoder.parameters())
     assert layers == 85_054_464 == 12 * (12 * 196_800 + 3072 * 1_537 + 6 * 768)
+
+
+def test_a_budget_above_the_whole_model_is_refused(layout):
+    assert cost.want_reach(layout, Budget.parse("100%params")) == layout.encoder_params
+    with pytest.raises(SensibertError, match=r"1Mparams, and the encoder has [\d,]+ params: nothing would be trimmed"):
+        cost.want_reach(layout, Budget.parse("1Mparams"))
+
+
+@pytest.mark.parametrize("rows, cols", [(8, 12), (7, 5), (1, 1), (4, 13)])
+@pytest.mark.parametrize(
+    "grid", [Grid.element(), Grid.row(), Grid.tensor(), Grid.block(2, 3), Grid.block(3, 8)], ids=str
+)
+def test_kept_elements_are_those_of_the_expanded_mask(grid, rows, cols):
+    keep = torch.rand(grid.shape(rows, cols)) < 0.5
+    assert cost.kept_elements(Weight("", 0, rows, cols, 2), keep, grid) == int(grid.expand(keep, rows, cols).sum())

@@ -5,19 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensibert.core.errors import SensibertError
-from sensibert.core.schedule import LIFTED_PEAK, Schedule
+from sensibert.core.schedule import REWARM_PEAK, Schedule
 from sensibert.data.tasks import TASKS
 
 
 def test_oneshot_cuts_once_after_the_warm_share():
     assert Schedule().cuts(300) == {100: 1.0}
-    assert Schedule(warm_share=0.5).cuts(10) == {5: 1.0}
+    assert Schedule(trim_start=0.5).cuts(10) == {5: 1.0}
 
 
 def test_a_cubic_spreads_its_cuts_over_the_trim_share():
-    cuts = Schedule("cubic", warm_share=0.3, trim_share=0.2, milestones=3).cuts(100)
+    cuts = Schedule("cubic", trim_start=0.3, trim_duration=0.2, milestones=3).cuts(100)
     assert cuts == {30: 1 / 3, 40: 2 / 3, 50: 1.0}
-    assert Schedule("cubic", warm_share=0.3, milestones=1).cuts(100) == {30: 1.0}
+    assert Schedule("cubic", trim_start=0.3, milestones=1).cuts(100) == {30: 1.0}
 
 
 def test_the_cubic_ratio_falls_fast_then_slowly():
@@ -42,7 +42,7 @@ def test_every_schedule_reaches_the_budget_inside_the_run(shape, total, warm, tr
 
 def test_the_rate_warms_up_falls_and_re_warms_after_the_last_cut():
     total = 100
-    lr = Schedule(warm_share=0.4, warmup=0.1, rewarm=0.05, recover_peak=1.0).lr()
+    lr = Schedule(trim_start=0.4, warmup_ratio=0.1, rewarm_ratio=0.05, recover_peak=1.0).lr()
     factors = [lr(step, total) for step in range(total + 1)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10:40] == pytest.approx([1 - step / 100 for step in range(10, 40)])  # one line to 0 without a cut
@@ -52,12 +52,15 @@ def test_the_rate_warms_up_falls_and_re_warms_after_the_last_cut():
 
 
 def test_a_plain_recovery_goes_on_where_the_rate_was_and_keeps_the_dropout():
-    usual, plain = Schedule(warm_share=0.4, rewarm=0.05), Schedule(warm_share=0.4, rewarm=0.05, recovery="plain")
+    usual, plain = (
+        Schedule(trim_start=0.4, rewarm_ratio=0.05),
+        Schedule(trim_start=0.4, rewarm_ratio=0.05, recovery="continue"),
+    )
     rates = [plain.lr()(step, 100) for step in range(40, 101)]
     assert rates == pytest.approx([0.6] * 5 + [0.6 * n / 55 for n in range(55, -1, -1)])
-    assert max(usual.lr(left=0.1)(step, 100) for step in range(40, 101)) == LIFTED_PEAK
+    assert max(usual.lr(left=0.1)(step, 100) for step in range(40, 101)) == REWARM_PEAK
     assert (usual.dropout(), plain.dropout()) == (0.0, None)
-    own = Schedule(recovery="plain", recover_peak=1.2, recover_dropout=0.3)
+    own = Schedule(recovery="continue", recover_peak=1.2, recover_dropout=0.3)
     assert own.dropout() == 0.3 and max(own.lr()(step, 90) for step in range(30, 91)) == pytest.approx(1.2)
 
 
@@ -67,49 +70,50 @@ def test_embeddings_freeze_below_half_unless_one_says():
 
 
 def test_a_plain_recovery_rises_the_more_is_cut_beyond_half():
-    plain = Schedule(warm_share=0.4, rewarm=0.05, recovery="plain")
+    plain = Schedule(trim_start=0.4, rewarm_ratio=0.05, recovery="continue")
     peaks = [max(plain.lr(left=left)(step, 100) for step in range(40, 101)) for left in (1.0, 0.5, 0.25, 0.1, 0.0)]
-    assert peaks == pytest.approx([0.6, 0.6, 1.1, 1.4, LIFTED_PEAK])
+    assert peaks == pytest.approx([0.6, 0.6, 1.1, 1.4, REWARM_PEAK])
     assert max(
-        Schedule("oneshot", 0.4, recovery="plain", recover_peak=0.7).lr(left=0.1)(step, 100) for step in range(40, 101)
+        Schedule("oneshot", 0.4, recovery="continue", recover_peak=0.7).lr(left=0.1)(step, 100)
+        for step in range(40, 101)
     ) == pytest.approx(0.7)
 
 
 def test_the_task_says_how_to_recover_unless_the_user_does():
-    assert Schedule().for_task("plain").recovery == "plain"
-    assert Schedule(recovery="lifted").for_task("plain").recovery == "lifted"
-    assert [task.recovery for task in TASKS.values()] == ["lifted", "lifted", "plain", "lifted"]
+    assert Schedule().for_task("continue").recovery == "continue"
+    assert Schedule(recovery="rewarm").for_task("continue").recovery == "rewarm"
+    assert [task.recovery for task in TASKS.values()] == ["rewarm", "rewarm", "continue", "rewarm"]
 
 
-def test_the_dense_control_has_one_line():
-    lr = Schedule(warmup=0.1).lr(dense=True)
+def test_the_baseline_has_one_line():
+    lr = Schedule(warmup_ratio=0.1).lr(baseline=True)
     assert [lr(step, 100) for step in (0, 9, 10, 50, 100)] == pytest.approx([0.1, 1, 0.9, 0.5, 0])
 
 
 def test_the_recovery_may_have_a_peak_of_its_own():
-    usual, higher = (Schedule(warm_share=0.4, rewarm=0.05, recover_peak=peak).lr() for peak in (1.0, 1.5))
+    usual, higher = (Schedule(trim_start=0.4, rewarm_ratio=0.05, recover_peak=peak).lr() for peak in (1.0, 1.5))
     assert [higher(step, 100) for step in range(40)] == [usual(step, 100) for step in range(40)]
     assert [higher(step, 100) for step in (44, 72, 100)] == pytest.approx([1.5, 1.5 * 28 / 55, 0])
 
 
 @given(shape=st.sampled_from(["oneshot", "cubic"]), total=st.integers(1, 200), warm=st.floats(0, 0.7))
 def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
-    schedule = Schedule(shape, warm_share=warm)
+    schedule = Schedule(shape, trim_start=warm)
     last, lr = max(schedule.cuts(total)), schedule.lr()
     for step in range(total + 1):
-        assert 0 <= lr(step, total) <= (1 if step < last else max(1, LIFTED_PEAK)) + 1e-9
+        assert 0 <= lr(step, total) <= (1 if step < last else max(1, REWARM_PEAK)) + 1e-9
 
 
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"shape": "square"}, "shape is 'square', want one of oneshot, cubic"),
-        ({"warm_share": 1.0}, r"warm_share is 1.0, want a fraction in \[0, 1\)"),
-        ({"rewarm": -0.1}, "rewarm is -0.1"),
-        ({"warmup": float("nan")}, "warmup is nan"),
-        ({"shape": "cubic", "warm_share": 0.8, "trim_share": 0.3}, "leave no steps to recover"),
+        ({"shape": "square"}, "schedule is 'square', want one of oneshot, cubic"),
+        ({"trim_start": 1.0}, r"trim_start is 1.0, want a fraction in \[0, 1\)"),
+        ({"rewarm_ratio": -0.1}, "rewarm_ratio is -0.1"),
+        ({"warmup_ratio": float("nan")}, "warmup_ratio is nan"),
+        ({"shape": "cubic", "trim_start": 0.8, "trim_duration": 0.3}, "leave no steps to recover"),
         ({"milestones": 0}, "milestones is 0, want at least 1"),
-        ({"recovery": "fast"}, "recovery is 'fast', want one of lifted, plain"),
+        ({"recovery": "fast"}, "recovery is 'fast', want one of rewarm, continue"),
         ({"recover_peak": 0}, "recover_peak is 0, want more than 0"),
         ({"recover_dropout": 1.0}, "recover_dropout is 1.0, want a fraction"),
     ],
@@ -117,11 +121,3 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
 def test_impossible_schedules_are_refused_in_words(changed, said):
     with pytest.raises(SensibertError, match=said):
         Schedule(**changed)
-
-
-def test_a_teacher_fades_over_its_share_of_the_recovery():
-    assert {Schedule(warm_share=0.4).fade(step, 100) for step in range(100)} == {1.0}
-    fade = Schedule(warm_share=0.4, distil_until=0.5).fade
-    assert [fade(step, 100) for step in (0, 40, 55, 70, 99)] == pytest.approx([1, 1, 0.5, 0, 0])
-    with pytest.raises(SensibertError, match="distil_until is 0, want a fraction"):
-        Schedule(distil_until=0)

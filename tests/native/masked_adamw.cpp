@@ -1,7 +1,7 @@
 // Runs csrc/kernels/masked_adamw.cu. arrays: meta int64 [num_tensors, num_groups, reduce, finish, has_factor], settings
 // fp64 [num_groups, 4], lr fp32 [num_groups], numbers fp32 [factor, decay, scale]; then for each tensor: entry int64
-// [N, K, dtype, group, keep_rows, keep_cols, score_rows, score_cols, skip, shadow_rows, shadow_cols], param, grad,
-// exp_avg, exp_avg_sq, step, keep, shadow, score, row_map, col_map. Empty keep, shadow, score, maps: not wanted. The
+// [N, K, dtype, group, keep_rows, keep_cols, score_rows, score_cols, skip, copy_rows, copy_cols], param, grad,
+// exp_avg, exp_avg_sq, step, keep, copy, score, row_map, col_map. Empty keep, copy, score, maps: not wanted. The
 // four big ones start `skip` elements into their array.
 #include "../../csrc/kernels/masked_adamw.cu"
 

@@ -81,19 +81,20 @@ assert run(again, held) and (again[2][0] == 0).all(), "the moment is written whe
 
 # The optimizer on top of it, in fp32 as on a GPU: held in all but the first step after a change.
 import tests.optim.test_masked_adamw as optim
+import tests.optim.test_state as state
 from sensibert.ops.masked_adamw import HeldAdamW
 rates, ran = optim.MaskedAdamW._lr_on, []
 optim.MaskedAdamW._lr_on = lambda self, device, dtype: rates(self, device, torch.float32)
 run_held = HeldAdamW._run
 HeldAdamW._run = lambda self, *given: ran.append(run_held(self, *given)) or ran[-1]
 
-def seen(change):
+def held(change):
     assert ran and all(ran) == ("with gaps" not in change) and 2 <= len(ran) <= 3, (change, ran)
     ran.clear()
 
-optim.changed_between_steps("cpu", seen)
+optim.changed_between_steps("cpu", held)
 optim.test_a_moment_that_no_longer_fits_is_named_at_any_step("cpu")
-optim.test_a_replaced_state_is_not_kept_alive()
+state.test_a_replaced_state_is_not_kept_alive()
 
 wrong(1, lambda grads: grads[1:], "a list has 5 entries, want 6")
 wrong(1, lambda grads: [grads[0][:4], *grads[1:]], "grad[0] is not 35 contiguous elements")
@@ -103,9 +104,9 @@ wrong(5, lambda lr: lr.double(), "lr[0] is not 2 contiguous elements of the docu
 wrong(6, lambda groups: [7, *groups[1:]], "group[0] is 7")
 wrong(12, lambda keep: [keep[0][1:]], "keep[0] is not 5 contiguous elements")
 wrong(13, lambda of: [6], "keep_of holds 6, of 6")
-wrong(15, lambda shadow: [shadow[0], shadow[1][:, :2]], "shadow[1] is not")
-wrong(15, lambda shadow: [shadow[0], shadow[1].view(-1)], "shadow[1] has a map, but is not a matrix")
-wrong(15, lambda shadow: [shadow[0], shadow[1].new_zeros(6, 3)], "shadow[1] is not of the shape that its maps leave")
+wrong(15, lambda given: [given[0], given[1][:, :2]], "working_copy[1] is not")
+wrong(15, lambda given: [given[0], given[1].view(-1)], "working_copy[1] has a map, but is not a matrix")
+wrong(15, lambda given: [given[0], given[1].new_zeros(6, 3)], "working_copy[1] is not of the shape that its maps leave")
 wrong(17, lambda maps: [maps[0][1:]], "row_map[0] is not 5 contiguous elements")
 wrong(19, lambda maps: [maps[0].long()], "col_map[0] is not 7 contiguous elements")
 wrong(20, lambda of: [6], "col_map_of holds 6, of 6")

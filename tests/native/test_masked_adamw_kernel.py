@@ -25,9 +25,9 @@ class Case:
     dtype: torch.dtype = torch.float32
     keep: Grid | None = None
     score: Grid | None = None
-    shadow: bool = False
+    copy: bool = False
     skip: int = 0  # elements before the first: more than 0 is misaligned
-    maps: str = ""  # "r", "c", "rc": the shadow is compact along these axes
+    maps: str = ""  # "r", "c", "rc": the working copy is compact along these axes
     whole: int = 1  # its rows and columns are multiples of this
 
 
@@ -46,7 +46,7 @@ def draw(case: Case, seed: int) -> dict[str, Tensor]:
             size = case.shape[axis]
             kept = torch.randperm(size, generator=rng)[: (size + 1) // 2 // case.whole * case.whole]
             maps[f"{letter}_map"], compact[axis] = index_map(kept, size), len(kept)
-    state["shadow"] = torch.full(compact, torch.nan, dtype=torch.bfloat16) if case.shadow else torch.empty(0)
+    state["copy"] = torch.full(compact, torch.nan, dtype=torch.bfloat16) if case.copy else torch.empty(0)
     state["score"] = torch.rand(case.score.shape(*case.shape), generator=rng) if case.score else torch.empty(0)
     return state | maps
 
@@ -67,7 +67,7 @@ def launch(program, cases, states, reduce="abs", finish="none", factor=None, dec
     for t, (case, state) in enumerate(zip(cases, states)):
         grids = [case.keep or Grid.tensor(), case.score or Grid.tensor()]
         blocks = [size for grid in grids for size in (grid.block_rows, grid.block_cols)]
-        compact = state["shadow"].shape if case.shadow else case.shape
+        compact = state["copy"].shape if case.copy else case.shape
         arrays += [
             torch.tensor([*case.shape, CODES[case.dtype], t % len(GROUPS), *blocks, case.skip, *compact]),
             *state.values(),
@@ -108,7 +108,7 @@ def formula(case, state, group, dtype, reduce="abs", finish="none", factor=None,
 
 
 def check(program, cases, **options):
-    """One launch over all cases: no worse than plain PyTorch in the same dtype, zeros and shadows exact."""
+    """One launch over all cases: no worse than plain PyTorch in the same dtype, zeros and working copies exact."""
     states = [draw(case, seed) for seed, case in enumerate(cases)]
     after = launch(program, cases, states, **options)
     for t, (case, before, ours) in enumerate(zip(cases, states, after)):
@@ -120,9 +120,9 @@ def check(program, cases, **options):
             assert_no_worse(ours[name][case.skip :].view(case.shape), theirs, truth, label=label)
             if case.keep:
                 assert (ours[name][case.skip :].view(case.shape)[truth == 0] == 0).all(), label
-        if case.shadow:
+        if case.copy:
             full = ours["param"][case.skip :].view(case.shape).bfloat16()
-            assert torch.equal(ours["shadow"], kept_part(case, before, full)), case
+            assert torch.equal(ours["copy"], kept_part(case, before, full)), case
         if case.score:
             rtol = 1e-5 if case.dtype == torch.float32 else 1e-4
             largest = float(exact[3].abs().max()) if exact[3].numel() else 1.0
@@ -138,31 +138,29 @@ SHAPES = [(35, 150), (2, 2100), (66, 5), (257, 1), (1, 1)]  # ragged in both axe
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_plain_tensors_of_any_shape_and_alignment(kernel, dtype):
     shapes = [*SHAPES, (0, 4), (4, 0), (64, 64)]
-    cases = [
-        Case(shape, dtype, skip=skip, shadow=shadow) for shape in shapes for skip, shadow in ((0, True), (1, False))
-    ]
+    cases = [Case(shape, dtype, skip=skip, copy=copy) for shape in shapes for skip, copy in ((0, True), (1, False))]
     check(kernel("masked_adamw"), cases)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_every_grid_masks_and_scores_at_every_shape(kernel, grid):
     cases = [Case(shape, keep=grid, score=grid) for shape in SHAPES]
-    cases += [Case((35, 152), dtype, grid, Grid.block(7, 40), shadow=True, skip=dtype.itemsize % 4) for dtype in DTYPES]
+    cases += [Case((35, 152), dtype, grid, Grid.block(7, 40), copy=True, skip=dtype.itemsize % 4) for dtype in DTYPES]
     check(kernel("masked_adamw"), cases, factor=0.25, decay=0.5, scale=3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("maps", ["r", "c", "rc"])
-def test_a_compact_shadow_at_every_shape_and_alignment(kernel, maps, dtype):
-    cases = [Case(shape, dtype, shadow=True, maps=maps, skip=skip) for shape in SHAPES for skip in (0, 1)]
+def test_a_compact_copy_at_every_shape_and_alignment(kernel, maps, dtype):
+    cases = [Case(shape, dtype, copy=True, maps=maps, skip=skip) for shape in SHAPES for skip in (0, 1)]
     cases += [Case((35, 152), dtype, Grid.element(), Grid.row(), True, maps=maps)]
-    cases += [Case((37, 264), dtype, Grid.row(), shadow=True, maps=maps, whole=4)]  # its rows take full quads
+    cases += [Case((37, 264), dtype, Grid.row(), copy=True, maps=maps, whole=4)]  # its rows take full quads
     check(kernel("masked_adamw"), cases)
 
 
-def test_an_empty_compact_shadow_is_not_written(kernel):
-    case = Case((5, 8), keep=Grid.tensor(), shadow=True, maps="r", whole=4)
-    none = {"r_map": torch.full((5,), -1, dtype=torch.int32), "shadow": torch.empty(0, 8, dtype=torch.bfloat16)}
+def test_an_empty_compact_copy_is_not_written(kernel):
+    case = Case((5, 8), keep=Grid.tensor(), copy=True, maps="r", whole=4)
+    none = {"r_map": torch.full((5,), -1, dtype=torch.int32), "copy": torch.empty(0, 8, dtype=torch.bfloat16)}
     state = draw(case, 0) | none
     (after,) = launch(kernel("masked_adamw", "asan"), [case], [state])
     assert not torch.equal(after["param"], state["param"])
@@ -192,16 +190,16 @@ def test_clean_under_the_sanitizers(kernel, build):
         Case((257, 1), torch.float16, Grid.rows(2), Grid.tensor(), True, skip=1),
         Case((33, 132), torch.float32, Grid.element(), Grid.tensor()),
         Case((11, 50), torch.bfloat16),
-        Case((35, 132), torch.float32, Grid.row(), shadow=True, maps="r", whole=4),
-        Case((35, 130), torch.float16, Grid.block(4, 4), Grid.row(), shadow=True, maps="rc", skip=1),
-        Case((257, 1), shadow=True, maps="r"),
+        Case((35, 132), torch.float32, Grid.row(), copy=True, maps="r", whole=4),
+        Case((35, 130), torch.float16, Grid.block(4, 4), Grid.row(), copy=True, maps="rc", skip=1),
+        Case((257, 1), copy=True, maps="r"),
     ]
     check(kernel("masked_adamw", build), cases, factor=0.5)
 
 
 def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernel):
-    cases = [Case((35, 150), keep=Grid.element(), score=grid, shadow=True) for grid in GRIDS]
-    cases += [Case((35, 150), keep=Grid.row(), shadow=True, maps="rc")]
+    cases = [Case((35, 150), keep=Grid.element(), score=grid, copy=True) for grid in GRIDS]
+    cases += [Case((35, 150), keep=Grid.row(), copy=True, maps="rc")]
     states = [draw(case, seed) for seed, case in enumerate(cases)]
     forward, backward = (
         launch(kernel("masked_adamw"), cases, states, **e) for e in ({}, {"CUDA_ON_CPU_BACKWARD": "1"})
@@ -212,7 +210,7 @@ def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernel):
 
 @pytest.mark.parametrize("score", [Grid.row(), Grid.tensor()], ids=str)
 def test_a_nan_in_a_dropped_element_goes_nowhere(kernel, score):
-    case = Case((40, 132), keep=Grid.block(8, 3), score=score, shadow=True)
+    case = Case((40, 132), keep=Grid.block(8, 3), score=score, copy=True)
     state = draw(case, 1)
     alive = case.keep.expand(state["keep"].bool(), *case.shape).reshape(-1)
     clean = launch(kernel("masked_adamw"), [case], [state], decay=0.0)
@@ -220,7 +218,7 @@ def test_a_nan_in_a_dropped_element_goes_nowhere(kernel, score):
         state[name] = state[name].masked_fill(~alive, torch.nan)
     state["score"] = torch.full_like(state["score"], torch.nan)  # not read when decay is 0
     poisoned = launch(kernel("masked_adamw"), [case], [state], decay=0.0)
-    for name in ("param", "exp_avg", "exp_avg_sq", "shadow", "score"):
+    for name in ("param", "exp_avg", "exp_avg_sq", "copy", "score"):
         assert torch.equal(clean[0][name], poisoned[0][name]), name
 
 

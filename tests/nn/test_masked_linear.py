@@ -1,4 +1,4 @@
-"""MaskedLinear stands wherever an nn.Linear stood: same constructor, same keys, same company."""
+"""MaskedLinear takes the place of an nn.Linear: same constructor, same keys, same tools around it."""
 
 import copy
 import io
@@ -13,9 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sensibert.core.grid import Grid
 from sensibert.nn import MaskedLinear
-from sensibert.ops.masked_linear.kept_index import published
-from sensibert.optim.compact_weights import follow
-from sensibert.optim.masked_adamw import MaskedAdamW
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRIDS = [Grid.element(), Grid.row(), Grid.column(), Grid.rows(4), Grid.block(4, 4)]
@@ -202,43 +199,6 @@ def test_a_mask_of_the_same_shape_is_set_in_place():
     assert not layer.keep.any()  # a copy, not the caller's tensor
     layer.set_keep(None, Grid.element())
     assert layer.keep.shape == (8, 12) and layer.grid == Grid.element()
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_gate_gradient_is_that_of_a_gate_on_each_block(grid):
-    layer, x = make_layer(grid), torch.randn(5, 12)
-    gates = torch.ones_like(layer.keep, dtype=torch.float32).requires_grad_()
-    wide = grid.expand(gates, *layer.weight.shape)
-    F.linear(x, masked_weight(layer).detach() * wide, layer.bias).square().sum().backward()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.gate_gradient(), gates.grad)
-    assert not layer.gate_gradient()[~layer.keep].any()
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_following_the_optimizer_changes_no_result(grid):
-    layer, x = make_layer(grid), torch.randn(5, 12)
-    optimizer = MaskedAdamW(layer.parameters(), lr=0.1)
-    follow(layer, optimizer)
-    for number in range(3):
-        if number == 2:
-            layer.set_keep(torch.rand(layer.keep.shape) < 0.5)  # in place: the optimizer has the new masks too
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-            assert torch.equal(y, copy.deepcopy(layer)(x))  # the copy has no shadow
-        assert published(layer.weight, layer.keep, layer.grid, torch.bfloat16) is not None
-        optimizer.zero_grad()
-        y.float().square().sum().backward()
-        optimizer.step()
-        assert not layer.weight[~grid.expand(layer.keep, 8, 12)].any()
-    layer.set_keep(None, Grid.tensor())
-    optimizer.step()
-    assert published(layer.weight, layer.keep, layer.grid, torch.bfloat16) is None
-
-
-def test_the_gate_gradient_needs_a_backward():
-    with pytest.raises(RuntimeError, match="weight.grad is None"):
-        make_layer().gate_gradient()
 
 
 def test_repr_says_grid_and_share():

@@ -5,7 +5,7 @@ import torch
 
 from sensibert.core.grid import Grid
 from sensibert.ops import gather_kept
-from sensibert.ops.masked_linear.kept_index import live
+from sensibert.ops.masked_linear.kept_index import kept_index
 from tests.helpers import DTYPES, dtype_id
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -59,7 +59,7 @@ def test_weights_of_many_dtypes_in_one_call_keep_theirs(device):
 @pytest.mark.parametrize("grid", [Grid.row(), Grid.columns(4), Grid.block(16, 16), Grid.element()], ids=str)
 def test_it_takes_what_a_keep_grid_leaves(grid, device):
     weight, keep = torch.randn(35, 52, device=device), (torch.rand(grid.shape(35, 52)) < 0.4).to(device)
-    kept, wide = live(keep, grid, 35, 52), grid.expand(keep, 35, 52)
+    kept, wide = kept_index(keep, grid, 35, 52), grid.expand(keep, 35, 52)
     (ours,) = gather_kept([weight], [kept.rows], [kept.cols], [kept.bits])
     assert torch.equal(ours, (weight * wide)[wide.any(1)][:, wide.any(0)])
 

@@ -111,20 +111,20 @@ def test_zero_eps_leaves_no_nan_in_dropped_elements():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_the_shadow_is_the_new_masked_weight_in_bf16(dtype, device, poisoned_empty):
+def test_the_working_copy_is_the_new_masked_weight_in_bf16(dtype, device, poisoned_empty):
     state = make_state(dtype, device)
-    shadows = {t: torch.empty(SHAPES[t], dtype=torch.bfloat16, device=device) for t in (0, 3, 5)}
-    masked_adamw(*state, **SETTINGS, keeps=make_keeps(Grid.rows(2), state[0], device), shadows=shadows)
-    for t, shadow in shadows.items():
-        assert torch.equal(shadow, state[0][t].bfloat16())
+    working_copies = {t: torch.empty(SHAPES[t], dtype=torch.bfloat16, device=device) for t in (0, 3, 5)}
+    masked_adamw(*state, **SETTINGS, keeps=make_keeps(Grid.rows(2), state[0], device), working_copies=working_copies)
+    for t, working_copy in working_copies.items():
+        assert torch.equal(working_copy, state[0][t].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("mapped", ["rows", "cols", "both"])
-def test_a_compact_shadow_is_what_the_maps_leave_of_the_full_one(mapped, dtype, device, poisoned_empty):
+def test_a_compact_working_copy_is_what_the_maps_leave_of_the_full_one(mapped, dtype, device, poisoned_empty):
     shapes = [(35, 52), (6,), (3, 2, 3), (16, 8), (8, 16), (5, 1)]
     state = make_state(dtype, device, shapes)
-    keeps, shadows, maps, wanted = make_keeps(Grid.block(3, 2), state[0], device), {}, ({}, {}), {}
+    keeps, working_copies, maps, wanted = make_keeps(Grid.block(3, 2), state[0], device), {}, ({}, {}), {}
     for t, param in enumerate(state[0]):
         N, K = matrix_shape(param)
         index = [torch.randperm(size, device=device)[: size - size // 3] for size in (N, K)]  # in any order
@@ -133,19 +133,19 @@ def test_a_compact_shadow_is_what_the_maps_leave_of_the_full_one(mapped, dtype, 
         if mapped != "rows":
             maps[1][t] = index_map(index[1], K)
         n, k = len(index[0]) if t in maps[0] else N, len(index[1]) if t in maps[1] else K
-        shadows[t] = torch.empty(n, k, dtype=torch.bfloat16, device=device)
+        working_copies[t] = torch.empty(n, k, dtype=torch.bfloat16, device=device)
         rows = index[0] if t in maps[0] else torch.arange(N, device=device)
         wanted[t] = rows, index[1] if t in maps[1] else torch.arange(K, device=device)
-    masked_adamw(*state, **SETTINGS, keeps=keeps, shadows=shadows, row_maps=maps[0], col_maps=maps[1])
+    masked_adamw(*state, **SETTINGS, keeps=keeps, working_copies=working_copies, row_maps=maps[0], col_maps=maps[1])
     for t, (rows, cols) in wanted.items():
         full = state[0][t].view(matrix_shape(state[0][t])).bfloat16()
-        assert torch.equal(shadows[t], full[rows][:, cols]), t
+        assert torch.equal(working_copies[t], full[rows][:, cols]), t
 
 
-def test_nothing_kept_leaves_an_empty_shadow(device):
+def test_nothing_kept_leaves_an_empty_working_copy(device):
     state, none = make_state(device=device), torch.full((5,), -1, dtype=torch.int32, device=device)
-    shadow = torch.empty(0, 7, dtype=torch.bfloat16, device=device)
-    masked_adamw(*state, **SETTINGS, shadows={0: shadow}, row_maps={0: none})
+    working_copy = torch.empty(0, 7, dtype=torch.bfloat16, device=device)
+    masked_adamw(*state, **SETTINGS, working_copies={0: working_copy}, row_maps={0: none})
     assert state[0][0].isfinite().all()
 
 
@@ -184,13 +184,16 @@ def test_tensors_with_gaps_are_written_through(device):
     state, plain = make_state(device=device), make_state(device=device)
     for which in range(4):
         state[which][0] = state[which][0].t().contiguous().t()
-    score, shadow = torch.zeros(5, 2, device=device)[:, ::2], torch.zeros(7, 5, dtype=torch.bfloat16, device=device).t()
+    score, working_copy = (
+        torch.zeros(5, 2, device=device)[:, ::2],
+        torch.zeros(7, 5, dtype=torch.bfloat16, device=device).t(),
+    )
     keeps = {0: (torch.rand(7, 5, device=device).t() < 0.5, Grid.element())}
-    masked_adamw(*state, **SETTINGS, keeps=keeps, scores={0: (score, Grid.row())}, shadows={0: shadow})
+    masked_adamw(*state, **SETTINGS, keeps=keeps, scores={0: (score, Grid.row())}, working_copies={0: working_copy})
     masked_adamw(*plain, **SETTINGS, keeps=keeps)
     for which in (0, 2, 3):
         assert torch.equal(state[which][0], plain[which][0])
-    assert torch.equal(shadow, plain[0][0].bfloat16()) and (score > 0).all()
+    assert torch.equal(working_copy, plain[0][0].bfloat16()) and (score > 0).all()
 
 
 def test_no_tensors_is_no_work():
@@ -199,12 +202,12 @@ def test_no_tensors_is_no_work():
 
 def op_arguments(device="cpu"):
     keep, score = torch.rand(5, 1, device=device) < 0.5, torch.zeros(1, 7, device=device)
-    shadow = torch.zeros(16, 8, dtype=torch.bfloat16, device=device)
-    compact, places = torch.zeros_like(shadow)[:2, :3].contiguous(), torch.tensor([1, 4, 6], device=device)
+    working_copy = torch.zeros(16, 8, dtype=torch.bfloat16, device=device)
+    compact, places = torch.zeros_like(working_copy)[:2, :3].contiguous(), torch.tensor([1, 4, 6], device=device)
     maps = [index_map(places[:2], 5)], [0], [index_map(places, 7)], [0]
     settings = [0.9, 0.8], [0.999, 0.95], [1e-8, 1e-6], [0.1, 0.0], torch.tensor(0.5, device=device)
-    shadows = [shadow, compact], [5, 0], *maps
-    extras = [keep], [0], [1, 0], *shadows, [score], [0], [0, 1], "abs", "none", 1.0, 1.0
+    working_copies = [working_copy, compact], [5, 0], *maps
+    extras = [keep], [0], [1, 0], *working_copies, [score], [0], [0, 1], "abs", "none", 1.0, 1.0
     return *make_state(device=device), *settings, *extras
 
 
@@ -213,18 +216,18 @@ def test_registration(device):
 
 
 def test_it_compiles_without_a_graph_break():
-    def step(params, grads, exp_avgs, exp_avg_sqs, keep, score, shadow, row_map):
+    def step(params, grads, exp_avgs, exp_avg_sqs, keep, score, working_copy, row_map):
         state = (params, grads, exp_avgs, exp_avg_sqs, *make_fixed)
         extras = {"keeps": {0: (keep, Grid.row())}, "scores": {0: (score, Grid.column())}}
-        masked_adamw(*state, **SETTINGS, **extras, shadows={0: shadow}, row_maps={0: row_map})
+        masked_adamw(*state, **SETTINGS, **extras, working_copies={0: working_copy}, row_maps={0: row_map})
 
     make_fixed = make_state()[4:]
     keep, results = torch.arange(5)[:, None] % 2 == 0, []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        state, score, shadow = make_state(), torch.zeros(1, 7), torch.zeros(3, 7, dtype=torch.bfloat16)
-        run(*state[:4], keep, score, shadow, index_map(torch.tensor([0, 2, 4]), 5))
-        results.append([*state[0], *state[2], *state[3], score, shadow])
-        assert torch.equal(shadow, state[0][0][::2].bfloat16())
+        state, score, working_copy = make_state(), torch.zeros(1, 7), torch.zeros(3, 7, dtype=torch.bfloat16)
+        run(*state[:4], keep, score, working_copy, index_map(torch.tensor([0, 2, 4]), 5))
+        results.append([*state[0], *state[2], *state[3], score, working_copy])
+        assert torch.equal(working_copy, state[0][0][::2].bfloat16())
     for eager, compiled in zip(*results):
         assert torch.equal(eager, compiled)
 
@@ -249,19 +252,19 @@ WRONG = {
     r"keep is for params\[9\], of 6": lambda s, o: o.update(
         keeps={9: (torch.ones(1, 1, dtype=torch.bool), Grid.tensor())}
     ),
-    r"shadow\[0\] is float32": lambda s, o: o.update(shadows={0: torch.zeros(5, 7)}),
-    r"row_map is for params\[0\], which has no shadow": lambda s, o: o.update(row_maps={0: MAP}),
+    r"working_copy\[0\] is float32": lambda s, o: o.update(working_copies={0: torch.zeros(5, 7)}),
+    r"row_map is for params\[0\], which has no working_copy": lambda s, o: o.update(row_maps={0: MAP}),
     r"row_map of params\[0\] is int32 \(6,\) on cpu, want int32 \(5,\)": lambda s, o: o.update(
-        shadows={0: HALF}, row_maps={0: torch.zeros(6, dtype=torch.int32)}
+        working_copies={0: HALF}, row_maps={0: torch.zeros(6, dtype=torch.int32)}
     ),
     r"col_map of params\[0\] is int64 \(7,\)": lambda s, o: o.update(
-        shadows={0: HALF}, col_maps={0: torch.zeros(7).long()}
+        working_copies={0: HALF}, col_maps={0: torch.zeros(7).long()}
     ),
-    r"shadow\[0\] is bfloat16 \(2, 3\) on cpu, want bfloat16 \(2, 7\)": lambda s, o: o.update(
-        shadows={0: HALF[:2, :3]}, row_maps={0: MAP}
+    r"working_copy\[0\] is bfloat16 \(2, 3\) on cpu, want bfloat16 \(2, 7\)": lambda s, o: o.update(
+        working_copies={0: HALF[:2, :3]}, row_maps={0: MAP}
     ),
-    r"shadow\[0\] is bfloat16 \(10, 7\) on cpu, want bfloat16 \(5, 7\)": lambda s, o: o.update(
-        shadows={0: HALF.repeat(2, 1)}, row_maps={0: MAP}
+    r"working_copy\[0\] is bfloat16 \(10, 7\) on cpu, want bfloat16 \(5, 7\)": lambda s, o: o.update(
+        working_copies={0: HALF.repeat(2, 1)}, row_maps={0: MAP}
     ),
     "grad_factor is float64": lambda s, o: o.update(grad_factor=torch.tensor(1.0).double()),
     "reduce, finish are 'sum', 'none'": lambda s, o: o.update(reduce="sum"),

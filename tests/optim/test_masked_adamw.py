@@ -1,22 +1,18 @@
 """MaskedAdamW is torch.optim.AdamW plus masks, and its state survives save, load and physical trimming."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.optimization import Adafactor
 
 from sensibert.core.grid import Grid
 from sensibert.ops import block_sensitivity
 from sensibert.ops.masked_adamw import index_map
 from sensibert.optim.masked_adamw import MaskedAdamW
 from sensibert.optim.state import slice_state
-from tests.helpers import DTYPES, dtype_id, tiny_batch, tiny_model
+from tests.helpers import DTYPES, dtype_id
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -88,7 +84,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
 
 
 @pytest.mark.parametrize("grid", [Grid.row(), Grid.columns(2), Grid.block(4, 3), Grid.element()], ids=str)
-def test_dropped_blocks_stay_zero_until_the_keep_is_cleared(grid, device):
+def test_dropped_blocks_stay_zero(grid, device):
     weight = make_params(device=device)[0]
     optimizer = MaskedAdamW([weight], **SETTINGS)
     train(optimizer, 2)
@@ -98,9 +94,6 @@ def test_dropped_blocks_stay_zero_until_the_keep_is_cleared(grid, device):
     dropped, state = ~grid.expand(keep, 6, 4), optimizer.state[weight]
     for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]):
         assert (tensor[dropped] == 0).all() and (tensor[~dropped] != 0).all()
-    optimizer.clear_keep(weight)
-    train(optimizer, 1)
-    assert (weight != 0).all()
 
 
 def test_the_gradient_factor_clips_without_touching_the_gradient():
@@ -117,28 +110,28 @@ def test_the_gradient_factor_clips_without_touching_the_gradient():
         torch.testing.assert_close(p, q)
 
 
-def test_the_shadow_and_the_score_follow_every_step(device):
+def test_the_working_copy_and_the_score_are_written_every_step(device):
     weight = make_params(device=device)[0]
     optimizer = MaskedAdamW([weight], **SETTINGS)
-    shadow, score = torch.empty(6, 4, dtype=torch.bfloat16, device=device), torch.zeros(6, 1, device=device)
-    optimizer.set_shadow(weight, shadow)
+    working_copy, score = torch.empty(6, 4, dtype=torch.bfloat16, device=device), torch.zeros(6, 1, device=device)
+    optimizer.set_working_copy(weight, working_copy)
     optimizer.track({weight: (score, Grid.row())}, reduce="signed", finish="square")
     wanted = torch.zeros(6, 1, device=device)
     for i in range(3):
         before = weight.detach().clone()
         train(optimizer, 1, seed=i)
         block_sensitivity([before], [weight.grad], Grid.row(), "signed", "square", out=[wanted])
-        assert torch.equal(shadow, weight.bfloat16())
+        assert torch.equal(working_copy, weight.bfloat16())
     torch.testing.assert_close(score, wanted)
     compact, rows = torch.empty(2, 4, dtype=torch.bfloat16, device=device), torch.tensor([1, 4], device=device)
-    optimizer.set_shadow(weight, compact, index_map(rows, 6))
-    assert optimizer.shadow(weight) is compact
+    optimizer.set_working_copy(weight, compact, index_map(rows, 6))
+    assert optimizer.working_copy(weight) is compact
     optimizer.track({})
     train(optimizer, 1)
     assert torch.equal(compact, weight[rows].bfloat16())
-    optimizer.set_shadow(weight, None)
+    optimizer.set_working_copy(weight, None)
     train(optimizer, 1)
-    assert not torch.equal(shadow, weight.bfloat16())
+    assert not torch.equal(working_copy, weight.bfloat16())
     torch.testing.assert_close(score, wanted)
 
 
@@ -213,91 +206,6 @@ def test_a_learning_rate_may_be_a_tensor():
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "accelerate"])
-@pytest.mark.parametrize("kind", [MaskedAdamW, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_a_sliced_parameter_trains_on_like_the_rows_and_columns_it_keeps(kind, wrapped):
-    whole, small = make_params()[0], None
-    settings = {"lr": 1e-2, **({"momentum": 0.9} if kind is torch.optim.SGD else {})}
-    reference, optimizer = kind([whole], **settings), None
-    train(reference, 3)
-    small = nn.Parameter(whole.detach().clone())
-    optimizer = kind([{"params": [small]}], **settings)
-    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
-    optimizer = Accelerator(cpu=True).prepare(optimizer) if wrapped else optimizer
-    rows, cols = torch.tensor([4, 0, 1]), torch.tensor([3, 1])
-    new = nn.Parameter(small.detach()[rows][:, cols].clone())
-    slice_state(optimizer, small, new, {0: rows, 1: cols})
-    assert optimizer.param_groups[0]["params"][0] is new and list(optimizer.state) == [new]
-    whole.grad = torch.randn(6, 4)
-    new.grad = whole.grad[rows][:, cols]
-    reference.step()
-    optimizer.step()
-    torch.testing.assert_close(new, whole.detach()[rows][:, cols], rtol=1e-6, atol=1e-7)
-
-
-def test_a_mask_is_sliced_with_its_parameter_and_goes_when_it_drops_nothing():
-    weight, bias = make_params()[:2]
-    optimizer = MaskedAdamW([weight, bias])
-    optimizer.set_keep(weight, torch.tensor([[True, False], [True, True]]), Grid.block(3, 3))  # ragged: 3 + 3 by 3 + 1
-    optimizer.set_keep(bias, torch.arange(5)[:, None] != 2, Grid.row())
-    shadow = torch.zeros(6, 4, dtype=torch.bfloat16)
-    optimizer.set_shadow(weight, shadow)
-    train(optimizer, 2)
-    new_weight, new_bias = nn.Parameter(weight.detach()[2:5].clone()), nn.Parameter(bias.detach()[[0, 4]].clone())
-    slice_state(optimizer, weight, new_weight, {0: torch.arange(2, 5)})
-    slice_state(optimizer, bias, new_bias, {0: torch.tensor([0, 4])})
-    train(optimizer, 1)
-    assert new_weight.eq(0).nonzero().tolist() == [[0, 3]]
-    assert "keep" not in optimizer.state[new_bias]
-
-
-def test_slicing_before_the_first_step_only_swaps_the_parameter():
-    weight = make_params()[0]
-    optimizer = torch.optim.AdamW([weight])
-    new = nn.Parameter(weight.detach()[:2].clone())
-    slice_state(optimizer, weight, new, {0: torch.tensor([0, 1])})
-    assert optimizer.param_groups[0]["params"] == [new] and not optimizer.state
-
-
-@pytest.mark.parametrize("kind", [torch.optim.Adafactor, Adafactor])
-def test_the_factors_of_adafactor_are_sliced_with_their_rows_and_columns(kind):
-    def factors(parameter):
-        return [v.flatten().clone() for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.dim()]
-
-    weight = nn.Parameter(torch.randn(6, 4))
-    optimizer = kind([weight])
-    train(optimizer, 2)
-    (of_rows, of_cols), rows, cols = factors(weight), torch.tensor([4, 0, 1]), torch.tensor([3, 1])
-    new = nn.Parameter(weight.detach()[rows][:, cols].clone())
-    slice_state(optimizer, weight, new, {0: rows, 1: cols})
-    for found, wanted in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
-        assert torch.equal(found, wanted)
-    train(optimizer, 1)
-
-
-def test_what_cannot_be_sliced_is_named():
-    weight, other = make_params()[:2]
-    optimizer = torch.optim.AdamW([weight])
-    with pytest.raises(ValueError, match=r"slice_state: old \(5,\) is in none of the optimizer's param_groups"):
-        slice_state(optimizer, other, other, {})
-    with pytest.raises(ValueError, match=r"slice_state: new is \(6, 4\), want \(2, 4\)"):
-        slice_state(optimizer, weight, weight, {0: torch.tensor([0, 1])})
-    optimizer.state[weight]["absmax"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"AdamW keeps absmax \(3,\) for a parameter \(6, 4\), want a state that can"):
-        slice_state(optimizer, weight, nn.Parameter(weight.detach()[:2]), {0: torch.tensor([0, 1])})
-
-
-def test_a_slice_that_fails_leaves_the_optimizer_as_it_was():
-    weight = make_params()[0]
-    optimizer = MaskedAdamW([weight])
-    train(optimizer)
-    before = copy.copy(optimizer.state[weight])
-    with pytest.raises(IndexError):
-        slice_state(optimizer, weight, nn.Parameter(torch.zeros(2, 4)), {0: torch.tensor([0, 6])})
-    assert optimizer.param_groups[0]["params"] == [weight]
-    assert all(optimizer.state[weight][name] is value for name, value in before.items())
-
-
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}], ids=str)
 def test_a_setting_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=f"MaskedAdamW: .*{next(iter(wrong))}"):
@@ -318,33 +226,6 @@ def test_a_sparse_gradient_is_named():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="gradient is torch.sparse_coo, want a dense one"):
         MaskedAdamW(embedding.parameters()).step()
-
-
-@pytest.mark.parametrize("given", ["instance", "class"])
-def test_trainer_trains_with_it_as_with_adamw(given, tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    batch = tiny_batch()
-    rows = [{**{name: x[i] for name, x in batch.items()}, "labels": i % 2} for i in range(3)]
-    weights = []
-    for kind in (MaskedAdamW, torch.optim.AdamW):
-        model = tiny_model()
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=3,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-        )
-        if given == "instance":
-            options = {"optimizers": (kind(model.parameters(), lr=1e-2), None)}
-        else:
-            options = {"optimizer_cls_and_kwargs": (kind, {"lr": 1e-2})}
-        Trainer(model, arguments, train_dataset=rows, **options).train()
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
 def with_gaps(tensor):
@@ -371,9 +252,9 @@ CHANGES = {  # optimizer, its first weight [6, 4] and that weight's state
     "another keep": lambda o, w, s: o.set_keep(w, torch.arange(6, device=w.device)[:, None] != 4, Grid.row()),
     "the keep in place": lambda o, w, s: s["keep"].logical_not_(),
     "the grid alone": lambda o, w, s: s.update(keep=s["keep"][:1].clone(), keep_grid=(0, 0)),
-    "no keep": lambda o, w, s: o.clear_keep(w),
-    "a shadow": lambda o, w, s: o.set_shadow(w, torch.zeros(6, 4, dtype=torch.bfloat16, device=w.device)),
-    "a compact shadow": lambda o, w, s: o.set_shadow(w, *mapped(w, [1, 4])),
+    "no keep": lambda o, w, s: (s.pop("keep"), s.pop("keep_grid")),
+    "a working copy": lambda o, w, s: o.set_working_copy(w, torch.zeros(6, 4, dtype=torch.bfloat16, device=w.device)),
+    "a compact working copy": lambda o, w, s: o.set_working_copy(w, *mapped(w, [1, 4])),
     "a score": lambda o, w, s: o.track({w: (torch.zeros(6, 1, device=w.device), Grid.row())}),
     "another statistic": lambda o, w, s: o.track(o._scores, "signed", "square", decay=0.5),
     "the score elsewhere": lambda o, w, s: set_data(o._scores[w][0], torch.ones(6, 1, device=w.device)),
@@ -393,7 +274,7 @@ CHANGES = {  # optimizer, its first weight [6, 4] and that weight's state
     "a moment with gaps": lambda o, w, s: set_data(s["exp_avg"], with_gaps(s["exp_avg"])),
     "the moment without": lambda o, w, s: set_data(s["exp_avg"], s["exp_avg"].contiguous()),
     "a loaded state": lambda o, w, s: o.load_state_dict(copy.deepcopy(o.state_dict())),
-    "no shadow": lambda o, w, s: o.set_shadow(w, None),
+    "no working copy": lambda o, w, s: o.set_working_copy(w, None),
     "no score": lambda o, w, s: o.track({}),
     "a cut parameter": lambda o, w, s: cut(o),
     "a new group": lambda o, w, s: o.add_param_group({"params": [nn.Parameter(torch.ones(3, 5, device=w.device))]}),
@@ -401,7 +282,7 @@ CHANGES = {  # optimizer, its first weight [6, 4] and that weight's state
 }
 
 
-def changed_between_steps(device, seen=lambda change: None):
+def changed_between_steps(device, held=lambda change: None):
     """Everything that an optimizer leaves behind which is changed between its steps, and one that forgets each step."""
     twins = [MaskedAdamW(make_params(device=device), **SETTINGS) for _ in range(2)]
     weights = [twin.param_groups[0]["params"][0] for twin in twins]
@@ -418,16 +299,16 @@ def changed_between_steps(device, seen=lambda change: None):
                 weights[forgets].grad = with_gaps(weights[forgets].grad) if step == 1 else weights[forgets].grad
                 params[-1].grad = None if number % 4 == 3 else params[-1].grad
                 twin.step()
-        seen(change)
+        held(change)
         ours, theirs = (
             [x for p in t.state for x in (p.detach(), *(x for x in t.state[p].values() if isinstance(x, torch.Tensor)))]
-            + [x for x, *_ in (*t._shadows.values(), *t._scores.values())]
+            + [x for x, *_ in (*t._working_copies.values(), *t._scores.values())]
             for t in twins
         )
         assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs)), change
 
 
-def test_whatever_changes_between_steps_is_seen(device):
+def test_whatever_changes_between_steps_is_noticed(device):
     changed_between_steps(device)
 
 
@@ -451,18 +332,6 @@ def test_steps_can_be_traced_without_memory():
         optimizer = MaskedAdamW([weight], **SETTINGS)
         for _ in range(3):
             optimizer.step()
-
-
-def test_a_replaced_state_is_not_kept_alive():
-    params = make_params()
-    optimizer = MaskedAdamW(params)
-    train(optimizer, 3)
-    old = weakref.ref(params[0])
-    rows = torch.tensor([0, 1])
-    slice_state(optimizer, params[0], nn.Parameter(params[0].detach()[rows].clone()), {0: rows})
-    del params[0]
-    gc.collect()
-    assert old() is None
 
 
 @pytest.mark.gpu

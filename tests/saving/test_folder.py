@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import sensibert
 from sensibert import SensibertError, export, load, load_structure, trim
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.models import base_of, families, layout_of, modeling_sensibert
 from sensibert.models.structure import structure_of
@@ -37,7 +37,7 @@ def random_plan(model, seed=0):
         whole = (site.layer, site.kind) in ((0, "head"), (1, "ffn")) and len(layout.sites) > 2
         keep[site.name][: site.minimum or 1] = True
         keep[site.name] &= not whole or site.minimum > 0
-    return Plan(layout, keep, Budget.parse("50%params"), "random")
+    return UnitPlan(layout, keep, Budget.parse("50%params"), "random")
 
 
 def trimmed(family="bert", head="SequenceClassification", seed=0, **overrides):

@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.core.statistics import STATISTICS
 from sensibert.models import base_of, layout_of
 from sensibert.models.modules import attribute
 from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
-from sensibert.sensitivity.gradients import STATISTICS, given_loss
+from sensibert.sensitivity.gradients import given_loss
 from sensibert.sensitivity.ranking import rank_tensors
 from sensibert.trimming.trim import trim
 from tests.helpers import tiny_batch, tiny_model
@@ -147,7 +149,7 @@ def test_dropout_is_off_while_scores_are_taken():
     assert analyze(model, batches(), "taylor") == analyze(model, batches(), "taylor")
 
 
-@pytest.mark.parametrize("statistic", ["fisher", "taylor", "saliency", "paper"])
+@pytest.mark.parametrize("statistic", ["fisher", "taylor", "saliency", "soft_gates"])
 def test_a_unit_that_does_nothing_scores_lowest(statistic):
     model = tiny_model(initializer_range=0.3)  # so that the loss outweighs the penalty on the gates
     layer = base_of(model).encoder.layer[0]
@@ -163,16 +165,16 @@ def test_a_unit_that_does_nothing_scores_lowest(statistic):
         batch["labels"] = model(**batch).logits.argmax(-1)  # what the units say is right
     scores = analyze(model, [batch] * 6, statistic, sampled_loss).scores
     for site, unit in (("layer.0.ffn", 5), ("layer.0.head", 1)):
-        if statistic == "paper":  # the penalty alone: it falls as fast as Adam goes
+        if statistic == "soft_gates":  # the penalty alone: it falls as fast as Adam goes
             assert scores[site][unit] == pytest.approx(1 - 6 * 0.02, abs=1e-3)
             assert scores[site][unit] < scores[site].min() + 0.01 < scores[site].max() - 0.05
         else:
             assert scores[site][unit] == 0 < scores[site].sum()
 
 
-def test_paper_gates_move_with_the_loss(model):
+def test_soft_gates_move_with_the_loss(model):
     """One step of Adam is 0.02 towards what the sign of loss + penalty says."""
-    scores = analyze(model, list(batches(1)), "paper").scores
+    scores = analyze(model, list(batches(1)), "soft_gates").scores
     grads = gate_gradients(copy.deepcopy(model).double(), given_loss)[0]
     total = sum(len(values) for values in scores.values())
     for name, gates in scores.items():
@@ -187,7 +189,7 @@ def test_a_layer_without_units_has_no_scores(statistic):
     keep = {site.name: torch.arange(site.units) % 2 == 0 for site in layout.sites}
     keep["layer.0.head"][:] = False
     keep["layer.1.ffn"][:] = False
-    trim(model, Plan(layout, keep, Budget.parse("50%params"), "random"))
+    trim(model, UnitPlan(layout, keep, Budget.parse("50%params"), "random"))
     scores = analyze(model, batches(), statistic, sampled_loss).scores
     sizes = {name: len(values) for name, values in scores.items()}
     assert sizes == {"layer.0.head": 0, "layer.0.ffn": 32, "layer.1.head": 2, "layer.1.ffn": 0}
@@ -201,20 +203,23 @@ def test_mixed_precision_changes_little(model):
 
 
 def test_what_cannot_be_scored_is_said(model):
-    with pytest.raises(SensibertError, match="statistic is 'best', want one of obs, layer-obs, fisher"):
+    with pytest.raises(SensibertError, match="method is 'best', want one of obs, layer-obs, fisher"):
         analyze(model, batches(), "best")
-    with pytest.raises(SensibertError, match="fisher samples labels, want sampled_loss"):
-        analyze(model, batches())
-    for statistic in ("taylor", "paper"):
-        with pytest.raises(SensibertError, match="no batches came"):
+    assert analyze(model, batches()).statistic == "obs"  # of a run too; blocks of a grid: fisher
+    assert analyze(model, batches(), grid=Grid.element()).statistic == "fisher"
+    assert analyze(model, batches(), seed=3) == analyze(model, batches(), "obs", sampled_loss, 3)
+    with pytest.raises(SensibertError, match="method 'soft_gates' scores whole units, want another with a grid"):
+        analyze(model, batches(), "paper", grid=Grid.element())
+    for statistic in ("taylor", "soft_gates"):
+        with pytest.raises(SensibertError, match="batches is empty, want at least one"):
             analyze(model, (), statistic)
         with pytest.raises(SensibertError, match="gave no loss, want labels in the batch"):
             analyze(model, [tiny_batch()], statistic)
-    with pytest.raises(SensibertError, match="no batches came"):
+    with pytest.raises(SensibertError, match="batches is empty"):
         rank_tensors(model, ())
     broken = copy.deepcopy(model)
     broken.classifier.bias.data[0] = float("nan")
-    for statistic in ("fisher", "taylor", "paper"):
+    for statistic in ("fisher", "taylor", "soft_gates"):
         with pytest.raises(SensibertError, match="the loss after 0 samples is nan, want a finite number"):
             analyze(broken, batches(), statistic, sampled_loss)
     assert not broken.training and not any(m._forward_pre_hooks for m in broken.modules())

@@ -222,13 +222,13 @@ def test_obs_scores_every_unit_and_can_be_allocated():
     found = analyze(model, rows(3), "obs", sampled_loss)
     assert found.samples == 6 and found.statistic == "obs"
     assert all(score.isfinite().all() and (score >= 0).all() for score in found.scores.values())
-    plan = allocate(found, Budget.parse("50%params"), step=1)
+    plan = allocate(found, Budget.parse("50%params"), width_multiple=1)
     assert plan.params <= 0.5 * found.layout.encoder_params
 
 
 def test_no_data_and_a_loss_that_is_not_finite_are_refused():
     model = tiny_model()
-    with pytest.raises(SensibertError, match="no batches came, want at least one micro-batch"):
+    with pytest.raises(SensibertError, match="batches is empty, want at least one micro-batch"):
         collect_factors(model, layout_of(model), [], sampled_loss)
     with torch.no_grad():
         model.classifier.bias.fill_(torch.nan)

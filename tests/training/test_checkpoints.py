@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
 from sensibert.core.files import writing
@@ -39,7 +39,7 @@ def sealed(folder, step, model):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
-    seal(checkpoint, model, {"metrics_dense": None, "seconds": {"warm": 1.5}})
+    seal(checkpoint, model, {"metrics_at_cut": None, "seconds": {"warm": 1.5}})
     return checkpoint
 
 
@@ -55,7 +55,7 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
     cut = tiny_model(head="")
     layout = layout_of(cut)
     keep = {site.name: torch.arange(site.units) > 1 for site in layout.sites}
-    checkpoint = sealed(tmp_path, 4, trim(cut, Plan(layout, keep, Budget.parse("50%params"), "fisher")))
+    checkpoint = sealed(tmp_path, 4, trim(cut, UnitPlan(layout, keep, Budget.parse("50%params"), "fisher")))
     assert read_structure(checkpoint / STRUCTURE)["layer.1.head"].tolist() == [2, 3]
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sensibert.core.artifacts import Plan
+from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
 from sensibert.models import base_of, layout_of
@@ -30,7 +30,7 @@ def half_plan(model, site_name=SITE):
     layout = layout_of(model)
     keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in layout.sites}
     keep[site_name][len(keep[site_name]) // 2 :] = False
-    return Plan(layout, keep, Budget.parse("50%params"), "test")
+    return UnitPlan(layout, keep, Budget.parse("50%params"), "test")
 
 
 def consumer_of(model, plan, site_name=SITE):

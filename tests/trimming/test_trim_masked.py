@@ -15,7 +15,7 @@ from tests.helpers import tiny_batch, tiny_model
 def random_plan(model, budget: str, seed: int = 0) -> Plan:
     layout, generator = layout_of(model), torch.Generator().manual_seed(seed)
     scores = {site.name: torch.rand(site.units, generator=generator) for site in layout.sites}
-    return allocate(Sensitivity(layout, scores, "random"), Budget.parse(budget), step=4)
+    return allocate(Sensitivity(layout, scores, "random"), Budget.parse(budget), width_multiple=4)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert", "modernbert", "deberta-v2", "mpnet"])

@@ -3,7 +3,7 @@
 All paths give the same result up to rounding. They differ in what is multiplied:
   dense      W itself; only where nothing is dropped
   compact    the rows and columns that still hold a kept block, gathered into a smaller matrix
-  shadow     a masked copy of W in the compute dtype; what it gives (y, dx or dW) comes at full size
+  masked     a masked copy of W in the compute dtype; what it gives (y, dx or dW) comes at full size
   reference  the formula: a masked copy of W and of x
   tiles      W as it lies in memory, empty tiles never loaded (own kernel, sm_90)
   bits       W as it lies in memory, one bit a weight applied on the way (own kernel, sm_90)
@@ -22,7 +22,7 @@ import torch
 
 from ...core.grid import Grid
 
-PATHS = ("compact", "shadow", "bits", "tiles", "dense", "reference")
+PATHS = ("compact", "masked", "bits", "tiles", "dense", "reference")
 # Kernels of our own may be a default once bench rows on that card have shown where they win; until then: force().
 MEASURED: frozenset[str] = frozenset({"tiles", "bits"})
 # path -> the op whose CUDA kernel it needs
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
     architecture: str  # "cpu", or "sm_80", "sm_90", "sm_100", ...
     part: str = "fwd"  # or "dx", "dw"
     row_share: float = 1.0  # of the N rows, those that are not empty
-    published: bool = False  # the compact matrix is there already: an optimizer writes it
+    ready: bool = False  # a valid compact matrix was given (CompactWeight)
 
 
 class Choice(NamedTuple):
@@ -84,7 +84,7 @@ def estimate(path: str, problem: Problem) -> float:
         return TAKE_US + size * M * (full + few) / BYTES_PER_US if few < full else 0.0
 
     n, k = problem.row_share * N, problem.share / problem.row_share * K if problem.row_share else 0.0
-    if problem.part == "dw" and path == "shadow":
+    if problem.part == "dw" and path == "masked":
         return dense + moved((N, K), (N, K), (N, K))
     if problem.part == "dw":
         return problem.share * dense + taken(N, n) + taken(K, k) + LAUNCH_US + moved((N, K), (n, k))
@@ -92,7 +92,7 @@ def estimate(path: str, problem: Problem) -> float:
     spread = path == "compact"  # else what it gives comes at full size
     share = read[1] / read[0] * (written[1] / written[0] if spread else 1.0)
     total = share * dense + taken(*read) + (taken(*written) if spread else 0.0)
-    ready = problem.published and (spread or problem.share == 1)
+    ready = problem.ready and (spread or problem.share == 1)
     return total + (0.0 if ready else moved((N, K), (n, k), (n, k)))
 
 
@@ -103,8 +103,8 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
     if problem.architecture == "cpu" or problem.share == 0:
         if problem.share < 1:
             return Choice("compact", f"empty rows and columns are left out: {problem.share:.0%} of the work remains")
-        return Choice("shadow", "no row or column is empty: the plain matmul at full size on a masked copy of W")
-    able = {"shadow", *measured} | ({"compact"} if problem.share < 1 else set())
+        return Choice("masked", "no row or column is empty: the plain matmul at full size on a masked copy of W")
+    able = {"masked", *measured} | ({"compact"} if problem.share < 1 else set())
     if problem.part == "dw" or problem.share < 1:  # it has none of its own; and it reads all columns of x
         able.discard("bits")
     times = {path: estimate(path, problem) for path in PATHS if path in able and refusal(path, problem, built) is None}

@@ -1,17 +1,15 @@
 """What a keep grid leaves of a weight: the rows and columns that still hold a kept block, and the holes among them.
 
-Found once per value of `keep` and remembered, so that a call on a GPU neither waits for the device nor breaks a graph
-capture. Remembered means: until the tensor dies or its version counter moves, as for tensors autograd saves. So change
-keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
+Computed once per value of `keep` and cached, so that a call on a GPU neither waits for the device nor breaks a graph
+capture. The cache of a tensor is valid until the tensor dies or its version counter changes, as for tensors that
+autograd saves. So change keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
-from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from ...core.grid import Grid
 from ..masked_adamw import index_map
 
 
-class Live(NamedTuple):
+class KeptIndex(NamedTuple):
     """The compact matrix of a weight [N, K]: its n kept rows and k kept columns."""
 
     rows: Tensor | None  # [n] int64, ascending; None: all N
@@ -33,41 +31,41 @@ class Live(NamedTuple):
 
 
 T = TypeVar("T")
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # keep -> (its version, {(find, grid, N, K): found})
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # keep -> (its version, {(compute, grid, N, K): result})
 
 
-def remember(find: Callable[..., T], keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> T:
-    """find(keep, grid, N, K), asked once per value of keep."""
+def cached(compute: Callable[..., T], keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> T:
+    """compute(keep, grid, N, K), called once per value of keep."""
     if keep.is_inference():  # has no version counter
-        return find(keep, grid, num_rows, num_cols)
-    known = _known.get(keep)
-    if known is None or known[0] != keep._version:
-        known = _known[keep] = (keep._version, {})
-    key = (find, grid, num_rows, num_cols)
-    if key not in known[1]:
-        known[1][key] = find(keep, grid, num_rows, num_cols)
-    return known[1][key]
+        return compute(keep, grid, num_rows, num_cols)
+    entry = _cache.get(keep)
+    if entry is None or entry[0] != keep._version:
+        entry = _cache[keep] = (keep._version, {})
+    key = (compute, grid, num_rows, num_cols)
+    if key not in entry[1]:
+        entry[1][key] = compute(keep, grid, num_rows, num_cols)
+    return entry[1][key]
 
 
-def live(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
-    """keep bool grid.shape(N, K) -> Live."""
-    return remember(_find, keep, grid, num_rows, num_cols)
+def kept_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> KeptIndex:
+    """keep bool grid.shape(N, K) -> KeptIndex."""
+    return cached(_kept_index, keep, grid, num_rows, num_cols)
 
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blank(t: Tensor, bits: Tensor | None, in_place: bool = False) -> Tensor:
-    """t [n, k] with 0 in the holes. By bits: NaN goes too, and a CPU is 3 times as fast as by masked_fill."""
+    """t [n, k] with 0 in the holes. By bits: NaN becomes 0 too, and a CPU is 3 times as fast as by masked_fill."""
     if bits is None:
         return t
     words = t.view(_INTEGER[t.itemsize])
     return (words.bitwise_and_(bits) if in_place else words & bits).view(t.dtype)
 
 
-def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
+def _kept_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> KeptIndex:
     if num_rows * num_cols == 0:
-        return Live(None, None, None, 1.0, 1.0)
+        return KeptIndex(None, None, None, 1.0, 1.0)
     sizes = grid.block_size(num_rows, num_cols)
     row_block = torch.arange(num_rows, device=keep.device) // sizes[0]  # [N] block number of each row
     col_block = torch.arange(num_cols, device=keep.device) // sizes[1]  # [K]
@@ -83,40 +81,42 @@ def _find(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Live:
     if kept < len(rows) * len(cols):
         bits = keep[row_block[rows]][:, col_block[cols]].to(torch.int8).neg_()
     full = (len(rows) == num_rows, len(cols) == num_cols)
-    return Live(None if full[0] else rows, None if full[1] else cols, bits, kept / size, len(rows) * len(cols) / size)
+    share = len(rows) * len(cols) / size
+    return KeptIndex(None if full[0] else rows, None if full[1] else cols, bits, kept / size, share)
 
 
 ALIGN = 8  # where a row of half-precision values is not whole 16-byte words, cuBLAS is three times slower on an H200
 
 
-class Places(NamedTuple):
+class TakeIndex(NamedTuple):
     """The kept rows and columns of a weight [N, K] as `take_columns` reads them, int32; None: all are kept."""
 
-    rows: Tensor | None  # [n] numbers, and -1 up to a multiple of ALIGN
-    cols: Tensor | None  # [k], the same
-    of_rows: Tensor | None  # [N] place among the kept rows, -1: none
+    rows: Tensor | None  # [n] numbers of the kept rows, and -1 up to a multiple of ALIGN
+    cols: Tensor | None  # [k], the same for columns
+    of_rows: Tensor | None  # [N] position of each row among the kept ones, -1: none
     of_cols: Tensor | None  # [K]
 
 
-def places(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Places:
-    return remember(_find_places, keep, grid, num_rows, num_cols)
+def take_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TakeIndex:
+    """keep bool grid.shape(N, K) -> TakeIndex."""
+    return cached(_take_index, keep, grid, num_rows, num_cols)
 
 
-def _find_places(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Places:
-    kept = live(keep, grid, num_rows, num_cols)
+def _take_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TakeIndex:
+    kept = kept_index(keep, grid, num_rows, num_cols)
     both = ((kept.rows, num_rows), (kept.cols, num_cols))
     numbers = (None if index is None else F.pad(index.int(), (0, -len(index) % ALIGN), value=-1) for index, _ in both)
-    return Places(*numbers, *(None if index is None else index_map(index, size) for index, size in both))
+    return TakeIndex(*numbers, *(None if index is None else index_map(index, size) for index, size in both))
 
 
 def wide_bits(part: str, keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor | None:
-    """As `Live.bits`, where one output axis or both stay at full size: of W [N, k] for part "fwd", of W [n, K] for
+    """As `KeptIndex.bits`, where one output axis or both stay at full size: of W [N, k] for part "fwd", of W [n, K] for
     "dx", of dW [N, K] for "dw"; broadcast over an axis along which all is alike."""
-    return remember(_WIDE[part], keep, grid, num_rows, num_cols)
+    return cached(_WIDE[part], keep, grid, num_rows, num_cols)
 
 
-def _find_wide(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows: bool, take_cols: bool):
-    kept = live(keep, grid, num_rows, num_cols)
+def _wide_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows: bool, take_cols: bool):
+    kept = kept_index(keep, grid, num_rows, num_cols)
     rows, cols = kept.rows if take_rows else None, kept.cols if take_cols else None
     if kept.bits is None:  # no hole but for whole rows and columns
         bits = torch.ones(1, 1, dtype=torch.bool, device=keep.device)
@@ -135,53 +135,28 @@ def _find_wide(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows
 
 
 _WIDE = {
-    "fwd": partial(_find_wide, take_rows=False, take_cols=True),
-    "dx": partial(_find_wide, take_rows=True, take_cols=False),
-    "dw": partial(_find_wide, take_rows=False, take_cols=False),
+    "fwd": partial(_wide_bits, take_rows=False, take_cols=True),
+    "dx": partial(_wide_bits, take_rows=True, take_cols=False),
+    "dw": partial(_wide_bits, take_rows=False, take_cols=False),
 }
 
 
-@dataclass(eq=False)
-class CompactWeight:
-    """What `publish` promised, of the weight with this version; who has written both again says so here."""
+class CompactWeight(NamedTuple):
+    """The kept rows and columns of weight * keep, written beforehand, so that no call gathers, casts or masks them.
 
-    weight_version: int
-    keep: Tensor
-    keep_version: int
-    grid: Grid
-    compact: Tensor
-    renew: WeakMethod | None
+    Valid for the values that weight and keep had when their version counters were `versions`. Whoever writes matrix
+    updates versions without moving its own version counter: autograd saves the tensor."""
 
-
-_published: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # weight -> CompactWeight, which must not hold the weight
+    matrix: Tensor  # [n, k] in the dtype of the matmul, 0 in the holes
+    versions: Tensor  # [2] int64 on the CPU: version counters of weight and keep
+    weight: Tensor  # [N, K]
+    keep: Tensor  # bool grid.shape(N, K)
 
 
-def publish(
-    weight: Tensor, keep: Tensor, grid: Grid, compact: Tensor, renew: WeakMethod | None = None
-) -> CompactWeight:
-    """Promise that compact [n, k] holds the kept rows and columns of weight * keep in the compute dtype, so that no
-    call has to gather, cast or mask.
-
-    For an optimizer that writes it in its own pass. It is used until the version counter of weight or keep moves; who
-    publishes brings weight_version up to date after each step. torch's fused optimizers do not move the counter: they
-    must not hold the weight. renew is called when keep has changed, and may publish anew."""
-    promise = _published[weight] = CompactWeight(weight._version, keep, keep._version, grid, compact, renew)
-    return promise
-
-
-def withdraw(weight: Tensor) -> None:
-    """End the promise, and let go of the matrix."""
-    _published.pop(weight, None)
-
-
-def published(weight: Tensor, keep: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor | None:
-    known = None if weight.is_inference() or keep.is_inference() else _published.get(weight)
-    if known is None or known.keep is not keep or known.compact.dtype != dtype:
+def valid_matrix(
+    matrix: Tensor | None, versions: Tensor | None, weight: Tensor, keep: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """matrix if it has this dtype and was written for weight and keep as they are now, else None."""
+    if matrix is None or matrix.dtype != dtype or weight.is_inference() or keep.is_inference():
         return None
-    if known.keep_version != keep._version and known.renew is not None and (renew := known.renew()) is not None:
-        renew()
-        known = _published.get(weight, known)
-    now = (weight._version, keep._version, grid)
-    return known.compact if (known.weight_version, known.keep_version, known.grid) == now else None
+    return matrix if versions.tolist() == [weight._version, keep._version] else None

@@ -18,24 +18,31 @@ from ...core.grid import Grid
 from . import dispatch as paths
 from .bits import column_bits, row_bits
 from .dweight import block_list
-from .kept_index import ALIGN, Live, blank, live, places, published, remember, wide_bits
+from .kept_index import ALIGN, CompactWeight, KeptIndex, blank, cached, kept_index, take_index, valid_matrix, wide_bits
 from .take_columns import DTYPES
 from .tiles import column_tile_list, tile_list
 
 OP = "sensibert::masked_linear"
-define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor keep, int block_rows, int block_cols) -> Tensor")
-define(OP + "_dx", "(Tensor dy, Tensor weight, Tensor keep, int block_rows, int block_cols) -> Tensor")
-define(OP + "_dweight", "(Tensor dy, Tensor x, Tensor keep, int block_rows, int block_cols) -> Tensor")
+_KEEP = "Tensor keep, int block_rows, int block_cols"
+_COMPACT = "Tensor? compact=None, Tensor? versions=None"  # the fields matrix and versions of a CompactWeight
+define(OP, f"(Tensor x, Tensor weight, Tensor? bias, {_KEEP}, {_COMPACT}) -> Tensor")
+define(OP + "_dx", f"(Tensor dy, Tensor weight, {_KEEP}, {_COMPACT}) -> Tensor")
+define(OP + "_dweight", f"(Tensor dy, Tensor x, {_KEEP}) -> Tensor")
 ops = torch.ops.sensibert
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, grid: Grid) -> Tensor:
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, grid: Grid, compact: CompactWeight | None = None
+) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None, keep bool grid.shape(N, K), True survives -> y [..., N].
 
     What a dropped block of W holds, NaN included, reaches neither y nor a gradient; dweight is exactly 0 there. Columns
     of x (rows of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. One dtype for x,
-    weight and bias; under autocast x is cast to its dtype, and of the weight only the kept part. ValueError names the
-    argument that does not fit."""
+    weight and bias; under autocast x is cast to its dtype, and of the weight only the kept part.
+
+    compact: the kept part of this very weight and keep, written beforehand (`MaskedAdamW.follow`). It is used while it
+    is valid and has the dtype of x; otherwise, and in an exported program, the call gathers from weight. ValueError
+    names the argument that does not fit."""
     if weight.dim() != 2:
         raise ValueError(f"masked_linear: weight is {tuple(weight.shape)}, want [N, K]")
     N, K = weight.shape
@@ -52,7 +59,10 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, 
         if name != "keep" and other is not None and other.dtype != x.dtype:
             if not torch.is_autocast_enabled(x.device.type):
                 raise ValueError(f"masked_linear: {name} is {other.dtype}, want {x.dtype} as x (or autocast)")
-    return ops.masked_linear(x, weight, bias, keep, grid.block_rows, grid.block_cols)
+    blocks = (grid.block_rows, grid.block_cols)
+    if compact is None or compact.weight is not weight or compact.keep is not keep or torch.compiler.is_exporting():
+        return ops.masked_linear(x, weight, bias, keep, *blocks)
+    return ops.masked_linear(x, weight, bias, keep, *blocks, compact.matrix, compact.versions)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, block_rows: int, block_cols: int) -> Tensor:
@@ -62,42 +72,44 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, bloc
     return F.linear(x, weight.to(x.dtype).masked_fill(~wide, 0), None if bias is None else bias.to(x.dtype))
 
 
-def _forward(x, weight, bias, keep, block_rows, block_cols):
+def _forward(x, weight, bias, keep, block_rows, block_cols, compact=None, versions=None):
     at = (keep, Grid(block_rows, block_cols), *weight.shape)
-    path, kept = _plan("fwd", x, weight, at)
+    matrix = valid_matrix(compact, versions, weight, keep, x.dtype)
+    path, kept = _plan("fwd", x, at, matrix is not None)
     if path == "reference":
         return reference(x, weight, bias, keep, block_rows, block_cols)
     bias = None if bias is None else bias.to(x.dtype)
     if path == "tiles":
-        return ops.masked_linear_tiles(x, _whole(weight, at, x.dtype), bias, *remember(tile_list, *at), False)
+        return ops.masked_linear_tiles(x, _whole(weight, matrix, x.dtype), bias, *cached(tile_list, *at), False)
     if path == "bits":
-        bits = remember(row_bits, *at)
-        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, at, x.dtype), bias, bits, False)
+        bits = cached(row_bits, *at)
+        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, matrix, x.dtype), bias, bits, False)
     rows, few = kept.rows, _gather(_flat(x), "cols", at)
-    if path == "shadow":
-        y = F.linear(few, _aligned(_masked("fwd", weight, at, x.dtype), None, few.shape[1]), bias)
+    if path == "masked":
+        y = F.linear(few, _aligned(_masked("fwd", weight, at, matrix, x.dtype), None, few.shape[1]), bias)
     else:
-        w = _compact(path, weight, at, x.dtype)
+        w = _compact(path, weight, at, x.dtype) if matrix is None else matrix
         w = _aligned(w, None if rows is None else _width(x, len(w)), few.shape[1])
         some = bias if rows is None or bias is None else F.pad(bias[rows], (0, len(w) - len(rows)))
         y = _spread(F.linear(few, w, some), "rows", at, bias)  # a dropped row of W still has its bias
     return y.view(*x.shape[:-1], len(weight))
 
 
-def _dx(dy, weight, keep, block_rows, block_cols):
+def _dx(dy, weight, keep, block_rows, block_cols, compact=None, versions=None):
     """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
     at = (keep, Grid(block_rows, block_cols), *weight.shape)
-    path, kept = _plan("dx", dy, weight, at)
+    matrix = valid_matrix(compact, versions, weight, keep, dy.dtype)
+    path, kept = _plan("dx", dy, at, matrix is not None)
     if path == "tiles":
-        return ops.masked_linear_tiles(dy, _whole(weight, at, dy.dtype), None, *remember(column_tile_list, *at), True)
+        return ops.masked_linear_tiles(dy, _whole(weight, matrix, dy.dtype), None, *cached(column_tile_list, *at), True)
     if path == "bits":
-        bits = remember(column_bits, *at)
-        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, at, dy.dtype), None, bits, True)
+        bits = cached(column_bits, *at)
+        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, matrix, dy.dtype), None, bits, True)
     few = _gather(_flat(dy), "rows", at)
-    if path == "shadow":
-        dx = few @ _aligned(_masked("dx", weight, at, dy.dtype), few.shape[1], None)
+    if path == "masked":
+        dx = few @ _aligned(_masked("dx", weight, at, matrix, dy.dtype), few.shape[1], None)
     else:
-        w = _compact(path, weight, at, dy.dtype)
+        w = _compact(path, weight, at, dy.dtype) if matrix is None else matrix
         w = _aligned(w, few.shape[1], None if kept.cols is None else _width(dy, w.shape[1]))
         dx = _spread(few @ w, "cols", at)
     return dx.view(*dy.shape[:-1], weight.shape[1])
@@ -106,10 +118,10 @@ def _dx(dy, weight, keep, block_rows, block_cols):
 def _dweight(dy, x, keep, block_rows, block_cols):
     """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
     at = (keep, Grid(block_rows, block_cols), dy.shape[-1], x.shape[-1])
-    path, (rows, cols, bits, *_) = _plan("dw", x, None, at)  # W is not read here
+    path, (rows, cols, bits, *_) = _plan("dw", x, at)
     if path == "tiles":
-        return ops.masked_linear_tiles_dweight(dy, x, *remember(block_list, *at))
-    if path == "shadow":
+        return ops.masked_linear_tiles_dweight(dy, x, *cached(block_list, *at))
+    if path == "masked":
         return blank(_flat(dy).T @ _flat(x), wide_bits("dw", *at), in_place=True)
     dweight = _gather(_flat(dy), "rows", at).T @ _gather(_flat(x), "cols", at)
     n, k = (size if index is None else len(index) for index, size in ((rows, at[2]), (cols, at[3])))
@@ -120,10 +132,9 @@ def _dweight(dy, x, keep, block_rows, block_cols):
 At = tuple[Tensor, Grid, int, int]  # keep, grid, N, K
 
 
-def _plan(part: str, x: Tensor, weight: Tensor | None, at: At) -> tuple[str, Live]:
-    kept = live(*at)
+def _plan(part: str, x: Tensor, at: At, ready: bool = False) -> tuple[str, KeptIndex]:
+    kept = kept_index(*at)
     row_share = 1.0 if kept.rows is None else len(kept.rows) / at[2]
-    ready = weight is not None and published(weight, *at[:2], x.dtype) is not None
     problem = paths.Problem(
         x.shape[:-1].numel(), *at[2:], x.dtype, at[1], kept.density, kept.share, paths.architecture(x.device),
         part, row_share, ready,
@@ -133,27 +144,24 @@ def _plan(part: str, x: Tensor, weight: Tensor | None, at: At) -> tuple[str, Liv
 
 def _compact(path: str, weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
     """The matrix [n, k] to multiply with: kept rows and columns, in the compute dtype, 0 in the holes."""
-    compact, kept = published(weight, *at[:2], dtype), live(*at)
-    if compact is not None:
-        return compact
     if path == "dense":
         return weight.to(dtype)
+    kept = kept_index(*at)
     return blank(_take(_take(weight, kept.rows, 0), kept.cols).to(dtype), kept.bits)
 
 
-def _masked(part: str, weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
+def _masked(part: str, weight: Tensor, at: At, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The matrix whose output axis is at full size: [N, k] for part "fwd", [n, K] for "dx"."""
-    compact, kept = published(weight, *at[:2], dtype), live(*at)
-    if compact is not None and kept.share == 1:
-        return compact
+    kept = kept_index(*at)
+    if matrix is not None and kept.share == 1:
+        return matrix
     taken = _take(weight, kept.cols) if part == "fwd" else _take(weight, kept.rows, 0)
     return blank(taken.to(dtype), wide_bits(part, *at))
 
 
-def _whole(weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
+def _whole(weight: Tensor, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W [N, K] in the compute dtype, for kernels that apply keep themselves."""
-    compact = published(weight, *at[:2], dtype)
-    return compact if compact is not None and compact.shape == weight.shape else weight.to(dtype)
+    return matrix if matrix is not None and matrix.shape == weight.shape else weight.to(dtype)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -189,19 +197,19 @@ def _aligned(w: Tensor, num_rows: int | None, num_cols: int | None) -> Tensor:
 
 def _gather(t: Tensor, axis: str, at: At) -> Tensor:
     """t [M, size of the axis of W, "rows" or "cols"] -> [M, what is kept of it, aligned]."""
-    index = getattr(live(*at), axis)
+    index = getattr(kept_index(*at), axis)
     if index is None or not _takes(t.device.type, t.dtype):
         return _take(t, index)
-    return ops.take_columns(t, getattr(places(*at), axis), None)
+    return ops.take_columns(t, getattr(take_index(*at), axis), None)
 
 
 def _spread(t: Tensor, axis: str, at: At, fill: Tensor | None = None) -> Tensor:
     """t [M, what is kept of the axis, aligned or not] -> [M, its size], in between fill [size] or 0."""
-    index, size = getattr(live(*at), axis), at[2] if axis == "rows" else at[3]
+    index, size = getattr(kept_index(*at), axis), at[2] if axis == "rows" else at[3]
     if index is None:
         return t
     if _takes(t.device.type, t.dtype):
-        return ops.take_columns(t, getattr(places(*at), f"of_{axis}"), fill)
+        return ops.take_columns(t, getattr(take_index(*at), f"of_{axis}"), fill)
     empty = t.new_zeros(()) if fill is None else fill
     return empty.expand(len(t), size).clone(memory_format=torch.contiguous_format).index_copy_(1, index, t)
 
@@ -211,12 +219,12 @@ for _name, _kernel in (("", _forward), ("_dx", _dx), ("_dweight", _dweight)):
 
 
 @register_fake(OP)
-def _(x, weight, bias, keep, block_rows, block_cols):
+def _(x, weight, bias, keep, block_rows, block_cols, compact=None, versions=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @register_fake(OP + "_dx")
-def _(dy, weight, keep, block_rows, block_cols):
+def _(dy, weight, keep, block_rows, block_cols, compact=None, versions=None):
     return dy.new_empty(*dy.shape[:-1], weight.shape[1])
 
 
@@ -226,49 +234,69 @@ def _(dy, x, keep, block_rows, block_cols):
 
 
 def _save(ctx, inputs, output):
-    """Both matrices of the product, each only if the other's gradient is wanted, and the keep grid."""
-    first, second, *bias, keep, block_rows, block_cols = inputs
+    x, weight, bias, keep, block_rows, block_cols, *compact = inputs
+    _save_product(ctx, x, weight, keep, (block_rows, block_cols), compact)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _save_dx(ctx, inputs, output):
+    dy, weight, keep, block_rows, block_cols, *compact = inputs
+    _save_product(ctx, dy, weight, keep, (block_rows, block_cols), compact)
+
+
+def _save_dweight(ctx, inputs, output):
+    dy, x, keep, block_rows, block_cols = inputs
+    _save_product(ctx, dy, x, keep, (block_rows, block_cols))
+
+
+def _save_product(ctx, first: Tensor, second: Tensor, keep: Tensor, blocks, compact=(None, None)) -> None:
+    """Both matrices of the product, each only if the other's gradient is wanted: second with its compact form."""
     need_first, need_second = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(first if need_second else None, second if need_first else None, keep)
-    ctx.blocks, ctx.dtypes = (block_rows, block_cols), [None if t is None else t.dtype for t in (second, *bias)]
+    seconds = (second, *compact) if need_first else (None, None, None)
+    ctx.save_for_backward(first if need_second else None, keep, *seconds)
+    ctx.blocks, ctx.dtype = blocks, second.dtype
 
 
 def _backward(ctx, dy):  # y = x (W * keep)^T + b
-    x, weight, keep = ctx.saved_tensors
+    x, keep, weight, *compact = ctx.saved_tensors
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    dx = ops.masked_linear_dx(dy, weight, keep, *ctx.blocks) if need_x else None
-    dweight = ops.masked_linear_dweight(dy, x, keep, *ctx.blocks).to(ctx.dtypes[0]) if need_weight else None
-    dbias = _flat(dy).sum(0).to(ctx.dtypes[1]) if need_bias else None
-    return dx, dweight, dbias, None, None, None
+    dx = ops.masked_linear_dx(dy, weight, keep, *ctx.blocks, *compact) if need_x else None
+    dweight = ops.masked_linear_dweight(dy, x, keep, *ctx.blocks).to(ctx.dtype) if need_weight else None
+    dbias = _flat(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
+    return dx, dweight, dbias, None, None, None, None, None
 
 
 def _backward_dx(ctx, g):  # dx = dy (W * keep)
-    dy, weight, keep = ctx.saved_tensors
+    dy, keep, weight, *compact = ctx.saved_tensors
     need_dy, need_weight, *_ = ctx.needs_input_grad
-    ddy = ops.masked_linear(g, weight, None, keep, *ctx.blocks) if need_dy else None
-    dweight = ops.masked_linear_dweight(dy, g, keep, *ctx.blocks).to(ctx.dtypes[0]) if need_weight else None
-    return ddy, dweight, None, None, None
+    ddy = ops.masked_linear(g, weight, None, keep, *ctx.blocks, *compact) if need_dy else None
+    dweight = ops.masked_linear_dweight(dy, g, keep, *ctx.blocks).to(ctx.dtype) if need_weight else None
+    return ddy, dweight, None, None, None, None, None
 
 
 def _backward_dweight(ctx, g):  # dweight = (dy^T x) * keep
-    dy, x, keep = ctx.saved_tensors
+    dy, keep, x, *_ = ctx.saved_tensors
     need_dy, need_x, *_ = ctx.needs_input_grad
     ddy = ops.masked_linear(x, g, None, keep, *ctx.blocks) if need_dy else None
     dx = ops.masked_linear_dx(dy, g, keep, *ctx.blocks) if need_x else None
     return ddy, dx, None, None, None
 
 
-for _name, _rule in (("", _backward), ("_dx", _backward_dx), ("_dweight", _backward_dweight)):
-    register_autograd(OP + _name, _rule, setup_context=_save)
+for _name, _rule, _setup in (
+    ("", _backward, _save),
+    ("_dx", _backward_dx, _save_dx),
+    ("_dweight", _backward_dweight, _save_dweight),
+):
+    register_autograd(OP + _name, _rule, setup_context=_setup)
 
 
 def _autocast(device_type: str):
     """x goes to the autocast dtype (float64 stays, as in torch); W and b are cast inside, only what is kept of W."""
 
-    def cast(x, weight, bias, keep, block_rows, block_cols):
+    def cast(x, *others):
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return ops.masked_linear(x.to(dtype), weight, bias, keep, block_rows, block_cols)
+            return ops.masked_linear(x.to(dtype), *others)
 
     return cast
 

@@ -36,10 +36,10 @@ def test_where_little_is_left_all_cards_decide_alike(grid, density, share, path,
 
 @pytest.mark.parametrize("architecture", ["cpu", "sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.block(64, 64), Grid.block(4, 4)], ids=str)
-def test_scattered_holes_take_the_shadow_without_a_kernel_of_our_own(grid, architecture):
+def test_scattered_holes_take_a_masked_copy_without_a_kernel_of_our_own(grid, architecture):
     problem = FFN._replace(grid=grid, architecture=architecture)
-    assert choose(problem).path == choose(problem, measured=frozenset(), built=OWN).path == "shadow"
-    assert choose(problem, measured=OWN, built=frozenset()).path == "shadow"
+    assert choose(problem).path == choose(problem, measured=frozenset(), built=OWN).path == "masked"
+    assert choose(problem, measured=OWN, built=frozenset()).path == "masked"
 
 
 def path_of(**change):
@@ -47,17 +47,17 @@ def path_of(**change):
 
 
 def test_a_cpu_leaves_out_what_is_empty_and_masks_the_rest():
-    assert path_of(architecture="cpu") == "shadow"
+    assert path_of(architecture="cpu") == "masked"
     assert path_of(architecture="cpu", share=0.99) == "compact"
 
 
 def test_own_kernels_are_chosen_where_they_run_and_win():
     assert path_of(density=0.25) == path_of(density=0.25, dtype=torch.float16) == "tiles"
     assert path_of(density=0.9) == path_of(grid=Grid.element()) == path_of(grid=Grid.block(32, 64)) == "bits"
-    assert path_of(grid=Grid.element(), part="dw") == "shadow"  # bits has none
-    assert path_of(grid=Grid.element(), published=True) == "shadow"  # masked already: the plain matmul
-    assert path_of(density=0.25, architecture="sm_80") == path_of(density=0.25, dtype=torch.float32) == "shadow"
-    assert path_of(density=0.25, num_cols=772) == "shadow"
+    assert path_of(grid=Grid.element(), part="dw") == "masked"  # bits has none
+    assert path_of(grid=Grid.element(), ready=True) == "masked"  # masked already: the plain matmul
+    assert path_of(density=0.25, architecture="sm_80") == path_of(density=0.25, dtype=torch.float32) == "masked"
+    assert path_of(density=0.25, num_cols=772) == "masked"
 
 
 ROWS = {"grid": Grid.row(), "density": 0.5, "share": 0.5, "row_share": 0.5}
@@ -68,12 +68,12 @@ def test_a_smaller_product_is_worth_it_where_it_saves_more_than_it_costs_to_spre
     wide = {"num_tokens": 16384, "num_rows": 4096, "num_cols": 1024}
     assert path_of(**wide, **ROWS) == path_of(**wide, **ROWS, part="dw") == "compact"
     narrow = {"num_tokens": 4096, "num_rows": 768, "num_cols": 768}
-    assert path_of(**narrow, **ROWS) == path_of(**narrow, **COLUMNS, part="dx") == "shadow"
+    assert path_of(**narrow, **ROWS) == path_of(**narrow, **COLUMNS, part="dx") == "masked"
     assert path_of(**narrow, **COLUMNS) == path_of(**narrow, **ROWS, part="dx") == "compact"  # nothing to spread
-    assert path_of(**narrow, **ROWS, published=True) == "compact"
+    assert path_of(**narrow, **ROWS, ready=True) == "compact"
 
 
-@pytest.mark.parametrize("path", ["compact", "shadow", "tiles"])
+@pytest.mark.parametrize("path", ["compact", "masked", "tiles"])
 @pytest.mark.parametrize("part", ["fwd", "dx", "dw"])
 def test_an_estimate_grows_with_the_tokens_and_with_what_is_kept(path, part):
     def time(tokens, kept):
@@ -92,11 +92,11 @@ def test_only_kernels_of_our_own_have_to_be_measured():
     [
         ("compact", {}, None),
         ("reference", {}, None),
-        ("shadow", {}, None),
+        ("masked", {}, None),
         ("tiles", {}, None),
         ("bits", {"grid": Grid.element()}, None),
         ("dense", {"density": 1.0}, None),
-        ("fast", {}, "unknown, want one of compact, shadow"),
+        ("fast", {}, "unknown, want one of compact, masked"),
         ("dense", {}, "multiplies every weight, but 50% are dropped"),
         ("tiles", {"architecture": "sm_80"}, "needs wgmma, which only sm_90 has; this is sm_80"),
         ("bits", {"architecture": "cpu"}, "needs wgmma, which only sm_90 has; this is cpu"),
@@ -142,7 +142,7 @@ def test_force_ends_with_an_error_inside():
 
 
 def test_an_unknown_path_is_refused_at_once():
-    with pytest.raises(ValueError, match="force: path is 'fast', want one of compact, shadow, bits"), force("fast"):
+    with pytest.raises(ValueError, match="force: path is 'fast', want one of compact, masked, bits"), force("fast"):
         pass
 
 

@@ -61,7 +61,7 @@ def test_values_and_gradients(lead, K, N, grid, dtype, device):
 
 
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.row(), Grid.columns(8), Grid.block(8, 8)], ids=str)
-@pytest.mark.parametrize("path", ["compact", "reference", "shadow", "dense"])
+@pytest.mark.parametrize("path", ["compact", "reference", "masked", "dense"])
 def test_every_path_gives_the_same(path, grid, device):
     kept = {"dense": 1.1}.get(path, 0.05 if grid == Grid.element() else 0.4)
     args = make_inputs((9,), 24, 40, grid, device=device, kept=kept)
@@ -72,7 +72,7 @@ def test_every_path_gives_the_same(path, grid, device):
         assert_no_worse(ours[name], plain[name], exact[name], factor=2, label=name)
 
 
-@pytest.mark.parametrize("path", ["compact", "shadow"])
+@pytest.mark.parametrize("path", ["compact", "masked"])
 @pytest.mark.parametrize("grid", [Grid.row(), Grid.column(), Grid.rows(4), Grid.element(), Grid.tensor()], ids=str)
 def test_columns_are_taken_by_the_op_and_filled_up_to_whole_words(grid, path, monkeypatch):
     """As on a GPU: what take_columns fills up with 0 changes nothing, and NaN in what is dropped stays there."""
@@ -119,7 +119,7 @@ def test_poison_in_dropped_weights_reaches_nothing(grid, poison, device):
         assert torch.equal(value, clean[name]), name
 
 
-@pytest.mark.parametrize("path", [None, "reference", "shadow"])
+@pytest.mark.parametrize("path", [None, "reference", "masked"])
 def test_a_column_of_x_that_no_weight_keeps_is_not_read(path):
     x, weight, bias, keep, grid = make_inputs((5,), 6, 4, Grid.element(), kept=1.1)
     keep[:, 2] = False
@@ -131,7 +131,7 @@ def test_a_column_of_x_that_no_weight_keeps_is_not_read(path):
     assert not grads["dx"][:, 2].any() and not grads["dweight"][:, 2].any()
 
 
-@pytest.mark.parametrize("path", [None, "shadow"])
+@pytest.mark.parametrize("path", [None, "masked"])
 def test_a_dropped_row_still_has_its_bias_and_hides_its_dy(path):
     x, weight, bias, _, grid = make_inputs((5,), 6, 4, Grid.row())
     keep = torch.tensor([[True], [False], [True], [True]])

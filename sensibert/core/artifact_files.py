@@ -1,0 +1,78 @@
+"""How artifacts are stored: a safetensors file with one JSON entry of metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .budget import Budget
+from .errors import SensibertError
+from .files import write_atomically
+from .grid import Grid
+from .layout import Layout, layout_from
+
+FORMAT_VERSION = 1
+Artifact = TypeVar("Artifact")
+
+_DECODE: dict[str, Callable[[Any], Any]] = {
+    "layout": layout_from,
+    "budget": lambda data: Budget(**data),
+    "grid": lambda data: None if data is None else Grid(**data),
+    "curves": lambda data: {name: [(gone, rise) for gone, rise in curve] for name, curve in data.items()},
+}
+
+
+def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the same names, dtypes, shapes and values, on whatever device."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k].to(a[k].device)) for k in a
+    )
+
+
+def save_artifact(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Write tensors of any device and the JSON-serializable facts; SensibertError if the file cannot be written."""
+    text = json.dumps({name: _encode(value) for name, value in facts.items()})
+    metadata = {"format": f"sensibert.{kind}", "version": str(FORMAT_VERSION), "facts": text}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(on_cpu, temporary, metadata))
+
+
+def load_artifact(
+    path: str | Path, kind: str, make: Callable[[dict[str, Tensor], dict[str, Any]], Artifact]
+) -> Artifact:
+    """make(tensors, facts) of a file that `save_artifact` wrote; tensors lie on the CPU, in the order of the layout.
+
+    SensibertError if the file cannot be read, is of another kind or of a later version."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error})") from None
+    if metadata.get("format") != f"sensibert.{kind}":
+        raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")
+    try:
+        version = int(metadata["version"])
+        if version > FORMAT_VERSION:
+            raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
+        facts = json.loads(metadata["facts"])
+        facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
+        layout: Layout = facts["layout"]
+        names = [w.parameter for w in layout.weights] if facts.get("grid") else [site.name for site in layout.sites]
+        return make({name: tensors[name] for name in names}, facts)
+    except SensibertError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error!r})") from None
+
+
+def _encode(value: object) -> object:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

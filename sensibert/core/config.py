@@ -1,0 +1,192 @@
+"""TrimConfig: the one place for the settings of a trim, their defaults, choices and checks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .budget import SCOPES, Budget
+from .errors import SensibertError
+from .schedule import Schedule
+from .settings import POSITIVE, check, former_names, setting, settings_of
+from .statistics import FORMER_METHODS, STATISTICS
+
+if TYPE_CHECKING:
+    from .grid import Grid
+
+BASELINE = "baseline"  # the same run without trimming
+METHODS = (*STATISTICS, BASELINE)
+ALLOCATIONS = ("global", "uniform", "exact")
+GRIDS = ("unit", "element", "block64")
+TRIMMING = "Trimming"  # panel of the help
+# Settings that no longer exist, with the value that means what is done today: files that say so are still read.
+RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_decay": 0.99}
+
+
+def parse_grid(text: str) -> Grid | None:
+    """`unit` (heads and neurons: no grid) -> None; `element`, `block64` or any other block<size> -> Grid."""
+    from .grid import Grid
+
+    block = re.fullmatch(r"block([1-9]\d*)", text)
+    if text not in GRIDS and not block:
+        raise SensibertError(f"grid is {text!r}, want one of {', '.join(GRIDS)} (or another block<size>)")
+    return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
+
+
+def grid_name(grid: Grid | None) -> str:
+    """Inverse of `parse_grid`, for any grid."""
+    if grid is None:
+        return "unit"
+    square = grid.block_rows == grid.block_cols > 1
+    return f"block{grid.block_rows}" if square else str(grid)
+
+
+@dataclass(frozen=True)
+class TrimConfig:
+    """What to trim, to which budget, when and how. Frozen, and checked when it is made.
+
+    budget: an upper bound, `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`, of the encoder or with
+    scope="model" of the whole model; FLOPs are those of one sequence of flops_length tokens. method: the statistic
+    that scores units; None: `obs`, for blocks of a grid `fisher`; `baseline` runs without trimming. grid: `unit`
+    removes attention heads and FFN neurons; `element` and `block<size>` set single weights or blocks to 0. allocation:
+    one threshold for the whole model (`global`), the same fraction of every layer (`uniform`), or dynamic programming
+    (`exact`). width_multiple: FFN widths become multiples of it; None: 64, below a hidden size of 768 32. samples:
+    training samples that the analysis reads at most, micro_batch at a time. compensate: adjust the kept weights by
+    least squares at each cut; None: with `obs` and `layer-obs`. schedule: `Schedule`.
+    SensibertError names the first setting that cannot be."""
+
+    budget: str = setting("50%params", "Upper bound: 50%params, 30%flops, 5.3Mparams or 1.2Gflops.")
+    method: str | None = setting(
+        None,
+        f"Statistic that scores units: {', '.join(STATISTICS)}; {BASELINE} does not trim.",
+        TRIMMING,
+        METHODS,
+        renamed=FORMER_METHODS,
+        show_default="obs; for a grid of blocks fisher",
+    )
+    grid: str = setting(
+        "unit", "unit: remove heads and FFN neurons. element, block64: set weights or blocks to 0.", TRIMMING
+    )
+    scope: str = setting("encoder", "What the budget counts: encoder, or model (with embeddings and head).", TRIMMING,
+                         SCOPES)  # fmt: skip
+    allocation: str = setting(
+        "global",
+        "global: one threshold. uniform: the same fraction of every layer. exact: dynamic programming.",
+        TRIMMING,
+        ALLOCATIONS,
+        was="policy",
+    )
+    width_multiple: int | None = setting(
+        None, "FFN widths become multiples of it.", TRIMMING, bound=POSITIVE, was="step",
+        show_default="64, small models 32",
+    )  # fmt: skip
+    flops_length: int = setting(128, "Tokens a sequence, for FLOPs.", TRIMMING, bound=POSITIVE)
+    samples: int = setting(1024, "Samples that the analysis reads at most.", TRIMMING, bound=POSITIVE)
+    micro_batch: int = setting(4, "Samples whose gradient is squared together.", TRIMMING, bound=POSITIVE)
+    compensate: bool | None = setting(
+        None,
+        "Adjust the kept weights by least squares at each cut.",
+        TRIMMING,
+        show_default="with obs and layer-obs",
+    )
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not isinstance(self.schedule, Schedule):
+            raise SensibertError(f"schedule is {self.schedule!r}, want a Schedule")
+        budget, grid = self.parsed_budget(), self.parsed_grid()
+        if grid is None or self.method == BASELINE:
+            return
+        from .cost import check_budget
+
+        check_budget(budget, grid)
+        units_only = self.method is not None and STATISTICS[self.method].units_only
+        for name, wrong in {
+            "allocation": self.allocation == "exact",
+            "method": units_only,
+            "width_multiple": self.width_multiple is not None,
+            "compensate": bool(self.compensate),
+        }.items():
+            if wrong:
+                value = f"{name} is {getattr(self, name)!r}, which needs whole units"
+                raise SensibertError(f"{value}, and grid is {self.grid!r}: want grid unit, or another {name}")
+
+    def parsed_budget(self) -> Budget:
+        return Budget.parse(self.budget, self.scope, self.flops_length)
+
+    def parsed_grid(self) -> Grid | None:
+        return parse_grid(self.grid)
+
+    def resolved(self) -> TrimConfig:
+        """With method and compensate as they will be used, where they were None."""
+        method = self.method or ("obs" if self.grid == "unit" else "fisher")
+        usual = method != BASELINE and STATISTICS[method].compensates
+        return replace(self, method=method, compensate=usual if self.compensate is None else self.compensate)
+
+    @property
+    def trims(self) -> bool:
+        return self.method != BASELINE
+
+    def settings(self) -> dict[str, Any]:
+        """Flat, in the names of the command line; a Schedule's shape is `schedule`."""
+        own = {name: getattr(self, name) for name in settings_of(TrimConfig)}
+        return {**own, **{_flat(name): getattr(self.schedule, name) for name in settings_of(Schedule)}}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> TrimConfig:
+        """Inverse of `settings`; names left out have their defaults, former names are accepted.
+
+        SensibertError names what is unknown."""
+        settings = current_names(settings)
+        unknown = sorted(settings.keys() - trim_names())
+        if unknown:
+            raise SensibertError(
+                f"{unknown[0]} is no setting of a trim, want some of {', '.join(sorted(trim_names()))}"
+            )
+        shape = {name: settings[_flat(name)] for name in settings_of(Schedule) if _flat(name) in settings}
+        own = {name: settings[name] for name in settings_of(cls) if name in settings}
+        return cls(**own, schedule=Schedule(**shape))
+
+    def to_json(self) -> str:
+        return json.dumps(self.settings(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrimConfig:
+        """Inverse of `to_json`; also reads what earlier versions wrote. SensibertError for anything else."""
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise SensibertError(f"TrimConfig: the text is not JSON ({error})") from None
+        if not isinstance(settings, dict):
+            raise SensibertError(f"TrimConfig: the JSON holds a {type(settings).__name__}, want an object of settings")
+        return cls.from_settings(settings)
+
+
+def _flat(name: str) -> str:
+    return settings_of(Schedule)[name].metadata["flag"] or name
+
+
+def trim_names() -> set[str]:
+    """The flat names of all settings of a TrimConfig."""
+    return settings_of(TrimConfig).keys() | {_flat(name) for name in settings_of(Schedule)}
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under today's names; retired ones are dropped if they say what is done today.
+
+    SensibertError for a retired setting of another value, or a setting that is given under both names."""
+    former, current = former_names(TrimConfig, Schedule), {}
+    for given, value in settings.items():
+        if given in RETIRED:
+            if value != RETIRED[given]:
+                raise SensibertError(f"{given} is {value!r}, but this setting was removed: want it left out")
+            continue
+        name = former.get(given, given)
+        if name in current:
+            raise SensibertError(f"{name} is given twice, as {given} too: want it once")
+        current[name] = value
+    return current

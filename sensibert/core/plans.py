@@ -1,0 +1,124 @@
+"""Which parts of a model survive a budget: whole units (`UnitPlan`) or blocks of the weights (`BlockPlan`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from .artifact_files import load_artifact, same_tensors, save_artifact
+from .budget import Budget
+from .cost import cost_of_blocks, cost_of_units, counts_of, kept_by_weight
+from .errors import SensibertError
+from .grid import Grid
+from .layout import Layout
+from .text import share, table
+
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(ABC):
+    """What `UnitPlan` and `BlockPlan` have in common; only those two can be made.
+
+    keep: name -> bool tensor, True survives, on any device. budget, method: what the plan was made for and by."""
+
+    layout: Layout
+    keep: dict[str, Tensor]
+    budget: Budget
+    method: str
+    notes: dict[str, str] = field(default_factory=dict)
+
+    table_header: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
+        """(parameters, FLOPs of one sequence of `length` tokens) that are left; scope: encoder or model."""
+
+    @abstractmethod
+    def table_rows(self) -> list[tuple]:
+        """The plan as rows under `table_header`."""
+
+    @property
+    def params(self) -> int:
+        """Parameters that are left in the scope of the budget."""
+        return self.cost(self.budget.scope, self.budget.length)[0]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that are left in the scope of the budget, for one sequence of its length."""
+        return self.cost(self.budget.scope, self.budget.length)[1]
+
+    def table(self) -> str:
+        """The plan as aligned text."""
+        return table(self.table_header, self.table_rows())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._facts() == other._facts() and same_tensors(self.keep, other.keep)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all; SensibertError if that is not possible."""
+        save_artifact(path, "plan", self.keep, self._facts())
+
+    @classmethod
+    def load(cls: type[AnyPlan], path: str | Path) -> AnyPlan:
+        """The UnitPlan or BlockPlan of a file, with `keep` on the CPU; SensibertError if the file holds none."""
+        plan = load_artifact(path, "plan", _plan_from)
+        if not isinstance(plan, cls):
+            raise SensibertError(f"{path}: holds a {type(plan).__name__}, want a {cls.__name__}")
+        return plan
+
+    def _facts(self) -> dict[str, object]:
+        """What a file says beside `keep`. A plan of units has grid None."""
+        facts = {"layout": self.layout, "budget": self.budget, "method": self.method}
+        sizes = {"params": self.params, "flops": self.flops}
+        return {**facts, **sizes, "notes": self.notes, "grid": getattr(self, "grid", None)}
+
+
+@dataclass(frozen=True, eq=False)
+class UnitPlan(Plan):
+    """Which attention heads and FFN neurons survive; keep: site name -> bool [units]."""
+
+    grid: ClassVar[None] = None
+    table_header: ClassVar[tuple[str, ...]] = ("", "heads", "of", "ffn width", "of")
+
+    def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
+        return cost_of_units(self.layout, self.keep, scope, length)
+
+    def table_rows(self) -> list[tuple]:
+        """(layer, heads kept, heads, FFN width kept, FFN width) for every layer."""
+        counts = counts_of(self.layout, self.keep)
+        rows: dict[int, dict[str, tuple[int, int]]] = {}
+        for site in self.layout.sites:
+            rows.setdefault(site.layer, {})[site.kind] = (counts[site.name], site.units)
+        return [(f"layer {n}", *row.get("head", (0, 0)), *row.get("ffn", (0, 0))) for n, row in sorted(rows.items())]
+
+    def kept(self, name: str) -> Tensor:
+        """Indices of the surviving units of a site: int64 [kept], ascending, on the device of `keep`."""
+        return self.keep[name].nonzero().flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan(Plan):
+    """Which blocks of a grid survive in every weight; keep: parameter name -> bool [block rows, block columns]."""
+
+    grid: Grid = field(kw_only=True)
+    table_header: ClassVar[tuple[str, ...]] = ("tensor", "kept", "of", "share")
+
+    def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
+        return cost_of_blocks(self.layout, self.keep, self.grid, scope, length)
+
+    def table_rows(self) -> list[tuple]:
+        """(tensor, elements in kept blocks, elements, their share as text) for every weight."""
+        kept = kept_by_weight(self.layout, self.keep, self.grid)
+        return [(name, count, whole, share(count, whole)) for name, count, whole in kept]
+
+
+def _plan_from(keep: dict[str, Tensor], facts: dict[str, Any]) -> Plan:
+    """The plan of a file; its sizes follow from `keep`."""
+    grid = facts.pop("grid", None)
+    del facts["params"], facts["flops"]
+    return UnitPlan(keep=keep, **facts) if grid is None else BlockPlan(keep=keep, grid=grid, **facts)

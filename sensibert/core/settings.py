@@ -1,0 +1,99 @@
+"""Settings as fields of frozen dataclasses. A field says everything about itself once: default, help, choices, bounds
+and former names. The command line, the YAML files, the checkpoints and the checks all read it here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import SensibertError
+
+Bound = tuple[Callable[[Any], bool], str]  # (holds for a value, what is wanted in words)
+POSITIVE: Bound = (lambda value: 0 < value < math.inf, "more than 0")
+NOT_NEGATIVE: Bound = (lambda value: 0 <= value < math.inf, "at least 0")
+FRACTION: Bound = (lambda value: 0 <= value < 1, "a fraction in [0, 1)")
+WEIGHT: Bound = (lambda value: 0 <= value <= 1, "a weight in [0, 1]")
+AT_LEAST_ONE: Bound = (lambda value: 1 <= value < math.inf, "at least 1")
+
+
+def setting(
+    default: Any,
+    help: str,
+    panel: str | None = None,
+    choices: tuple[str, ...] = (),
+    bound: Bound | None = None,
+    was: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    show_default: str | None = None,
+    flag: str | None = None,
+) -> Any:
+    """A dataclass field.
+
+    help: one sentence for the command line. panel: where its help shows it; None: among the first. choices: the values
+    a text may take. bound: what a number must satisfy. was: the name it had in earlier versions. renamed: former
+    spellings of values. show_default: the default in words, where it depends on other settings. flag: the option's name
+    where it differs from the field's."""
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "choices": choices,
+        "bound": bound,
+        "was": was,
+        "renamed": dict(renamed or {}),
+        "show_default": show_default,
+        "flag": flag,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(kind: type) -> dict[str, dataclasses.Field]:
+    """Name -> field, of those made by `setting`."""
+    return {f.name: f for f in dataclasses.fields(kind) if "help" in f.metadata}
+
+
+def former_names(*kinds: type) -> dict[str, str]:
+    """Former name -> name, of all settings of these classes."""
+    return {f.metadata["was"]: name for kind in kinds for name, f in settings_of(kind).items() if f.metadata["was"]}
+
+
+def check(settings: Any) -> None:
+    """Replace former spellings of values, then raise SensibertError for the first value that cannot be.
+
+    For `__post_init__` of a frozen dataclass."""
+    hints = typing.get_type_hints(type(settings))
+    for name, field in settings_of(type(settings)).items():
+        value, choices, bound = getattr(settings, name), field.metadata["choices"], field.metadata["bound"]
+        if isinstance(value, str) and value in field.metadata["renamed"]:
+            value = field.metadata["renamed"][value]
+            object.__setattr__(settings, name, value)
+        if value is None and field.default is None:
+            continue
+        label = field.metadata["flag"] or name
+        if choices and value not in choices:
+            raise SensibertError(f"{label} is {value!r}, want one of {', '.join(choices)}")
+        if not _fits(value, hints[name]):
+            raise SensibertError(f"{label} is {value!r}, want {_in_words(hints[name])}")
+        if bound is not None and not bound[0](value):
+            raise SensibertError(f"{label} is {value}, want {bound[1]}")
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    if isinstance(hint, types.UnionType):
+        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = _kinds(hint)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+def _in_words(hint: Any) -> str:
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(words.get(kind, kind.__name__) for kind in _kinds(hint))

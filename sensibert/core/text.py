@@ -1,0 +1,24 @@
+"""Numbers as aligned plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[int] = (0,)) -> str:
+    """Aligned plain text: a header line, a rule, and one line per row.
+
+    Integers get thousands separators. left: the columns that are aligned to the left; the others are aligned to the
+    right."""
+    cells = [list(header)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows]
+    widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
+    lines = []
+    for row in cells:
+        aligned = (cell.ljust(w) if c in left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def share(after: float, before: float) -> str:
+    """`after` as a percentage of `before`, for example "12.5 %"; "-" where before is 0."""
+    return f"{100 * after / before:.1f} %" if before else "-"

@@ -1,0 +1,66 @@
+"""One decision: factors -> scores -> plan, for one cut of a model in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .allocation import allocate
+from .core.artifacts import Plan, Sensitivity
+from .core.budget import Budget
+from .core.config import TrimConfig
+from .core.statistics import STATISTICS
+from .models import layout_of
+from .sensitivity import analyze, collect_factors, rank_tensors
+from .sensitivity.gradients import Loss
+from .trimming import compensate
+
+RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
+Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
+Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
+
+
+class Decision(NamedTuple):
+    plan: Plan
+    sensitivity: Sensitivity | None  # None where `choose` made the plan
+
+
+def decide(
+    model: nn.Module,
+    config: TrimConfig,
+    budget: Budget,
+    batches: Batches,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    loss: Loss,
+    autocast: torch.dtype | None = None,
+    rank: bool = False,
+    choose: Choose | None = None,
+) -> Decision:
+    """Analyze the model and allocate the budget. With `compensate` the kept weights are adjusted, in place.
+
+    config: resolved. budget: of this cut, which a cubic schedule reaches in steps. samples: how many the analysis
+    reads. batch_size: rows a batch where its size does not change the result. rank: also rank whole tensors. choose:
+    (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
+    rule = None if choose is not None else STATISTICS[config.method]
+    factors = None
+    if config.compensate or (rule is not None and rule.reduce == "factors"):
+        drawn = None if config.method == "layer-obs" else loss
+        factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
+    few = batches(samples, config.micro_batch)
+    if choose is not None:
+        plan, sensitivity = choose(model, few, budget), None
+    else:
+        sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
+        if rank:
+            few = batches(min(samples, RANKED_SAMPLES), config.micro_batch)
+            sensitivity = replace(sensitivity, tensors=rank_tensors(model, few, loss, seed, autocast))
+        plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
+    if config.compensate:
+        compensate(model, plan, factors)
+    return Decision(plan, sensitivity)

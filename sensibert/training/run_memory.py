@@ -1,0 +1,61 @@
+"""What a run must not forget when it is resumed; written into every checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.config import RETIRED, TrimConfig
+from ..core.schedule import Schedule
+from ..core.settings import former_names, settings_of
+from .checkpoints import MEMORY
+
+
+@dataclass
+class RunMemory:
+    """Sizes and score before trimming, and seconds by phase."""
+
+    cost_before: int = 0  # the budget's cost of the untrimmed model
+    params_before: tuple[int, int] = (0, 0)  # encoder, total
+    flops_before: int = 0
+    metrics_at_cut: dict[str, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _clock: float = field(default_factory=time.perf_counter)
+
+    def restart_clock(self, clock: float | None = None) -> None:
+        """Count from now, or from that reading of time.perf_counter()."""
+        self._clock = time.perf_counter() if clock is None else clock
+
+    def spend(self, phase: str) -> None:
+        """Add the seconds since the last call to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._clock
+        self._clock = now
+
+    def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
+        """For the checkpoint's file, with the settings that its weights depend on."""
+        return {"settings": dict(settings), "metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds}
+
+    def restore(self, checkpoint: Path) -> dict[str, object]:
+        """Take over what a checkpoint's file says; returns its settings, under today's names."""
+        kept = json.loads((checkpoint / MEMORY).read_text())
+        self.metrics_at_cut = kept.get("metrics_at_cut", kept.get("metrics_dense"))
+        self.seconds = kept["seconds"]
+        return current_settings(kept.get("settings", {}))
+
+
+def current_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings of a checkpoint under today's names and spellings, without retired ones that change nothing."""
+    former = former_names(TrimConfig, Schedule)
+    fields = {**settings_of(TrimConfig), **settings_of(Schedule)}
+    current = {}
+    for given, value in settings.items():
+        if given in RETIRED and value == RETIRED[given]:
+            continue
+        name = former.get(given, given)
+        renamed = fields[name].metadata["renamed"] if name in fields else {}
+        current[name] = renamed.get(value, value) if isinstance(value, str) else value
+    return current

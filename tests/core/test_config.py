@@ -1,0 +1,103 @@
+"""TrimConfig: made only of values that can be, the same from JSON, and readable from what earlier versions wrote."""
+
+import dataclasses
+
+import pytest
+
+from sensibert.core.config import ALLOCATIONS, BASELINE, METHODS, RETIRED, TrimConfig, trim_names
+from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.core.schedule import Schedule
+from sensibert.core.settings import settings_of
+from sensibert.core.statistics import STATISTICS
+
+CONFIGS = [
+    TrimConfig(),
+    TrimConfig("30%flops", scope="model", flops_length=64, allocation="uniform", width_multiple=8, compensate=False),
+    TrimConfig(grid="block64", method="saliency", schedule=Schedule("cubic", milestones=3, recovery="continue")),
+    TrimConfig(method=BASELINE, schedule=Schedule(freeze_embeddings=True, recover_dropout=0.1, recover_peak=2)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.budget)
+def test_json_and_settings_give_the_same_config_back(config):
+    assert TrimConfig.from_json(config.to_json()) == config
+    assert TrimConfig.from_settings(config.settings()) == config
+    assert config.settings().keys() == trim_names()
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrimConfig().budget = "30%params"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"budget": "half"}, "budget: 'half' is not a budget, want for example 50%params"),
+        ({"budget": 0.5}, "budget is 0.5, want text"),
+        ({"method": "best"}, "method is 'best', want one of obs, layer-obs"),
+        ({"scope": "head"}, "scope is 'head', want one of encoder, model"),
+        ({"grid": "rows"}, "grid is 'rows', want one of unit, element, block64"),
+        ({"allocation": "fair"}, "allocation is 'fair', want one of global, uniform, exact"),
+        ({"width_multiple": 0}, "width_multiple is 0, want more than 0"),
+        ({"samples": True}, "samples is True, want a whole number"),
+        ({"micro_batch": 2.5}, "micro_batch is 2.5, want a whole number"),
+        ({"flops_length": -1}, "flops_length is -1, want more than 0"),
+        ({"compensate": "yes"}, "compensate is 'yes', want true or false"),
+        ({"schedule": "cubic"}, "schedule is 'cubic', want a Schedule"),
+        ({"grid": "element", "budget": "30%flops"}, "no kernel skips single elements"),
+        ({"grid": "element", "method": "obs"}, "method is 'obs', which needs whole units, and grid is 'element'"),
+        ({"grid": "block8", "allocation": "exact"}, "allocation is 'exact', which needs whole units"),
+        ({"grid": "block8", "width_multiple": 8}, "width_multiple is 8, which needs whole units"),
+        ({"grid": "block8", "compensate": True}, "compensate is True, which needs whole units"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_named_when_the_config_is_made(settings, message):
+    with pytest.raises(SensibertError, match=message):
+        TrimConfig(**settings)
+
+
+def test_former_names_and_spellings_are_read():
+    written = {"policy": "uniform", "step": 8, "warm_share": 0.5, "trim_share": 0.1, "warmup": 0.2, "rewarm": 0.1}
+    config = TrimConfig.from_settings({**written, "method": "paper", "recovery": "lifted", **RETIRED})
+    assert (config.allocation, config.width_multiple, config.method) == ("uniform", 8, "soft_gates")
+    schedule = Schedule(trim_start=0.5, trim_duration=0.1, warmup_ratio=0.2, rewarm_ratio=0.1, recovery="rewarm")
+    assert config.schedule == schedule
+    assert Schedule(recovery="plain").recovery == "continue" and TrimConfig(method="dense").method == BASELINE
+
+
+@pytest.mark.parametrize("name, value", [("search", 4), ("distil_until", 0.5), ("distil_hidden", 1.0)])
+def test_a_retired_setting_that_changed_something_is_refused(name, value):
+    with pytest.raises(SensibertError, match=f"{name} is {value}, but this setting was removed"):
+        TrimConfig.from_settings({name: value})
+
+
+def test_json_that_is_no_config_is_refused_in_words():
+    for text, message in (
+        ("{", "the text is not JSON"),
+        ("[]", "the JSON holds a list, want an object of settings"),
+        ('{"budgt": "50%params"}', "budgt is no setting of a trim, want some of allocation, budget"),
+        ('{"policy": "global", "allocation": "global"}', "allocation is given twice, as allocation too"),
+    ):
+        with pytest.raises(SensibertError, match=message):
+            TrimConfig.from_json(text)
+
+
+def test_what_is_none_follows_from_the_rest():
+    unit, blocks = TrimConfig().resolved(), TrimConfig(grid="element").resolved()
+    assert (unit.method, unit.compensate) == ("obs", True) and unit.parsed_grid() is None
+    assert (blocks.method, blocks.compensate, blocks.parsed_grid()) == ("fisher", False, Grid.element())
+    assert TrimConfig(method="fisher").resolved().compensate is False
+    assert TrimConfig(method="fisher", compensate=True).resolved().compensate is True
+    assert not TrimConfig(method=BASELINE).trims and TrimConfig().trims
+
+
+def test_every_setting_says_what_it_is_and_every_list_of_choices_is_written_once():
+    for kind in (TrimConfig, Schedule):
+        for name, field in settings_of(kind).items():
+            assert field.metadata["help"].endswith("."), name
+    choices = settings_of(TrimConfig)
+    assert METHODS == (*STATISTICS, BASELINE) == choices["method"].metadata["choices"]
+    assert choices["allocation"].metadata["choices"] is ALLOCATIONS
