@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests import runs
 
@@ -96,6 +98,18 @@ def test_the_snippets_of_a_page_run_in_order(page, here):
                 assert wrong is None, f"{where}: {shlex.join(words)}: {wrong}"
         else:
             raise AssertionError(f"{where}: {snippet.language!r} is neither python, bash, text nor a yaml with a title")
+
+
+def test_the_python_of_the_readme_saves_what_it_trimmed(here):
+    (snippet,) = [s for s in snippets(PAGES[0].read_text(encoding="utf-8")) if s.language == "python"]
+    namespace = {}
+    exec(snippet.code, namespace)
+    trimmed, saved = namespace["model"].cpu().eval(), AutoModelForSequenceClassification.from_pretrained("small").eval()
+    ids = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, trimmed(ids).logits)
+    whole = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+    assert saved.bert.encoder.num_parameters() <= whole.bert.encoder.num_parameters() / 2
 
 
 def test_snippets_that_are_not_run_are_few():
