@@ -9,6 +9,7 @@ from ._register import register
 from .core.version import version
 
 _HOME = {
+    "core.config": ("TrimConfig",),
     "core.errors": ("SensibertError",),
     "core.grid": ("Grid",),
     "core.layout": ("Layout", "Site"),

@@ -22,6 +22,7 @@ from .data import micro_batches
 from .decide import Choose, decide
 from .models import base_of, layout_of, sites
 from .models.masks import cost_of, masks_of
+from .models.reloadable import stock_class
 from .models.structure import is_trimmed, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
@@ -237,6 +238,8 @@ def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingAr
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
     """SensibertError for a Trainer that would fail at the cut, or after it."""
     want_one_process(args)
+    if str(args.save_strategy.value) != "no":
+        stock_class(model)  # otherwise its checkpoints could not be written once it is trimmed
     if isinstance(data, IterableDataset):
         raise SensibertError(
             "TrimCallback: train_dataset is an IterableDataset, want one with a length and an index: the analysis "

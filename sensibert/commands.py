@@ -33,7 +33,7 @@ from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
 from .run_options import LAYOUTS, Options
-from .saving.folder import dense, export, load
+from .saving.folder import export, load, zero_filled
 from .saving.output_paths import check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.trainer import predict
@@ -218,7 +218,7 @@ def inspect_folder(folder: str) -> dict:
     model, _ = load(folder)
     layout = layout_of(model)
     masks = masks_of(model)
-    before = layout_of(dense(model)) if is_trimmed(model) else layout
+    before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
         known = json.loads(result_file.read_text()) if result_file.exists() else {}

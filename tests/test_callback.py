@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import sensibert
 from sensibert.callback import TrimCallback
@@ -111,6 +118,7 @@ def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_ste
     for said, more in (
         ("every trimmable parameter has requires_grad=False", {"model": frozen}),
         ("train_dataset is an IterableDataset, want one with a length", {"data": Stream()}),
+        ("TheirHead is not a class of transformers", {"model": TheirHead(frozen.config)}),
     ):
         trainer = own_trainer(here, tmp_path, TrimCallback(config()), **more)
         with pytest.raises(SensibertError, match=said):
@@ -120,6 +128,10 @@ def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_ste
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(SensibertError, match="runs in one process, 2 were started"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+class TheirHead(BertForSequenceClassification):
+    pass
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from .encode import Windows
 
 
 class Answer(NamedTuple):
+    """A span of the context: characters start to end (exclusive), or NO_ANSWER for both."""
+
     text: str
     score: float  # start logit + end logit
-    start: int  # characters of the context
+    start: int
     end: int
 
 
@@ -27,12 +29,12 @@ def best_answers(
     max_answer_tokens: int = 30,
     null_answers: bool = False,
 ) -> list[list[Answer]]:
-    """Logits [F, S] -> for every context up to n_best answers, best first.
+    """Start and end logits [windows, tokens] -> for every context up to n_best answers, the best first.
 
-    A span begins and ends inside the context of one window and has at most max_answer_tokens; among all windows of a
-    context the highest start + end logit wins, ties go to the earlier one. null_answers: the CLS span of the
-    window where it is weakest competes as the text '' (SQuAD 2.0)."""
-    found: list[list[Answer]] = [[] for _ in windows.contexts]
+    A span begins and ends inside the context of one window and has at most max_answer_tokens. Over all windows of a
+    context spans are ordered by start + end logit, ties by window. null_answers: the text '' is a candidate too, with
+    the lowest score that the first token (CLS) has in any window, as in SQuAD 2.0."""
+    candidates: list[list[Answer]] = [[] for _ in windows.contexts]
     null_score = [np.inf] * len(windows.contexts)
     for i, row in enumerate(windows.example):
         spans = windows.window_spans(i)
@@ -46,19 +48,20 @@ def best_answers(
         for start, end in zip(inside[first[a]], inside[last[b]]):
             score = float(start_logits[i, start]) + float(end_logits[i, end])
             begin, stop = int(spans[start, 0]), int(spans[end, 1])
-            found[row].append(Answer(windows.contexts[row][begin:stop], score, begin, stop))
+            candidates[row].append(Answer(windows.contexts[row][begin:stop], score, begin, stop))
     if null_answers:
         for row, score in enumerate(null_score):
-            found[row].append(Answer("", score, NO_ANSWER, NO_ANSWER))
-    return [_distinct(sorted(answers, key=lambda a: -a.score), n_best) for answers in found]
+            candidates[row].append(Answer("", score, NO_ANSWER, NO_ANSWER))
+    return [_distinct(sorted(answers, key=lambda a: -a.score), n_best) for answers in candidates]
 
 
 def _top(logits: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the n largest logits, ties by index."""
     return np.argsort(-logits, kind="stable")[:n]
 
 
 def _distinct(answers: list[Answer], n: int) -> list[Answer]:
-    """The first of each span: overlapping windows find the same one more than once."""
+    """The first n answers with different spans; overlapping windows give some spans more than once."""
     first: dict[tuple[int, int], Answer] = {}
     for answer in answers:
         first.setdefault((answer.start, answer.end), answer)

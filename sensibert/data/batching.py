@@ -1,29 +1,29 @@
-"""Batches: the collator that pads, and the micro-batches of an analysis."""
+"""Batches: the collator that pads them, and the micro-batches of an analysis."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
 from .encode import IGNORED
 
 
 class Collator:
-    """Items -> a batch of tensors, padded on the right to its longest item.
+    """Items -> a batch of int64 or float32 tensors, padded on the right to the longest item.
 
-    Or on to a multiple of pad_to_multiple_of tokens, but for that alone not beyond max_length: a model may have no
-    position there."""
+    pad_to_multiple_of: pad further, to the next multiple, but not beyond max_length, where the model may have no
+    positions. Labels are padded with -100, everything but input_ids and labels with 0."""
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, max_length: int | None = None):
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, max_length: int | None = None) -> None:
         self.pad_to_multiple_of, self.max_length = pad_to_multiple_of, max_length
         self.padding = {"input_ids": pad_token_id, "labels": IGNORED}  # everything else: 0
 
-    def __call__(self, items: list[Mapping]) -> dict[str, Tensor]:
+    def __call__(self, items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = self._width(max(len(item["input_ids"]) for item in items), self.pad_to_multiple_of)
         batch = {}
         for name, first in items[0].items():
@@ -38,7 +38,7 @@ class Collator:
         return batch
 
     def extended(self, batch: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
-        """A batch of ours, padded on to another multiple."""
+        """A batch of this collator, padded further to a multiple of `multiple` tokens."""
         more = self._width(batch["input_ids"].shape[1], multiple) - batch["input_ids"].shape[1]
         return {
             name: pad(value, (0, more), value=self.padding.get(name, 0)) if value.dim() == 2 else value
@@ -46,12 +46,23 @@ class Collator:
         }
 
     def _width(self, longest: int, multiple: int | None) -> int:
-        wanted = longest + -longest % multiple if multiple else longest
-        return wanted if self.max_length is None else max(longest, min(wanted, self.max_length))
+        width = longest + -longest % multiple if multiple else longest
+        return width if self.max_length is None else max(longest, min(width, self.max_length))
 
 
-def micro_batches(data: Dataset, collator: Callable, samples: int, size: int, seed: int) -> Iterator[dict]:
-    """`samples` rows drawn without replacement, by falling length so that little is padded, `size` at a time."""
+class Rows(Protocol):
+    """A data set with a length and an index, whose items hold input_ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def micro_batches(
+    data: Rows, collator: Callable[[list], dict], samples: int, size: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of `size` of `samples` random rows, drawn without replacement; the longest rows first, which saves
+    padding."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
     for begin in range(0, len(order), size):

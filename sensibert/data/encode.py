@@ -1,81 +1,98 @@
-"""Checked texts -> features without padding, held flat, and the collator that pads a batch."""
+"""Texts, words and questions -> token features without padding, each field in one flat array."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ..core.errors import SensibertError
 
-CHUNK = 2048  # rows a tokenizer call: bounds the memory its encodings take
-IGNORED = -100  # the label that cross entropy skips
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+CHUNK = 2048  # rows per tokenizer call, which bounds the memory of its encodings
+IGNORED = -100  # the label that cross entropy ignores
 
 
 class Features(Dataset):
-    """One dict of lists an item: input_ids, attention_mask, token_type_ids where the tokenizer gives them, labels.
+    """Items as dicts: input_ids, attention_mask, token_type_ids if the tokenizer has them, and labels.
 
-    per_token: {name: [T]} over all T tokens, cut into items by lengths [F]. per_item: {name: [F]}. The order of items
-    is that of the rows. One flat array a field is a tenth of the memory of a list of Python integers an item."""
+    per_token: name -> [all tokens], split into items by lengths [items]. per_item: name -> [items]. Items are in the
+    order of the rows. Flat arrays need a tenth of the memory of a list of Python integers per item."""
 
-    def __init__(self, per_token: dict[str, np.ndarray], per_item: dict[str, np.ndarray], lengths: np.ndarray):
+    def __init__(self, per_token: dict[str, np.ndarray], per_item: dict[str, np.ndarray], lengths: np.ndarray) -> None:
         self.per_token, self.per_item = per_token, per_item
         self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every item, for grouping by length."""
+        """Number of tokens of every item, for grouping by length."""
         return np.diff(self.ends).tolist()
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, i: int) -> dict:
-        i = range(len(self))[i]  # negative indices and IndexError, as a list has them
-        here = slice(self.ends[i], self.ends[i + 1])
-        item = {name: values[here].tolist() for name, values in self.per_token.items()}
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(len(self))[i]  # negative indices and IndexError, as in a list
+        tokens = slice(self.ends[i], self.ends[i + 1])
+        item = {name: values[tokens].tolist() for name, values in self.per_token.items()}
         item["attention_mask"] = [1] * len(item["input_ids"])
         return item | {name: values[i].item() for name, values in self.per_item.items()}
 
 
 class Windows(Features):
-    """Features of questions: several windows a context.
+    """Features of questions, with one or more windows per context.
 
-    example [F]: the row of a window. spans [T, 2]: the characters of the context that a token covers, -1 outside it.
-    contexts, golds: of every row the text, and its right answers as (text, first character)."""
+    example [windows]: the row of every window. spans [all tokens, 2]: the characters of the context that a token
+    covers, -1 outside the context. contexts [rows]: the texts. golds [rows]: the correct answers of every row, each as
+    (text, first character)."""
 
-    def __init__(self, features: Features, example: np.ndarray, spans: np.ndarray, contexts: list, golds: list):
+    def __init__(
+        self,
+        features: Features,
+        example: np.ndarray,
+        spans: np.ndarray,
+        contexts: list[str],
+        golds: list[list[tuple[str, int]]],
+    ) -> None:
         super().__init__(features.per_token, features.per_item, np.diff(features.ends))
         self.example, self.spans, self.contexts, self.golds = example, spans, contexts, golds
 
     def window_spans(self, i: int) -> np.ndarray:
-        """[S, 2] of window i."""
+        """`spans` of window i: [tokens, 2]."""
         return self.spans[self.ends[i] : self.ends[i + 1]]
 
 
-def encode_text(columns: list[list[str]], tokenizer, max_length: int) -> Features:
-    """One or two columns of texts, cut to max_length tokens, the longer text of a pair first."""
-    room(tokenizer, max_length, pair=len(columns) == 2)
+def encode_text(columns: list[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Features:
+    """One or two columns of texts, truncated to max_length tokens; of a pair the longer text is truncated first.
+
+    SensibertError if max_length is too small, or more than the tokenizer allows."""
+    text_tokens(tokenizer, max_length, pair=len(columns) == 2)
     return _features(tokenizer, max_length, _chunks(columns), truncation=True)
 
 
-def encode_words(sentences: list[list[str]], tags: list[list[int]], tokenizer, max_length: int) -> Features:
-    """Labels per token: a word's tag on its first piece, -100 elsewhere. Words beyond max_length fall away.
+def encode_words(
+    sentences: list[list[str]], tags: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Features:
+    """Words with one tag each -> labels per token: the tag on the first piece of a word, -100 on all other tokens.
 
-    Words are joined by spaces and found again by their characters: every tokenizer then sees them as in running text,
-    also those (RoBERTa) that keep the space as part of the word."""
+    Words beyond max_length are dropped. The tokenizer gets the words joined by spaces, and its pieces are assigned to
+    words by their characters, so the text is the same as running text also for tokenizers that treat the space as part
+    of a word (RoBERTa). SensibertError for a slow tokenizer or an impossible max_length."""
     _want_fast(tokenizer, "token-classification")
-    room(tokenizer, max_length, pair=False)
+    text_tokens(tokenizer, max_length, pair=False)
     labels: list[np.ndarray] = []
 
-    def align(encoding, offset: int) -> None:
-        for row, piece in enumerate(encoding.encodings, offset):
+    def align(encoding: BatchEncoding, offset: int) -> None:
+        for row, piece in enumerate(encoding.encodings or (), offset):
             starts = np.cumsum([0, *(len(word) + 1 for word in sentences[row])])
             begin, end = np.array(piece.offsets, np.int64).reshape(-1, 2).T
             inside = (end > begin) & (np.array(piece.special_tokens_mask) == 0)
-            # the last character tells the word: some tokenizers count the space before a word to its first piece
+            # by the last character: for some tokenizers the first piece begins with the space before the word
             word = np.where(inside, np.searchsorted(starts, end - 1, side="right") - 1, -1)
             _, firsts = np.unique(word, return_index=True)
             firsts = firsts[inside[firsts]]
@@ -94,24 +111,27 @@ def encode_questions(
     questions: list[str],
     contexts: list[str],
     answers: list[list[tuple[str, int]]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     doc_stride: int,
 ) -> Windows:
-    """Overlapping windows over every context; doc_stride is the number of tokens that neighbours share.
+    """Overlapping windows of max_length tokens over every context; neighbours share doc_stride tokens.
 
-    start_positions, end_positions: the first answer where the whole of it is inside the window, else the first token
-    (CLS). A question is cut where it would leave the context less than half of a window."""
+    answers: per row the correct ones as (text, first character). start_positions and end_positions are those of the
+    first answer if the window contains all of it, else 0 (the CLS token). A question is truncated if it would leave
+    less than half of a window for the context. SensibertError for a slow tokenizer, or an impossible max_length or
+    doc_stride."""
     _want_fast(tokenizer, "question-answering")
-    half = room(tokenizer, max_length, pair=True) // 2
+    half = text_tokens(tokenizer, max_length, pair=True) // 2
     if not 0 <= doc_stride < half:
         raise SensibertError(f"doc_stride is {doc_stride}, want 0 to {half - 1} at max_length {max_length}")
     questions = _cut([question.strip() for question in questions], tokenizer, half)
-    example, spans = [], []
+    example: list[int] = []
+    spans: list[np.ndarray] = []
 
-    def locate(encoding, offset: int) -> None:
+    def locate(encoding: BatchEncoding, offset: int) -> None:
         example.extend(offset + row for row in encoding["overflow_to_sample_mapping"])
-        for piece in encoding.encodings:
+        for piece in encoding.encodings or ():
             inside = np.array([s == 1 for s in piece.sequence_ids])
             spans.append(np.where(inside[:, None], np.array(piece.offsets, np.int32).reshape(-1, 2), -1))
 
@@ -123,6 +143,7 @@ def encode_questions(
 
 
 def _answer_tokens(spans: np.ndarray, answers: list[tuple[str, int]]) -> tuple[int, int]:
+    """First and last token of the first answer in a window; (0, 0) if the window does not contain all of it."""
     inside = np.flatnonzero(spans[:, 0] >= 0)
     if not answers or len(inside) == 0:
         return 0, 0
@@ -135,20 +156,20 @@ def _answer_tokens(spans: np.ndarray, answers: list[tuple[str, int]]) -> tuple[i
     return int(inside[first]), int(inside[last])
 
 
-def _cut(questions: list[str], tokenizer, limit: int) -> list[str]:
-    """Each question, or as much of its beginning as makes at most limit tokens."""
+def _cut(questions: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[str]:
+    """The questions, truncated to at most `limit` tokens."""
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     cut = []
     for text, offsets in zip(questions, tokenizer(questions, **options)["offset_mapping"]):
-        while len(offsets) > limit:  # a second round where the shortened text has other pieces
+        while len(offsets) > limit:  # again if the shorter text is split into other pieces
             text = text[: min(offsets[limit - 1][1], len(text) - 1)]
             offsets = tokenizer(text, **options)["offset_mapping"]
         cut.append(text)
     return cut
 
 
-def room(tokenizer, max_length: int, pair: bool) -> int:
-    """Tokens that max_length leaves for text. SensibertError if none, or more than the model can take."""
+def text_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: bool) -> int:
+    """Tokens of max_length that are not special; SensibertError if none are left or the tokenizer allows fewer."""
     special = tokenizer.num_special_tokens_to_add(pair)
     if not special + 1 < max_length <= tokenizer.model_max_length:
         limit = min(tokenizer.model_max_length, 10**6)  # 'no limit' is 1e30
@@ -156,17 +177,24 @@ def room(tokenizer, max_length: int, pair: bool) -> int:
     return max_length - special
 
 
-def _want_fast(tokenizer, task: str) -> None:
+def _want_fast(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
     if not tokenizer.is_fast:
         raise SensibertError(f"{task} needs a fast tokenizer, {type(tokenizer).__name__} is not one")
 
 
 def _chunks(columns: list[list]) -> Iterable[tuple[int, list[list]]]:
+    """(first row, columns) of every CHUNK rows."""
     return ((i, [column[i : i + CHUNK] for column in columns]) for i in range(0, len(columns[0]), CHUNK))
 
 
-def _features(tokenizer, max_length: int, chunks, visit=None, **options) -> Features:
-    """Tokenise chunk by chunk; visit(encoding, first row) sees every chunk before it is dropped."""
+def _features(
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chunks: Iterable[tuple[int, list[list]]],
+    visit: Callable[[BatchEncoding, int], None] | None = None,
+    **options: Any,
+) -> Features:
+    """Tokenize chunk by chunk and call visit(encoding, first row) for each."""
     fields: dict[str, list[np.ndarray]] = {}
     lengths: list[int] = []
     for offset, columns in chunks:
@@ -180,5 +208,5 @@ def _features(tokenizer, max_length: int, chunks, visit=None, **options) -> Feat
     return Features({name: np.concatenate(parts) for name, parts in fields.items()}, {}, np.array(lengths))
 
 
-def _flat(rows: list[list[int]], dtype) -> np.ndarray:
+def _flat(rows: list[list[int]], dtype: type[np.generic]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(rows), dtype, count=sum(map(len, rows)))

@@ -1,4 +1,4 @@
-"""Local files or a hub name -> a plain dict of columns. Nothing is cached and strings such as 'NA' stay strings."""
+"""Local files or data sets of the hub -> columns of values. Strings such as 'NA' stay strings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as columns of equal length. name is the file or data set, for messages; class_names comes with hub data."""
+    """Rows as columns of equal length.
+
+    name: the file or data set, for messages. class_names: column -> names of its classes, where the hub has them."""
 
     columns: dict[str, list]
     name: str
@@ -32,9 +34,10 @@ class Examples:
 
 
 def load_examples(source: str, split: str | None = None) -> Examples:
-    """Read csv, tsv, jsonl, json or parquet (each also .gz), or `name` / `name:config` from the hub.
+    """Read a csv, tsv, jsonl, json or parquet file (each also with .gz), or the data set `name` or `name:config`.
 
-    split is for hub names ('train' when left out). SensibertError: missing, empty, undecodable or malformed data."""
+    split: of a data set of the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
+    names the file and the line."""
     path = Path(source)
     parts = path.name.lower().split(".")[1:]
     suffix = parts[-2] if len(parts) > 1 and parts[-1] == "gz" else "".join(parts[-1:])
@@ -79,7 +82,7 @@ def _table(rows: list[tuple[int, list[str]]], name: str) -> dict[str, list]:
     header = rows[0][1]
     for column in header:
         if header.count(column) > 1:
-            raise SensibertError(f"{name}: column '{column}' stands twice in the header")
+            raise SensibertError(f"{name}: column '{column}' appears twice in the header")
     for line, fields in rows[1:]:
         if len(fields) != len(header):
             raise SensibertError(
@@ -89,9 +92,9 @@ def _table(rows: list[tuple[int, list[str]]], name: str) -> dict[str, list]:
 
 
 def _read_csv(data: bytes, name: str) -> dict[str, list]:
-    """Strict: a quote that never closes would otherwise swallow the rows behind it."""
+    """Strict, so that a quote that is never closed is an error and does not absorb the rows after it."""
     reader = csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True)
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long context is no error
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # long contexts are allowed
     rows, line = [], 1
     try:
         for fields in reader:
@@ -106,7 +109,7 @@ def _read_csv(data: bytes, name: str) -> dict[str, list]:
 
 
 def _read_tsv(data: bytes, name: str) -> dict[str, list]:
-    """Quotes mean what they mean in csv if every line is well formed by itself; otherwise they are text, as in GLUE."""
+    """Quotes have their meaning of csv if every line is well formed by itself; otherwise they are text, as in GLUE."""
     lines = [(i, line.rstrip("\r")) for i, line in enumerate(_decode(data, name).split("\n"), 1)]
     lines = [(i, line) for i, line in lines if line]
     plain = [(i, line.split("\t")) for i, line in lines]
@@ -130,7 +133,7 @@ def _parse_json(text: str, name: str, line: int | None = None) -> Any:
 
 
 def _records(rows: list[tuple[str, Any]], name: str) -> dict[str, list]:
-    """rows: (where, object). A key that some objects lack is None there."""
+    """rows: (place for messages, object). Keys that an object lacks are None in its row."""
     columns: dict[str, list] = {}
     for where, row in rows:
         if not isinstance(row, dict):
@@ -145,7 +148,7 @@ def _read_jsonl(data: bytes, name: str) -> dict[str, list]:
 
 
 def _read_json(data: bytes, name: str) -> dict[str, list]:
-    """A list of objects, {"data": such a list}, the nested file of the SQuAD authors, or an object of columns."""
+    """A list of objects, {"data": a list of objects}, a SQuAD file, or an object of columns."""
     content = _parse_json(_decode(data, name), name)
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
@@ -162,6 +165,7 @@ def _read_json(data: bytes, name: str) -> dict[str, list]:
 
 
 def _squad_rows(articles: list, name: str) -> list[dict]:
+    """One row per question of a SQuAD file."""
     try:
         return [
             {
@@ -203,9 +207,9 @@ def _from_hub(source: str, split: str) -> Examples:
     name, _, config = source.partition(":")
     try:
         data = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the library raises its own, the hub's, pyarrow's and fsspec's kinds
+    except Exception as error:  # datasets raises errors of its own, of the hub, of pyarrow and of fsspec
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SensibertError(f"{source} is no file, and cannot be loaded from the hub ({reason})") from error
+        raise SensibertError(f"{source} is not a file, and cannot be loaded from the hub ({reason})") from error
     class_names = {}
     for column, feature in data.features.items():
         names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)

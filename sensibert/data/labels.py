@@ -1,4 +1,6 @@
-"""Columns of examples -> checked texts, class ids, numbers, words, tags and answers; every error names its place."""
+"""Columns of examples -> checked texts, class ids, numbers, words, tags and answers.
+
+Every error names file, row and column, the value, and what was expected."""
 
 from __future__ import annotations
 
@@ -19,13 +21,12 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORE
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-
-Place = tuple[int, Any]  # row, value
+Cell = tuple[int, Any]  # row (from 0), value
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a file. Rows are counted from 1, the header not counted."""
+    """One column of a file. Messages count rows from 1, without the header."""
 
     file: str
     name: str
@@ -33,16 +34,19 @@ class Column:
 
     @classmethod
     def of(cls, examples: Examples, name: str) -> Column:
+        """The column of that name; SensibertError names the existing ones."""
         if name not in examples.columns:
             seen = ", ".join(repr(c) for c in examples.columns)
             raise SensibertError(f"{examples.name}: no column '{name}', the columns are {seen}")
         return cls(examples.name, name, examples.columns[name])
 
     def error(self, row: int | None, text: str) -> SensibertError:
+        """The error whose message is file, row, column, then `text`; row None: the whole column."""
         place = "" if row is None else f"row {row + 1}, "
         return SensibertError(f"{self.file}: {place}column '{self.name}' {text}")
 
-    def filled(self) -> Iterator[Place]:
+    def filled(self) -> Iterator[Cell]:
+        """All cells; SensibertError at an empty one."""
         for row, value in enumerate(self.values):
             if value is None or (isinstance(value, str) and not value.strip()):
                 raise self.error(row, "is empty")
@@ -50,12 +54,13 @@ class Column:
 
 
 def show(value: Any) -> str:
+    """A value and its type for a message, shortened to 40 characters."""
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
 
 
 def texts(column: Column) -> list[str]:
-    """The column as it is, once every value is known to be text that UTF-8 can hold. Empty texts are allowed."""
+    """The values, all of them text that UTF-8 can encode. Empty texts are allowed, missing ones are not."""
     for row, value in enumerate(column.values):
         if not isinstance(value, str):
             raise column.error(row, "is empty" if value is None else f"is {show(value)}, want text")
@@ -67,14 +72,18 @@ def texts(column: Column) -> list[str]:
     return column.values
 
 
-def kind(column: Column, values: Iterable[Place]) -> str:
-    """'integer', 'number' or 'name' for labels; numbers in strings count as numbers. Mixtures and NaN are errors."""
-    first: dict[str, Place] = {}
+def kind(column: Column, values: Iterable[Cell]) -> str:
+    """'integer', 'number' or 'name' for labels; strings that are numbers count as numbers.
+
+    SensibertError for names among numbers, and for NaN and infinity."""
+    first: dict[str, Cell] = {}
     for row, value in values:
         first.setdefault(_kind_of(column, row, value), (row, value))
     if "name" in first and {"integer", "number"} & set(first):
         (row, value), (_, other) = sorted((first["name"], first.get("integer") or first["number"]), reverse=True)
-        raise column.error(row, f"is {show(value)}, and {show(other)} before: want numbers only or names only")
+        raise column.error(
+            row, f"is {show(value)}, and an earlier label is {show(other)}: want numbers only or names only"
+        )
     if "name" in first:
         return "name"
     if "not finite" in first:
@@ -97,72 +106,76 @@ def _kind_of(column: Column, row: int, value: Any) -> str:
     return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), "name")
 
 
-def first_number(column: Column, places: Iterable[Place]) -> Place:
-    """The first label that is a number and not an integer, where the `kind` is number."""
-    return next(place for place in places if _kind_of(column, *place) == "number")
+def first_number(column: Column, cells: Iterable[Cell]) -> Cell:
+    """The first label that is a number but not an integer, in a column of kind 'number'."""
+    return next(cell for cell in cells if _kind_of(column, *cell) == "number")
 
 
-def class_names(column: Column, values: Iterable[Place]) -> list[str]:
-    """The classes among a training column's values: sorted names, or '0' to 'n-1' for integers without gaps."""
-    places = list(values)
-    found = kind(column, places)
-    if found == "number":
-        row, value = first_number(column, places)
-        raise column.error(row, f"is {show(value)}, want an integer or a name (for numbers the task is regression)")
-    seen = {str(v).strip() for _, v in places} if found == "name" else {int(v) for _, v in places}
-    if len(seen) < 2:
-        only = f"only one class, {show(next(iter(seen)))}" if seen else "no labels at all"
+def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
+    """The classes in a training column: the sorted names, or '0' to 'n-1' for integers without gaps.
+
+    SensibertError for fewer than two classes, gaps, and numbers that are not integers."""
+    cells = list(values)
+    labels = kind(column, cells)
+    if labels == "number":
+        row, value = first_number(column, cells)
+        raise column.error(row, f"is {show(value)}, want an integer or a name (to predict numbers: task regression)")
+    names = sorted({str(value).strip() for _, value in cells}) if labels == "name" else []
+    integers = sorted({int(value) for _, value in cells}) if labels == "integer" else []
+    classes: list[Any] = names or integers
+    if len(classes) < 2:
+        only = f"only one class, {show(classes[0])}" if classes else "no labels at all"
         raise column.error(None, f"has {only}: want at least two")
-    if found == "name":
-        return sorted(seen)
-    outside = next((place for place in places if not 0 <= int(place[1]) < len(seen)), None)
+    outside = next((cell for cell in cells if integers and not 0 <= int(cell[1]) < len(integers)), None)
     if outside is not None:
-        listed = ", ".join(str(i) for i in sorted(seen)[:8]) + (", ..." if len(seen) > 8 else "")
-        wish = f"the {len(seen)} integers are {listed}: want 0 to n-1 without gaps, or names"
-        raise column.error(outside[0], f"is {show(outside[1])}; {wish} (numbers to predict are the task regression)")
-    return [str(i) for i in range(len(seen))]
+        listed = ", ".join(str(i) for i in integers[:8]) + (", ..." if len(integers) > 8 else "")
+        wanted = f"the {len(integers)} integers are {listed}: want 0 to n-1 without gaps, or names"
+        raise column.error(outside[0], f"is {show(outside[1])}; {wanted} (to predict numbers: task regression)")
+    return [str(name) for name in classes]
 
 
 class ClassIds:
-    """Label -> class id, by name first, then, for an integer, as the id itself."""
+    """Label -> class id: the label with that name, else an integer as the id itself.
 
-    def __init__(self, names: Sequence[str]):
+    SensibertError for a label that is neither."""
+
+    def __init__(self, names: Sequence[str]) -> None:
         self.names, self.ids = list(names), {name: i for i, name in enumerate(names)}
 
     def __call__(self, column: Column, row: int, value: Any) -> int:
         name = str(value).strip()
-        found = self.ids.get(name)
-        if found is None and _kind_of(column, row, value) == "integer" and 0 <= int(value) < len(self.names):
-            found = self.ids[name] = int(value)
-        if found is None:
+        label = self.ids.get(name)
+        if label is None and _kind_of(column, row, value) == "integer" and 0 <= int(value) < len(self.names):
+            label = self.ids[name] = int(value)
+        if label is None:
             known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
             raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known})")
-        return found
+        return label
 
 
 def numbers(column: Column) -> np.ndarray:
-    """[B] float32, finite."""
-    found = []
+    """The column as float32 [rows]; SensibertError for a value that is no finite number."""
+    result = []
     for row, value in column.filled():
         try:
-            found.append(float(value))
+            result.append(float(value))
         except (TypeError, ValueError):
             raise column.error(row, f"is {show(value)}, want a number") from None
-        if not abs(found[-1]) <= FLOAT32_MAX:
+        if not abs(result[-1]) <= FLOAT32_MAX:
             raise column.error(row, f"is {show(value)}, want a finite number")
-    return np.array(found, np.float32)
+    return np.array(result, np.float32)
 
 
 def lists(column: Column) -> list[list]:
-    """Lists as they are, JSON lists in strings, and plain strings cut at white space."""
-    found = []
+    """The values as lists: lists as they are, strings parsed as JSON if they begin with [, else split at spaces."""
+    result = []
     for row, value in enumerate(column.values):
         if isinstance(value, str):
             value = _json(column, row, value, "list") if value.lstrip().startswith("[") else value.split()
         if not isinstance(value, list):
             raise column.error(row, f"is {show(value)}, want a list")
-        found.append(value)
-    return found
+        result.append(value)
+    return result
 
 
 def _json(column: Column, row: int, value: str, want: str) -> Any:
@@ -173,24 +186,26 @@ def _json(column: Column, row: int, value: str, want: str) -> Any:
 
 
 def words(column: Column) -> list[list[str]]:
-    found = lists(column)
-    for row, sentence in enumerate(found):
+    """The words of every row; SensibertError for a list with anything but strings."""
+    sentences = lists(column)
+    for row, sentence in enumerate(sentences):
         for word in sentence:
             if not isinstance(word, str):
                 raise column.error(row, f"holds {show(word)}, want words")
-    return found
+    return sentences
 
 
 def tag_values(column: Column, tokens: list[list[str]]) -> list[list]:
-    """One tag a word."""
-    found = lists(column)
-    for row, (tags, sentence) in enumerate(zip(found, tokens)):
+    """The tags of every row; SensibertError unless there is one per word."""
+    rows = lists(column)
+    for row, (tags, sentence) in enumerate(zip(rows, tokens)):
         if len(tags) != len(sentence):
             raise column.error(row, f"has {len(tags)} tags for {len(sentence)} tokens")
-    return found
+    return rows
 
 
-def each_tag(column: Column) -> Iterator[Place]:
+def each_tag(column: Column) -> Iterator[Cell]:
+    """(row, tag) for every tag; SensibertError at an empty one."""
     for row, tags in enumerate(lists(column)):
         for tag in tags:
             if tag is None or tag == "":
@@ -199,22 +214,25 @@ def each_tag(column: Column) -> Iterator[Place]:
 
 
 def answers(column: Column, contexts: list[str]) -> list[list[tuple[str, int]]]:
-    """[(text, first character)] of every row, each checked to stand in its context; [], or only '', is 'no answer'."""
-    found = []
+    """[(text, first character), ...] of every row; [] is 'no answer'.
+
+    A value is {text: [...], answer_start: [...]}, a list of {text, answer_start}, or either as JSON. SensibertError for
+    any other value, and for a text that is not at that character of its context."""
+    result: list[list[tuple[str, int]]] = []
     for row, (value, context) in enumerate(zip(column.values, contexts)):
         if isinstance(value, str):
             value = _json(column, row, value, "object {text: [...], answer_start: [...]}")
         if isinstance(value, list):  # [{text, answer_start}, ...]
             value = {key: [a.get(key) if isinstance(a, dict) else a for a in value] for key in ("text", "answer_start")}
-        lists_of = [value.get(key) for key in ("text", "answer_start")] if isinstance(value, dict) else [None]
-        lists_of = [[item] if isinstance(item, (str, int)) else item for item in lists_of]
-        if not all(isinstance(item, list) for item in lists_of) or len(lists_of[0]) != len(lists_of[1]):
+        pair = [value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start")]
+        golds, starts = ([item] if isinstance(item, (str, int)) else item for item in pair)
+        if not isinstance(golds, list) or not isinstance(starts, list) or len(golds) != len(starts):
             raise column.error(row, f"is {show(value)}, want text and answer_start, equally long lists")
-        for text, start in zip(*lists_of):
+        for text, start in zip(golds, starts):
             if not isinstance(text, str) or not isinstance(start, int):
                 raise column.error(row, f"has text {show(text)} at {show(start)}, want a string and an integer")
             if start < 0 or context[start : start + len(text)] != text:
-                stands = show(context[max(start, 0) : max(start, 0) + len(text)])
-                raise column.error(row, f"has text {show(text)} at character {start}, where the context has {stands}")
-        found.append([answer for answer in zip(*lists_of) if answer[0]])
-    return found
+                there = show(context[max(start, 0) : max(start, 0) + len(text)])
+                raise column.error(row, f"has text {show(text)} at character {start}, where the context has {there}")
+        result.append([(text, start) for text, start in zip(golds, starts) if text])
+    return result

@@ -1,4 +1,4 @@
-"""Metrics in plain numpy. Everything is a fraction (accuracy, f1, em in [0, 1]; correlations in [-1, 1])."""
+"""Metrics in numpy, as fractions: accuracy, f1 and em in [0, 1], correlations in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
-    """predicted, wanted [B] class ids -> accuracy, and with two classes f1 of class 1 (0 if nothing is right)."""
+    """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without a correct one)."""
     metrics = {"accuracy": float(np.mean(predicted == wanted))}
     if num_labels == 2:
         hits = int(np.sum((predicted == 1) & (wanted == 1)))
@@ -20,12 +20,14 @@ def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels
 
 
 def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    """predicted, wanted [B] -> pearson and spearman (ties share their mean rank); 0 where a side is constant."""
+    """Values [rows] -> pearson and spearman (ties have their mean rank); 0 if either side is constant."""
     return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}
 
 
 def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """SQuAD em and f1: the best over the gold answers of a question; no gold answer means '' is right."""
+    """Answers and the correct ones of every question -> em and f1 of SQuAD: the best over the correct answers.
+
+    Without correct answers, '' is correct."""
     em, f1 = [], []
     for text, golds in zip(predicted, wanted):
         golds = golds or [""]
@@ -41,7 +43,7 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_f1(text: str, gold: str) -> float:
-    """F1 over the bags of normalised words; where one side has none, 1 if both have none (SQuAD 2.0)."""
+    """F1 over the multisets of normalized words; if one side has none, 1 if both have none (SQuAD 2.0)."""
     words, gold_words = normalize_answer(text).split(), normalize_answer(gold).split()
     if not words or not gold_words:
         return float(words == gold_words)
@@ -49,11 +51,12 @@ def answer_f1(text: str, gold: str) -> float:
 
 
 def tagging_metrics(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Tags of each sentence -> f1, precision, recall over whole entities (as conlleval and seqeval), tag accuracy."""
+    """Tags of every sentence -> f1, precision and recall of whole entities, as in conlleval and seqeval; accuracy of
+    tags."""
     hits = num_predicted = num_wanted = 0
     for tags, gold_tags in zip(predicted, wanted):
-        found, gold = set(entities(tags)), set(entities(gold_tags))
-        hits, num_predicted, num_wanted = hits + len(found & gold), num_predicted + len(found), num_wanted + len(gold)
+        ours, gold = set(entities(tags)), set(entities(gold_tags))
+        hits, num_predicted, num_wanted = hits + len(ours & gold), num_predicted + len(ours), num_wanted + len(gold)
     pairs = [tag == gold for tags, gold_tags in zip(predicted, wanted) for tag, gold in zip(tags, gold_tags)]
     return {
         "f1": _f1(hits, num_predicted, num_wanted),
@@ -64,20 +67,20 @@ def tagging_metrics(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequenc
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """[(type, first, last)] of BIO or IOBES tags, read as conlleval does: an I- that continues nothing begins one.
+    """[(type, first word, last word)] of BIO or IOBES tags, as in conlleval: an I- after no entity begins one.
 
     'O' and '0' are outside. A tag without prefix is its own type, and equal neighbours are one entity."""
-    found, start = [], 0
-    last_prefix, last_type = "O", None
+    result, start = [], 0
+    last_prefix, last_type = "O", ""
     for i, tag in enumerate([*tags, "O"]):
-        prefix, kind = ("O", None) if tag in ("O", "0") else _split_tag(tag)
-        begins = prefix in "BS" or last_prefix in "OES" or kind != last_type
+        prefix, kind = ("O", "") if tag in ("O", "0") else _split_tag(tag)
+        begins = prefix in "BSO" or last_prefix in "OES" or kind != last_type
         if last_prefix != "O" and begins:
-            found.append((last_type, start, i - 1))
+            result.append((last_type, start, i - 1))
         if prefix != "O" and begins:
             start = i
         last_prefix, last_type = prefix, kind
-    return found
+    return result
 
 
 def _split_tag(tag: str) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,23 +12,30 @@ from ..core.errors import SensibertError
 from . import labels
 from .answers import Answer, best_answers
 from .batching import Collator
-from .encode import IGNORED, Features, encode_questions, encode_text, encode_words
+from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
 from .labels import ClassIds, Column
 from .metrics import answer_metrics, classification_metrics, regression_metrics, tagging_metrics
 from .tasks import Task, get_task
 
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+Logits = Sequence[np.ndarray]  # of one output, or of start and end
+
 
 def guess_task(examples: Examples, text_column: str | None = None, label_column: str | None = None) -> str:
-    """The name of the task that the columns, and for a single label its values, speak of."""
+    """The name of the task that the columns suggest, and for a single label its values.
+
+    SensibertError if there is no label column, or the labels may be classes as well as numbers."""
     columns = examples.columns
-    asked = set((text_column or "").split(",")) | {label_column}
-    if {"question", "context", "answers"} <= set(columns) and asked <= {"", None, "question", "context", "answers"}:
+    chosen = set((text_column or "").split(",")) | {label_column}
+    if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
         return "question-answering"
     label = label_column or next((c for c in ("label", "tags", "ner_tags") if c in columns), None)
     if label is None:
-        seen = ", ".join(repr(c) for c in columns)
-        raise SensibertError(f"{examples.name}: no column 'label', 'tags' or 'answers', the columns are {seen}")
+        existing = ", ".join(repr(c) for c in columns)
+        raise SensibertError(f"{examples.name}: no column 'label', 'tags' or 'answers', the columns are {existing}")
     column = Column.of(examples, label)
     if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
         return "token-classification"
@@ -35,14 +43,16 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
         return "text-classification"
     if all(float(value).is_integer() for value in column.values):
         row, value = labels.first_number(column, column.filled())
-        said = f"is {labels.show(value)}, and all are whole numbers"
-        raise column.error(row, f"{said}: want a task (regression to predict numbers), or classes written as integers")
+        wanted = "want a task (regression to predict numbers), or classes written as integers"
+        raise column.error(row, f"is {labels.show(value)}, and all labels are whole numbers: {wanted}")
     return "regression"
 
 
 @dataclass
 class TaskData:
-    """Built by TaskData.build. label_names is [] for regression and question-answering."""
+    """A task with its encoded data; made by `build`.
+
+    num_labels: outputs of the head. label_names: the classes, [] for regression and question-answering."""
 
     task: Task
     num_labels: int
@@ -57,7 +67,7 @@ class TaskData:
         task_name: str | None,
         train: Examples | None,
         validation: Examples | None,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         doc_stride: int | None = None,
         text_column: str | None = None,
@@ -65,9 +75,12 @@ class TaskData:
         label_names: list[str] | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> TaskData:
-        """task_name: of a task or preset, None to guess. text_column: 'a' or 'a,b'. label_names: those of a model
-        that exists; left out they come from train. max_length: 128, for questions 384. doc_stride: 128, or a third of
-        max_length where that is less. SensibertError names file, row, column, what came and what was wanted."""
+        """Check and encode training data, validation data or both.
+
+        task_name: of a task or a preset, None to guess. text_column: 'a' or 'a,b'. label_names: of an existing model,
+        by default those of the training data. max_length: in tokens, by default 128, for questions 384. doc_stride: by
+        default 128, but at most a third of max_length. pad_to_multiple_of: see `Collator`. SensibertError names file,
+        row and column, the value, and what was expected."""
         data = [examples for examples in (train, validation) if examples is not None]
         if not data:
             raise SensibertError("TaskData: train and validation are both None, want at least one")
@@ -88,22 +101,24 @@ class TaskData:
 
     @classmethod
     def outlined(cls, task_name: str, train: Examples, text_column: str | None, label_column: str | None) -> TaskData:
-        """What the head of a model depends on, without features: nothing is encoded."""
+        """The task and the labels alone, which a model's head depends on: nothing is encoded."""
         task = get_task(task_name)
         names = _names(task, train, _columns(task, train, text_column, label_column)[1], None)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
     @property
     def main_metric(self) -> str:
+        """The metric that the task is judged by."""
         return self.task.main_metric
 
-    def auto_class(self) -> type:
+    def auto_class(self) -> Any:
+        """The AutoModel class of transformers for the task."""
         import transformers
 
         return getattr(transformers, self.task.auto_class_name)
 
     def config_kwargs(self) -> dict[str, Any]:
-        """What the model's config must say about its head."""
+        """The entries of a model's config that define its head."""
         names = self.label_names or [f"LABEL_{i}" for i in range(self.num_labels)]
         problem = {"text-classification": "single_label_classification", "regression": "regression"}
         return {
@@ -114,33 +129,35 @@ class TaskData:
         }
 
     def compute_metrics(self, predictions: Any, label_ids: Any = None) -> dict[str, float]:
-        """Logits of the validation, in its order -> metrics as fractions.
+        """Logits of the validation data, in their order -> metrics as fractions.
 
-        predictions: an EvalPrediction, an array, or a tuple of arrays. label_ids: the validation's own, if given."""
+        predictions: an EvalPrediction, an array, or a tuple of arrays. label_ids: by default those of the data.
+        SensibertError without validation data, for another number of predictions, and for NaN."""
         if hasattr(predictions, "predictions"):
             predictions, label_ids = predictions.predictions, predictions.label_ids
-        if self.validation is None:
+        data = self.validation
+        if data is None:
             raise SensibertError("compute_metrics: there is no validation data")
         logits = predictions if isinstance(predictions, (tuple, list)) else (predictions,)
         logits = [np.asarray(part, np.float32) for part in logits[:2]]
-        if len(logits[0]) != len(self.validation):
-            raise SensibertError(f"compute_metrics: {len(logits[0])} predictions, want {len(self.validation)}")
+        if len(logits[0]) != len(data):
+            raise SensibertError(f"compute_metrics: {len(logits[0])} predictions, want {len(data)}")
         if np.isnan(logits[0]).any():
             bad = int(np.isnan(logits[0]).reshape(len(logits[0]), -1).any(1).sum())
             raise SensibertError(f"compute_metrics: {bad} of {len(logits[0])} predictions are NaN")
-        return _METRICS[self.task.name](self, logits, label_ids)
+        return _METRICS[self.task.name](self, data, logits, label_ids)
 
-    def _class_metrics(self, logits, label_ids) -> dict[str, float]:
-        wanted = self.validation.per_item["labels"] if label_ids is None else np.asarray(label_ids)
+    def _class_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
         return classification_metrics(logits[0].argmax(-1), wanted, self.num_labels)
 
-    def _number_metrics(self, logits, label_ids) -> dict[str, float]:
-        wanted = self.validation.per_item["labels"] if label_ids is None else np.asarray(label_ids)
+    def _number_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
         return regression_metrics(logits[0].reshape(-1), wanted.reshape(-1))
 
-    def _tag_metrics(self, logits, label_ids) -> dict[str, float]:
+    def _tag_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         if label_ids is None:
-            rows = [item["labels"] for item in self.validation]
+            rows = [data[i]["labels"] for i in range(len(data))]
         else:
             rows = np.asarray(label_ids).tolist()
         predicted, wanted = [], []
@@ -149,18 +166,25 @@ class TaskData:
             wanted.append([self.label_names[label] for label in row if label != IGNORED])
         return tagging_metrics(predicted, wanted)
 
-    def _answer_metrics(self, logits, label_ids) -> dict[str, float]:
-        starts = self.validation.per_item["start_positions"]
+    def _answer_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        starts = data.per_item["start_positions"]
         if isinstance(label_ids, (tuple, list)) and not np.array_equal(label_ids[0], starts):
-            raise SensibertError("compute_metrics: the windows came in another order than that of the validation")
-        found = self.answers(*logits, n_best=1)
-        golds = [[text for text, _ in row] for row in self.validation.golds]
-        return answer_metrics([row[0].text if row else "" for row in found], golds)
+            raise SensibertError("compute_metrics: the windows are in another order than those of the validation data")
+        best = self.answers(logits[0], logits[1], n_best=1)
+        golds = [[text for text, _ in row] for row in self._windows().golds]
+        return answer_metrics([row[0].text if row else "" for row in best], golds)
 
     def answers(self, start_logits: np.ndarray, end_logits: np.ndarray, n_best: int = 20) -> list[list[Answer]]:
-        """Per validation question its n_best answers, best first. 'No answer' competes if some gold says so."""
-        null_answers = not all(self.validation.golds)
-        return best_answers(start_logits, end_logits, self.validation, n_best, null_answers=null_answers)
+        """Logits [windows, tokens] -> for every validation question its n_best answers, the best first.
+
+        'No answer' is a candidate if some question has no correct answer. SensibertError without validation data."""
+        windows = self._windows()
+        return best_answers(start_logits, end_logits, windows, n_best, null_answers=not all(windows.golds))
+
+    def _windows(self) -> Windows:
+        if not isinstance(self.validation, Windows):
+            raise SensibertError("answers: there is no validation data of question-answering")
+        return self.validation
 
 
 _METRICS = {
@@ -172,28 +196,31 @@ _METRICS = {
 
 
 def _columns(task: Task, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
-    """The input columns and the label column that examples has for this task."""
+    """The input columns and the label column of the examples for this task."""
+    inputs: tuple[str, ...] | None
     if text is not None:
         inputs = (text,) if text in examples.columns else tuple(part.strip() for part in text.split(","))
     else:
         inputs = next((c for c in task.input_columns if set(c) <= set(examples.columns)), None)
     if inputs is None:
         wanted = " or ".join(", ".join(repr(c) for c in columns) for columns in task.input_columns)
-        seen = ", ".join(repr(c) for c in examples.columns)
-        raise SensibertError(f"{examples.name}: {task.name} wants the columns {wanted}; the columns are {seen}")
+        existing = ", ".join(repr(c) for c in examples.columns)
+        raise SensibertError(f"{examples.name}: {task.name} wants the columns {wanted}; the columns are {existing}")
     counts = {len(columns) for columns in task.input_columns}
     if len(inputs) not in counts:
         wanted = " or ".join(map(str, sorted(counts)))
-        raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, parted by commas")
+        raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, separated by commas")
     label = label or next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
     return inputs, label
 
 
 def _outputs(task: Task, names: list[str]) -> int:
+    """Outputs of the head; a question has a start and an end."""
     return {"regression": 1, "question-answering": 2}.get(task.name, len(names))
 
 
 def _names(task: Task, examples: Examples, label: str, given: list[str] | None) -> list[str]:
+    """The classes: those given, those of the hub, or those in the label column; [] without classes."""
     if task.name in ("regression", "question-answering"):
         return []
     if given is None:
@@ -208,7 +235,16 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
     )
 
 
-def _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride) -> Features:
+def _encode(
+    task: Task,
+    examples: Examples,
+    inputs: tuple[str, ...],
+    label: str,
+    names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    doc_stride: int,
+) -> Features:
     column, sources = Column.of(examples, label), [Column.of(examples, name) for name in inputs]
     if task.name == "token-classification":
         sentences = labels.words(sources[0])
@@ -218,7 +254,7 @@ def _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_str
     texts = [labels.texts(source) for source in sources]
     if task.name == "question-answering":
         golds = labels.answers(column, texts[1])
-        return encode_questions(*texts, golds, tokenizer, max_length, doc_stride)
+        return encode_questions(texts[0], texts[1], golds, tokenizer, max_length, doc_stride)
     if task.name == "regression":
         wanted = labels.numbers(column)
     else:

@@ -1,4 +1,4 @@
-"""One row of a table a task, one row a preset. What a task does with its rows is in data.py."""
+"""The tasks and the public data sets (presets) with their settings; `TaskData` applies them to rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ..core.errors import SensibertError
 
 @dataclass(frozen=True)
 class Task:
-    """input_columns: the sets of columns looked for, in this order; label_columns likewise. recovery: of `Schedule`,
-    where none is asked for (the rows in docs/method.md)."""
+    """A kind of task: its columns, its model head and its defaults.
+
+    input_columns, label_columns: the first of them that the data have are used. recovery: the default of
+    `Schedule.recovery` for the task, chosen by the results in docs/method.md."""
 
     name: str
     auto_class_name: str
@@ -45,7 +47,7 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A public data set with the settings usual for fine-tuning a BERT on it. source is what load_examples takes."""
+    """A public data set with the usual settings for fine-tuning a BERT on it; source: for `load_examples`."""
 
     name: str
     task: str
@@ -80,7 +82,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of that name, or of the preset of that name."""
+    """The task, or the task of the preset, of that name; SensibertError if there is neither."""
     task = PRESETS[name].task if name in PRESETS else name
     if task not in TASKS:
         raise SensibertError(f"task is '{name}', want one of {', '.join([*TASKS, *PRESETS])}")

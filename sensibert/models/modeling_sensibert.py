@@ -1,11 +1,11 @@
-"""Transformers models whose layers kept fewer attention heads and feed-forward neurons than their config says.
+"""Transformers models with fewer attention heads and feed-forward neurons than the sizes in their config.
 
-It needs torch and transformers, no more: sensibert uses this file, and copies it into every trimmed folder for
-`trust_remote_code=True`. `SensibertX` is transformers' class `X`, cut when it is built to what config.sensibert says:
+This file needs only torch and transformers. sensibert uses it and copies it into every trimmed folder, for
+`trust_remote_code=True`. `SensibertX` is transformers' class `X`, built with the shapes in config.sensibert:
 
     table       where a layer keeps its axes: paths of the linear layers that produce and consume the units
     heads, ffn  units left, one number a layer (the config's own sizes stay those of the base model); head_dim: rows
-    kept_heads  which of the base model's heads they are; structure.safetensors has that for the neurons too
+    kept_heads  indices of those heads in the base model; structure.safetensors has the indices of all units
 """
 
 from copy import copy
@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers.utils import cached_file
 
-STRUCTURE_FILE = "structure.safetensors"
+STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 
 
 class PickHeads:
-    """Forward pre-hook of an attention module: of `position_bias` [B, H, S, S] only the kept heads go in."""
+    """Forward pre-hook of an attention module: selects the kept heads of `position_bias` [B, H, S, S]."""
 
     def __init__(self, kept):
         self.kept = kept
@@ -33,16 +32,16 @@ class PickHeads:
 
     @classmethod
     def attach(cls, attention, kept):
-        """Install, or narrow what is installed; returns the undo."""
+        """Install the hook, or narrow the one that is installed; return the undo."""
         for hook in attention._forward_pre_hooks.values():
-            if type(hook).__name__ == cls.__name__:  # by name: it may come from a folder's copy of this file
+            if type(hook).__name__ == cls.__name__:  # by name: it may be of a folder's copy of this file
                 old, hook.kept = hook.kept, hook.kept[kept]
                 return lambda: setattr(hook, "kept", old)
         return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
 
 
 def _layers(base, pattern):
-    """Modules at a dotted path whose `*` stands for every index of a module list, in order."""
+    """Modules at a dotted path, in order; `*` matches every index of a module list."""
     found = [base]
     for part in pattern.split("."):
         found = [new for old in found for new in (old.children() if part == "*" else [getattr(old, part)])]
@@ -53,11 +52,11 @@ def _narrow(linear, name, dim, size, parts=1):
     """Keep the first size / parts positions of each of the equal sections along an axis of a parameter."""
     old = getattr(linear, name)
     sections = old.detach().unflatten(dim, (parts, -1)).narrow(dim + 1, 0, size // parts)
-    setattr(linear, name, nn.Parameter(sections.flatten(dim, dim + 1).clone(), old.requires_grad))
+    setattr(linear, name, torch.nn.Parameter(sections.flatten(dim, dim + 1).clone(), old.requires_grad))
 
 
 def _cut(layer, axis, count, span):
-    """Cut one axis of a layer to `count` units of `span` rows; does nothing where it has that size already."""
+    """Cut one axis of a layer to `count` units of `span` rows, unless it has that size already (a shared layer)."""
     reader, size = layer.get_submodule(axis["consumes"]), count * span
     if reader.in_features != size:
         for linear in map(layer.get_submodule, axis["produces"]):
@@ -72,7 +71,7 @@ def _cut(layer, axis, count, span):
 
 
 class _Trimmed:
-    """Mixed into a transformers class: sizes from config.sensibert; `sensibert_structure` names the kept units."""
+    """Mixed into a transformers class. The base model's `sensibert_structure`: site name -> kept units, int64."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -80,60 +79,61 @@ class _Trimmed:
             return
         if entry["format"] != 1:
             raise ValueError(f"sensibert: the folder has format {entry['format']}, this code reads 1; update sensibert")
-        table, self.sensibert_structure = entry["table"], {}
-        stack = _layers(self.base_model, table["layers"])
-        for number, (layer, kept, width) in enumerate(zip(stack, entry["kept_heads"], entry["ffn"])):
-            # On the CPU by name: from_pretrained builds under the meta device, and these are no parameters.
-            heads, neurons = (torch.tensor([*n], dtype=torch.int64, device="cpu") for n in (kept, range(width)))
+        table, structure = entry["table"], {}
+        rows = zip(_layers(self.base_model, table["layers"]), entry["kept_heads"], entry["ffn"])
+        for number, (layer, kept, width) in enumerate(rows):
+            heads, neurons = (torch.tensor([*n], device="cpu").long() for n in (kept, range(width)))  # never meta
             _cut(layer, table["head"], len(heads), entry["head_dim"])
             _cut(layer, table["ffn"], width, 1)
             for part in [m for m in layer.modules() if hasattr(m, "config") and not len(heads)]:
-                part.config = copy(part.config)  # fused attention need not take 0 heads, eager does
+                part.config = copy(part.config)  # fused attention may refuse 0 heads, eager accepts them
                 part.config._attn_implementation = "eager"
             if table["position_bias"]:
                 PickHeads.attach(layer.get_submodule(table["position_bias"]), heads)
-            self.sensibert_structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
+            structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
+        if not isinstance(base := self.base_model, _Trimmed):  # the encoder alone can be saved, too
+            base.__class__ = __getattr__(f"Sensibert{type(base).__name__}")
+        base.sensibert_structure = structure
 
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info=False, **kwargs):
-        model, said = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        layers, lost = model.config.sensibert["table"]["layers"].partition("*")[0], {*said["missing_keys"]}
-        if lost := sorted(k for k in lost | {key for key, *_ in said["mismatched_keys"]} if layers in k):
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        layers, lost = model.config.sensibert["table"]["layers"].partition("*")[0], {*info["missing_keys"]}
+        if lost := sorted(k for k in lost | {key for key, *_ in info["mismatched_keys"]} if layers in k):
             raise ValueError(f"sensibert: {path} lacks {len(lost)} weights of its layers ({lost[0]}, ...)")
         if path is not None:
             where = kwargs.keys() & {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
             file = cached_file(path, STRUCTURE_FILE, **{name: kwargs[name] for name in where})
-            model.sensibert_structure = {name: kept.long() for name, kept in load_file(file).items()}
-        return (model, said) if output_loading_info else model
+            model.base_model.sensibert_structure = {name: kept.long() for name, kept in load_file(file).items()}
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As transformers does it, and what makes the folder load again: the kept units and this file."""
-        if kwargs.get("push_to_hub"):  # it would upload what it wrote itself, and no more
-            raise ValueError("sensibert: push_to_hub is True, want save_pretrained(folder) or model.push_to_hub(name)")
-        structure = self.sensibert_structure
-        heads, ffn = ([structure[f"layer.{n}.{kind}"] for n in range(len(structure) // 2)] for kind in ("head", "ffn"))
-        cut = {"heads": [*map(len, heads)], "ffn": [*map(len, ffn)], "kept_heads": [kept.tolist() for kept in heads]}
-        if not cut.items() <= self.config.sensibert.items():  # trimmed since: these were counted before
-            cut |= {"encoder_params": None, "digest": None}
-        self.config.sensibert = self.config.sensibert | cut
+        """As in transformers, plus what the folder needs to load again: the kept units and this file."""
         self.config.auto_map = {auto: name.split("--")[-1] for auto, name in self.config.auto_map.items()}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            save_file({name: kept.int() for name, kept in structure.items()}, Path(save_directory, STRUCTURE_FILE))
-            Path(save_directory, Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-        # The keys of this version of transformers: how older files were laid out does not fit the trimmed shapes.
+            structure = {name: kept.int() for name, kept in self.base_model.sensibert_structure.items()}
+            save_file(structure, Path(save_directory, STRUCTURE_FILE))
+            Path(save_directory, CODE_FILE).write_bytes(Path(__file__).read_bytes())
+        # Current weight names: converting them to an older layout of the family does not fit the trimmed shapes.
         super().save_pretrained(save_directory, is_main_process, **{"save_original_format": False} | kwargs)
+
+    def _get_files_timestamps(self, folder):  # push_to_hub=True uploads what is newer: the two files above must be
+        return {f: t for f, t in super()._get_files_timestamps(folder).items() if f not in (STRUCTURE_FILE, CODE_FILE)}
 
 
 def _made(name, stock):
     if not issubclass(stock, transformers.PreTrainedConfig):
         config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
-        return type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
+        made = type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
+        # Which hidden states to record is looked up by class, and noted only when a model is built: ours change class.
+        dict.__setitem__(transformers.modeling_utils._CAN_RECORD_REGISTRY, str(made), stock._can_record_outputs)
+        return made
 
-    def post_init(self, **kwargs):  # the Auto classes learn the heads of a family with the first config of its type
+    def post_init(self, **kwargs):  # the first config of a type registers its models with the Auto classes
         stock.__post_init__(self, **kwargs)
         for auto, path in getattr(self, "auto_map", {}).items():
-            head = path.rpartition(".")[2]  # a folder may name more than this version of transformers has
+            head = path.rpartition(".")[2]  # a folder may name more heads than this version of transformers has
             if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
                 getattr(transformers, auto).register(type(self), __getattr__(head), exist_ok=True)
 
@@ -142,7 +142,7 @@ def _made(name, stock):
 
 
 def __getattr__(name):
-    """`SensibertX` -> a subclass of transformers' config or model class X, made once; AttributeError for the rest."""
+    """`SensibertX` -> a subclass of transformers' config or model class X, made once; AttributeError otherwise."""
     stock = getattr(transformers, name.removeprefix("Sensibert"), None) if name.startswith("Sensibert") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

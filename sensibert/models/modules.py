@@ -1,4 +1,4 @@
-"""Where the parts of a model are, read off its family's table."""
+"""Finds the parts of a model by its family's table."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from .families import base_type, families
 from .families.family import Family
 
 
+def unsupported(model_type: str) -> str:
+    """The error message for a model family without a table."""
+    return (
+        f"model: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+        "a new family is one table in sensibert/models/families/ (see CONTRIBUTING)"
+    )
+
+
 def family_of(model: nn.Module) -> Family:
-    """The table of a transformers model, or a SensibertError that says what is supported."""
+    """The table of a transformers model. SensibertError for a family without one, a decoder, or a wrapped model."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise SensibertError(f"model: is wrapped in {type(model).__name__}, want the model inside it (model.{inside})")
     config = getattr(model, "config", None)
     model_type = base_type(getattr(config, "model_type", type(model).__name__))
     if model_type not in families():
-        raise SensibertError(
-            f"model: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
-            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
-        )
+        raise SensibertError(unsupported(model_type))
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise SensibertError(f"model: {model_type} is configured as a decoder, want an encoder (is_decoder=False)")
     return families()[model_type]
@@ -31,7 +39,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def embeddings_of(model: nn.Module) -> nn.Module:
-    """What turns tokens into vectors: the tables of words, positions and types with their norm, or the table alone."""
+    """The embedding module (tables of words, positions and types, and their norm), or the word table alone."""
     return getattr(base_of(model), "embeddings", None) or model.get_input_embeddings()
 
 
@@ -48,7 +56,7 @@ def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def positions(model: nn.Module) -> int | None:
-    """The longest sequence that a table of absolute positions allows; None: there is no such table."""
+    """The longest sequence that the table of absolute positions allows; None without such a table."""
     table = getattr(embeddings_of(model), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None
@@ -56,6 +64,7 @@ def positions(model: nn.Module) -> int | None:
 
 
 def attribute(root: object, path: str) -> object:
+    """The object at a dotted path of attributes; AttributeError if there is none."""
     for part in path.split("."):
         root = getattr(root, part)
     return root

@@ -1,46 +1,116 @@
-"""A trimmed model as a model of its own class: same tensors, but it saves and loads like any other."""
+"""The class and the config of a trimmed model: with them it saves itself as a folder that loads again."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 
 import transformers  # by attribute below: `families()` reads this file too, and its heavy parts are not needed then
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import SensibertError
+from ..core.version import version
 from . import modeling_sensibert as code
-from .families import PREFIX, base_type
 from .families.family import Axis, Family
-from .modules import attribute, family_of, layers
-from .structure import set_structure, structure_of
+from .modules import attribute, base_of, family_of, layers
 
 FORMAT = 1
 CODE = code.__name__.rpartition(".")[2]
+OWN = "Sensibert"  # SensibertX is the reloadable subclass of transformers' X
+
+
+def _stock(kind: type) -> type | None:
+    """transformers' class X if kind is X or SensibertX, this package's or that of a folder's code; else None."""
+    found = getattr(transformers, kind.__name__.removeprefix(OWN), None)
+    if found is None or kind is found:
+        return found
+    return found if kind.__name__ == OWN + found.__name__ and issubclass(kind, found) else None
 
 
 def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
-    """The class of transformers that computes what this model computes; SensibertError if it is not one of its own."""
+    """The class of transformers that computes what this model computes; SensibertError if there is none."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise SensibertError(f"model: {type(model).__name__} is not a transformers model; unwrap it first")
-    name = type(model).__name__.removeprefix("Sensibert")
-    found = getattr(transformers, name, None)
-    if found is None or not (type(model) is found or is_reloadable(model)):
-        raise SensibertError(f"model: class {type(model).__name__} is not transformers' own, so nobody could load it")
+    found = _stock(type(model))
+    for kind, known in ((type(model), found), (type(model.config), _stock(type(model.config)))):
+        if known is None:
+            raise SensibertError(_no_class_of_transformers(kind.__name__))
     return found
 
 
 def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
-    """The config of the base model: its own type, nothing of ours."""
-    facts = config.to_dict()
-    for name in ("sensibert", "auto_map", "model_type", "architectures", "transformers_version"):
-        facts.pop(name, None)
-    stock = transformers.AutoConfig.for_model(base_type(config.model_type), **facts)
-    stock._attn_implementation = config._attn_implementation
+    """A copy of the config as the base model has it: its class, without our entries."""
+    stock = copy.deepcopy(config)
+    stock.__class__ = _stock(type(config))
+    for name in ("sensibert", "auto_map"):
+        vars(stock).pop(name, None)
     return stock
 
 
-def is_reloadable(model: nn.Module) -> bool:
-    return getattr(model.config, "model_type", "").startswith(PREFIX)
+def reloadable(
+    model: nn.Module, structure: Mapping[str, Tensor], origin: Mapping[str, object]
+) -> list[tuple[nn.Module, str, object]]:
+    """(module, attribute, value): the assignments that make the model reloadable in place, once it has this structure.
+
+    They give the model and its base model the classes SensibertX, and each module that holds their config a new config
+    with the entry `sensibert`; the old one, which other models may hold as well, is left as it is. A class that is not
+    one of transformers' gets a `save_pretrained` that raises SensibertError instead, since no folder of it could be
+    loaded. origin: further entries of config.sensibert (budget, method)."""
+    base, configs, made = base_of(model), {}, []
+    inside = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
+    others = {id(module) for other in inside if base_of(other) is not base for module in other.modules()}
+    for part in (part for part in inside if base_of(part) is base):
+        known, config = _stock(type(part)), part.config
+        if _stock(type(config)) is not None and id(config) not in configs:
+            configs[id(config)] = _own_config(part, structure, origin)
+        if known is None or _stock(type(config)) is None:
+            name = type(part if known is None else config).__name__
+            made.append((part, "save_pretrained", partial(_refuse_to_save, name)))
+        else:
+            made.append((part, "__class__", getattr(code, OWN + known.__name__)))
+    for module in (module for module in model.modules() if id(module) not in others):
+        if (own := configs.get(id(vars(module).get("config")))) is not None:
+            made.append((module, "config", own))
+    return [*made, (base, "sensibert_structure", dict(structure))]
+
+
+def _no_class_of_transformers(name: str) -> str:
+    return (
+        f"model: {name} is not a class of transformers, so a folder with this model would not load; save its "
+        "base_model and the state_dict of its head, or the whole model with torch.save"
+    )
+
+
+def _refuse_to_save(name: str, *args, **kwargs) -> None:
+    raise SensibertError(_no_class_of_transformers(name))
+
+
+def _own_config(
+    model: transformers.PreTrainedModel, structure: Mapping[str, Tensor], origin: Mapping[str, object]
+) -> transformers.PreTrainedConfig:
+    """A copy of the model's config, of class SensibertXConfig, with the entries that describe the structure."""
+    family, stock = family_of(model), _stock(type(model.config))
+    stack = [layer for _, layer in layers(model)]
+    kept = {kind: [structure[f"layer.{n}.{kind}"] for n in range(len(stack))] for kind in ("head", "ffn")}
+    own = copy.deepcopy(model.config)
+    own.__class__ = getattr(code, OWN + stock.__name__)
+    own.auto_map = _auto_map(stock)
+    known = dict(getattr(own, "sensibert", {}))
+    for name in ("digest", "encoder_params"):  # `export` counted them before this cut
+        known.pop(name, None)
+    own.sensibert = known | {
+        **origin,
+        "sensibert_version": version(),
+        "format": FORMAT,
+        "base_model_type": stock.model_type,
+        "head_dim": int(attribute(stack[0], family.head_dim)),
+        "heads": [len(heads) for heads in kept["head"]],
+        "ffn": [len(neurons) for neurons in kept["ffn"]],
+        "kept_heads": [heads.tolist() for heads in kept["head"]],
+        "table": _table(family, stack[0]),
+    }
+    return own
 
 
 def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
@@ -63,41 +133,11 @@ def _table(family: Family, layer: nn.Module) -> dict[str, object]:
 def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, str]:
     """Auto class -> our class, for every head transformers has for this config (encoders only)."""
     auto = transformers.models.auto.modeling_auto
-    found = {"AutoConfig": f"{CODE}.Sensibert{config_class.__name__}"}
+    found = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
     for name in sorted(vars(auto)):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
         if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):
-                found[name] = f"{CODE}.Sensibert{model_class.__name__}"
+                found[name] = f"{CODE}.{OWN}{model_class.__name__}"
     return found
-
-
-def reloadable(model: nn.Module, info: dict | None = None) -> transformers.PreTrainedModel:
-    """A view of the model, of class `Sensibert<its class>` and with a config that says how it was cut; it shares all
-    modules with `model`, which is left as it is.
-
-    info: more facts for config.sensibert (budget, method, digest, ...)."""
-    family, stock = family_of(model), stock_class(model)
-    config, structure = stock_config(model.config), structure_of(model)
-    stack = [layer for _, layer in layers(model)]
-    numbers = range(len(stack))
-    entry = {
-        **getattr(model.config, "sensibert", {}),
-        **(info or {}),
-        "format": FORMAT,
-        "base_model_type": config.model_type,
-        "head_dim": int(attribute(stack[0], family.head_dim)),
-        "heads": [len(structure[f"layer.{n}.head"]) for n in numbers],
-        "ffn": [len(structure[f"layer.{n}.ffn"]) for n in numbers],
-        "kept_heads": [structure[f"layer.{n}.head"].tolist() for n in numbers],
-        "table": _table(family, stack[0]),
-    }
-    own_config, own_class = (getattr(code, f"Sensibert{c.__name__}") for c in (type(config), stock))
-    facts = {"model_type": own_config.model_type, "sensibert": entry, "auto_map": _auto_map(type(config))}
-    own = own_config.from_dict(config.to_dict() | facts)
-    own._attn_implementation = config._attn_implementation
-    made = copy.copy(model)  # a second face of the same modules: nothing is built or copied
-    made.__class__, made.config = own_class, own
-    set_structure(made, structure)
-    return made

@@ -1,4 +1,4 @@
-"""What a trimmed model remembers: which units of its base model are left. Carried by the model object itself."""
+"""Which units of the original model a trimmed one still has: an attribute of its base model, and a file."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from .masks import FORMAT as MASKS
 from .masks import Masks, masks_of
 from .modeling_sensibert import STRUCTURE_FILE as STRUCTURE
 from .modeling_sensibert import PickHeads
+from .modules import base_of
 
-__all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "set_structure", "structure_of"]
+__all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "structure_of"]
 
-_ATTRIBUTE = "sensibert_structure"
+
+def _known(model: nn.Module) -> dict[str, Tensor] | None:
+    # The code in folders written by version 0.1 sets it on the model with its head.
+    return getattr(base_of(model), "sensibert_structure", None) or getattr(model, "sensibert_structure", None)
 
 
 def structure_of(model: nn.Module) -> dict[str, Tensor]:
-    """site name -> numbers of the base model's units that are left, int64 ascending; all of them if never trimmed."""
-    known = getattr(model, _ATTRIBUTE, None)
+    """Site name -> indices of the kept units in the original model, int64 ascending; all of them if never trimmed."""
+    known = _known(model)
     if known is not None:
         return dict(known)
     return {site.name: torch.arange(site.units) for site in sites(model)}
 
 
-def set_structure(model: nn.Module, structure: dict[str, Tensor]) -> None:
-    setattr(model, _ATTRIBUTE, dict(structure))
-
-
 def is_trimmed(model: nn.Module) -> bool:
-    return getattr(model, _ATTRIBUTE, None) is not None
+    """True once whole units have been cut; masks of a grid do not count."""
+    return _known(model) is not None
 
 
 def save_structure(model: nn.Module, path: str | Path) -> None:
-    """Kept units of the base model, int32, one tensor a site: what it takes to rebuild the shapes. Of a model cut by a
-    grid its masks, one bit a block."""
+    """Write the kept units, int32, one tensor a site; of a model masked by a grid its masks, one bit a block."""
     masks = masks_of(model)
     if masks is None:
         tensors = {name: kept.to(torch.int32) for name, kept in structure_of(model).items()}
@@ -51,7 +51,7 @@ def save_structure(model: nn.Module, path: str | Path) -> None:
 
 
 def read_structure(path: str | Path) -> dict[str, Tensor] | Masks:
-    """What save_structure wrote: site name -> kept units, int64, or the masks."""
+    """What save_structure wrote: site name -> kept units, int64, or the masks. SensibertError if it is not that."""
     try:
         with safe_open(path, "pt") as file:
             facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -114,8 +114,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def clip_grad_norm(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         """Let the next step scale its gradients so that their total 2-norm is at most max_norm; return their norm.
 
-        As torch.nn.utils.clip_grad_norm_, but the gradients are scaled within the step and stay as they are. norm: their
-        total norm, if it is known."""
+        As torch.nn.utils.clip_grad_norm_, but the gradients are scaled within the step and stay as they are. norm:
+        their total norm, if it is known."""
         if norm is None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)

@@ -2,60 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..core.grid import Grid
+from ..ops.gather_kept import DTYPES, gather_kept
 from ..ops.masked_adamw import matrix_shape
 from .masked_adamw import MaskedAdamW
 
+Index = Mapping[int, Tensor]  # axis -> kept positions [n] int64, in their new order; axes left out stay whole
 
-def unwrapped(optimizer):
-    """The torch optimizer inside the wrappers of accelerate."""
+
+def take_kept(requests: Sequence[tuple[Tensor, Index]]) -> list[Tensor]:
+    """The kept positions of each (tensor, index), as `index_select` copies them, bit for bit.
+
+    One call of `gather_kept` a device serves all float vectors and matrices. IndexError on a CPU for a position outside
+    its axis."""
+    taken: list[Tensor] = [tensor for tensor, _ in requests]
+    together: dict[torch.device, list[int]] = {}
+    for t, (tensor, index) in enumerate(requests):
+        if tensor.dim() in (1, 2) and tensor.dtype in DTYPES and index:
+            together.setdefault(tensor.device, []).append(t)
+        else:
+            for dim, kept in index.items():
+                taken[t] = taken[t].index_select(dim, kept.to(tensor.device))
+    for device, chosen in together.items():
+        matrices = [taken[t].unsqueeze(1) if taken[t].dim() == 1 else taken[t] for t in chosen]
+        kept = [{dim: kept.to(device) for dim, kept in requests[t][1].items()} for t in chosen]
+        small = gather_kept(matrices, *([index.get(dim) for index in kept] for dim in (0, 1)))
+        for t, matrix in zip(chosen, small, strict=True):
+            taken[t] = matrix.flatten() if taken[t].dim() == 1 else matrix
+    return taken
+
+
+def unwrapped(optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def slice_state(optimizer, old: Tensor, new: Tensor, index: Mapping[int, Tensor]) -> None:
+def slice_state(optimizer, old: Tensor, new: Tensor, index: Index) -> None:
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
     shape of `old` is cut, and so are the factors of Adafactor and a keep of MaskedAdamW; single numbers (step counts)
-    are carried over; its working copy and score are let go. Any torch optimizer, also one wrapped by accelerate
+    are carried over; a working copy or score of `old` is dropped. Any torch optimizer, also one wrapped by accelerate
     (`.optimizer`). ValueError if `old` is not held, if `new` has not the shape that index leaves, or for a state of
-    another shape.
+    another shape; the optimizer is then as it was.
     """
-    optimizer = unwrapped(optimizer)
     shape = list(old.shape)
     for dim, kept in index.items():
         shape[dim] = len(kept)
     if list(new.shape) != shape:
         raise ValueError(f"slice_state: new is {tuple(new.shape)}, want {tuple(shape)} as index leaves of old")
-    places = [(g["params"], i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old]
-    if not places:
+    cuts = state_cuts(optimizer, old, index)
+    swap(optimizer, old, new, dict(zip(cuts, take_kept(list(cuts.values())), strict=True)))
+
+
+def state_cuts(optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, Index]]:
+    """The state of `old` that has to be cut along: name -> what `take_kept` takes. ValueError as in `slice_state`."""
+    optimizer = unwrapped(optimizer)
+    if not any(p is old for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
-    state = dict(optimizer.state[old]) if old in optimizer.state else None
-    if state is not None and "keep" in state:  # its blocks need not survive the cut as blocks: single elements do
-        keep = Grid(*state.pop("keep_grid")).expand(state.pop("keep"), *matrix_shape(old))
-        keep = _take(keep.reshape(old.shape), index).reshape(matrix_shape(new))
-        if not keep.all():
-            state["keep"], state["keep_grid"] = keep, (1, 1)
-    for name, value in (state or {}).items():
-        if isinstance(value, Tensor) and value.numel() != 1 and name not in ("step", "keep"):
-            state[name] = _take(value, _state_index(optimizer, name, value, old, index))
-    # Nothing has been changed so far: an error above leaves the optimizer as it was.
-    for params, i in places:
-        params[i] = new
-    if state is not None:
-        del optimizer.state[old]
+    cuts = {}
+    state = optimizer.state[old] if old in optimizer.state else {}
+    for name, value in state.items():
+        if name == "keep":  # its blocks may not survive the cut as blocks: single elements do
+            keep = Grid(*state["keep_grid"]).expand(value, *matrix_shape(old))
+            cuts[name] = keep.reshape(old.shape), index
+        elif isinstance(value, Tensor) and value.numel() != 1 and name != "step":
+            cuts[name] = value, _state_index(optimizer, name, value, old, index)
+    return cuts
+
+
+def swap(optimizer, old: Tensor, new: Tensor, taken: Mapping[str, Tensor]) -> None:
+    """Hold `new` in the place of `old`, with the tensors in taken as its state; cannot fail after `state_cuts`."""
+    optimizer = unwrapped(optimizer)
+    for group in optimizer.param_groups:
+        group["params"][:] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        state = {**optimizer.state.pop(old), **taken}
+        if "keep" in state:
+            state["keep"], state["keep_grid"] = state["keep"].reshape(matrix_shape(new)), (1, 1)
+            if state["keep"].all():
+                del state["keep"], state["keep_grid"]
         optimizer.state[new] = state
     if isinstance(optimizer, MaskedAdamW):
         optimizer.forget(old)
 
 
-def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Index) -> Index:
     """The index for a state tensor: of the shape of `old`, or one of the factors of Adafactor (arXiv 1804.04235)."""
     if value.dim() == old.dim() and all(n in (1, full) for n, full in zip(value.shape, old.shape, strict=True)):
         return {dim: kept for dim, kept in index.items() if value.shape[dim] == old.shape[dim]}
@@ -69,7 +108,7 @@ def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Mappin
 
 
 def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
-    """Set what `optimizer` remembers of the dropped weights of `param` to 0; a MaskedAdamW is told the keep as well.
+    """Set what `optimizer` remembers of the dropped weights of `param` to 0; in a MaskedAdamW set the keep as well.
 
     Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""
     optimizer = unwrapped(optimizer)
@@ -79,9 +118,3 @@ def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
     for name, value in optimizer.state.get(param, {}).items():
         if isinstance(value, Tensor) and value.shape == param.shape and name not in ("step", "keep"):
             value.masked_fill_(dropped, 0)
-
-
-def _take(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
-    for dim, kept in index.items():
-        tensor = tensor.index_select(dim, kept.to(tensor.device))
-    return tensor

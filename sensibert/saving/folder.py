@@ -1,11 +1,12 @@
-"""Model -> folder. It reloads exactly with `import sensibert`, and without it through `trust_remote_code=True`.
+"""Model -> folder with a model card, in the layout of choice, whole or not at all; and folder -> model.
 
-A new folder is written beside its target and renamed: it is there whole or not at all. Into a folder that already
-holds something, files move one by one, config.json last: without it nothing loads.
+A new folder is written beside its target and renamed. Into a folder that already holds something, files move one by
+one, config.json last: without it nothing loads.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
@@ -25,15 +26,16 @@ from ..core.errors import SensibertError
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
-from ..models.reloadable import is_reloadable, reloadable, stock_class, stock_config
+from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
 from ..nn import MaskedLinear
 from .model_card import CODE, card
 
 LAYOUTS = ("trimmed", "dense", "both")
 CONFIG, CARD = "config.json", "README.md"
-REPORTS = ("result.json", "recipe.json")  # what a run says of itself
+REPORTS = ("result.json", "recipe.json")  # written by a run
 DENSE = "dense"  # subfolder of layout="both"
+SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads", "table")  # not for info to change
 
 
 def _shapes(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,8 +44,8 @@ def _shapes(model: PreTrainedModel) -> PreTrainedModel:
         return stock_class(model)._from_config(stock_config(model.config))
 
 
-def dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock model of the base sizes that computes the same: what was cut away comes back as zeros."""
+def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock model of the original sizes that computes the same, with zeros in place of what was cut."""
     structure, made, wide = structure_of(model), _shapes(model), {}
     narrow = dict(base_of(model).named_parameters())
     for site in sites(made):
@@ -62,16 +64,15 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def _facts(model: PreTrainedModel, info: dict | None) -> dict:
-    """What config.sensibert says beside the shapes; a re-exported model keeps what it knew of its origin."""
-    try:
-        json.dumps(info)
-    except (TypeError, ValueError) as error:
-        raise SensibertError(f"export: info does not fit into a JSON file ({error})") from None
-    known, layout = getattr(model.config, "sensibert", {}), layout_of(model)
-    origin = {name: known.get(name) for name in ("budget", "method")}
-    now = {"digest": layout.digest, "encoder_params": layout.encoder_params, "sensibert_version": version()}
-    return origin | now | (info or {})
+def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
+    """The model, whose modules it shares, with a config of its own in which the entry `sensibert` says more."""
+    layout, view = layout_of(model), copy.copy(model)
+    origin = {"budget": None, "method": None} | model.config.sensibert
+    counted = {"digest": layout.digest, "encoder_params": layout.encoder_params, "sensibert_version": version()}
+    shapes = {name: model.config.sensibert[name] for name in SHAPES}
+    view.config = copy.deepcopy(model.config)
+    view.config.sensibert = origin | counted | info | shapes
+    return view
 
 
 def _place(temporary: Path, path: Path) -> None:
@@ -89,7 +90,7 @@ def _place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A new empty folder that becomes `path` (or moves into it) if all goes well, and else leaves nothing behind."""
+    """A new empty folder that becomes `path` (or moves into it) on success, and leaves nothing behind on an error."""
     anchor = next(parent for parent in path.parents if parent.exists())
     temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -104,9 +105,13 @@ def _whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool) -> None:
+def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool, info: dict) -> None:
     if layout not in LAYOUTS:
         raise SensibertError(f"export: layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+    try:
+        json.dumps(info)
+    except (TypeError, ValueError) as error:
+        raise SensibertError(f"export: info does not fit into a JSON file ({error})") from None
     family_of(model), stock_class(model)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
     if masked and masks_of(model) is None:
@@ -127,39 +132,39 @@ def export(
     overwrite: bool = False,
     info: dict | None = None,
 ) -> Path:
-    """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; returns the path.
+    """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; return the path.
 
-    layout: "trimmed" (as small as the model is), "dense" (a stock model of the base sizes with zeros where something
-    was cut: loads everywhere, to the same logits within rounding) or "both" (the dense one in a subfolder). A model
-    that was never trimmed is written as it is; one that a grid masks becomes a stock model with zeros, its masks beside
-    it in structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: files of the same
+    `model.save_pretrained` does that too; export adds the tokenizer, a model card and facts, and writes atomically.
+    layout: "trimmed" (as small as the model is), "dense" (a stock model of the original sizes with zeros in place of
+    what was cut: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). A
+    model that was never trimmed is written as it is; one masked by a grid as a stock model with zeros, with its masks
+    in structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: files of the same
     names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
-    path = Path(path).expanduser().resolve()
-    _check(model, path, layout, overwrite)
+    path, info = Path(path).expanduser().resolve(), info or {}
+    _check(model, path, layout, overwrite, info)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
-    if masks_of(model) is not None:
-        parts[""] = dense(model)
-    elif not is_trimmed(model):
-        parts[""] = model
-    else:
-        if layout != "dense":
-            parts[""] = reloadable(model, _facts(model, info))
-        if layout != "trimmed":
-            parts[DENSE if parts else ""] = dense(model)
+    masked, trimmed = masks_of(model) is not None, is_trimmed(model)
+    if masked:
+        parts[""] = zero_filled(model)
+    elif not trimmed or layout != "dense":
+        parts[""] = _view(model, info) if trimmed else model
+    if trimmed and layout != "trimmed":
+        parts[DENSE if parts else ""] = zero_filled(model)
     with _whole(path) as folder:
         for part, made in parts.items():
             made.save_pretrained(folder / part)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / part)
-            if masks_of(model) is not None:
-                save_structure(model, folder / STRUCTURE)
-            if is_reloadable(made):
+            if is_trimmed(made):
                 (folder / CARD).write_text(card(path.name, made, _shapes(model)), encoding="utf-8")
+        if masked:
+            save_structure(model, folder / STRUCTURE)
     return path
 
 
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Model (in eval mode, with its head and masks) and tokenizer, if there is one, of an exported folder."""
+    """Model (in eval mode, with its head and masks) and tokenizer (None without one) of a folder. SensibertError if it
+    cannot be loaded."""
     try:
         name = (AutoConfig.from_pretrained(path).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
@@ -178,6 +183,6 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
 
 
 def load_structure(path: str | Path) -> dict[str, Tensor] | Masks:
-    """Site name -> numbers of the base model's units that are left (int64, ascending), of a trimmed folder; the masks
-    of one that a grid cut."""
+    """Site name -> indices of the kept units in the original model (int64, ascending), of a trimmed folder; the masks
+    of a folder masked by a grid. SensibertError if there is no such file."""
     return read_structure(Path(path) / STRUCTURE)

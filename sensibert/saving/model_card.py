@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import PreTrainedModel
 
 from ..models import base_of, family_of, modeling_sensibert, sites
 from ..models.modules import attribute
 
-CODE = Path(modeling_sensibert.__file__).name
+CODE = modeling_sensibert.CODE_FILE
 _CARD = """---
 library_name: transformers
 tags: [sensibert, pruned]
@@ -30,19 +28,20 @@ Budget: {budget}. Method: {method}.
 ## Load
 
 ```python
-import sensibert  # teaches transformers this kind of folder
+import sensibert  # registers the model class with transformers
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{name}")
 ```
 
-Where sensibert is not installed, the folder brings its own code (`{code}`):
+Without sensibert installed, the folder's own code (`{code}`) is used:
 
 ```python
 model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-`structure.safetensors` holds the numbers of the base model's units that are left.
+Trimmed means that attention heads and feed-forward neurons were removed. `structure.safetensors` lists the indices of
+those that are kept, in the base model.
 """
 
 
@@ -51,6 +50,7 @@ def _numbers(values: list[int]) -> str:
 
 
 def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
+    """The model card: sizes of the model and of its base, origin, and both ways of loading."""
     entry, encoder = view.config.sensibert, family_of(base).encoder
     full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
     base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())

@@ -59,10 +59,8 @@ def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatc
     start(here, monkeypatch, *asked)
     (row,) = bench.read(bench.ABLATION)
     assert row["case"] == "toy 50%params ours, allocation uniform, recover_peak 1" and bench.RUNS.read_text() == summary
-    assert row["override"] == {"recover_peak": 1, "allocation": "uniform"} and (row["train_rows"], row["steps"]) == (
-        48,
-        3,
-    )
+    assert row["override"] == {"recover_peak": 1, "allocation": "uniform"}
+    assert (row["train_rows"], row["steps"]) == (48, 3)
     assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
     monkeypatch.setattr(bench, "run", None)
     start(here, monkeypatch, *asked)

@@ -1,4 +1,4 @@
-"""Logits of windows to texts: the best span over all windows, never one that cannot be an answer."""
+"""Logits of windows -> the best span over all windows, and none that cannot be an answer."""
 
 import numpy as np
 import pytest
@@ -34,8 +34,8 @@ def test_gold_spans_as_predictions_are_exactly_right(make):
     windows = windows_of(golds, make)
     ends = zip(windows.per_item["start_positions"], windows.per_item["end_positions"])
     peaks = [(i, first, last, 5.0) for i, (first, last) in enumerate(ends)]
-    found = best_answers(*logits_of(windows, *peaks), windows, null_answers=True)
-    texts = [answers[0].text for answers in found]
+    best = best_answers(*logits_of(windows, *peaks), windows, null_answers=True)
+    texts = [answers[0].text for answers in best]
     assert texts == ["in paris", "Rome", ""]
     assert answer_metrics(texts, [[text for text, _ in gold] for gold in golds]) == {"em": 1.0, "f1": 1.0}
 

@@ -1,11 +1,9 @@
-"""Texts, words and questions to features and back; batches padded no more than they must be."""
+"""Texts, words and questions to features, and back to the texts."""
 
 import numpy as np
 import pytest
-import torch
 
 from sensibert.core.errors import SensibertError
-from sensibert.data.batching import Collator
 from sensibert.data.encode import encode_questions, encode_text, encode_words
 
 from .tiny import byte_level, word_piece
@@ -34,7 +32,7 @@ def test_a_tokenizer_without_segments_gives_none():
     assert set(encode_text([["good"]], byte_level(), 16)[0]) == {"input_ids", "attention_mask"}
 
 
-def test_chunks_leave_no_seam(monkeypatch):
+def test_chunks_do_not_change_the_features(monkeypatch):
     whole = encode_text([TEXTS * 3], word_piece(), 8)
     monkeypatch.setattr("sensibert.data.encode.CHUNK", 5)
     cut = encode_text([TEXTS * 3], word_piece(), 8)
@@ -42,12 +40,12 @@ def test_chunks_leave_no_seam(monkeypatch):
 
 
 @pytest.mark.parametrize("max_length", [2, 513, 0, -1])
-def test_a_length_the_tokenizer_cannot_give_is_named(max_length):
+def test_a_length_that_the_tokenizer_does_not_allow_is_named(max_length):
     with pytest.raises(SensibertError, match=f"max_length is {max_length}, want 4 to 512 with this tokenizer"):
         encode_text([["good"]], word_piece(), max_length)
 
 
-def test_words_and_questions_want_a_fast_tokenizer():
+def test_words_and_questions_need_a_fast_tokenizer():
     class Slow:
         is_fast = False
 
@@ -76,7 +74,7 @@ def test_the_first_piece_of_a_word_carries_its_tag(make):
     assert [word[0].lower() for word in SENTENCES[0]] == [piece[0].lower() for piece in firsts]
 
 
-def test_words_beyond_the_length_fall_away():
+def test_words_beyond_the_length_are_dropped():
     features = encode_words([["a", "film", "was", "good"]], [[1, 2, 3, 4]], word_piece(), 4)
     assert features[0]["labels"] == [-100, 1, 2, -100]
 
@@ -121,71 +119,28 @@ def test_windows_cover_the_context_and_share_the_stride():
     assert CONTEXT[spans[1][0, 0] : spans[1][0, 1]] in CONTEXT
 
 
-def test_unanswerable_questions_and_empty_contexts_point_at_cls():
+def test_unanswerable_questions_and_empty_contexts_have_the_cls_token():
     windows = encode_questions(["who ?", "who ?"], ["", "anna"], [[], []], word_piece(), 20, 4)
     assert [(w["start_positions"], w["end_positions"]) for w in (windows[0], windows[1])] == [(0, 0), (0, 0)]
     assert windows.example.tolist() == [0, 1]
 
 
-def test_an_answer_within_a_word_points_at_the_whole_of_its_pieces():
+def test_an_answer_within_a_word_covers_its_whole_pieces():
     windows = encode_questions(["who ?"], ["the film"], [[("il", 5)]], word_piece(), 20, 4)
     spans, item = windows.window_spans(0), windows[0]
     assert "the film"[spans[item["start_positions"], 0] : spans[item["end_positions"], 1]] == "film"
 
 
 @pytest.mark.parametrize("make", [word_piece, byte_level])
-def test_a_long_question_leaves_half_of_the_window_to_the_context(make):
+def test_a_long_question_leaves_half_of_the_window_for_the_context(make):
     windows = encode_questions(["  who wrote xyzzyx it 🙂 " * 40], [CONTEXT], [gold("anna", 1)], make(), 40, 8)
     sizes = [(windows.window_spans(i)[:, 0] >= 0).sum() for i in range(len(windows))]
     assert sizes[0] >= 18 and max(windows.lengths) <= 40
     assert any(windows[i]["start_positions"] for i in range(len(windows)))
 
 
-def test_a_stride_that_would_not_move_is_named():
+def test_a_stride_that_leaves_no_step_is_named():
     with pytest.raises(SensibertError, match="doc_stride is 18, want 0 to 17 at max_length 40"):
         encode_questions(QUESTIONS, [CONTEXT] * 2, [[], []], word_piece(), 40, 18)
     with pytest.raises(SensibertError, match="doc_stride is -1, want 0 to 17"):
         encode_questions(QUESTIONS, [CONTEXT] * 2, [[], []], word_piece(), 40, -1)
-
-
-def test_a_batch_is_padded_to_its_longest_item_labels_included():
-    features = encode_words(SENTENCES, TAGS, word_piece(), 64)
-    items = [features[0], features[1]]
-    batch = Collator(pad_token_id=9)(items)
-    longest = features.lengths[0]
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(items[0], (2, longest))
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert batch["input_ids"][1].tolist() == items[1]["input_ids"] + [9] * (longest - 2)
-    assert batch["labels"][1].tolist() == [-100] * longest
-    assert batch["attention_mask"][1].tolist() == [1, 1] + [0] * (longest - 2)
-    assert batch["token_type_ids"].sum() == 0
-
-
-@pytest.mark.parametrize(
-    "multiple, limit, width", [(8, None, 8), (6, None, 6), (5, None, 10), (None, 8, 6), (8, 8, 8), (8, 7, 7), (8, 5, 6)]
-)
-def test_a_batch_is_padded_on_to_a_multiple_but_not_beyond_the_limit(multiple, limit, width):
-    features = encode_text([["a film was good"]], word_piece(), 8)
-    assert Collator(0, multiple, limit)([features[0]])["input_ids"].shape == (1, width)
-
-
-def test_a_batch_padded_on_later_is_the_one_padded_on_at_once():
-    features = encode_words(SENTENCES, TAGS, word_piece(), 64)
-    items = [features[0] | {"weight": 0.5}, features[1] | {"weight": 1.5}]
-    collator, at_once = Collator(9, max_length=64), Collator(9, pad_to_multiple_of=8, max_length=64)
-    later = collator.extended(collator(items), 8)
-    assert later["input_ids"].shape[1] % 8 == 0 and later.keys() == items[0].keys()
-    for name, value in at_once(items).items():
-        torch.testing.assert_close(later[name], value, rtol=0, atol=0)
-    assert Collator(9, max_length=features.lengths[0]).extended(collator(items), 8)["labels"].shape[1] == max(
-        features.lengths[:2]
-    )
-
-
-def test_labels_keep_their_kind():
-    features = encode_text([["bad", "good"]], word_piece(), 8)
-    features.per_item["labels"] = np.array([0.5, 2.0], np.float32)
-    batch = Collator(0)([features[0], features[1]])
-    assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [0.5, 2.0]
-    features.per_item["labels"] = np.array([1, 0])
-    assert Collator(0)([features[0], features[1]])["labels"].dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Every kind of file gives the same columns; every broken file is named, with its line."""
+"""Every format gives the same columns; a broken file is named, with the line."""
 
 import gzip
 import json
@@ -87,7 +87,7 @@ def test_tsv_quotes_are_quotes_when_every_line_is_well_quoted(tmp_path):
     assert load_examples(path).columns == {"sentence": ['a "b"\tc', "plain"], "label": ["1", "0"]}
 
 
-def test_a_context_longer_than_the_csv_module_likes_is_read(tmp_path):
+def test_a_context_above_the_limit_of_the_csv_module_is_read(tmp_path):
     text = "word " * 60_000
     assert load_examples(write(tmp_path, "x.csv", f"text,label\n{text},1\n")).columns["text"] == [text]
 
@@ -97,7 +97,7 @@ def test_a_key_that_some_json_rows_lack_is_none_there(tmp_path):
     assert columns == {"a": [1, 2], "b": [None, 3]}
 
 
-def test_the_nested_file_of_the_squad_authors_becomes_rows(tmp_path):
+def test_a_squad_file_becomes_one_row_per_question(tmp_path):
     qa = {"id": "q1", "question": "Who?", "answers": [{"text": "Anna", "answer_start": 0}]}
     content = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "Anna wrote it.", "qas": [qa]}]}]}
     columns = load_examples(write(tmp_path, "x.json", json.dumps(content))).columns
@@ -113,7 +113,7 @@ BROKEN = {
     "short row": ("x.csv", 'sentence,label\n"a\nb",1\n\nbad\n', "x.csv: line 5: 1 fields, want 2 (sentence, label)"),
     "long row": ("x.tsv", "sentence\tlabel\na\t1\t2\n", "x.tsv: line 2: 3 fields, want 2 (sentence, label)"),
     "open quote": ("x.csv", 'sentence,label\na,1\n"b,0\nc,1\n', "x.csv: line 3: not csv (unexpected end of data)"),
-    "twin columns": ("x.csv", "label,label\n1,2\n", "x.csv: column 'label' stands twice in the header"),
+    "twin columns": ("x.csv", "label,label\n1,2\n", "x.csv: column 'label' appears twice in the header"),
     "bad jsonl": ("x.jsonl", '{"a": 1}\n\n{"a": }\n', "x.jsonl: line 3: not JSON (Expecting value)"),
     "bad json": ("x.json", '[\n{"a": 1}\n{"a": 2}]', "x.json: line 3: not JSON (Expecting ',' delimiter)"),
     "number": ("x.jsonl", '{"a": 1}\n7\n', "x.jsonl: line 2 is int, want an object with named fields"),
@@ -137,7 +137,7 @@ def test_a_broken_file_is_named_in_one_line(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "missing.jsonl.gz", "not/a/hub/name", "has space"])
-def test_a_missing_file_is_said_to_be_missing(name):
+def test_a_missing_file_is_named(name):
     with pytest.raises(SensibertError, match=f"{name}: no such file"):
         load_examples(name)
 
@@ -158,7 +158,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         load_examples(path)
 
 
-def test_hub_data_come_as_columns_with_their_class_names(monkeypatch):
+def test_data_of_the_hub_become_columns_with_class_names(monkeypatch):
     datasets = pytest.importorskip("datasets")
     tags = datasets.ClassLabel(names=["O", "B-PER"])
     features = datasets.Features(
@@ -170,15 +170,15 @@ def test_hub_data_come_as_columns_with_their_class_names(monkeypatch):
     )
     rows = {"sentence": ["x", "y"], "label": [1, 0], "tags": [[0, 1], [0]]}
     data = datasets.Dataset.from_dict(rows, features)
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or data)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or data)
     examples = load_examples("owner/name:config", "test")
-    assert asked == [(("owner/name", "config"), {"split": "test"})]
+    assert calls == [(("owner/name", "config"), {"split": "test"})]
     assert examples.columns == rows and examples.name == "owner/name:config[test]"
     assert examples.class_names == {"label": ["no", "yes"], "tags": ["O", "B-PER"]}
 
 
-def test_a_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
+def test_a_hub_name_that_cannot_be_loaded_is_named_in_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def fail(*args, **kwargs):
@@ -187,4 +187,4 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(SensibertError) as caught:
         load_examples("owner/name")
-    assert str(caught.value) == "owner/name is no file, and cannot be loaded from the hub (cannot reach the hub)"
+    assert str(caught.value) == "owner/name is not a file, and cannot be loaded from the hub (cannot reach the hub)"

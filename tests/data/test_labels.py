@@ -1,4 +1,4 @@
-"""Labels of every kind, and every bad value named with file, row, column, what came and what was wanted."""
+"""Labels of every kind; a bad value is named with file, row, column and what was expected."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def names_of(*values) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "values, found",
+    "values, expected",
     [
         (["0", "1"], "integer"),
         ([0, 1], "integer"),
@@ -26,15 +26,15 @@ def names_of(*values) -> list[str]:
         ([1.0, 2], "number"),
         (["1e3", ".5", "-2."], "number"),
         (["yes", "no"], "name"),
-        (["NA", "null", "nan"], "name"),  # words, where other words stand
+        (["NA", "null", "nan"], "name"),  # words among words
         (["2020_01", "1_000"], "name"),
         (["0x10", "1,5"], "name"),
         ([True, False], "name"),
         (["9" * 40], "number"),
     ],
 )
-def test_the_kind_of_labels(values, found):
-    assert kind(column(*values), column(*values).filled()) == found
+def test_the_kind_of_labels(values, expected):
+    assert kind(column(*values), column(*values).filled()) == expected
 
 
 def test_names_are_sorted_and_integers_are_their_own_names():
@@ -54,18 +54,24 @@ BAD_LABELS = {
     "many": (list(range(1, 12)), "the 11 integers are 1, 2, 3, 4, 5, 6, 7, 8, ...: want"),
     "number": (
         ["0", "0.5"],
-        "row 2, column 'label' is '0.5' (str), want an integer or a name (for numbers the task is",
+        "row 2, column 'label' is '0.5' (str), want an integer or a name (to predict numbers: task regression)",
     ),
-    "name among integers": (["0", "1", "abc"], "row 3, column 'label' is 'abc' (str), and '0' (str) before: want"),
-    "integer among names": (["a", "b", "7"], "row 3, column 'label' is '7' (str), and 'a' (str) before: want numbers"),
-    "bool among integers": ([0, True], "row 2, column 'label' is True (bool), and 0 (int) before"),
+    "name among integers": (
+        ["0", "1", "abc"],
+        "row 3, column 'label' is 'abc' (str), and an earlier label is '0' (str): want",
+    ),
+    "integer among names": (
+        ["a", "b", "7"],
+        "row 3, column 'label' is '7' (str), and an earlier label is 'a' (str): want numbers",
+    ),
+    "bool among integers": ([0, True], "row 2, column 'label' is True (bool), and an earlier label is 0 (int)"),
     "nan": ([0.0, float("nan")], "row 2, column 'label' is nan (float), want a label"),
     "nan word": (["0", "NaN", "1"], "row 2, column 'label' is 'NaN' (str), want a label"),
     "infinite": (["0", "1", "inf"], "row 3, column 'label' is 'inf' (str), want a label"),
     "none": ([0, 1, None], "row 3, column 'label' is empty"),
     "blank": (["0", " "], "row 2, column 'label' is empty"),
     "list": ([[0], [1]], "row 1, column 'label' is [0] (list), want an integer, a number or a name"),
-    "long": (["1", "x" * 99], "row 2, column 'label' is '" + "x" * 36 + "... (str), and '1'"),
+    "long": (["1", "x" * 99], "row 2, column 'label' is '" + "x" * 36 + "... (str), and an earlier label is '1'"),
 }
 
 
@@ -97,8 +103,8 @@ def test_a_label_outside_the_classes_is_named(value):
 
 
 def test_numbers_are_float32():
-    found = numbers(column("1", 2, "-3.5e1", 0.25))
-    assert found.dtype == np.float32 and found.tolist() == [1.0, 2.0, -35.0, 0.25]
+    values = numbers(column("1", 2, "-3.5e1", 0.25))
+    assert values.dtype == np.float32 and values.tolist() == [1.0, 2.0, -35.0, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_numbers_are_float32():
         (1e39, "1e+39 (float), want a finite number"),
     ],
 )
-def test_a_value_that_is_no_number_is_named(value, message):
+def test_a_value_that_is_not_a_number_is_named(value, message):
     with pytest.raises(SensibertError) as caught:
         numbers(column(1, value))
     assert str(caught.value) == f"train.csv: row 2, column 'label' is {message}"
@@ -126,7 +132,7 @@ def test_texts_may_be_empty_but_must_be_text():
         assert message in str(caught.value)
 
 
-def test_a_missing_column_is_named_beside_those_there_are():
+def test_a_missing_column_is_named_with_the_existing_ones():
     with pytest.raises(SensibertError, match=r"train.csv: no column 'label', the columns are 'a', 'b'"):
         Column.of(Examples({"a": [], "b": []}, "train.csv"), "label")
 
@@ -143,13 +149,13 @@ def test_lists_come_as_lists_as_json_or_as_words():
         (["a", 3], "holds 3 (int), want words"),
     ],
 )
-def test_words_that_are_none_are_named(value, message):
+def test_values_that_are_not_words_are_named(value, message):
     with pytest.raises(SensibertError) as caught:
         words(column(["x"], value, name="tokens"))
     assert str(caught.value) == f"train.csv: row 2, column 'tokens' {message}"
 
 
-def test_every_word_wants_a_tag():
+def test_every_word_needs_a_tag():
     with pytest.raises(SensibertError, match=r"row 2, column 'tags' has 1 tags for 2 tokens"):
         tag_values(column(["O"], ["O"], name="tags"), [["a"], ["b", "c"]])
 
@@ -165,7 +171,7 @@ CONTEXT = "Anna lives in Paris."
         [{"text": "Paris", "answer_start": 14}, {"text": "in Paris", "answer_start": 11}],
     ],
 )
-def test_answers_in_every_dress(value):
+def test_answers_in_every_format(value):
     assert answers(column(value, name="answers"), [CONTEXT]) == [[("Paris", 14), ("in Paris", 11)]]
 
 
@@ -194,7 +200,7 @@ def test_a_single_answer_needs_no_list():
         ({"text": ["Paris"], "answer_start": [900]}, "at character 900, where the context has '' (str)"),
     ],
 )
-def test_answers_that_do_not_stand_in_their_context_are_named(value, message):
+def test_answers_that_are_not_in_their_context_are_named(value, message):
     with pytest.raises(SensibertError) as caught:
         answers(column([], value, name="answers"), ["", CONTEXT])
     assert str(caught.value).startswith("train.csv: row 2, column 'answers' ") and message in str(caught.value)

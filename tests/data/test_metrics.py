@@ -38,8 +38,8 @@ def test_correlations():
 
 def test_ties_share_their_mean_rank():
     # ranks (1.5, 1.5, 3) and (1, 2, 3): 1.5 / sqrt(1.5 * 2)
-    found = regression_metrics(np.array([5.0, 5.0, 7.0]), np.array([1.0, 2.0, 3.0]))
-    assert found["spearman"] == pytest.approx(3**0.5 / 2)
+    metrics = regression_metrics(np.array([5.0, 5.0, 7.0]), np.array([1.0, 2.0, 3.0]))
+    assert metrics["spearman"] == pytest.approx(3**0.5 / 2)
 
 
 def test_a_constant_side_has_no_correlation():
@@ -67,8 +67,8 @@ def test_answer_f1_counts_repeated_words_once_each():
 
 
 def test_the_best_of_several_gold_answers_counts():
-    found = answer_metrics(["the red cat", "", "dog"], [["cat", "red cat."], [], ["a big dog"]])
-    assert found == pytest.approx({"em": 2 / 3, "f1": (1 + 1 + 2 / 3) / 3})
+    metrics = answer_metrics(["the red cat", "", "dog"], [["cat", "red cat."], [], ["a big dog"]])
+    assert metrics == pytest.approx({"em": 2 / 3, "f1": (1 + 1 + 2 / 3) / 3})
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_entities_are_read_as_conlleval_reads_them(tags, spans):
 def test_tagging_scores_whole_entities_of_the_right_type():
     wanted = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
     predicted = [["B-PER", "I-PER", "O", "B-ORG"], ["B-LOC", "B-ORG"]]
-    # found 4, there 3, right 2
-    found = tagging_metrics(predicted, wanted)
-    assert found == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
+    # 4 predicted, 3 wanted, 2 correct
+    metrics = tagging_metrics(predicted, wanted)
+    assert metrics == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
 
 
 def test_the_same_entity_in_two_sentences_counts_twice():

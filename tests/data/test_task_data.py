@@ -1,4 +1,4 @@
-"""From examples to a trained and scored model, for every task; and what TaskData.build says to bad data."""
+"""From examples to a trained and scored model, for every task; bad data are named."""
 
 import json
 
@@ -22,7 +22,7 @@ def examples(name: str = "train.csv", **columns) -> Examples:
 
 
 def rows_of(task: str, n: int, name: str) -> Examples:
-    """n examples whose label hangs on one word, so that a tiny model can learn it."""
+    """n examples whose label depends on one word, so that a tiny model can learn it."""
     rng = np.random.default_rng(n)
     words = rng.choice(WORDS, (n, 5))
     texts, lucky = [" ".join(row) for row in words], (words == "good").any(1)
@@ -76,10 +76,10 @@ def test_a_trainer_learns_and_scores_every_task(task, tmp_path):
     )
     trainer.train()
     scores = trainer.evaluate()
-    found = {name: scores[f"eval_{name}"] for name in METRICS[task]}
-    assert found[data.main_metric] > 0.9, found
+    metrics = {name: scores[f"eval_{name}"] for name in METRICS[task]}
+    assert metrics[data.main_metric] > 0.9, metrics
     prediction = trainer.predict(data.validation)
-    assert data.compute_metrics(prediction.predictions) == pytest.approx(found)  # without labels: the same
+    assert data.compute_metrics(prediction.predictions) == pytest.approx(metrics)  # without labels: the same
 
     batch = data.collator([data.train[i] for i in range(4)])
     model.eval()
@@ -103,7 +103,7 @@ def test_the_task_is_guessed_from_the_columns(columns, task):
     assert guess_task(examples(**columns)) == task
 
 
-def test_the_task_is_guessed_from_the_columns_asked_for():
+def test_the_task_is_guessed_from_the_chosen_columns():
     rows = examples(words=[["a"]], pos=[["O"]], question=["q"], context=["c"], answers=[{}], kind=["x"], size=["0.5"])
     assert guess_task(rows) == "question-answering"
     assert guess_task(rows, text_column="words", label_column="pos") == "token-classification"
@@ -115,11 +115,11 @@ def test_the_task_is_guessed_from_the_columns_asked_for():
     "values, place", [([0.0, 1.0], r"row 1, .* 0\.0 \(float\)"), (["2", "0.0", "1"], r"row 2, .* '0\.0' \(str\)")]
 )
 def test_whole_numbers_with_a_point_may_be_classes_or_numbers(values, place):
-    with pytest.raises(SensibertError, match=f"{place}, and all are whole numbers: want a task"):
+    with pytest.raises(SensibertError, match=f"{place}, and all labels are whole numbers: want a task"):
         guess_task(examples(sentence=["a"] * len(values), label=values))
 
 
-def test_a_task_that_cannot_be_guessed_is_said_so():
+def test_data_without_a_known_label_column_have_no_task():
     with pytest.raises(SensibertError, match="train.csv: no column 'label', 'tags' or 'answers', the columns are 'a'"):
         guess_task(examples(a=["1"]))
 
@@ -140,12 +140,12 @@ def test_names_and_numbers_of_classes_reach_the_config():
     assert data.validation is None and data.main_metric == "accuracy"
 
 
-def test_integers_stay_what_they_are():
+def test_integers_are_their_own_class_ids():
     data = build(examples(sentence=["a", "b", "c"], label=["2", "0", "1"]))
     assert [data.train[i]["labels"] for i in range(3)] == [2, 0, 1] and data.label_names == ["0", "1", "2"]
 
 
-def test_heads_without_classes_say_so_to_the_config():
+def test_heads_without_classes_have_their_own_config():
     regression = build(examples(text=["a"], label=[0.5])).config_kwargs()
     assert (regression["num_labels"], regression["problem_type"]) == (1, "regression")
     assert build(rows_of("question-answering", 2, "x")).config_kwargs()["num_labels"] == 2
@@ -157,14 +157,14 @@ def test_class_names_of_the_hub_are_used():
     assert data.label_names == ["negative", "positive"] and data.train[0]["labels"] == 1
 
 
-def test_evaluation_takes_the_classes_of_the_model():
+def test_evaluation_uses_the_classes_of_the_model():
     rows = examples("validation.csv", sentence=["a", "b"], label=["yes", "yes"])
     data = build(None, rows, "text-classification", label_names=["yes", "no", "maybe"])
     assert data.num_labels == 3 and data.validation[0]["labels"] == 0 and data.train is None
     assert data.compute_metrics(np.eye(3)[[0, 1]]) == {"accuracy": 0.5}
 
 
-def test_columns_of_other_names():
+def test_columns_can_have_other_names():
     rows = examples(**{"q, a": ["good film"], "b": ["bad"], "y": ["0.5"]})
     assert len(build(rows, text_column="q, a", label_column="y").train[0]["input_ids"]) == 4
     rows = examples(a=["good film", "x"], b=["bad", "y"], y=["0", "1"])
@@ -185,7 +185,7 @@ def test_a_tag_may_be_an_integer():
     assert data.label_names == ["0", "1", "2"] and data.train[0]["labels"] == [-100, 1, 0, -100]
 
 
-def test_no_answer_competes_only_where_some_gold_has_none():
+def test_no_answer_is_a_candidate_only_if_some_question_has_none():
     rows = examples(
         question=["who ?"] * 2, context=["anna", "paris"], answers=[{"text": ["anna"], "answer_start": [0]}] * 2
     )
@@ -211,13 +211,13 @@ BAD = {
         {},
         "train.csv: no column 'label', 'tags' or 'answers', the columns are 'sentence'",
     ),
-    "asked text": (GOOD, {"text_column": "x"}, "train.csv: no column 'x', the columns are 'sentence', 'label'"),
-    "asked pair": (
+    "chosen text": (GOOD, {"text_column": "x"}, "train.csv: no column 'x', the columns are 'sentence', 'label'"),
+    "chosen pair": (
         GOOD,
         {"text_column": "sentence,x"},
         "train.csv: no column 'x', the columns are 'sentence', 'label'",
     ),
-    "asked label": (GOOD, {"label_column": "y"}, "train.csv: no column 'y', the columns are 'sentence', 'label'"),
+    "chosen label": (GOOD, {"label_column": "y"}, "train.csv: no column 'y', the columns are 'sentence', 'label'"),
     "three texts": (
         GOOD,
         {"text_column": "sentence,label,z"},
@@ -294,14 +294,14 @@ def test_validation_data_are_measured_against_the_training_data(columns, message
     assert str(caught.value).startswith("validation.csv: " + message)
 
 
-def test_batches_are_padded_on_to_a_multiple_but_not_beyond_the_longest_row():
+def test_batches_are_padded_to_a_multiple_but_not_beyond_the_longest_row():
     texts = ["a film", "a film was good", "a film was good but long and bad and good"]
     data = build(examples(text=texts, label=[0, 1, 0]), pad_to_multiple_of=8)
     widths = [data.collator([data.train[row]])["input_ids"].shape[1] for row in range(3)]
     assert widths == [8, 8, data.train.lengths[2]] and data.train.lengths[2] % 8
 
 
-def test_no_data_at_all():
+def test_no_data_at_all_is_refused():
     with pytest.raises(SensibertError, match="train and validation are both None"):
         build(None)
 
@@ -323,11 +323,11 @@ def test_predictions_that_do_not_fit_are_named():
         build(examples(**GOOD)).compute_metrics(np.zeros((2, 2)))
 
 
-def test_windows_in_another_order_are_noticed():
+def test_windows_in_another_order_are_refused():
     data = build(None, rows_of("question-answering", 6, "x"), max_length=24)
     logits = np.zeros((2, 6, max(data.validation.lengths)), np.float32)
     starts, ends = data.validation.per_item["start_positions"], data.validation.per_item["end_positions"]
     order = transformers.EvalPrediction(tuple(logits), (starts[::-1], ends[::-1]))
     assert not np.array_equal(starts, starts[::-1])
-    with pytest.raises(SensibertError, match="the windows came in another order"):
+    with pytest.raises(SensibertError, match="the windows are in another order"):
         data.compute_metrics(order)

@@ -6,14 +6,7 @@ from torch import nn
 
 from sensibert.core.errors import SensibertError
 from sensibert.models import sites
-from sensibert.models.structure import (
-    PickHeads,
-    is_trimmed,
-    read_structure,
-    save_structure,
-    set_structure,
-    structure_of,
-)
+from sensibert.models.structure import PickHeads, is_trimmed, read_structure, save_structure, structure_of
 from tests.helpers import tiny_model
 
 
@@ -29,7 +22,7 @@ def test_a_model_that_was_never_trimmed_has_all_its_units():
 def test_the_structure_is_handed_out_as_a_copy():
     model = tiny_model()
     structure = {"layer.0.head": torch.tensor([1, 3])}
-    set_structure(model, structure)
+    model.base_model.sensibert_structure = dict(structure)
     structure["layer.0.head"] = structure_of(model)["layer.0.ffn"] = torch.tensor([0])
     assert is_trimmed(model) and structure_of(model).keys() == {"layer.0.head"}
     assert structure_of(model)["layer.0.head"].tolist() == [1, 3]
@@ -38,7 +31,7 @@ def test_the_structure_is_handed_out_as_a_copy():
 def test_the_structure_survives_a_file(tmp_path):
     model = tiny_model()
     wanted = {"layer.0.head": torch.tensor([1, 3]), "layer.0.ffn": torch.tensor([], dtype=torch.int64)}
-    set_structure(model, wanted)
+    model.base_model.sensibert_structure = dict(wanted)
     save_structure(model, tmp_path / "file")
     found = read_structure(tmp_path / "file")
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

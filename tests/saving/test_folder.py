@@ -204,12 +204,6 @@ def test_facts_about_the_run_cannot_change_the_shapes_and_heads_of_newer_version
     assert torch.equal(output(again), output(model)) and again.config.sensibert["seed"] == 3
 
 
-def test_saving_straight_to_the_hub_names_the_way_that_takes_all_files_along(shelf, tmp_path):
-    with pytest.raises(ValueError, match="push_to_hub is True, want save_pretrained"):
-        AutoClassifier.from_pretrained(shelf["bert"][0]).save_pretrained(tmp_path / "m", push_to_hub=True)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_config_says_how_it_was_cut_and_keeps_the_base_sizes(shelf):
     path, _ = shelf["bert"]
     config, structure = json.loads((path / "config.json").read_text()), load_structure(path)
@@ -310,7 +304,7 @@ def test_a_reloaded_model_is_trimmed_again_and_the_structure_composes(shelf, fam
     assert output(load(path / "dense")[0]).sub(logits).abs().max() < 1e-5
     first.save_pretrained(tmp_path / "plain")  # without export: what was counted before the cut is not repeated
     plain = AutoClassifier.from_pretrained(tmp_path / "plain")
-    assert torch.equal(output(plain), logits) and plain.config.sensibert["digest"] is None
+    assert torch.equal(output(plain), logits) and "digest" not in plain.config.sensibert
 
 
 def test_a_reloaded_model_trains_and_its_checkpoint_loads(shelf, tmp_path):
@@ -415,7 +409,7 @@ class TheirHead(transformers.BertForSequenceClassification):
     "make, options, said",
     [
         (tiny_model, {"layout": "sparse"}, "layout is 'sparse', want one of trimmed, dense, both"),
-        (lambda: TheirHead(tiny_config()), {}, "class TheirHead is not transformers' own"),
+        (lambda: TheirHead(tiny_config()), {}, "TheirHead is not a class of transformers"),
         (lambda: torch.nn.Linear(2, 2), {}, "family 'Linear' is not supported|Linear is not a transformers model"),
         (lambda: sensibert.replace(tiny_model()), {}, "layers are masked"),
         (trimmed, {"info": {"budget": Budget.parse("50%params")}}, "info does not fit into a JSON file"),

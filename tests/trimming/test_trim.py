@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sensibert.core.errors import SensibertError
-from sensibert.models import families, layout_of
+from sensibert.models import base_of, families, layout_of
 from sensibert.models.structure import is_trimmed, structure_of
-from sensibert.nn import MaskedLinear
+from sensibert.nn import MaskedLinear, restore
+from sensibert.nn import replace as mask_layers
 from sensibert.saving.folder import export, load
 from sensibert.trimming.self_check import silenced
 from sensibert.trimming.trim import restructure, trim
@@ -30,6 +31,8 @@ def facts(model: nn.Module) -> dict[str, object]:
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, int | bool)}
         found[f"{name}()"] = (plain, list(module._forward_pre_hooks.values()))
+        own = vars(module).get("config")
+        found[f"{name} itself"] = (type(module), id(own), own and own.to_dict(), sorted(vars(module)))
     return found | {"trimmed": is_trimmed(model)}
 
 
@@ -224,10 +227,41 @@ def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides,
     trim(model, plan, optimizer)
 
 
+def masked_by(model: nn.Module, plan) -> nn.Module:
+    """The same function by masks: the rows and columns of dropped units, in MaskedLinear layers."""
+    masks = {}
+    for site in plan.layout.sites:
+        for member in site.members:
+            path, _, name = member.parameter.rpartition(".")
+            if name == "weight":
+                keep = plan.keep[site.name].repeat(member.parts)
+                masks[path] = (keep[:, None] if member.dim == 0 else keep[None], member.grid)
+    mask_layers(base_of(model), masks)
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
+def test_a_trim_ends_the_masks_of_layers(family):
+    model = tiny_model(family).double()
+    plan, batch = random_plan(layout_of(model)), tiny_batch()
+    expected = outputs(masked_by(model, plan), batch)
+    trim(model, plan)
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+    torch.testing.assert_close(outputs(model, batch), expected, atol=1e-12, rtol=0)
+
+
+def test_restore_keeps_the_function_with_zeros_in_the_weights():
+    model, batch = tiny_model().double(), tiny_batch()
+    expected = outputs(masked_by(model, random_plan(layout_of(model))), batch)
+    restore(model)
+    torch.testing.assert_close(outputs(model, batch), expected, atol=1e-12, rtol=0)
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
 def test_a_masked_model_whose_cut_fails_stays_masked(monkeypatch):
     model, batch = tiny_model("deberta-v2", **DEBERTA), tiny_batch()
     plan = random_plan(layout_of(model))
-    trim(model, plan, masked=True)
+    masked_by(model, plan)
     masks = {name: layer.keep.clone() for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
     before, expected = copy.deepcopy(model.state_dict()), outputs(model, batch)
     monkeypatch.setitem(families(), "deberta-v2", bare("deberta-v2"))

@@ -1,0 +1,96 @@
+"""What a trim changes: the tensors, gathered in one launch, and a list of callables that undoes everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifacts import Plan
+from ..core.errors import SensibertError
+from ..models import base_of
+from ..models.modules import attribute
+from ..optim.state import state_cuts, swap, take_kept
+
+
+class Undo(list):
+    """Callables that put back what was changed, newest last."""
+
+    def run(self) -> None:
+        while self:
+            self.pop()()
+
+
+def assign(owner: nn.Module, name: str, value: object, undo: Undo) -> None:
+    if name in vars(owner) or name in owner._parameters or name == "__class__":
+        old = getattr(owner, name)
+        undo.append(lambda: setattr(owner, name, old))
+    else:
+        undo.append(lambda: delattr(owner, name))
+    setattr(owner, name, value)
+
+
+@dataclass(eq=False)
+class Cut:
+    """A parameter to cut, who owns it, and the positions to keep of each axis; what it becomes is gathered later."""
+
+    owner: nn.Linear
+    name: str
+    old: nn.Parameter
+    index: dict[int, Tensor] = field(default_factory=dict)
+    new: nn.Parameter | None = None
+    state: dict[str, Tensor] | None = None  # of the optimizer that holds it
+
+
+def cuts_of(model: nn.Module, plan: Plan) -> list[Cut]:
+    base, cuts = base_of(model), {}
+    for site in plan.layout.sites:
+        kept = plan.kept(site.name)
+        for member in site.members if len(kept) < site.units else ():
+            path, _, name = member.parameter.rpartition(".")
+            owner = attribute(base, path)
+            cut = cuts.setdefault(member.parameter, Cut(owner, name, getattr(owner, name)))
+            cut.index[member.dim] = member.index(kept.to(cut.old.device), site.units)
+    return list(cuts.values())
+
+
+def gather(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
+    """Fill in what the parameters, their gradients and their optimizer state become: one launch for all of them.
+
+    Parameters that the optimizer does not hold (frozen ones) stay out of it; SensibertError if it holds none."""
+    held: set[int] = set()
+    if optimizer is not None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if cuts and not any(id(cut.old) in held for cut in cuts):
+            raise SensibertError(
+                "trim: the optimizer holds none of the tensors to cut, want the optimizer of this model"
+            )
+    requests, states = [], {}
+    for cut in cuts:
+        requests += [(tensor, cut.index) for tensor in (cut.old.detach(), cut.old.grad) if tensor is not None]
+        if id(cut.old) in held:
+            states[cut] = state_cuts(optimizer, cut.old, cut.index)
+            requests += states[cut].values()
+    taken = iter(take_kept(requests))
+    for cut in cuts:
+        cut.new = nn.Parameter(next(taken), cut.old.requires_grad)
+        if cut.old.grad is not None:
+            cut.new.grad = next(taken)
+        if cut in states:
+            cut.state = {name: next(taken) for name in states[cut]}
+
+
+def put(cut: Cut, undo: Undo) -> None:
+    assign(cut.owner, cut.name, cut.new, undo)
+    if cut.name == "weight":
+        for dim, size in ((0, "out_features"), (1, "in_features")):
+            if dim in cut.index:
+                assign(cut.owner, size, cut.new.shape[dim], undo)
+
+
+def hand_over(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
+    """The optimizer holds the new parameters and their state; cannot fail once they are gathered."""
+    for cut in cuts:
+        if cut.state is not None:
+            swap(optimizer, cut.old, cut.new, cut.state)
