@@ -1,35 +1,99 @@
-"""Sensitivity-driven trimming of BERT-family models while fine-tuning.
+"""Trim BERT-family models while fine-tuning: remove the attention heads and FFN neurons that the loss needs least.
 
-Importing this is enough for transformers to load trimmed folders. The names below come with their modules on first use.
+Importing this lets transformers' Auto classes load trimmed folders. The names below import their modules on first use.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ._register import register
 from .core.version import version
 
+if TYPE_CHECKING:
+    from .allocation import allocate
+    from .callback import TrimCallback
+    from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
+    from .core.budget import Budget
+    from .core.config import TrimConfig
+    from .core.errors import SensibertError
+    from .core.grid import Grid
+    from .core.layout import Layout, Site
+    from .core.schedule import Schedule
+    from .models import families, layout_of
+    from .nn import MaskedLinear, replace, restore
+    from .ops import Selection, block_sensitivity, gather_kept, masked_adamw, masked_linear, select_threshold
+    from .optim import MaskedAdamW, optimizer_cls_and_kwargs, slice_state
+    from .recipe import finetune_and_trim
+    from .run_options import Options
+    from .saving import export, load, load_structure
+    from .sensitivity import analyze, sampled_loss
+    from .training import TrimTrainer, finetune
+    from .trimming import trim
+
+    __version__: str
+
 _HOME = {
+    "allocation": ("allocate",),
+    "callback": ("TrimCallback",),
+    "core.artifacts": ("BlockPlan", "Plan", "Sensitivity", "UnitPlan"),
+    "core.budget": ("Budget",),
     "core.config": ("TrimConfig",),
     "core.errors": ("SensibertError",),
     "core.grid": ("Grid",),
     "core.layout": ("Layout", "Site"),
-    "core.budget": ("Budget",),
-    "core.artifacts": ("BlockPlan", "Plan", "Sensitivity", "UnitPlan"),
-    "ops": ("BlockSensitivity", "Selection", "block_sensitivity", "masked_adamw", "masked_linear", "select_threshold"),
+    "core.schedule": ("Schedule",),
+    "models": ("families", "layout_of"),
     "nn": ("MaskedLinear", "replace", "restore"),
-    "models": ("layout_of", "families"),
-    "optim": ("MaskedAdamW", "slice_state"),
-    "sensitivity": ("analyze",),
-    "allocation": ("allocate",),
-    "trimming": ("trim",),
-    "training": ("TrimTrainer", "finetune"),
-    "saving": ("export", "load", "load_structure"),
-    "run_options": ("Options",),
-    "callback": ("TrimCallback",),
+    "ops": ("Selection", "block_sensitivity", "gather_kept", "masked_adamw", "masked_linear", "select_threshold"),
+    "optim": ("MaskedAdamW", "optimizer_cls_and_kwargs", "slice_state"),
     "recipe": ("finetune_and_trim",),
+    "run_options": ("Options",),
+    "saving": ("export", "load", "load_structure"),
+    "sensitivity": ("analyze", "sampled_loss"),
+    "training": ("TrimTrainer", "finetune"),
+    "trimming": ("trim",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = ["__version__", *sorted(_MODULE)]
+__all__ = [
+    "BlockPlan",
+    "Budget",
+    "Grid",
+    "Layout",
+    "MaskedAdamW",
+    "MaskedLinear",
+    "Options",
+    "Plan",
+    "Schedule",
+    "Selection",
+    "SensibertError",
+    "Sensitivity",
+    "Site",
+    "TrimCallback",
+    "TrimConfig",
+    "TrimTrainer",
+    "UnitPlan",
+    "__version__",
+    "allocate",
+    "analyze",
+    "block_sensitivity",
+    "export",
+    "families",
+    "finetune",
+    "finetune_and_trim",
+    "gather_kept",
+    "layout_of",
+    "load",
+    "load_structure",
+    "masked_adamw",
+    "masked_linear",
+    "optimizer_cls_and_kwargs",
+    "replace",
+    "restore",
+    "sampled_loss",
+    "select_threshold",
+    "slice_state",
+    "trim",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -96,10 +96,10 @@ class Options:
             get_task(self.task)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Options:
-        """From flat settings, as `settings` gives them; former names are accepted. SensibertError names what is
-        unknown."""
-        settings, own = current_names(settings), settings_of(cls)
+    def from_settings(cls, settings: Mapping[str, Any] | None = None, /, **more: Any) -> Options:
+        """From flat settings, a mapping or keyword arguments, in the names of the command line; former names are
+        accepted. SensibertError names what is unknown."""
+        settings, own = current_names({**(settings or {}), **more}), settings_of(cls)
         unknown = sorted(settings.keys() - own.keys() - trim_names())
         if unknown:
             raise SensibertError(f"{unknown[0]} is no setting of a run, want some of {', '.join(sorted(all_names()))}")
