@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForSequenceClassification
 
+from sensibert import cli
 from tests import runs
 
 try:
@@ -139,3 +141,12 @@ def test_a_wrong_command_is_told(words, fails, said, here):
 def test_commands_are_split_like_a_shell_splits_them():
     code = "# first\nsensibert trim \\\n    --model 'a b'  # then\n\nmake demo\n"
     assert commands(code) == [["sensibert", "trim", "--model", "a b"], ["make", "demo"]]
+
+
+def test_the_options_in_the_tables_of_the_command_line_exist():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `--")]
+    named = set(re.findall(r"--[a-z-]+", " ".join(rows)))
+    parameters = typer.main.get_command(cli.app).commands["finetune"].params
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert len(named) > 15 and named - known == set()
