@@ -1,6 +1,7 @@
-"""Builds sensibert._C as far as this machine goes, and never fails an install over it:
-with CUDA where nvcc and a CUDA build of torch of the same major version are present, else the host solver alone, else
-nothing. `sensibert._native.status()` says which. SENSIBERT_CUDA_ARCHS="80;90a" builds for fewer cards, "" for none."""
+"""Builds sensibert._C, the CUDA kernels, where nvcc and a CUDA build of torch of the same major version are present.
+
+Elsewhere nothing is compiled and the wheel is pure Python; a build that fails never stops an install.
+`sensibert._native.status()` says which. SENSIBERT_CUDA_ARCHS="80;90a" builds for fewer GPUs, "" for none."""
 
 import os
 import re
@@ -11,11 +12,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = re.findall(r"\w+", os.environ.get("SENSIBERT_CUDA_ARCHS", "80;90a;100"))
-HOST_SOURCES = ["csrc/torch/module.cpp", "csrc/host/solver.cpp"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 
 
@@ -40,7 +39,7 @@ def cuda_home() -> Path | None:
 
 
 def cuda_version() -> str | None:
-    """The version of nvcc if `_C` can be built with CUDA here; otherwise None, and the reason has been said."""
+    """The version of nvcc if `_C` can be built with CUDA here; otherwise None, and the reason is printed."""
     if not ARCHITECTURES:
         return say("SENSIBERT_CUDA_ARCHS is empty, so no CUDA kernels")
     try:
@@ -55,72 +54,55 @@ def cuda_version() -> str | None:
     if home is None:
         return say("no CUDA toolkit, so no CUDA kernels")
     command = [home / "bin/nvcc", "--version"]
-    found = re.search(r"release (\d+\.\d+)", subprocess.run(command, capture_output=True, text=True).stdout)
-    if not found or found[1].split(".")[0] != torch.version.cuda.split(".")[0]:
-        return say(f"nvcc is {found and found[1]}, torch is for CUDA {torch.version.cuda}, so no CUDA kernels")
+    release = re.search(r"release (\d+\.\d+)", subprocess.run(command, capture_output=True, text=True).stdout)
+    if not release or release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        return say(f"nvcc is {release and release[1]}, torch is for CUDA {torch.version.cuda}, so no CUDA kernels")
     os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when it is imported
-    return found[1]
-
-
-def host_extension() -> Extension:
-    import pybind11
-
-    flags = [*CXX_FLAGS, f'-DSENSIBERT_COMMIT="{commit()}"']
-    return Extension(
-        "sensibert._C", HOST_SOURCES, include_dirs=[pybind11.get_include()], extra_compile_args=flags, language="c++"
-    )
+    return release[1]
 
 
 def cuda_extension(version: str) -> Extension:
+    import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
 
     kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "kernels").glob("*.cu"))
     bindings = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "torch").glob("*.cpp"))
-    extension = host_extension()
-    extension.sources = [*HOST_SOURCES, *(b for b in bindings if b not in HOST_SOURCES), *kernels]
-    extension.include_dirs += include_paths("cuda")
-    extension.library_dirs = library_paths("cuda")
-    # The runtime is linked in, so that the same file serves a torch that brings another one. No libc10: its ABI moves.
-    extension.libraries = ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
     stable = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unknown-pragmas"]
     built = [
+        f'-DSENSIBERT_COMMIT="{commit()}"',
         f'-DSENSIBERT_CUDA="{version}"',
         f'-DSENSIBERT_ARCHITECTURES="{" ".join("sm_" + a for a in ARCHITECTURES)}"',
     ]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    for oldest in sorted(filter(str.isdigit, ARCHITECTURES), key=int)[
-        :1
-    ]:  # for cards that are not named, or not yet made
+    oldest = min(filter(str.isdigit, ARCHITECTURES), key=int, default=None)
+    if oldest:  # for GPUs that are not named, or not yet made
         codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
-    extension.extra_compile_args = {
-        "cxx": [*extension.extra_compile_args, *stable, *built],
-        "nvcc": ["-std=c++20", "-O3", "-cudart=static", *codes],
-    }
-    return extension
+    return Extension(
+        "sensibert._C",
+        [*bindings, *kernels],
+        include_dirs=[pybind11.get_include(), *include_paths("cuda")],
+        library_dirs=library_paths("cuda"),
+        # The runtime is linked in, so that the same file serves a torch that brings another one. No libc10: its ABI
+        # moves.
+        libraries=["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *stable, *built],
+            "nvcc": ["-std=c++20", "-O3", "-cudart=static", *codes],
+        },
+        language="c++",
+        optional=True,  # an editable install then does without the file if it was not built
+    )
 
 
 def hopper_only(source: str) -> bool:
     return source.endswith(".cu") and "sm_90a only" in (ROOT / source).open().readline()
 
 
-class BuildHost(build_ext):
-    """The host solver; a failure costs speed, not the install."""
-
-    def run(self):
-        try:
-            super().run()
-        except Exception as error:  # whatever stopped the compiler, the package works without
-            say(f"the host solver was not built ({type(error).__name__}: {error}); everything works without it, slower")
-            self.extensions = []
-
-
-def build_command(version: str | None):
-    if version is None:
-        return BuildHost
+def build_command():
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
 
     class BuildCuda(BuildExtension):
-        """The CUDA extension by ninja; the host one where that fails."""
+        """The CUDA extension by ninja; where that fails, no extension."""
 
         def build_extension(self, extension):
             # BuildExtension has one list of architectures for all sources, the wgmma sources know only Hopper.
@@ -140,23 +122,23 @@ def build_command(version: str | None):
         def run(self):
             try:
                 super().run()
-            except Exception as error:
-                say(f"the CUDA kernels were not built ({type(error).__name__}: {error})")
-                self.distribution.ext_modules[:] = self.extensions = [host_extension()]
-                BuildHost.run(self)
+            except Exception as error:  # whatever stopped the compiler, the package works without
+                say(f"the CUDA kernels were not built ({type(error).__name__}: {error}); everything works without them")
+                self.distribution.ext_modules[:] = self.extensions = []
 
     return BuildCuda
 
 
 def main() -> None:
-    try:
-        version = cuda_version()
-        extension = cuda_extension(version) if version else host_extension()
-    except ImportError as missing:  # no pybind11
-        say(f"{missing}, so nothing is compiled; everything works without, slower")
+    version = cuda_version()
+    if version is None:
         return setup()
-    extension.optional = True  # an editable install then does without the file if it was not built
-    setup(ext_modules=[extension], cmdclass={"build_ext": build_command(version)})
+    try:
+        extension = cuda_extension(version)
+    except ImportError as missing:  # no pybind11
+        say(f"{missing}, so no CUDA kernels")
+        return setup()
+    setup(ext_modules=[extension], cmdclass={"build_ext": build_command()})
 
 
 main()

@@ -50,7 +50,5 @@ def test_masks_of_the_encoder(kind, density, benchmark):
     for name, rival in rivals.items():
         record(BENCH, case, "us", ours, "us", name, measure(rival, [()]).median)
     record(BENCH, case, "us", ours, "us", "copy of the same bytes", copy_us(4 * n + n))  # scores read, masks written
-    with_layouts = measure(lambda: select_threshold(scores, k, bits=True, tile=(64, 64)), [()]).median
-    record(BENCH, case + " with bits and tiles", "us", with_layouts, "us")
     if DEVICE == "cuda":
         record(BENCH, case, "host_us", host_us(select_threshold, (scores, k), calls=20), "us")

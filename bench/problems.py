@@ -58,6 +58,6 @@ def encoder(model: str) -> list[Parameter]:
 def random_like(
     parameters: list[Parameter], device: str, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[Tensor]:
-    """Random data, never zeros: a card computes faster on zeros, and that is nobody's model."""
+    """Random data, never zeros: a GPU computes faster on zeros than on a real model."""
     generator = torch.Generator(device).manual_seed(seed)
     return [torch.randn(p.shape, generator=generator, device=device).mul_(0.02).to(dtype) for p in parameters]

@@ -1,6 +1,6 @@
-"""The compiled half, if there is one: loads `sensibert._C` once, or remembers in a sentence why not.
+"""Loads the compiled kernels, `sensibert._C`, once, or keeps a sentence that says why they are not there.
 
-Importing `_C` registers the CUDA kernels under the op names; nothing else in the package asks whether it is there.
+Importing `_C` registers the CUDA kernels under the op names; no other module asks whether it is there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
     try:
         module = importlib.import_module("sensibert._C")
     except ModuleNotFoundError:
-        _why_not = "not built (pip install found no compiler, or the package runs from its sources)"
+        _why_not = "not built (the install found no CUDA toolkit or no CUDA build of torch, or there was none)"
     except ImportError as error:  # built, but for another torch, Python or C++ library
         _why_not = f"built, but cannot be loaded: {str(error).splitlines()[0]}"
 
@@ -29,14 +29,12 @@ available: bool = module is not None
 
 
 def status() -> str:
-    """One sentence: what was loaded and for which cards, or why the Python reference serves every call."""
+    """One sentence: what was loaded and for which GPUs, or why the Python reference serves every call."""
     if module is None:
         return f"native kernels: none, {_why_not}; the PyTorch reference serves every op"
     info = module.build_info()
-    if not info["architectures"]:
-        return f"native kernels: host solver only ({info['compiler']}); the PyTorch reference serves every op"
     return f"native kernels: CUDA {info['cuda']} for {', '.join(info['architectures'])} ({info['compiler']})"
 
 
-if torch.version.cuda and torch.cuda.device_count() and not (module and module.build_info()["architectures"]):
-    logging.getLogger("sensibert").warning(status())  # once a process, and only where a card waits for kernels
+if torch.version.cuda and torch.cuda.device_count() and module is None:
+    logging.getLogger("sensibert").warning(status())  # once a process, and only where a GPU waits for kernels

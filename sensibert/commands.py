@@ -1,4 +1,4 @@
-"""The verbs one at a time, from file to file: what the commands analyze, plan, trim, eval and inspect do."""
+"""One step at a time, from file to file: the commands analyze, plan, trim, eval and inspect, and a dry run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification
 
 
 def outline(options: Options) -> dict:
-    """What a run would do, told from options, model and local files: nothing is written, nothing encoded or trained."""
+    """What a run would do, as far as options, model and local files show it. Nothing is written, encoded or trained."""
     options.want_train_data()
     options = options.resolved()
     check_place(options)
@@ -156,7 +156,7 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
 
 
 def _task_of(model: nn.Module, options: Options) -> str:
-    """The task a fine-tuned model was made for: what was asked, what its folder says, or what its head tells."""
+    """The task of a fine-tuned model: the one requested, the one noted in its folder, or the one of its head."""
     noted = (getattr(model.config, "sensibert", None) or {}).get("task")
     if options.task or noted:
         return options.task or noted

@@ -1,4 +1,4 @@
-"""How the model, the tokenizer and the data that options name are read. Every refusal says which of them it is."""
+"""Reads the model, tokenizer, data and teacher that options name. Errors say which of them is at fault."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def best_device() -> torch.device:
 
 
 def training_examples(options: Options) -> Examples:
-    """The training file, or the preset's hub data."""
+    """The rows of the training file, or those of the preset on the hub."""
     preset = PRESETS.get(options.task or "")
     if options.train_file is not None:
         return load_examples(options.train_file, preset.train_split if preset else "train")
@@ -40,7 +40,7 @@ def training_examples(options: Options) -> Examples:
 
 
 def validation_examples(options: Options) -> Examples | None:
-    """The validation file; for a preset whose training data comes from the hub, its split from there."""
+    """The rows of the validation file, or those of a preset on the hub if the training data is from there too."""
     preset = PRESETS.get(options.task or "")
     if options.validation_file is not None:
         return load_examples(options.validation_file, preset.validation_split if preset else "validation")
@@ -57,7 +57,7 @@ def load_data(options: Options, tokenizer) -> TaskData:
 def encode(
     options: Options, tokenizer, train: Examples | None, validation: Examples | None, names: list[str] | None = None
 ) -> TaskData:
-    """names: the classes of a model that exists; left out they come from the training data."""
+    """Encode rows for the task. names: the classes of an existing model; None: those of the training data."""
     columns = options.text_column, options.label_column
     return TaskData.build(
         options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
@@ -65,7 +65,7 @@ def encode(
 
 
 def check_family(source: str) -> None:
-    """SensibertError unless source holds a model of a family we have a table for."""
+    """SensibertError unless source is a model of a supported family."""
     try:
         config = AutoConfig.from_pretrained(source)
     except _UNREADABLE as error:
@@ -83,19 +83,23 @@ def load_tokenizer(source: str):
         found = AutoTokenizer.from_pretrained(source)
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
-    if len(found) <= len(set(found.all_special_ids)):  # made up, where the files are missing
-        raise SensibertError(f"model: no tokenizer in {source} (no word but {', '.join(found.all_special_tokens)})")
+    if len(found) <= len(set(found.all_special_ids)):  # transformers makes one up where the files are missing
+        raise SensibertError(
+            f"model: no tokenizer in {source} (its vocabulary is {', '.join(found.all_special_tokens)})"
+        )
     return found
 
 
 def load_model(source: str, data: TaskData | None = None) -> nn.Module:
     """A pre-trained encoder in fp32, with a head for the task if data is given.
 
-    SensibertError for an unknown family, or for a folder masked by a grid, whose zeros training would not keep."""
+    SensibertError for an unsupported family, or a folder masked by a grid, whose zeros training would not keep."""
     check_family(source)
     structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
     if structure is not None and isinstance(read_structure(structure), Masks):
-        raise SensibertError(f"model: {source} is masked by a grid, want a model that is whole, or cut by units")
+        raise SensibertError(
+            f"model: {source} is masked by a grid, want a model that is not trimmed, or trimmed by units"
+        )
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
         # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
@@ -105,15 +109,18 @@ def load_model(source: str, data: TaskData | None = None) -> nn.Module:
 
 
 def check_room(model: nn.Module, data: TaskData) -> None:
-    """SensibertError where rows are longer than the model, or words have numbers that it does not know."""
+    """SensibertError for rows longer than the model's positions, or token ids outside its vocabulary."""
     parts = [part for part in (data.train, data.validation) if part is not None]
     longest = max(max(part.lengths) for part in parts)
     if longest > (positions(model) or longest):
-        raise SensibertError(f"max_length: a row has {longest} tokens, want at most {positions(model)}, as the model")
+        raise SensibertError(
+            f"max_length: a row has {longest} tokens, want at most {positions(model)}, the positions of the model"
+        )
     highest = max(int(part.per_token["input_ids"].max()) for part in parts)
     if highest >= model.config.vocab_size:
         raise SensibertError(
-            f"model: its tokenizer gives the token {highest}, and it knows {model.config.vocab_size}: want its own"
+            f"model: the tokenizer produces id {highest} but the vocabulary has {model.config.vocab_size} entries; "
+            "want the model's own tokenizer"
         )
 
 

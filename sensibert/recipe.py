@@ -1,4 +1,4 @@
-"""The one file that knows the order of the verbs: fine-tune, and on the way analyze, allocate, trim; then export."""
+"""A whole run, and the one module that knows its order: fine-tune, trim on the way, score, export."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
 
 
 def check_place(options: Options) -> None:
-    """SensibertError if something is in the way of the output, or would go with what it replaces."""
+    """SensibertError if the output is taken, or if replacing it would delete an input of the run."""
     check_output(options.output, options.overwrite)
     inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
     check_apart(options.output, **inputs)
 
 
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
-    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; returns what result.json says.
+    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; return the content of result.json.
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     started = time.perf_counter()
@@ -159,7 +159,7 @@ def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCal
     """Build the finished folder beside the checkpoints, then move it into its place in one step."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
-    with writing(output, "; --resume goes on from the last whole checkpoint"):
+    with writing(output, "; --resume continues from the last complete checkpoint"):
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
         info["max_length"] = options.max_length or get_task(result["task"]).max_length
         export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)

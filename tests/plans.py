@@ -1,4 +1,4 @@
-"""Plans drawn by chance, and a way to run any model on the batch its task head wants."""
+"""Random plans, and batches for the task head of any model."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from tests.helpers import tiny_batch
 
 
 def random_plan(layout: Layout, seed: int = 0, empty: Iterable[str] = (), share: float = 0.5) -> Plan:
-    """Every unit stays with probability `share`; sites in `empty` go down to the least their family can do with."""
+    """Every unit stays with probability `share`; sites in `empty` keep the minimum of their family."""
     generator, keep = torch.Generator().manual_seed(seed), {}
     for site in layout.sites:
         kept = torch.rand(site.units, generator=generator) < share

@@ -280,7 +280,10 @@ def test_a_tokenizer_without_words_or_of_another_model_is_refused(here, tmp_path
         file.unlink()
     refused("no tokenizer in .*bare", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "bare"))
     small = runs.model_folder(tmp_path / "small", vocab_size=8)
-    refused("its tokenizer gives the token .* and it knows 8", *finetune_arguments(here, tmp_path / "out", model=small))
+    refused(
+        "the tokenizer produces id .* but the vocabulary has 8 entries",
+        *finetune_arguments(here, tmp_path / "out", model=small),
+    )
 
 
 def test_ctrl_c_is_told_by_the_code(monkeypatch):
@@ -318,7 +321,7 @@ def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
         said = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
         refused(said, *finetune_arguments(here, tmp_path / "out"), "--resume")
         (checkpoint / "sensibert_manifest.json").write_text("{")
-        refused("not a whole checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
+        refused("not a complete checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
         (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
 
 
@@ -370,7 +373,7 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
     asked = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_report", full)
-        said = r"cannot write .*out \(No space left on device\); --resume goes on from the last whole checkpoint"
+        said = r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
         refused(said, *asked)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-3"]

@@ -1,17 +1,16 @@
-"""The compiled half: it builds, it says what it is, it can be hidden, and its absence never stops anything."""
+"""The compiled kernels: what a build says of itself, that they can be hidden, and that nothing needs them."""
 
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sensibert import _native
-from sensibert.allocation.solver import solve_levels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,52 +20,66 @@ def python(*command: str, folder: Path = ROOT, **environment: str) -> subprocess
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py without CUDA, which csrc/check_kernels.py looks after."""
-    return python("setup.py", "build_ext", "-b", folder, "-t", folder, SENSIBERT_CUDA_ARCHS="", **environment)
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what an install reads, as builds write beside it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("sensibert", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """_C as setup.py builds it now, whatever may be installed."""
-    if not shutil.which("g++"):
+def test_a_build_says_what_it_is(tmp_path, monkeypatch):
+    """csrc/torch/module.cpp alone: all of `_C` but the kernels."""
+    compiler = shutil.which("g++")
+    if compiler is None:
         pytest.skip("no C++ compiler")
-    pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("build")
-    done = build(folder)
-    (file,) = list((folder / "sensibert").glob("_C*.so")) or pytest.fail(done.stdout + done.stderr)
-    spec = importlib.util.spec_from_file_location("sensibert._C", file)
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    built = {"CUDA": "13.0", "ARCHITECTURES": "sm_80 sm_90a", "COMMIT": "0123abc"}
+    defines = [f'-DSENSIBERT_{name}="{value}"' for name, value in built.items()]
+    file = tmp_path / "_C.so"
+    flags = ["-std=c++20", "-O0", "-fvisibility=hidden", "-Wall", "-Werror", "-shared", "-fPIC", *includes, *defines]
+    done = subprocess.run(
+        [compiler, *flags, ROOT / "csrc/torch/module.cpp", "-o", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("built._C", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    info = module.build_info()
+    assert info["architectures"] == ["sm_80", "sm_90a"] and info["cuda"] == "13.0" and info["commit"] == "0123abc"
+    monkeypatch.setattr(_native, "module", module)
+    assert _native.status().startswith("native kernels: CUDA 13.0 for sm_80, sm_90a (C++ ")
 
 
-def test_a_build_says_what_it_is(compiled, monkeypatch):
-    info = compiled.build_info()
-    assert info["architectures"] == [] and info["cuda"] == ""
-    assert info["compiler"].startswith("C++ ") and info["commit"]
-    monkeypatch.setattr(_native, "module", compiled)
-    assert _native.status().startswith("native kernels: host solver only")
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_cpp_and_numpy_choose_the_same_levels(compiled, seed):
-    rng = np.random.default_rng(seed)
-    costs = [rng.integers(0, 20, rng.integers(1, 9)).tolist() for _ in range(7)]
-    values = [rng.standard_normal(len(group)) for group in costs]
-    values = [(v if seed % 2 else v.round()).tolist() for v in values]  # rounded ones tie
-    for capacity in (0, 7, 60, 1000):
-        assert compiled.solve_levels(costs, values, capacity) == solve_levels(costs, values, capacity)
-
-
-def test_a_broken_compiler_does_not_stop_the_install(tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    done = build(tmp_path / "build", CC=str(broken), CXX=str(broken))
+def test_without_cuda_the_wheel_is_pure_python(checkout):
+    done = python("setup.py", "bdist_wheel", "--dist-dir", "dist", folder=checkout, SENSIBERT_CUDA_ARCHS="")
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.glob("build/**/*.so"))
-    assert "failed" in done.stdout + done.stderr
+    (wheel,) = (checkout / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "SENSIBERT_CUDA_ARCHS is empty, so no CUDA kernels" in done.stderr
+
+
+def test_a_broken_compiler_does_not_stop_the_install(checkout):
+    """With an nvcc that only knows its version, and a torch that claims to be built with the same CUDA."""
+    pytest.importorskip("pybind11")
+    nvcc = checkout / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0, V13.0.88" || exit 1\n')
+    nvcc.chmod(0o755)
+    header = checkout / "cuda" / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
+    program = (
+        "import runpy, sys, torch; torch.version.cuda = '13.0'; torch.cuda._is_compiled = lambda: True;"
+        "torch.cuda.is_available = lambda: False; sys.argv = ['setup.py', 'build_ext', '--inplace'];"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = python("-c", program, folder=checkout, CUDA_HOME=str(checkout / "cuda"), CXX="g++")
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA kernels were not built" in done.stderr and not list(checkout.glob("sensibert/*.so"))
 
 
 def test_the_switch_hides_it_and_the_ops_still_work():
@@ -87,7 +100,7 @@ print(ops.block_sensitivity([w], [w], Grid.tensor())[0].item())
     ]
 
 
-def test_a_module_that_cannot_be_loaded_is_remembered_in_a_sentence(tmp_path):
+def test_the_status_says_why_a_module_could_not_be_loaded(tmp_path):
     package = tmp_path / "sensibert"
     shutil.copytree(ROOT / "sensibert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_C.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
@@ -95,13 +108,13 @@ def test_a_module_that_cannot_be_loaded_is_remembered_in_a_sentence(tmp_path):
     assert "none, built, but cannot be loaded: libtorch_cuda.so: cannot open" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("cards", [1, 0])
-def test_a_card_without_kernels_is_told_once(cards):
+@pytest.mark.parametrize("gpus", [1, 0])
+def test_a_gpu_without_kernels_is_warned_of_once(gpus):
     program = (
-        f"import torch; torch.version.cuda, torch.cuda.device_count = '13.0', lambda: {cards}; import sensibert.ops"
+        f"import torch; torch.version.cuda, torch.cuda.device_count = '13.0', lambda: {gpus}; import sensibert.ops"
     )
     done = python("-c", program, SENSIBERT_NO_NATIVE="1")
-    assert done.returncode == 0 and done.stderr.count("native kernels: none") == cards, done.stderr
+    assert done.returncode == 0 and done.stderr.count("native kernels: none") == gpus, done.stderr
 
 
 def test_without_nvcc_the_kernel_check_says_so(tmp_path):

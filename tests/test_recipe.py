@@ -295,14 +295,16 @@ def test_a_model_kept_in_half_precision_is_trained_in_fp32(here, tmp_path, dtype
 
 def test_what_a_grid_has_masked_is_no_model_to_start_from(here, tmp_path):
     finetune_and_trim(options(here, tmp_path / "masked", max_steps=3, grid="element", width_multiple=None))
-    with pytest.raises(SensibertError, match="masked is masked by a grid, want a model that is whole"):
+    with pytest.raises(SensibertError, match="masked is masked by a grid, want a model that is not trimmed"):
         finetune_and_trim(replace(options(here, tmp_path / "out"), model=str(tmp_path / "masked")))
 
 
 def test_rows_longer_than_the_model_are_refused(here, tmp_path):
     folder = runs.model_folder(tmp_path / "short", max_position_embeddings=8)
     asked = replace(options(here, tmp_path / "out"), model=folder)
-    with pytest.raises(SensibertError, match="max_length: a row has 10 tokens, want at most 8, as the model"):
+    with pytest.raises(
+        SensibertError, match="max_length: a row has 10 tokens, want at most 8, the positions of the model"
+    ):
         finetune_and_trim(asked)
     assert finetune_and_trim(replace(asked, max_length=8, max_steps=3))["steps"] == 3
 

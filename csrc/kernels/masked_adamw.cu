@@ -434,7 +434,7 @@ Settings settings_of(const AdamWGroup& g) {
             float(std::log(g.beta1)), float(std::log(g.beta2)), float(g.eps),       float(g.weight_decay)};
 }
 
-// Where `settings` stands in the table, put there if it is new; -1: the table is full.
+// The position of `settings` in the table, where it is put if it is new; -1: the table is full.
 int place_settings(Args& args, const Settings& settings) {
     for (int i = 0; i < args.num_settings; ++i)
         if (memcmp(&args.settings[i], &settings, sizeof settings) == 0) return i;

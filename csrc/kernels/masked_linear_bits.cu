@@ -225,7 +225,7 @@ cudaError_t launch(const BitsProblem& q, cudaStream_t stream) {
                             p);
 }
 
-// The width whose rounds over the card take less time; at a tie the wider, which reads W less often.
+// The width whose rounds over the GPU take less time; at a tie the wider, which reads W less often.
 template <typename T, bool kByColumns>
 cudaError_t launch_width(const BitsProblem& q, cudaStream_t stream) {
     int num_blocks = 1, tile_cols = q.tile_cols;

@@ -9,13 +9,13 @@
 //   warpgroup 0     two threads copy, per step of 32 tokens, two bands of dY and the tile's bands of X, [32, 64] each,
 //                   into the next stage of a ring in shared memory; two warps write the dropped blocks of dW
 //   warpgroups 1,2  a row of blocks each, one wgmma a k16 as wide as its bands (both operands lie by depth), one step
-//                   in flight; then rounding and out, with the score of the block while it is in registers
+//                   in flight; then rounding and out
 //
 // With several chunks each leaves its partial sums in scratch, and whoever comes last adds them up, first chunk first:
 // nobody waits, and neither the order of arrival nor the number of blocks changes a bit.
 // Cost: 2 * 64 * 64 * 32 a block and step, at 4096 FLOP a clock and SM: 512 clocks a step of eight; 4 KB a band from
 // L2, that is 48 bytes a clock where all is kept (as much as a dense tile of 128 x 256), about 60 where random halves
-// are, which L2 may not give. A chunk: 128 KB to scratch and back. The score: 4096 elements of w a block, once.
+// are, which L2 may not give. A chunk: 128 KB to scratch and back.
 #include "masked_linear_dweight.h"
 
 #include "masked_linear_hopper.h"
@@ -33,10 +33,10 @@ static_assert(kLoaders == kConsumers, "a loader copies the band of dY of one con
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kBox = kDepth * kBand * 2;  // bytes
 constexpr int kStages = 5, kStage = kConsumers * (1 + kBandsEach) * kBox;
-constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8, kSums = kLast + kConsumers * 4;
-constexpr int kBytes = kSums + kConsumers * 4 * kBandsEach * 4 + kAtom;  // of shared memory
-constexpr int kPartial = kBand * kBandsEach * kBand;                     // floats that a consumer leaves in scratch
-constexpr int kCardSms = 132, kMostChunks = 16;
+constexpr int kBarriers = kStages * kStage, kLast = kBarriers + 2 * kStages * 8;
+constexpr int kBytes = kLast + kConsumers * 4 + kAtom;  // of shared memory
+constexpr int kPartial = kBand * kBandsEach * kBand;    // floats that a consumer leaves in scratch
+constexpr int kSms = 132, kMostChunks = 16;
 static_assert(kBand * 2 == 128 && kBox % kAtom == 0, "a row of a box is one 128-byte swizzle row");
 static_assert(kBytes <= 227 * 1024, "the ring fits the shared memory of an SM");
 
@@ -44,7 +44,6 @@ struct Problem {
     int N, K;
     int num_steps, num_chunks, num_items;
     BlockList list;
-    DweightScore score;
     int32_t* arrived;  // [num_tiles, kConsumers] chunks in scratch
     float* partials;   // [num_tiles, num_chunks, kConsumers, kPartial]
 };
@@ -65,18 +64,6 @@ struct Item {
     __device__ __forceinline__ int width(int consumer) const { return words[3] + words[consumer ? 4 : 2]; }
     __device__ __forceinline__ int col(int band) const { return words[5 + band]; }
 };
-
-__device__ __forceinline__ void write_score(const DweightScore& s, int64_t block, float total) {
-    const float value = s.finish == Finish::kSquare ? total * total : s.finish == Finish::kAbs ? fabsf(total) : total;
-    s.out[block] = s.decay == 0.f ? s.scale * value : fmaf(s.decay, s.out[block], s.scale * value);
-}
-
-// Two neighbours, aligned to their size.
-__device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpret_cast<const float2*>(p); }
-template <typename T>
-__device__ __forceinline__ float2 load_pair(const T* p) {
-    return unpack<T>(*reinterpret_cast<const uint32_t*>(p));
-}
 
 // The steps of one item: acc [64, 64 kWidth] += dY^T X from the stages, from box `dy_box` of each and from `x_box` on.
 template <typename T, int kWidth>
@@ -105,7 +92,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kBandsEach * kBand / 2], c
     if (num_steps > 0 && leads) barrier_arrive(&empty[before]);
 }
 
-// Dropped blocks: 0 into dW, and their score. The warps of the first group that do not load.
+// Dropped blocks: 0 into dW. The warps of the first group that do not load.
 template <typename T>
 __device__ __forceinline__ void write_dropped(T* dw, const Problem& p) {
     const int blocks_across = (p.K + kBand - 1) / kBand;
@@ -116,7 +103,6 @@ __device__ __forceinline__ void write_dropped(T* dw, const Problem& p) {
             const int r = row + j / 8, c = col + j % 8 * 8;
             if (r < p.N && c < p.K) *reinterpret_cast<uint4*>(dw + int64_t(r) * p.K + c) = make_uint4(0, 0, 0, 0);
         }
-        if (p.score.out != nullptr && threadIdx.x == 32 * kLoaders) write_score(p.score, block, 0.f);
     }
 }
 
@@ -151,29 +137,16 @@ __device__ __forceinline__ bool add_chunks(float (&acc)[kBandsEach * kBand / 2],
     return true;
 }
 
-// acc into the blocks of dW that it is. With a weight, each thread's part of their scores into `totals`.
-template <bool kScore, typename T, typename W>
+// acc into the blocks of dW that it is.
+template <typename T>
 __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBand / 2], T* dw, const Problem& p,
-                                             const Item& item, int consumer, const W* w, float (&totals)[kBandsEach]) {
+                                             const Item& item, int consumer) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const unsigned keep_bits = p.score.reduce == Reduce::kAbs ? 0x7fffffffu : 0xffffffffu;
-    const bool square = p.score.reduce == Reduce::kSquare;
-    const int width = item.width(consumer), row = item.row(consumer) * kBand;
+    const int width = item.width(consumer), top = item.row(consumer) * kBand + warp * 16 + lane / 4;
 #pragma unroll
     for (int b = 0; b < kBandsEach; ++b) {
         if (b >= width) continue;
-        const int left = item.col(item.first_band(consumer) + b) * kBand + lane % 4 * 2,
-                  top = row + warp * 16 + lane / 4;
-        float2 of[kBand / 8][2];  // all of them asked for before the first store, which a load would have to wait for
-        if constexpr (kScore) {
-#pragma unroll
-            for (int c = 0; c < kBand / 8; ++c)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int r = top + h * 8, here = left + c * 8;
-                    of[c][h] = r < p.N && here < p.K ? load_pair(w + int64_t(r) * p.K + here) : make_float2(0.f, 0.f);
-                }
-        }
+        const int left = item.col(item.first_band(consumer) + b) * kBand + lane % 4 * 2;
 #pragma unroll
         for (int c = 0; c < kBand / 8; ++c) {
 #pragma unroll
@@ -182,34 +155,9 @@ __device__ __forceinline__ void write_blocks(const float (&acc)[kBandsEach * kBa
                 if (r >= p.N || here >= p.K) continue;
                 const float* const d = acc + b * (kBand / 2) + c * 4 + h * 2;
                 *reinterpret_cast<uint32_t*>(dw + int64_t(r) * p.K + here) = pack<T>(d[0], d[1]);
-                if constexpr (kScore) {
-                    const float x = __uint_as_float(__float_as_uint(of[c][h].x * d[0]) & keep_bits);
-                    const float y = __uint_as_float(__float_as_uint(of[c][h].y * d[1]) & keep_bits);
-                    totals[b] = fmaf(x, square ? x : 1.f, totals[b]);
-                    totals[b] = fmaf(y, square ? y : 1.f, totals[b]);
-                }
             }
         }
     }
-}
-
-// The scores of the blocks of an item: threads, then lanes, then warps, always in this order.
-__device__ __forceinline__ void add_scores(float (&totals)[kBandsEach], const Problem& p, const Item& item,
-                                           int consumer, float* sums) {
-    const int thread = threadIdx.x % 128;
-#pragma unroll
-    for (int b = 0; b < kBandsEach; ++b) {
-        for (int lanes = 16; lanes > 0; lanes /= 2) totals[b] += __shfl_xor_sync(0xffffffffu, totals[b], lanes);
-        if (thread % 32 == 0) sums[(consumer * 4 + thread / 32) * kBandsEach + b] = totals[b];
-    }
-    group_sync(1 + consumer, 128);
-    if (thread < item.width(consumer)) {
-        const float* const of = sums + consumer * 4 * kBandsEach + thread;
-        const float total = of[0] + of[kBandsEach] + of[2 * kBandsEach] + of[3 * kBandsEach];
-        const int col = item.col(item.first_band(consumer) + thread);
-        write_score(p.score, int64_t(item.row(consumer)) * ((p.K + kBand - 1) / kBand) + col, total);
-    }
-    group_sync(1 + consumer, 128);  // the sums have been read
 }
 
 template <typename T>
@@ -222,7 +170,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kBarriers);  // [kStages] the copies have landed
     uint64_t* const empty = full + kStages;                                  // [kStages] all have read
     uint32_t* const last = reinterpret_cast<uint32_t*>(shared + kLast);      // [kConsumers]
-    float* const sums = reinterpret_cast<float*>(shared + kSums);            // [kConsumers, 4, kBandsEach]
     const int group = threadIdx.x / 128;
 
     if (threadIdx.x == 0) {
@@ -282,16 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         else  // without a block of its own it multiplies one of the other's, for nothing: it must give stages back
             multiply<T, 1>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
         if (width == 0 || (p.num_chunks > 1 && !add_chunks(acc, p, item, width, consumer, last))) continue;
-        float totals[kBandsEach] = {};
-        if (p.score.out == nullptr) {
-            write_blocks<false>(acc, dw, p, item, consumer, dw, totals);
-            continue;
-        }
-        dispatch_dtype(p.score.w_dtype, [&](auto tag) {
-            using W = typename decltype(tag)::type;
-            write_blocks<true>(acc, dw, p, item, consumer, static_cast<const W*>(p.score.w), totals);
-        });
-        add_scores(totals, p, item, consumer, sums);
+        write_blocks(acc, dw, p, item, consumer);
     }
 }
 
@@ -309,15 +247,14 @@ int64_t counter_bytes(int64_t num_tiles) { return (num_tiles * kConsumers * 4 + 
 
 }  // namespace
 
-// The fewest steps of 64 tokens for the busiest SM of a card of kCardSms; handing a chunk over takes about three of
+// The fewest steps of 64 tokens for the busiest SM of a GPU of kSms; handing a chunk over takes about three of
 // them, adding it up at the end three more.
 int dweight_chunks(int64_t num_tokens, int64_t num_tiles) {
     const int64_t num_steps = (num_tokens + 63) / 64;
     int best = 1;
     int64_t least = 0;
     for (int64_t chunks = 1; chunks <= kMostChunks && (chunks == 1 || chunks * 8 <= num_steps); ++chunks) {
-        const int64_t rounds = (num_tiles * chunks + kCardSms - 1) / kCardSms,
-                      steps = (num_steps + chunks - 1) / chunks;
+        const int64_t rounds = (num_tiles * chunks + kSms - 1) / kSms, steps = (num_steps + chunks - 1) / chunks;
         const int64_t cost = chunks == 1 ? rounds * steps : rounds * (steps + 3) + 3 * chunks;
         if (chunks == 1 || cost < least) least = cost, best = int(chunks);
     }
@@ -328,25 +265,21 @@ int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks) {
     return num_chunks == 1 ? 0 : counter_bytes(num_tiles) + num_tiles * num_chunks * kConsumers * kPartial * 4;
 }
 
-cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockList& list, const DweightScore& score,
-                                         void* scratch, cudaStream_t stream) {
+cudaError_t launch_masked_linear_dweight(const DweightProblem& q, const BlockList& list, void* scratch,
+                                         cudaStream_t stream) {
     if (q.N == 0 || q.K == 0) return cudaSuccess;
     const int64_t num_steps = (q.M + kDepth - 1) / kDepth, num_items = int64_t(list.num_tiles) * q.num_chunks;
-    const bool scored =
-        score.reduce == Reduce::kSigned || score.reduce == Reduce::kAbs || score.reduce == Reduce::kSquare;
     if (q.dtype == DType::kFloat32 || q.N % 8 != 0 || q.K % 8 != 0 || q.num_chunks < 1 || q.num_chunks > kMostChunks ||
         num_items >= int64_t(1) << 31 || !fits_a_map(q.dy, q.M, q.N, q.dy_stride) ||
         !fits_a_map(q.x, q.M, q.K, q.x_stride) || reinterpret_cast<uintptr_t>(q.dw) % 16 != 0 ||
-        reinterpret_cast<uintptr_t>(scratch) % 16 != 0 ||
-        (score.out != nullptr && (!scored || reinterpret_cast<uintptr_t>(score.w) % 16 != 0)) ||
-        num_items + list.num_dropped == 0)
+        reinterpret_cast<uintptr_t>(scratch) % 16 != 0 || num_items + list.num_dropped == 0)
         return cudaErrorInvalidValue;
     TensorMap dy{}, x{};
     if (q.M > 0) {
         if (cudaError_t e = make_tensor_map(&dy, q.dtype, q.dy, q.M, q.N, q.dy_stride, kDepth)) return e;
         if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kDepth)) return e;
     }
-    Problem p{int(q.N), int(q.K), int(num_steps), q.num_chunks, int(num_items), list, score, nullptr, nullptr};
+    Problem p{int(q.N), int(q.K), int(num_steps), q.num_chunks, int(num_items), list, nullptr, nullptr};
     if (q.num_chunks > 1 && num_items > 0) {
         p.arrived = static_cast<int32_t*>(scratch);
         p.partials = reinterpret_cast<float*>(static_cast<char*>(scratch) + counter_bytes(list.num_tiles));

@@ -1,6 +1,6 @@
-// dW = (dY^T X) * keep where keep drops whole 64 x 64 blocks of W, and what each block is worth. Hopper only.
+// dW = (dY^T X) * keep where keep drops whole 64 x 64 blocks of W. Hopper only.
 #pragma once
-#include "block_sensitivity.h"  // Reduce, Finish
+#include "element.h"
 
 namespace sensibert {
 
@@ -16,16 +16,6 @@ struct BlockList {
     int32_t num_tiles, num_dropped;
 };
 
-// out = decay * out + scale * finish(reduce over a block of w * dW), dW as it is before it is rounded.
-struct DweightScore {
-    float* out;     // [ceil(N / 64), ceil(K / 64)]; null: not wanted
-    const void* w;  // [N, K] of any dtype, aligned to 16 bytes; not read in dropped blocks
-    DType w_dtype;
-    Reduce reduce;  // kSigned, kAbs or kSquare
-    Finish finish;
-    float decay, scale;  // with decay 0, out is not read
-};
-
 // dW [N, K] = dY [M, N]^T X [M, K], every element written: 0 in dropped blocks. One 16-bit dtype; rows of dY and X lie
 // dy_stride and x_stride elements apart, dW is contiguous; pointers 16-byte aligned, N, K and strides multiples of 8.
 struct DweightProblem {
@@ -36,7 +26,7 @@ struct DweightProblem {
     int num_chunks;  // pieces that the tokens are cut into, 1 .. 16: dweight_chunks() knows a good number
 };
 
-// A pure function, and not of the card: a sum has the same order everywhere.
+// A pure function of the sizes, not of the GPU: a sum has the same order everywhere.
 int dweight_chunks(int64_t num_tokens, int64_t num_tiles);
 
 // Bytes of device memory for the launch, 16-byte aligned, not initialised; 0 for one chunk.
@@ -44,7 +34,7 @@ int64_t dweight_scratch_bytes(int64_t num_tiles, int num_chunks);
 
 // Accumulates in fp32, in an order set by M, the list and num_chunks. cudaErrorInvalidValue if an argument does not
 // fit; cudaErrorNotSupported if the driver knows no tensor maps.
-cudaError_t launch_masked_linear_dweight(const DweightProblem& problem, const BlockList& list,
-                                         const DweightScore& score, void* scratch, cudaStream_t stream);
+cudaError_t launch_masked_linear_dweight(const DweightProblem& problem, const BlockList& list, void* scratch,
+                                         cudaStream_t stream);
 
 }  // namespace sensibert

@@ -279,12 +279,6 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
     memcpy(&bits, pair, 4);
     return bits;
 }
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t bits) {
-    T pair[2];
-    memcpy(pair, &bits, 4);
-    return make_float2(to_float(pair[0]), to_float(pair[1]));
-}
 
 // Whether a tensor map can describe a matrix of this stride, of elements that 16 bytes hold so many of.
 inline bool fits_a_map(const void* p, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t per_16_bytes = 8) {

@@ -7,14 +7,14 @@
 //   warpgroup 0     one thread copies, per step of 64 input features, x [128, 64] and the kept bands of W [64, 64] into
 //                   the next stage of a ring in shared memory
 //   warpgroups 1,2  64 tokens each: first the steps that keep all bands, one wide wgmma a k16, always one step in
-//                   flight; then the others, one narrow wgmma a band; then bias, GELU or its slope, rounding, and out
-//                   through shared memory while the ring fills for the next tile
+//                   flight; then the others, one narrow wgmma a band; then bias, rounding, and out through shared
+//                   memory while the ring fills for the next tile
 //
+// The bias is added where the result is packed: added to the accumulators first, ptxas serializes the wgmmas (C7511).
 // Narrow wgmmas exist at kCols = 192 only: beside 128 accumulators ptxas serializes every wgmma of the kernel (C7511),
 // as it does when narrow ones overlap in more than one way, or share one wait. At 256 a dropped band of a step that is
 // needed at all arrives as zeros (no traffic) and is multiplied: right, and faster where whole steps drop.
 // Cost: 2 * 128 * 64 * 64 a band, at 4096 FLOP a clock and SM; 16 KB of x and 8 KB a band from L2 a step.
-// A GELU or its slope is some 30 instructions an element that no product hides: both warpgroups do them at once.
 // A sum has one order, set by the list: bitwise repeatable.
 #include "masked_linear_tiles.h"
 
@@ -51,25 +51,14 @@ struct Problem {
     int M, N;
     int num_token_tiles, num_tiles;
     TileList list;
-    TilesEpilogue epilogue;
-    const void* pre;  // [M, N], rows pre_stride apart; read by kDGelu
-    int64_t pre_stride;
 };
-
-constexpr float kRootHalf = 0.707106781f, kRootHalfOverPi = 0.398942280f;  // sqrt(1 / 2), sqrt(1 / 2 pi)
-__device__ __forceinline__ float normal_share(float x) { return 0.5f * (1.f + erff(x * kRootHalf)); }
-__device__ __forceinline__ float gelu(float x) { return x * normal_share(x); }
-__device__ __forceinline__ float gelu_slope(float x) {
-    return fmaf(x * kRootHalfOverPi, expf(-0.5f * x * x), normal_share(x));
-}
 
 template <typename T, bool kByColumns, int kCols, int kStages, int kStoreBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
-    masked_linear_tiles_kernel(const __grid_constant__ TensorMap x_map,    // [M, K], boxes of kRows
-                               const __grid_constant__ TensorMap w_map,    // [N, K] or [K, N], boxes of 64
-                               const __grid_constant__ TensorMap y_map,    // [M, N], boxes of 64
-                               const __grid_constant__ TensorMap pre_map,  // the same, for kGelu
-                               const T* __restrict__ bias,                 // [N] or null
+    masked_linear_tiles_kernel(const __grid_constant__ TensorMap x_map,  // [M, K], boxes of kRows
+                               const __grid_constant__ TensorMap w_map,  // [N, K] or [K, N], boxes of 64
+                               const __grid_constant__ TensorMap y_map,  // [M, N], boxes of 64
+                               const T* __restrict__ bias,               // [N] or null
                                const __grid_constant__ Problem p) {
     using L = Layout<kCols, kStages, kStoreBoxes>;
     SENSIBERT_DYNAMIC_SHARED(unsigned char, raw);
@@ -170,94 +159,57 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         const int row = m * kRows + consumer * 64;
         if (row >= p.M) continue;
-        int num_taken = 0;
-        const auto take_box = [&] {  // the next, once its last store has read it
-            unsigned char* const box = store + num_taken % kStoreBoxes * kBandBytes;
-            if (warp == 0 && lane == 0) {
-                if (num_taken == 0)
-                    store_wait_read<0>();  // the tile before may have ended with this box
-                else
-                    store_wait_read<kStoreBoxes - 1>();
-            }
-            ++num_taken;
-            group_sync(1 + consumer, 128);
-            return box;
-        };
-        const auto send_box = [&](const TensorMap* map, unsigned char* box, int col) {
-            fence_shared_for_store();
-            group_sync(1 + consumer, 128);
-            if (warp == 0 && lane == 0) store_box(map, box, col, row);
-        };
-        const auto word = [&](unsigned char* box, int c, int h) {  // columns 8 c + 2 (lane % 4) and one more
-            const int r = warp * 16 + lane / 4 + h * 8;  // r % 8 moves the 16-byte chunk: no bank is hit twice
-            return reinterpret_cast<uint32_t*>(box + r * 128 + (c ^ r % 8) * 16 + lane % 4 * 4);
-        };
 #pragma unroll
         for (int b = 0; b < L::kBands; ++b) {
             const int col = n * kCols + b * kBand;
             if (col >= p.N) break;
             float* const band = acc + b * (kBand / 2);
-            if (bias != nullptr) {
+            unsigned char* const box = store + b % kStoreBoxes * kBandBytes;
+            if (warp == 0 && lane == 0) {
+                if (b == 0)
+                    store_wait_read<0>();  // the tile before may have ended with this box
+                else
+                    store_wait_read<kStoreBoxes - 1>();
+            }
+            group_sync(1 + consumer, 128);
 #pragma unroll
-                for (int c = 0; c < kBand / 8; ++c) {
-                    const int here = col + c * 8 + lane % 4 * 2;
-                    float add[2] = {0.f, 0.f};
-                    if (here < p.N) add[0] = to_float(bias[here]), add[1] = to_float(bias[here + 1]);
+            for (int c = 0; c < kBand / 8; ++c) {
+                const int here = col + c * 8 + lane % 4 * 2;
+                float add[2] = {0.f, 0.f};
+                if (bias != nullptr && here < p.N) add[0] = to_float(bias[here]), add[1] = to_float(bias[here + 1]);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) band[c * 4 + i] += add[i % 2];
+                for (int h = 0; h < 2; ++h) {  // r % 8 moves the 16-byte chunk: no bank is hit twice
+                    const int r = warp * 16 + lane / 4 + h * 8;
+                    const float* const d = band + c * 4 + h * 2;
+                    unsigned char* const at = box + r * 128 + (c ^ r % 8) * 16 + lane % 4 * 4;
+                    *reinterpret_cast<uint32_t*>(at) = pack<T>(d[0] + add[0], d[1] + add[1]);
                 }
             }
-            if (kByColumns && p.epilogue == TilesEpilogue::kDGelu) {
-#pragma unroll
-                for (int c = 0; c < kBand / 8; ++c)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int r = row + warp * 16 + lane / 4 + h * 8, here = col + c * 8 + lane % 4 * 2;
-                        if (r >= p.M || here >= p.N) continue;
-                        const T* const pre = static_cast<const T*>(p.pre) + r * p.pre_stride + here;
-                        const float2 at = unpack<T>(*reinterpret_cast<const uint32_t*>(pre));
-                        band[c * 4 + h * 2] *= gelu_slope(at.x), band[c * 4 + h * 2 + 1] *= gelu_slope(at.y);
-                    }
-            }
-            unsigned char* box = take_box();
-#pragma unroll
-            for (int i = 0; i < kBand / 4; ++i) {
-                const float* const d = band + i * 2;
-                *word(box, i / 2, i % 2) = pack<T>(d[0], d[1]);
-            }
-            if (!kByColumns && p.epilogue == TilesEpilogue::kGelu) {
-                send_box(&pre_map, box, col);
-                unsigned char* const from = box;
-                box = take_box();
-#pragma unroll 2  // from shared memory, and not unrolled: beside the accumulators erff leaves too few registers (C7511)
-                for (int i = 0; i < kBand / 4; ++i) {
-                    const float2 s = unpack<T>(*word(from, i / 2, i % 2));
-                    *word(box, i / 2, i % 2) = pack<T>(gelu(s.x), gelu(s.y));
-                }
-            }
-            send_box(&y_map, box, col);
+            fence_shared_for_store();
+            group_sync(1 + consumer, 128);
+            if (warp == 0 && lane == 0) store_box(&y_map, box, col, row);
         }
     }
     if (warp == 0 && lane == 0) store_wait_read<0>();  // the boxes must outlive their stores
 }
 
 template <typename T, bool kByColumns, int kCols, int kStages, int kStoreBoxes>
-cudaError_t launch(const TensorMap& x, const TensorMap& w, const TensorMap& y, const TensorMap& pre, const void* bias,
-                   const Problem& p, cudaStream_t stream) {
+cudaError_t launch(const TensorMap& x, const TensorMap& w, const TensorMap& y, const void* bias, const Problem& p,
+                   cudaStream_t stream) {
     constexpr size_t kBytes = Layout<kCols, kStages, kStoreBoxes>::kBytes;
     auto* kernel = masked_linear_tiles_kernel<T, kByColumns, kCols, kStages, kStoreBoxes>;
     int num_blocks = 0;
     if (cudaError_t e = allow_shared_bytes(kernel, kBytes)) return e;
     if (cudaError_t e = resident_blocks(kernel, kThreads, kBytes, &num_blocks)) return e;
     num_blocks = num_blocks < p.num_tiles ? num_blocks : p.num_tiles;
-    return SENSIBERT_LAUNCH(kernel, num_blocks, kThreads, kBytes, stream, x, w, y, pre, static_cast<const T*>(bias), p);
+    return SENSIBERT_LAUNCH(kernel, num_blocks, kThreads, kBytes, stream, x, w, y, static_cast<const T*>(bias), p);
 }
 
 template <typename T, bool kByColumns>
-cudaError_t launch_width(const TensorMap& x, const TensorMap& w, const TensorMap& y, const TensorMap& pre,
-                         const void* bias, const Problem& p, cudaStream_t stream) {
-    if (p.list.tile_cols == 256) return launch<T, kByColumns, 256, 4, 2>(x, w, y, pre, bias, p, stream);
-    return launch<T, kByColumns, 192, 5, 1>(x, w, y, pre, bias, p, stream);
+cudaError_t launch_width(const TensorMap& x, const TensorMap& w, const TensorMap& y, const void* bias, const Problem& p,
+                         cudaStream_t stream) {
+    if (p.list.tile_cols == 256) return launch<T, kByColumns, 256, 4, 2>(x, w, y, bias, p, stream);
+    return launch<T, kByColumns, 192, 5, 1>(x, w, y, bias, p, stream);
 }
 
 }  // namespace
@@ -267,25 +219,21 @@ cudaError_t launch_masked_linear_tiles(const TilesProblem& q, const TileList& li
     const int64_t w_rows = q.by_columns ? q.K : q.N, w_cols = q.by_columns ? q.N : q.K;
     if (!(list.tile_cols == 192 || list.tile_cols == 256) || q.dtype == DType::kFloat32 || q.K == 0 || q.N % 8 != 0 ||
         q.K % 8 != 0 || !fits_a_map(q.x, q.M, q.K, q.x_stride) || !fits_a_map(q.w, w_rows, w_cols, q.w_stride) ||
-        !fits_a_map(q.y, q.M, q.N, q.y_stride) || !fits_a_map(q.pre, q.M, q.N, q.y_stride) ||
-        (q.epilogue != TilesEpilogue::kNone &&
-         (q.pre == nullptr || q.by_columns != (q.epilogue == TilesEpilogue::kDGelu))))
+        !fits_a_map(q.y, q.M, q.N, q.y_stride))
         return cudaErrorInvalidValue;
     const int64_t num_token_tiles = (q.M + kRows - 1) / kRows;
     const int64_t num_tiles = num_token_tiles * ((q.N + list.tile_cols - 1) / list.tile_cols);
     if (num_tiles >= int64_t(1) << 31) return cudaErrorInvalidValue;
-    TensorMap x, w, y, pre{};
+    TensorMap x, w, y;
     if (cudaError_t e = make_tensor_map(&x, q.dtype, q.x, q.M, q.K, q.x_stride, kRows)) return e;
     if (cudaError_t e = make_tensor_map(&w, q.dtype, q.w, w_rows, w_cols, q.w_stride, kBand)) return e;
     if (cudaError_t e = make_tensor_map(&y, q.dtype, q.y, q.M, q.N, q.y_stride, 64)) return e;
-    if (q.epilogue == TilesEpilogue::kGelu)
-        if (cudaError_t e = make_tensor_map(&pre, q.dtype, q.pre, q.M, q.N, q.y_stride, 64)) return e;
-    const Problem p{int(q.M), int(q.N), int(num_token_tiles), int(num_tiles), list, q.epilogue, q.pre, q.y_stride};
+    const Problem p{int(q.M), int(q.N), int(num_token_tiles), int(num_tiles), list};
     const bool half = q.dtype == DType::kFloat16;
-    if (half && q.by_columns) return launch_width<__half, true>(x, w, y, pre, q.bias, p, stream);
-    if (half) return launch_width<__half, false>(x, w, y, pre, q.bias, p, stream);
-    if (q.by_columns) return launch_width<__nv_bfloat16, true>(x, w, y, pre, q.bias, p, stream);
-    return launch_width<__nv_bfloat16, false>(x, w, y, pre, q.bias, p, stream);
+    if (half && q.by_columns) return launch_width<__half, true>(x, w, y, q.bias, p, stream);
+    if (half) return launch_width<__half, false>(x, w, y, q.bias, p, stream);
+    if (q.by_columns) return launch_width<__nv_bfloat16, true>(x, w, y, q.bias, p, stream);
+    return launch_width<__nv_bfloat16, false>(x, w, y, q.bias, p, stream);
 }
 
 }  // namespace sensibert

@@ -16,23 +16,15 @@ struct TileList {
     int tile_cols;
 };
 
-// What becomes of s = x w^T + bias, in fp32, before y is rounded. GELU is the exact one, with erf.
-enum class TilesEpilogue : uint8_t {
-    kNone,   // y = s
-    kGelu,   // pre = s rounded, y = gelu(pre); not by_columns
-    kDGelu,  // y = s * gelu'(pre), the gradient on its way through a GELU; by_columns only
-};
-
 // y [M, N] = x [M, K] w [N, K]^T + bias [N] or null; by_columns: w is [K, N], not transposed, and the tiles of the list
-// are of its columns. Row-major, of one 16-bit dtype; rows lie x_stride, w_stride, y_stride elements apart, those of
-// pre [M, N] y_stride; pointers 16-byte aligned, N, K and strides multiples of 8.
+// are of its columns. Row-major, of one 16-bit dtype; rows lie x_stride, w_stride, y_stride elements apart; pointers
+// 16-byte aligned, N, K and strides multiples of 8.
 struct TilesProblem {
     const void *x, *w, *bias;
-    void *y, *pre;  // pre: null with kNone, read with kDGelu
+    void* y;
     int64_t M, N, K, x_stride, w_stride, y_stride;
     DType dtype;
     bool by_columns;
-    TilesEpilogue epilogue;
 };
 
 // Accumulates in fp32, in one fixed order. cudaErrorInvalidValue if an argument does not fit; cudaErrorNotSupported if

@@ -21,7 +21,7 @@
 
 namespace sensibert {
 
-// As many blocks as the card holds at once: the grid of a kernel whose blocks loop over their work.
+// As many blocks as the GPU holds at once: the grid of a kernel whose blocks loop over their work.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes, int* num_blocks) {
     int device = 0, num_sms = 0, per_sm = 0;

@@ -39,7 +39,6 @@ constexpr int kInFlight = 4;          // quads a thread loads before it looks at
 constexpr int64_t kMinRegion = 2048;  // list entries of a block
 constexpr int64_t kListShare = 8;     // the list holds one value in 8
 constexpr int kTableRows = 400;       // rows a launch can carry by value
-constexpr int64_t kPackBytes = 8192;  // bytes of bits a block packs at a time
 constexpr unsigned kZeroKey = 0x80000000u, kInfKey = 0xff800000u;
 static_assert(kLowBits + kMaxPlaceBits < 64, "a value inside its window of keys is shifted as 64 bits");
 static_assert(kInfKey < 0u - (1u << kLowBits), "the end of a window does not wrap around");
@@ -47,7 +46,7 @@ static_assert(kBins % kThreads == 0, "each thread scans the same number of bins"
 
 struct Row {
     SelectTensor tensor;
-    int64_t first_chunk, first_pack, first_tile;  // where its work starts, counted over all tensors
+    int64_t first_chunk;  // where its chunks start, counted over all tensors
 };
 
 struct Table {
@@ -71,8 +70,7 @@ struct State {
 
 struct Work {
     const Row* rows;
-    int64_t num_rows, num_chunks, num_packs, num_tiles, num_scores;
-    int64_t k, tile_rows, tile_cols;
+    int64_t num_rows, num_chunks, num_scores, k;
     int place_bits, stratum_bits;  // 2^stratum_bits scores, one of them sampled
     Count last_place;
     State* state;
@@ -100,12 +98,12 @@ __device__ __forceinline__ Count rest_of(const Work& w, unsigned key, unsigned b
     return Count(key - base) << w.place_bits | (w.last_place - place);
 }
 
-// The row that item i, counted over all tensors, belongs to.
-__device__ __forceinline__ const Row& row_of(const Work& w, int64_t Row::* first, int64_t i) {
-    int64_t low = 0, high = w.num_rows;  // rows[low].*first <= i < rows[high].*first
+// The row that a chunk, counted over all tensors, belongs to.
+__device__ __forceinline__ const Row& row_of(const Work& w, int64_t chunk) {
+    int64_t low = 0, high = w.num_rows;  // rows[low].first_chunk <= chunk < rows[high].first_chunk
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        (w.rows[middle].*first <= i ? low : high) = middle;
+        (w.rows[middle].first_chunk <= chunk ? low : high) = middle;
     }
     return w.rows[low];
 }
@@ -122,9 +120,9 @@ __device__ __forceinline__ T* global(T* p) {
 // Calls visit(key, place) once for every score of the chunk; where `store`, keeps what it returns.
 template <typename Visit>
 __device__ __forceinline__ void visit_chunk(const Work& w, int64_t chunk, bool store, Visit&& visit) {
-    const Row& row = row_of(w, &Row::first_chunk, chunk);
+    const Row& row = row_of(w, chunk);
     const int64_t begin = (chunk - row.first_chunk) * kChunk;
-    const int count = int(min(row.tensor.N * row.tensor.K - begin, int64_t(kChunk)));
+    const int count = int(min(row.tensor.size - begin, int64_t(kChunk)));
     const Count place = Count(chunk) << kChunkBits;
     uint8_t* const keep = global(row.tensor.keep) + begin;
     dispatch_dtype(row.tensor.dtype, [&](auto tag) {
@@ -265,11 +263,11 @@ __global__ void __launch_bounds__(kThreads) select_threshold_sample_kernel(const
     const int per_chunk_bits = kChunkBits - w.stratum_bits;
     const int64_t num_strata = w.num_chunks << per_chunk_bits;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < num_strata; i += int64_t(gridDim.x) * kThreads) {
-        const Row& row = row_of(w, &Row::first_chunk, i >> per_chunk_bits);
+        const Row& row = row_of(w, i >> per_chunk_bits);
         const int64_t stratum = i - (row.first_chunk << per_chunk_bits);
         const unsigned hash = unsigned(i) * 2654435761u >> 16;
         const int64_t at = (stratum << w.stratum_bits) + (hash & ((1u << w.stratum_bits) - 1));
-        if (at >= row.tensor.N * row.tensor.K) continue;
+        if (at >= row.tensor.size) continue;
         dispatch_dtype(row.tensor.dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
             const unsigned key = key_of(to_float(static_cast<const T*>(row.tensor.scores)[at]));
@@ -425,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         for (unsigned i = threadIdx.x; i < w.num_listed[blockIdx.x]; i += kThreads) {
             if (entries[i] < cut) continue;
             const Count place = w.last_place - (entries[i] & w.last_place);
-            const Row& row = row_of(w, &Row::first_chunk, int64_t(place >> kChunkBits));
+            const Row& row = row_of(w, int64_t(place >> kChunkBits));
             row.tensor.keep[int64_t(place) - (row.first_chunk << kChunkBits)] = 1;
         }
         return;
@@ -436,52 +434,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         });
 }
 
-// bits[n, j] = keep[n, 8j .. 8j + 7], the lowest bit first.
-__global__ void __launch_bounds__(kThreads) select_threshold_pack_kernel(const __grid_constant__ Work w) {
-    for (int64_t item = blockIdx.x; item < w.num_packs; item += gridDim.x) {
-        const Row& row = row_of(w, &Row::first_pack, item);
-        const SelectTensor& t = row.tensor;
-        const int64_t begin = (item - row.first_pack) * kPackBytes, row_bytes = (t.K + 7) / 8;
-        const int64_t end = min(begin + kPackBytes, t.N * row_bytes);
-        const bool whole = t.K % 8 == 0 && reinterpret_cast<uintptr_t>(t.keep) % 8 == 0;
-        for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-            if (whole) {
-                const uint2 v = *reinterpret_cast<const uint2*>(t.keep + i * 8);
-                // byte j of the word, 0 or 1, moves to bit 56 + j
-                t.bits[i] = uint8_t((Count(v.y) << 32 | v.x) * 0x0102040810204080ull >> 56);
-                continue;
-            }
-            const int64_t n = i / row_bytes, k = (i - n * row_bytes) * 8;
-            unsigned byte = 0;
-            for (int j = 0; j < 8 && k + j < t.K; ++j) byte |= unsigned(t.keep[n * t.K + k + j]) << j;
-            t.bits[i] = uint8_t(byte);
-        }
-    }
-}
-
-// A warp looks at one tile at a time. occupancy: 0 nothing kept, 1 some, 2 all that is there.
-__global__ void __launch_bounds__(kThreads) select_threshold_occupy_kernel(const __grid_constant__ Work w) {
-    const int lane = threadIdx.x % 32;
-    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32, num_warps = gridDim.x * (kThreads / 32);
-    for (int64_t item = first; item < w.num_tiles; item += num_warps) {
-        const Row& row = row_of(w, &Row::first_tile, item);
-        const SelectTensor& t = row.tensor;
-        const int64_t tile = item - row.first_tile, across = (t.K + w.tile_cols - 1) / w.tile_cols;
-        const int64_t n0 = tile / across * w.tile_rows, k0 = tile % across * w.tile_cols;
-        const int64_t rows = min(w.tile_rows, t.N - n0), cols = min(w.tile_cols, t.K - k0);
-        bool kept = false, dropped = false;
-        for (int64_t n = n0; n < n0 + rows; ++n)
-            for (int64_t k = k0 + lane; k < k0 + cols; k += 32) {
-                const bool one = t.keep[n * t.K + k];
-                kept = kept || one;
-                dropped = dropped || !one;
-            }
-        kept = __any_sync(0xffffffffu, kept);
-        dropped = __any_sync(0xffffffffu, dropped);
-        if (lane == 0) t.occupancy[tile] = uint8_t(kept ? (dropped ? 1 : 2) : 0);
-    }
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sizes everything. Pointers into scratch are set from `scratch`; *bytes is where they end.
@@ -489,13 +441,11 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
     Work w = {};
     for (int64_t i = 0; i < p.num_tensors; ++i) {
         const SelectTensor& t = p.tensors[i];
-        w.num_scores += t.N * t.K;
-        w.num_rows += t.N * t.K != 0;
-        w.num_chunks += ceil_div(t.N * t.K, kChunk);
+        w.num_scores += t.size;
+        w.num_rows += t.size != 0;
+        w.num_chunks += ceil_div(t.size, kChunk);
     }
     w.k = p.k;
-    w.tile_rows = p.tile_rows;
-    w.tile_cols = p.tile_cols;
     w.threshold = p.threshold;
     w.num_nan = p.num_nan;
     while ((int64_t(1) << w.place_bits) < w.num_chunks * kChunk && w.place_bits <= kMaxPlaceBits) ++w.place_bits;
@@ -523,26 +473,23 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
 }
 
 // Copies the rows to the device as kernel parameters, which a CUDA graph keeps; host memory it would read at replay.
-// Counts packs and tiles on the way.
-cudaError_t write_table(const SelectProblem& p, Work* w, cudaStream_t stream) {
+cudaError_t write_table(const SelectProblem& p, const Work& w, cudaStream_t stream) {
     Table table;
     int64_t chunk = 0, written = 0;
     int filled = 0;
     for (int64_t i = 0; i <= p.num_tensors; ++i) {
         if (filled == kTableRows || (i == p.num_tensors && filled)) {
-            Row* const rows = const_cast<Row*>(w->rows) + written;
+            Row* const rows = const_cast<Row*>(w.rows) + written;
             if (cudaError_t error = SENSIBERT_LAUNCH(select_threshold_table_kernel, dim3(1), dim3(kThreads), 0, stream,
                                                      table, rows, filled))
                 return error;
             written += filled;
             filled = 0;
         }
-        if (i == p.num_tensors || p.tensors[i].N * p.tensors[i].K == 0) continue;
+        if (i == p.num_tensors || p.tensors[i].size == 0) continue;
         const SelectTensor& t = p.tensors[i];
-        table.rows[filled++] = {t, chunk, w->num_packs, w->num_tiles};
-        chunk += ceil_div(t.N * t.K, kChunk);
-        if (t.bits) w->num_packs += ceil_div(t.N * ceil_div(t.K, 8), kPackBytes);
-        if (t.occupancy) w->num_tiles += ceil_div(t.N, w->tile_rows) * ceil_div(t.K, w->tile_cols);
+        table.rows[filled++] = {t, chunk};
+        chunk += ceil_div(t.size, kChunk);
     }
     return cudaSuccess;
 }
@@ -562,7 +509,7 @@ cudaError_t launch_select_threshold(const SelectProblem& problem, void* scratch,
     if (cudaError_t error = plan(problem, static_cast<char*>(scratch), &w, &num_blocks, &bytes)) return error;
     const size_t cleared = reinterpret_cast<char*>(w.hist + kBins) - reinterpret_cast<char*>(w.state);
     if (cudaError_t error = cudaMemsetAsync(w.state, 0, cleared, stream)) return error;
-    if (cudaError_t error = write_table(problem, &w, stream)) return error;
+    if (cudaError_t error = write_table(problem, w, stream)) return error;
     const auto launch = [&](auto* kernel, int64_t num_items, auto... args) {
         const dim3 grid(unsigned(std::min<int64_t>(num_blocks, num_items)));
         return SENSIBERT_LAUNCH(kernel, grid, dim3(kThreads), 0, stream, w, args...);
@@ -574,10 +521,7 @@ cudaError_t launch_select_threshold(const SelectProblem& problem, void* scratch,
         const int shift = std::max(0, high - kDigitBits);
         if (cudaError_t error = launch(select_threshold_count_kernel<false>, num_blocks, high, shift)) return error;
     }
-    if (cudaError_t error = launch(select_threshold_apply_kernel, num_blocks)) return error;
-    if (w.num_packs)
-        if (cudaError_t error = launch(select_threshold_pack_kernel, w.num_packs)) return error;
-    return w.num_tiles ? launch(select_threshold_occupy_kernel, ceil_div(w.num_tiles, kThreads / 32)) : cudaSuccess;
+    return launch(select_threshold_apply_kernel, num_blocks);
 }
 
 }  // namespace sensibert

@@ -4,23 +4,20 @@
 
 namespace sensibert {
 
-// One score tensor. N*K may be 0; then no pointer is read.
+// One score tensor. Its size may be 0; then no pointer is read.
 struct SelectTensor {
-    const void* scores;  // [N, K] row-major
-    uint8_t* keep;       // [N, K], 0 or 1
-    uint8_t* bits;       // [N, ceil(K / 8)], or nullptr: not wanted
-    uint8_t* occupancy;  // [ceil(N / tile_rows), ceil(K / tile_cols)], or nullptr: not wanted
-    int64_t N, K;
+    const void* scores;  // [size]
+    uint8_t* keep;       // [size], 0 or 1
+    int64_t size;
     DType dtype;
 };
 
 struct SelectProblem {
     const SelectTensor* tensors;  // [num_tensors], read before the launcher returns
     int64_t num_tensors;
-    int64_t k;                     // in [0, sum of N*K]
-    int64_t tile_rows, tile_cols;  // at least 1 where occupancy is wanted
-    float* threshold;              // on the device, 1
-    int64_t* num_nan;              // on the device, 1
+    int64_t k;         // in [0, sum of sizes]
+    float* threshold;  // on the device, 1
+    int64_t* num_nan;  // on the device, 1
 };
 
 // Bytes of device memory that the launcher needs, 16-byte aligned, not initialised.

@@ -81,7 +81,7 @@ cudaError_t launch(const TakeProblem& q, cudaStream_t stream) {
     auto* kernel = take_columns_kernel<T, kCount>;
     int resident = 0;
     if (cudaError_t error = resident_blocks(kernel, threads, 0, &resident)) return error;
-    // As many rows in flight as there may be, unless that leaves the card with less than a quarter of its blocks.
+    // As many rows in flight as there may be, unless that leaves the GPU with less than a quarter of its blocks.
     const int64_t all = ceil_div(q.M, rows), held = max(resident / num_spans, int64_t(1));
     const int64_t blocks = min(max(ceil_div(all, kRowsInFlight), held / 4), min(all, held));
     const int64_t step = blocks * rows, x_stride = q.x_stride * int64_t(sizeof(T));

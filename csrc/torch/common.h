@@ -42,7 +42,7 @@ inline cudaStream_t current_stream(int32_t device) {
 inline void check_launch(cudaError_t error, const char* op) {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error),
                     error == cudaErrorNoKernelImageForDevice
-                        ? "; build for this card with SENSIBERT_CUDA_ARCHS, or set SENSIBERT_NO_NATIVE=1"
+                        ? "; build for this GPU with SENSIBERT_CUDA_ARCHS, or set SENSIBERT_NO_NATIVE=1"
                         : "");
 }
 

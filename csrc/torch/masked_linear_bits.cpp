@@ -1,4 +1,4 @@
-// sensibert::masked_linear_bits for CUDA: checks, output, launch. The schema is in sensibert/ops/masked_linear_bits.py.
+// sensibert::masked_linear_bits for CUDA: checks, output, launch. The schema is in sensibert/ops/masked_linear/bits.py.
 #include "../kernels/masked_linear_bits.h"
 
 #include "common.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kOp = "masked_linear_bits";
 
-// A matrix of bytes as TMA reads it, like aligned_rows. pack() of masked_linear_bits.py makes them so; the bits of
+// A matrix of bytes as TMA reads it, like aligned_rows. pack() of bits.py makes them so; the bits of
 // select_threshold lie so where K is a multiple of 128.
 Tensor aligned_bits(const Tensor& t) {
     const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;

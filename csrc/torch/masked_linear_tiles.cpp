@@ -1,5 +1,4 @@
-// sensibert::masked_linear_tiles, .._gelu and .._dgelu for CUDA: checks, outputs, launch. The schemas are in
-// sensibert/ops/masked_linear_tiles.py.
+// sensibert::masked_linear_tiles for CUDA: checks, output, launch. The schema is in sensibert/ops/masked_linear/tiles.py.
 #include "../kernels/masked_linear_tiles.h"
 
 #include "common.h"
@@ -13,31 +12,24 @@ namespace {
 
 constexpr const char* kOp = "masked_linear_tiles";
 
-struct Tiles {
-    const Tensor &offsets, &entries, &order;
-    int64_t tile_cols;
-};
-
-Tensor output(const Tensor& x, const Tensor& weight, bool by_columns) {
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = weight.size(by_columns ? 1 : 0);
-    return torch::stable::new_empty(x, shape);
-}
-
-Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tiles& tiles,
-           bool by_columns, TilesEpilogue epilogue = TilesEpilogue::kNone, void* pre = nullptr) {
-    const auto& [offsets, entries, order, tile_cols] = tiles;
+Tensor tiles_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& offsets,
+                  const Tensor& entries, const Tensor& order, int64_t tile_cols, bool by_columns) {
     const int64_t N = weight.size(by_columns ? 1 : 0), K = weight.size(by_columns ? 0 : 1);
     const DType dtype = dtype_of(x, kOp, "x", 0);
     STD_TORCH_CHECK(dtype != DType::kFloat32 && weight.scalar_type() == x.scalar_type(), kOp,
                     ": x and weight must both be bfloat16, or both float16");
+    for (const Tensor* t : {&weight, &offsets, &entries, &order})
+        STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index(), kOp,
+                        ": not all tensors are on the device of x");
     STD_TORCH_CHECK(tile_cols == 192 || tile_cols == 256, kOp, ": tile_cols is ", tile_cols, ", want 192 or 256");
     STD_TORCH_CHECK(x.size(-1) == K, kOp, ": x has ", x.size(-1), " columns, want ", K, " as weight");
     STD_TORCH_CHECK(N % 8 == 0 && K % 8 == 0, kOp, ": weight is for ", K, " -> ", N, " features, want multiples of 8");
     const int64_t num_tiles = (N + tile_cols - 1) / tile_cols;
     STD_TORCH_CHECK(offsets.numel() == 2 * num_tiles + 1 && order.numel() == num_tiles, kOp,
                     ": offsets and order are not those of ", num_tiles, " tiles");
-    Tensor y = output(x, weight, by_columns);
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = N;
+    Tensor y = torch::stable::new_empty(x, shape);
     const int64_t M = N ? y.numel() / N : 0;
     if (M == 0) return y;
     const Tensor rows = aligned_rows(torch::stable::reshape(x, {M, K})), w = aligned_rows(weight);
@@ -49,7 +41,6 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
         .w = w.const_data_ptr(),
         .bias = b ? b->const_data_ptr() : nullptr,
         .y = y.mutable_data_ptr(),
-        .pre = pre,
         .M = M,
         .N = N,
         .K = K,
@@ -58,7 +49,6 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
         .y_stride = N,
         .dtype = dtype,
         .by_columns = by_columns,
-        .epilogue = epilogue,
     };
     const TileList list = {int32_list(offsets, kOp, "offsets"), int32_list(entries, kOp, "entries"),
                            int32_list(order, kOp, "order"), int(tile_cols)};
@@ -66,39 +56,11 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
     return y;
 }
 
-Tensor tiles_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& offsets,
-                  const Tensor& entries, const Tensor& order, int64_t tile_cols, bool by_columns) {
-    return run(x, weight, bias, {offsets, entries, order, tile_cols}, by_columns);
-}
-
-std::tuple<Tensor, Tensor> tiles_gelu_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                           const Tensor& offsets, const Tensor& entries, const Tensor& order,
-                                           int64_t tile_cols) {
-    const Tensor pre = output(x, weight, false);
-    return {
-        run(x, weight, bias, {offsets, entries, order, tile_cols}, false, TilesEpilogue::kGelu, pre.mutable_data_ptr()),
-        pre};
-}
-
-Tensor tiles_dgelu_cuda(const Tensor& dy, const Tensor& weight, const Tensor& pre, const Tensor& offsets,
-                        const Tensor& entries, const Tensor& order, int64_t tile_cols) {
-    const int64_t N = weight.size(1);
-    STD_TORCH_CHECK(pre.scalar_type() == dy.scalar_type() && pre.size(-1) == N &&
-                        pre.numel() * dy.size(-1) == dy.numel() * N && pre.is_cuda(),
-                    kOp, ": pre is not [.., ", N, "] of the dtype, rows and device of dy");
-    const Tensor rows = N == 0 ? pre : torch::stable::reshape(pre, {pre.numel() / N, N});
-    const Tensor kept = aligned_rows(torch::stable::contiguous(rows));
-    return run(dy, weight, std::nullopt, {offsets, entries, order, tile_cols}, true, TilesEpilogue::kDGelu,
-               const_cast<void*>(kept.const_data_ptr()));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sensibert, CUDA, m) {
     if (!launch_masked_linear_tiles) return;
     m.impl("masked_linear_tiles", TORCH_BOX(&tiles_cuda));
-    m.impl("masked_linear_tiles_gelu", TORCH_BOX(&tiles_gelu_cuda));
-    m.impl("masked_linear_tiles_dgelu", TORCH_BOX(&tiles_dgelu_cuda));
 }
 
 }  // namespace sensibert

@@ -1,18 +1,6 @@
-// The pybind11 module sensibert._C: what was built, and the solver, which needs no device. Importing it loads the
-// library, whose static initialisers register the CUDA kernels.
+// The pybind11 module sensibert._C: what was built. Importing it loads the library, whose static initialisers register
+// the CUDA kernels.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
-
-#include "../host/solver.h"
-
-#ifndef SENSIBERT_CUDA
-#define SENSIBERT_CUDA ""
-#endif
-#ifndef SENSIBERT_ARCHITECTURES
-#define SENSIBERT_ARCHITECTURES ""
-#endif
 
 namespace py = pybind11;
 
@@ -29,7 +17,4 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-    m.def("build_info", &build_info, "architectures (empty without CUDA), cuda, compiler, commit");
-    m.def("solve_levels", &sensibert::solve_levels, py::arg("costs"), py::arg("values"), py::arg("capacity"));
-}
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "architectures, cuda, compiler, commit"); }

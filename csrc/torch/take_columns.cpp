@@ -1,4 +1,4 @@
-// sensibert::take_columns for CUDA: checks, output, launch. The schema is in sensibert/ops/take_columns.py.
+// sensibert::take_columns for CUDA: checks, output, launch. The schema is in sensibert/ops/masked_linear/take_columns.py.
 #include "../kernels/take_columns.h"
 
 #include "common.h"

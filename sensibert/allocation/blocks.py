@@ -30,8 +30,13 @@ def _rank_in_weight(scores: Tensor) -> Tensor:
     """Scores that compare between weights of any size: the best block gets 0, the last nearly -1; NaN last."""
     order = torch.argsort(scores.flatten().nan_to_num(nan=-torch.inf), descending=True, stable=True)
     ranks = torch.empty(scores.numel(), device=scores.device)
-    ranks[order] = -torch.arange(scores.numel(), device=scores.device) / max(scores.numel(), 1)
+    ranks[order] = _quotient(-torch.arange(scores.numel(), device=scores.device), scores.numel())
     return ranks.view(scores.shape)
+
+
+def _quotient(values: Tensor, divisor: int) -> Tensor:
+    """values / divisor in fp32, with the same bits on every device: by a number, a GPU multiplies with 1 / divisor."""
+    return values / torch.tensor(divisor, device=values.device)
 
 
 def allocate_blocks(sensitivity: Sensitivity, grid: Grid, budget: Budget, allocation: str) -> BlockPlan:
@@ -61,19 +66,19 @@ def allocate_blocks(sensitivity: Sensitivity, grid: Grid, budget: Budget, alloca
             score = _rank_in_weight(score)
         elif sensitivity.statistic != "random":  # random scores do not depend on cost
             cost = torch.outer(*(torch.tensor(side, device=score.device) for side in (high, wide))) * prices[name]
-            score = score / (cost / dearest)
+            score = score / _quotient(cost, dearest)
         ranks.append(score)
 
     def spend() -> int:
         return sum(kept_elements(w, keep[w.parameter], grid) * prices[w.parameter] for w in priced)
 
-    room = allowed - (spent(layout, counts_of(layout), budget) - spend())
+    available = allowed - (spent(layout, counts_of(layout), budget) - spend())
     total = sum(rank.numel() for rank in ranks)
-    fewest, most = min(total, room // dearest), min(total, room // cheapest)
+    fewest, most = min(total, available // dearest), min(total, available // cheapest)
     while True:  # a larger selection contains the smaller ones, so its cost can be bisected
         k = (fewest + most + 1) // 2
         keep |= dict(zip(sides, select_threshold(ranks, k).keep, strict=True))
         if fewest == most:
             break
-        fewest, most = (k, most) if spend() <= room else (fewest, k - 1)
+        fewest, most = (k, most) if spend() <= available else (fewest, k - 1)
     return BlockPlan(layout, keep, budget, sensitivity.statistic, grid=grid)

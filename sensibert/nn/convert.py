@@ -13,11 +13,11 @@ from .masked_linear import MaskedLinear, check_keep, is_maskable, kind_of
 def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | None = None) -> nn.Module:
     """Turn nn.Linear layers of the model into MaskedLinear, in place, and return the model.
 
-    keep: {module name: (keep grid or None for all kept, Grid)}; None: every plain nn.Linear, all kept (not subclasses,
-    nor layers whose forward was replaced). Modules, parameters and hooks keep their identity, so an optimizer, tied
-    weights and DDP's reducer stay valid. A layer that is masked already gets the new masks, or with keep=None stays as
-    it is. Only forward knows the mask: code that reads layer.weight sees all of it (save after `restore`). ValueError
-    names a layer that does not exist or cannot be masked; the model is then unchanged."""
+    keep: {module name: (keep grid or None for all kept, Grid)}. None: every plain nn.Linear, all kept (no subclasses,
+    and no layers whose forward was replaced). Modules, parameters and hooks keep their identity, so an optimizer, tied
+    weights and DDP's reducer stay valid. A layer that is masked already gets the new masks; with keep=None it stays as
+    it is. Only forward applies the mask: code that reads layer.weight sees all of it, so save after `restore`.
+    ValueError names a layer that does not exist or cannot be masked; the model is then unchanged."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if keep is None:
         plain = (name for name, module in modules.items() if type(module) is nn.Linear and is_maskable(module))

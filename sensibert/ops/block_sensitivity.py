@@ -20,9 +20,6 @@ define(
     "(Tensor(a!)[] out, Tensor[] weight, Tensor[] grad, int[] blocks, str reduce, str finish, float decay, float scale)"
     " -> ()",
 )
-PLAN, RUN = "sensibert::block_sensitivity_plan", "sensibert::block_sensitivity_run_"
-define(PLAN, "(Tensor out, Tensor[] weight, Tensor[] grad, int[] blocks, str reduce, str finish) -> (Tensor, Tensor)")
-define(RUN, "(Tensor(a!) out, Tensor plan, Tensor(b!) scratch, float decay, float scale) -> ()")
 REDUCES = ("signed", "abs", "square", "grad_square", "weight_square")
 FINISHES = ("none", "square", "abs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,70 +85,6 @@ def _(out, weight, grad, blocks, reduce, finish, decay, scale):
     return None
 
 
-class BlockSensitivity:
-    """block_sensitivity of the same parameters again and again: packed once, then microseconds of host time a call.
-
-    totals: fp32, all results in one buffer (one all-reduce); out: its views, one a parameter, shaped as those of
-    block_sensitivity, 0 at first. Reads the gradients where they were at the first call: keep them there with
-    zero_grad(set_to_none=False) or in a captured graph. A call looks at one parameter, the next call at the next, and
-    packs anew if its gradient or its weight has moved. Call once before capturing a CUDA graph."""
-
-    def __init__(
-        self, parameters: Sequence[Tensor], grids: Sequence[Grid] | Grid, reduce: str = "abs", finish: str = "none"
-    ) -> None:
-        self.parameters = list(parameters)
-        self.grids = [grids] * len(self.parameters) if isinstance(grids, Grid) else list(grids)
-        self.reduce, self.finish = reduce, finish
-        shapes = _check(
-            self.parameters, [] if reduce == "weight_square" else self.parameters, self.grids, reduce, finish
-        )
-        sizes = [rows * cols for rows, cols in shapes]
-        device = self.parameters[0].device if self.parameters else None
-        self.totals = torch.zeros(sum(sizes), device=device)
-        self.out = [part.view(shape) for part, shape in zip(self.totals.split(sizes), shapes)]
-        self._packed: tuple[Tensor, Tensor] | None = None
-        self._calls = 0
-
-    def __call__(self, decay: float = 1.0, scale: float = 1.0) -> list[Tensor]:
-        """out = decay * out + scale * statistic, from the gradients as they are now; returns out."""
-        if self._packed is None or self._moved(self._calls % max(len(self.parameters), 1)):
-            self._pack()
-        self._calls += 1
-        plan, scratch = self._packed
-        if plan.numel():
-            torch.ops.sensibert.block_sensitivity_run_(self.totals, plan, scratch, decay, scale)
-        else:  # no kernel packs tensors on this device
-            grids, reduce, finish = self.grids, self.reduce, self.finish
-            block_sensitivity(self._weights, self._grads, grids, reduce, finish, self.out, decay, scale)
-        return self.out
-
-    def _pack(self) -> None:
-        self._weights = [p.detach() for p in self.parameters]  # held: what the plan points at stays alive
-        self._grads = [] if self.reduce == "weight_square" else [p.grad for p in self.parameters]
-        _check(self._weights, self._grads, self.grids, self.reduce, self.finish)
-        for name, tensors in (("parameters", self._weights), ("gradients", self._grads)):
-            for t, tensor in enumerate(tensors):
-                if not tensor.is_contiguous():
-                    raise ValueError(f"BlockSensitivity: {name}[{t}] has gaps, want contiguous tensors")
-        blocks = [size for grid in self.grids for size in (grid.block_rows, grid.block_cols)]
-        self._packed = torch.ops.sensibert.block_sensitivity_plan(
-            self.totals, self._weights, self._grads, blocks, self.reduce, self.finish
-        )
-
-    def _moved(self, t: int) -> bool:
-        if not self.parameters:
-            return False
-        gone = bool(self._grads) and self.parameters[t].grad is not self._grads[t]
-        return gone or self.parameters[t].data_ptr() != self._weights[t].data_ptr()
-
-
-def _no_plan(out: Tensor, weight, grad, blocks, reduce: str, finish: str) -> tuple[Tensor, Tensor]:
-    return out.new_empty(0, dtype=torch.uint8), out.new_empty(0)
-
-
-impl(PLAN, "default", _no_plan)
-
-
 def _terms(w: Tensor, g: Tensor | None, reduce: str) -> Tensor:
     """What is summed, one value an element, in fp32 or fp64."""
     exact = torch.float64 if torch.float64 in (w.dtype, w.dtype if g is None else g.dtype) else torch.float32
@@ -193,9 +126,9 @@ def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, i
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"block_sensitivity: {name}[{t}] is {type(tensor).__name__}, want a tensor")
             if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-                said = f"{tensor.dtype}, {tensor.layout}"
+                got = f"{tensor.dtype}, {tensor.layout}"
                 raise ValueError(
-                    f"block_sensitivity: {name}[{t}] is {said}, want dense float32, bfloat16, float16, float64"
+                    f"block_sensitivity: {name}[{t}] is {got}, want dense float32, bfloat16, float16, float64"
                 )
             if tensor.device != weights[0].device:
                 raise ValueError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
@@ -212,7 +145,7 @@ def _check_out(out, weights, shapes) -> None:
         raise ValueError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
     for t, (total, w, shape) in enumerate(zip(out, weights, shapes)):
         if total.dtype != torch.float32 or tuple(total.shape) != shape or not total.is_contiguous():
-            said = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
-            raise ValueError(f"block_sensitivity: out[{t}] is {said}, want contiguous torch.float32 {shape}")
+            got = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
+            raise ValueError(f"block_sensitivity: out[{t}] is {got}, want contiguous torch.float32 {shape}")
         if total.device != w.device:
             raise ValueError(f"block_sensitivity: out[{t}] is on {total.device}, want {w.device}")

@@ -1,6 +1,6 @@
 """gather_kept: the kept rows and columns of many weights, each copied into a smaller matrix, in one launch.
 
-For a mask change: from then on whoever writes the weights can write the small matrices too (`masked_adamw`).
+Used when masks change; between mask changes `masked_adamw` writes the smaller matrices together with the weights.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def gather_kept(
 ) -> list[Tensor]:
     """weights [N, K] of one device; rows [n], cols [k] int64, None for all -> weight[rows][:, cols] [n, k] for each.
 
-    bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, none in a hole, which becomes exactly 0
-    whatever was there. dtype None: that of the weight; out: matrices to write instead of new ones. float32, bfloat16,
-    float16, float64, mixed freely, one rounding. No gradient, nothing is read back. An index outside its axis is an
-    IndexError on a CPU and a NaN in a kernel. ValueError names what does not fit."""
+    bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, none in a hole, which becomes exactly 0.
+    dtype None: that of the weight; out: matrices to write instead of new ones. float32, bfloat16, float16 and float64,
+    mixed freely, one rounding. No gradient; nothing is read back. An index outside its axis is an IndexError on a CPU
+    and gives NaN in a kernel. ValueError names what does not fit."""
     weights = [w.detach() for w in weights]
     lists = {"rows": list(rows), "cols": list(cols), "bits": [None] * len(weights) if bits is None else list(bits)}
     for name, given in lists.items():

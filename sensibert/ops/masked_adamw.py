@@ -87,7 +87,7 @@ def masked_adamw(
     mutated = [*params, *exp_avgs, *exp_avg_sqs, *working_copies.values(), *(score for score, _ in scores.values())]
     packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
     tensors = iter(packed)
-    # Kernels compute in 32 bits; double precision, which nobody trains in but tests do, takes the reference everywhere.
+    # Kernels compute in 32 bits; double precision takes the reference everywhere.
     step = reference if any(p.dtype == torch.float64 for p in params) else torch.ops.sensibert.masked_adamw_
     step(
         [next(tensors) for _ in params],
@@ -143,11 +143,11 @@ def _listed_extras(keeps, working_copies, row_maps, col_maps, scores, reduce, fi
 
 
 class HeldAdamW:
-    """masked_adamw of the same tensors with the same settings again and again, for less host time.
+    """masked_adamw of the same tensors with the same settings, called many times, for less host time.
 
-    `extras`: the keyword arguments of masked_adamw but grad_factor, all of them. The first call is masked_adamw itself;
-    from the second on a kernel is given parameters, gradients and rates alone. It holds the rest as tensors, not as
-    addresses, and checks all of them at every call: where something no longer fits, the call is masked_adamw again."""
+    `extras`: all keyword arguments of masked_adamw except grad_factor. The first call is masked_adamw itself; from the
+    second on a kernel is given only parameters, gradients and rates. The other arguments are held as tensors, not as
+    addresses, and checked at every call: if one no longer fits, that call is masked_adamw again."""
 
     def __init__(self, params, exp_avgs, exp_avg_sqs, steps, groups, betas, eps, weight_decay, **extras) -> None:
         self._params, self._moments = params, (exp_avgs, exp_avg_sqs, steps)
@@ -163,7 +163,7 @@ class HeldAdamW:
         self._checked = True
 
     def _run(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> bool:
-        """Whether a kernel has done it."""
+        """Whether a kernel has done the step."""
         if self._held is None:
             lists = *self._moments, *_listed_settings(*self._settings), *_listed_extras(**self._extras)
             self._held = torch.ops.sensibert.masked_adamw_hold(*lists)
@@ -223,7 +223,7 @@ def _check_working_copies(working_copies, row_maps, col_maps, params) -> None:
                 raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {wanted}")
     for t, working_copy in working_copies.items():
         wanted = tuple(params[t].shape)
-        if t in row_maps or t in col_maps:  # as many rows and columns as have a place in it: up to the caller
+        if t in row_maps or t in col_maps:  # the caller is trusted that each row and column of it is in the map
             N, K = matrix_shape(params[t])
             n, k = (*working_copy.shape, -1, -1)[:2]
             wanted = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
@@ -236,10 +236,10 @@ def _check_working_copies(working_copies, row_maps, col_maps, params) -> None:
 
 
 def index_map(index: Tensor, size: int) -> Tensor:
-    """The kept positions [n] of an axis -> int32 [size]: the place of each among them, -1 for the others."""
-    places = torch.full((size,), -1, dtype=torch.int32, device=index.device)
-    places[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
-    return places
+    """The kept positions [n] of an axis -> int32 [size]: the rank of each among the kept ones, -1 for the others."""
+    ranks = torch.full((size,), -1, dtype=torch.int32, device=index.device)
+    ranks[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    return ranks
 
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -254,7 +254,7 @@ def _keep_bits(keep: Tensor, block_rows: int, block_cols: int, like: Tensor) -> 
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
-    """[N, K] integers in the same memory. Masking them leaves nothing of a NaN, and is faster than masked_fill_."""
+    """[N, K] integers in the same memory. Masking them clears a NaN too, and is faster than masked_fill_."""
     return tensor.view(matrix_shape(tensor)).view(_INTEGER[tensor.itemsize])
 
 
@@ -291,9 +291,9 @@ def reference(
                 _as_bits(tensor).bitwise_and_(bits)
         if t in working_copyed:
             out, compact = working_copy[working_copyed[t]], w
-            for dim, places in enumerate(of.get(t) for of in maps):
-                if places is not None:  # sorted, the places are -1, ..., -1, 0, ..., n - 1
-                    index = places.argsort()[len(places) - out.shape[dim] :]
+            for dim, ranks in enumerate(of.get(t) for of in maps):
+                if ranks is not None:  # sorted, the ranks are -1, ..., -1, 0, ..., n - 1
+                    index = ranks.argsort()[len(ranks) - out.shape[dim] :]
                     compact = compact.view(matrix_shape(compact)).index_select(dim, index)
             out.copy_(compact)
     for (number, _), entries in plain.items():
@@ -342,7 +342,7 @@ def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, w
 
 
 def _adamw_in_double(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay) -> None:
-    """Where torch's kernel takes the rate as a float32 alone: on a GPU."""
+    """For a GPU, where torch's kernel takes a float32 rate only."""
     w.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

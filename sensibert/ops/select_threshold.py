@@ -1,7 +1,7 @@
 """select_threshold: keep exactly the k largest of many score tensors, without concatenating them.
 
 Order: larger score first, then the earlier tensor, then the lower flat index; -0.0 equals 0.0; NaN comes after -inf.
-So no two elements tie, the answer is unique, and a budget is met exactly. Every path below gives the same bits.
+So no two elements tie, the result is unique, and a budget is met exactly. Kernel and reference give the same bits.
 """
 
 from __future__ import annotations
@@ -16,67 +16,43 @@ from torch.library import define, impl, register_fake
 OP = "sensibert::select_threshold_"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN_KEY = torch.iinfo(torch.int32).min  # below the key of -inf
-define(
-    OP,
-    "(Tensor(a!)[] keep, Tensor(b!)[] bits, Tensor(c!)[] occupancy, Tensor(d!) threshold, Tensor(e!) num_nan, "
-    "Tensor[] scores, int k, int tile_rows, int tile_cols) -> ()",
-)
+define(OP, "(Tensor(a!)[] keep, Tensor(b!) threshold, Tensor(c!) num_nan, Tensor[] scores, int k) -> ()")
 
 
 class Selection(NamedTuple):
-    """What `select_threshold` returns; one entry per score tensor in each list."""
+    """What `select_threshold` returns."""
 
     keep: list[Tensor]  # bool, shaped like its scores; True survives
     threshold: Tensor  # float32 scalar: the k-th largest score (+inf for k = 0, NaN if NaN had to be kept)
     num_nan: Tensor  # int64 scalar
-    bits: list[Tensor]  # uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0; [] unless asked for
-    occupancy: list[Tensor]  # uint8 per tile: 0 empty, 1 partial, 2 full; [] unless asked for
 
 
-def select_threshold(
-    scores: Sequence[Tensor], k: int, bits: bool = False, tile: tuple[int, int] | None = None
-) -> Selection:
+def select_threshold(scores: Sequence[Tensor], k: int) -> Selection:
     """scores: float32, bfloat16 or float16 tensors of one device, mixed freely -> masks with exactly k True in all.
 
-    bits adds the masks packed eight to a byte; tile = (rows, cols) adds what every tile of that size holds, ragged
-    last tiles included. Both read a score as [N, K] ([N] as [N, 1]), so want at most two axes. Carries no gradient;
-    deterministic. ValueError names a k outside [0, number of scores], a wrong dtype, device, rank or tile."""
+    No gradient; deterministic; a kernel reads nothing back. ValueError names a k outside [0, number of scores], a wrong
+    dtype or device."""
     scores = [s.detach() for s in scores]
-    _check(scores, k, bits, tile)
+    _check(scores, k)
     device = scores[0].device if scores else torch.device("cpu")
-    rows, cols = tile or (0, 0)
-    matrices = [_matrix_shape(s) for s in scores]
     out = Selection(
         [torch.empty(s.shape, dtype=torch.bool, device=device) for s in scores],
         torch.empty((), dtype=torch.float32, device=device),
         torch.empty((), dtype=torch.int64, device=device),
-        [torch.empty(N, -(-K // 8), dtype=torch.uint8, device=device) for N, K in matrices if bits],
-        [torch.empty(-(-N // rows), -(-K // cols), dtype=torch.uint8, device=device) for N, K in matrices if tile],
     )
-    torch.ops.sensibert.select_threshold_(
-        out.keep, out.bits, out.occupancy, out.threshold, out.num_nan, scores, k, rows, cols
-    )
+    torch.ops.sensibert.select_threshold_(*out, scores, k)
     return out
 
 
-def _check(scores: list[Tensor], k: int, bits: bool, tile: tuple[int, int] | None) -> None:
+def _check(scores: list[Tensor], k: int) -> None:
     for i, s in enumerate(scores):
         if s.dtype not in DTYPES:
             raise ValueError(f"select_threshold: scores[{i}] is {s.dtype}, want float32, bfloat16 or float16")
         if s.device != scores[0].device:
             raise ValueError(f"select_threshold: scores[{i}] is on {s.device}, want {scores[0].device} like scores[0]")
-        if (bits or tile) and s.dim() > 2:
-            raise ValueError(f"select_threshold: scores[{i}] is {tuple(s.shape)}, want at most 2 axes for bits or tile")
     total = sum(s.numel() for s in scores)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= total:
         raise ValueError(f"select_threshold: k is {k!r}, want an int in [0, {total}], the number of scores")
-    if tile is not None and (len(tile) != 2 or min(tile) < 1):
-        raise ValueError(f"select_threshold: tile is {tile}, want two sizes of at least 1")
-
-
-def _matrix_shape(s: Tensor) -> tuple[int, int]:
-    """The [N, K] reading of a tensor of at most two axes: [N] is [N, 1], a scalar is [1, 1]."""
-    return (*s.shape, 1, 1)[:2]
 
 
 def _key(s: Tensor) -> Tensor:
@@ -90,13 +66,13 @@ def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
     """The k-th largest key, k >= 1: count them by their upper 16 bits, then look only where the k-th must be."""
     counts = sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys)
     above = counts.flip(0).cumsum(0)  # of the largest bin, of the two largest, ...
-    place = int((above < k).sum())
-    rank = k - int(above[place - 1]) if place else k
-    inside = torch.cat([key[key >> 16 == 2**15 - 1 - place] for key in keys])
+    bin = int((above < k).sum())
+    rank = k - int(above[bin - 1]) if bin else k
+    inside = torch.cat([key[key >> 16 == 2**15 - 1 - bin] for key in keys])
     return inside.kthvalue(len(inside) - rank + 1).values
 
 
-def reference(keep, bits, occupancy, threshold, num_nan, scores, k, tile_rows, tile_cols) -> None:
+def reference(keep, threshold, num_nan, scores, k) -> None:
     keys = [_key(s) for s in scores]
     num_nan.copy_(sum((key == NAN_KEY).sum() for key in keys))
     if k == 0:
@@ -114,32 +90,11 @@ def reference(keep, bits, occupancy, threshold, num_nan, scores, k, tile_rows, t
                 kept[ties] = True
                 left -= len(ties)
             out.copy_(kept.view_as(out))
-    for out, mask in zip(bits, keep, strict=False):
-        _pack(out, mask)
-    for out, mask in zip(occupancy, keep, strict=False):
-        _occupy(out, mask, tile_rows, tile_cols)
 
 
 impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(keep, bits, occupancy, threshold, num_nan, scores, k, tile_rows, tile_cols):
+def _(keep, threshold, num_nan, scores, k):
     return None
-
-
-def _pack(out: Tensor, keep: Tensor) -> None:
-    N, K = _matrix_shape(keep)
-    padded = keep.new_zeros(N, out.shape[1] * 8)
-    padded[:, :K] = keep.reshape(N, K)
-    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
-    out.copy_((padded.view(N, out.shape[1], 8) * weight).sum(-1))
-
-
-def _occupy(out: Tensor, keep: Tensor, tile_rows: int, tile_cols: int) -> None:
-    N, K = _matrix_shape(keep)
-    rows, cols = min(tile_rows, max(N, 1)), min(tile_cols, max(K, 1))  # a tile may be larger than the matrix
-    kept, present = (keep.new_zeros(out.shape[0] * rows, out.shape[1] * cols) for _ in range(2))
-    kept[:N, :K], present[:N, :K] = keep.reshape(N, K), True
-    kept, present = (mask.view(out.shape[0], rows, out.shape[1], cols).sum((1, 3)) for mask in (kept, present))
-    out.copy_((kept > 0).to(torch.uint8) + (kept == present))

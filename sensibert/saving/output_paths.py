@@ -9,7 +9,7 @@ from ..core.errors import SensibertError
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:
-    """SensibertError if something is in the place of a folder to be written."""
+    """SensibertError if a folder cannot be written there without replacing something."""
     output = Path(output)
     if not output.name:
         raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
@@ -21,7 +21,7 @@ def check_output(output: str | Path, overwrite: bool) -> None:
 
 
 def check_apart(output: str | Path, **inputs: str | None) -> None:
-    """SensibertError if replacing output would take an input of the run, or the folder one stands in, along."""
+    """SensibertError if replacing output would delete an input of the run, or the working folder."""
     place = Path(output).resolve()
     for name, given in {**inputs, "working folder": "."}.items():
         if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(place):
@@ -29,7 +29,7 @@ def check_apart(output: str | Path, **inputs: str | None) -> None:
 
 
 def check_file(path: str | Path, overwrite: bool) -> None:
-    """SensibertError if a file cannot be written there; told before the work, not after it."""
+    """SensibertError if a file cannot be written there. To be called before the work, not after it."""
     path = Path(path)
     if path.is_dir():
         raise SensibertError(f"output: {path} is a folder, want the name of a file")

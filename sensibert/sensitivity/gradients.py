@@ -23,7 +23,7 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
     """The loss the model itself computed from the labels in the batch."""
     loss = getattr(outputs, "loss", None)
     if loss is None:
-        raise SensibertError(f"analyze: the model gave no loss, want labels in the batch (it has {sorted(batch)})")
+        raise SensibertError(f"analyze: the model returned no loss, want labels in the batch (it has {sorted(batch)})")
     return loss
 
 

@@ -5,22 +5,23 @@ from the model's prediction, and a_t = |delta_t|^2, the loss rises with a change
 
     1/2 tr(G dW C dW^T),   C = sum_t a_t (h_t - m)(h_t - m)^T,   G = sum_t delta_t delta_t^T / sum_t a_t
 
-(m: the mean of h weighted by a_t, which b takes up; both factors of one step of the power iteration for the nearest
-Kronecker product). Removing the units D and letting the others take over at best costs, with H = C^-1,
+(m: the mean of h weighted by a_t, which b absorbs; the factors are those of one step of the power iteration for the
+nearest Kronecker product). Removing the units D while the others compensate in the best way costs, with H = C^-1,
 
     1/2 tr(G W_D (H_DD)^-1 W_D^T),   and   W' = W - W_D (H_DD)^-1 H_D
 
-In the midst of a training the loss also has a slope, with the labels of the data. What it is predicted to rise by is
-slope and curvature along the very change of the weights, and beside that what a gate m_j on each dropped unit says of
-every sample n, without anybody taking over (`predicted_curve`):
+During training the loss also has a slope, with the labels of the data. Its predicted rise (`predicted_curve`) adds up
+the slope and the curvature along that change of the weights, and the squared gradients, sample n by sample, of a gate
+m_j on each dropped unit, without compensation:
 
     tr((dL/dW - dL/db m^T)^T (W' - W))  +  1/2 tr(G W_D (H_DD)^-1 W_D^T)  +  1/2 sum over n and j in D of (dL_n/dm_j)^2
 
-Either curvature alone says too little: far from a minimum, and through layers in a row, the loss bends more than the
-Fisher matrix knows. The sum was found on two checkpoints (`bench/bench_rank.py`): it ranks, its scale is rough.
+Either curvature alone is too small: far from a minimum, and across several layers, the loss curves more than the
+Fisher matrix captures. The sum was calibrated on two checkpoints (`bench/bench_rank.py`): its order is reliable, its
+scale is rough.
 
-With a_t = 1 and G = I it is the squared error of the layer's output alone, which asks for no gradient and no label
-(`layer-obs`; as ZipLM chooses).
+With a_t = 1 and G = I this is the squared error of the layer's output alone, which needs no gradient and no labels
+(`layer-obs`; the criterion of ZipLM).
 
 Hassibi & Stork, 1993 (OBS); Martens & Grosse, arXiv 1503.05671 (the factors); Kurtic et al., arXiv 2302.04089 (ZipLM),
 and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
@@ -41,20 +42,20 @@ from ..models import base_of, eval_mode, require_finite
 from ..models.modules import attribute
 
 DAMP = 1e-2  # added to C: this share of its mean diagonal
-# The same where weights are changed. As good right after the cut as a tenth of it or a hundredth (71.5 to 71.2 % on
-# banking77 at 30 %), but the weights that training goes on from grow by a tenth, not by a half or threefold.
+# The same where weights are changed. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
+# 30 %), but the weights grow by a tenth only, not by a half or threefold, which training continues from.
 DAMP_WEIGHTS = 1.0
-ROUND = 32  # units are removed in rounds of one in so many of those that are left
-POINTS = 4  # of a predicted curve, besides its origin: each is a solution of its own
-STEP_UP = 1 + 1e-6  # what goes later is worth more, in fp32 too
+ROUND = 32  # each round removes one in 32 of the units that are left
+POINTS = 4  # of a predicted curve, besides its origin; each needs a least-squares solution
+STEP_UP = 1 + 1e-6  # a unit that is removed later has a larger score, in fp32 too
 
 
 class FisherFactors:
     """Sums over tokens at one consuming weight: of a, a h, a h h^T and delta delta^T. samples: rows seen.
 
-    With the labels of the data, where there are any, also of delta and delta h^T: the gradients of bias and weight.
-    And over samples, of the squared gradient of a gate on each unit (`fisher`, exact sample by sample).
-    In fp32, for fp64 weights in fp64: the widest is K x K, 38 MB for an FFN of BERT-base."""
+    With labels in the batches, also of delta and delta h^T, the gradients of bias and weight; and over samples, of the
+    squared gradient of a gate on each unit (the statistic `fisher`, one sample at a time).
+    fp32, or fp64 for fp64 weights. The largest sum is K x K: 38 MB for an FFN layer of BERT-base."""
 
     def __init__(self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units=0):
         self.samples = 0
@@ -64,8 +65,8 @@ class FisherFactors:
         )
 
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
-        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: with labels drawn, and
-        with the labels given."""
+        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: delta with drawn
+        labels, given with the labels of the batch."""
         h, delta = (t.flatten(0, -2).to(self.second.dtype) for t in (h, delta))
         if given is not None:
             given = given.flatten(0, -2).to(self.second.dtype)
@@ -76,14 +77,14 @@ class FisherFactors:
         self.output.addmm_(delta.T, delta)
 
     def add_gates(self, h: Tensor, delta: Tensor, weight: Tensor, columns: Tensor) -> None:
-        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. Where the samples are
-        not told apart ([tokens, K]) they are squared together, which is the same on average: labels drawn cancel."""
+        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. If the samples are
+        not separated ([tokens, K]), the gradient of all is squared: the same on average, since drawn labels cancel."""
         h, delta = (t.flatten(1, -2) if t.dim() > 2 else t[None] for t in (h, delta))
         gate = (h * (delta.to(weight.dtype) @ weight)).sum(1)[:, columns.to(h.device)].sum(-1)
         self.gates += gate.to(self.gates.dtype).square().sum(0)
 
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
-        """h [..., K], every token that mask [...] lets through for 1, and every output: G is the identity."""
+        """h [..., K]; every token with mask [...] 1 counts the same, and so does every output (G is the identity)."""
         a = mask.flatten()[:, None].to(self.second.dtype)
         self._add(h.flatten(0, -2).to(self.second.dtype), a)
         self.output.diagonal().add_(a.sum())
@@ -94,7 +95,7 @@ class FisherFactors:
         self.second.addmm_(h.T, a * h)
 
     def inner(self, bias: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
-        """m [K] and C [K, K], damped, fp64; around 0 where no bias could take up the mean."""
+        """m [K] and the damped C [K, K], fp64; m is 0 where there is no bias to absorb the mean."""
         mean = self.first.double() / self.weight if bias is not None else torch.zeros_like(self.first).double()
         covariance = self.second - self.weight * mean[:, None] * mean
         covariance.diagonal().add_(damp * covariance.diagonal().mean())
@@ -118,12 +119,12 @@ def collect_factors(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
-    """Consuming weight -> factors; one pass forward and one back a batch, two where the batch has labels (the outputs a
-    loss). The model stays as it is.
+    """Name of each consuming weight -> its factors. One forward and one backward pass a batch, or two backward passes
+    if the batch has labels. The model stays as it is.
 
-    sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch (`sampled_loss`).
-    None: forward only, and every token counts the same, whatever the loss says (a_t = 1, G = I).
-    SensibertError for no data, or a loss that is not finite."""
+    sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
+    passes only, and every token counts the same (a_t = 1, G = I). SensibertError for no data, or a loss that is not
+    finite."""
     found, handles, seen, samples = {}, [], [], 0
     sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a layer used again has sites again
     for name, site in sites.items():
@@ -185,18 +186,18 @@ def _add_gradients(found: Mapping[str, FisherFactors], seen: list[Seen], drawn: 
 
 def _add_evenly(found: Mapping[str, FisherFactors], seen: list[Seen], mask: Tensor | None) -> None:
     for one in seen:
-        padded = mask is not None and mask.numel() * one.h.shape[-1] == one.h.numel()  # some leave the padding out
+        padded = mask is not None and mask.numel() * one.h.shape[-1] == one.h.numel()  # some models remove the padding
         weights = mask if padded else torch.ones(one.h.shape[:-1], device=one.h.device)
         found[one.site.consumer.parameter].add_evenly(one.h, weights)
 
 
 @torch.no_grad()
 def removal_costs(weight: Tensor, factors: FisherFactors, bias: Tensor | None, columns: Tensor) -> Tensor:
-    """What the loss rises by, over all samples, when each unit goes in its turn, the cheapest first: [units] fp64.
+    """Rise of the loss over all samples as units are removed one after the other, the cheapest first: fp64 [units].
 
-    weight [N, K]; columns [units, span]: the columns of each unit. Units go in rounds, and after each round the others
-    have taken over, so a unit that could stand in for those before it has become dear. Costs rise along the order of
-    removal (a unit that got cheaper costs what the one before did), so any threshold on them is a set of that order."""
+    weight [N, K]; columns [units, span]: the columns of each unit. Units are removed in rounds; after each round the
+    others compensate, so a unit that replaces removed ones becomes more expensive. Costs never fall along the order of
+    removal (a unit that became cheaper has the cost of the one before), so a threshold on them respects that order."""
     if not factors.weight > 0:  # the loss does not depend on this output
         return torch.zeros(len(columns), dtype=torch.float64)
     _, covariance = factors.inner(bias, DAMP)
@@ -243,7 +244,7 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
-    """(C_SS)^-1 C_SD: what of each dropped column each kept one takes over, [kept, dropped]."""
+    """(C_SS)^-1 C_SD [kept, dropped]: the weight of each kept column in the replacement of each dropped one."""
     return torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])
 
 
@@ -254,10 +255,11 @@ def _others(kept: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def take_over(linear: nn.Linear, factors: FisherFactors, kept: Tensor, damp: float = DAMP_WEIGHTS) -> None:
-    """Change the kept columns and the bias, in place, to what is best once the other columns are gone; those stay.
+def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, damp: float = DAMP_WEIGHTS) -> None:
+    """Set the kept columns and the bias, in place, to the best values once the other columns are removed.
 
-    W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the same solution by way of C. kept: column numbers [n]."""
+    W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the solution above, written with C. kept: column numbers [n].
+    The other columns are left as they are."""
     mean, covariance = factors.inner(linear.bias, damp)
     drop = _others(kept.to(mean.device), len(mean))
     old, shift = linear.weight[:, drop].double(), mean[drop]
@@ -273,10 +275,10 @@ def take_over(linear: nn.Linear, factors: FisherFactors, kept: Tensor, damp: flo
 def predicted_curve(
     linear: nn.Linear, factors: FisherFactors, costs: Tensor, columns: Tensor
 ) -> list[tuple[int, float]]:
-    """(units gone, predicted rise of the mean loss) when the units go in the order of their costs and the rest takes
-    over: slope along that change of the weights, costs, and gates. At 0 and at every POINTS-th of the units.
+    """[(units removed, predicted rise of the mean loss)], at 0 and at every POINTS-th of the units, when they are
+    removed in the order of their costs and the others compensate.
 
-    costs: `removal_costs` [units]; columns [units, span]. The factors must have seen labels for the slope."""
+    costs: `removal_costs` [units]; columns [units, span]. The slope needs factors that were collected with labels."""
     if not factors.weight > 0:  # the loss does not depend on this output
         return [(0, 0.0), (len(costs), 0.0)]
     mean, covariance = factors.inner(linear.bias, DAMP_WEIGHTS)

@@ -21,11 +21,11 @@ def rank_tensors(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Mean |w * g| of every trimmable weight matrix: the ranking of whole parameter tensors, most sensitive first.
+    """Parameter name -> mean |w * g| of every trimmable weight matrix, the most sensitive first.
 
-    The mean is over elements and micro-batches, g the gradient of a micro-batch's mean loss: |w * g| is what the loss
-    changes by, to first order, if the weight goes on its own, and large tensors do not win by size. Arguments as for
-    `analyze`; labels are sampled where `sampled_loss` is given."""
+    The mean is over elements and micro-batches; g is the gradient of a micro-batch's mean loss. To first order |w * g|
+    is the change of the loss if that weight alone is set to 0, and the mean does not favour large tensors. Arguments as
+    for `analyze`; without sampled_loss the labels of the batches are used."""
     layout, state = layout_of(model), dict(base_of(model).named_parameters())
     names = {m.parameter for site in layout.sites for m in site.members if state[m.parameter].dim() == 2}
     used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]

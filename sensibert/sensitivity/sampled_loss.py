@@ -1,4 +1,4 @@
-"""The loss against labels drawn from the model's own prediction: its gradient gives the true Fisher information."""
+"""The loss with labels drawn from the model's own prediction: its squared gradients estimate the Fisher information."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run lives until it is finished, what may be written where, and which checkpoints can be trusted."""
+"""Checkpoints that are known to be complete, and the folder that holds them until the run is finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
-# What of a Trainer's arguments the weights of a step depend on, where it can be told by a number or a word.
+# Arguments of a Trainer that the weights of a step depend on, as far as they are numbers or words.
 LEARNS_BY = ("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1")
 LEARNS_BY += ("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed")
 
@@ -28,7 +28,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
-    """Add structure and memory (what the run must not forget) to a checkpoint, then mark it as whole, last of all."""
+    """Add the structure of the model and the memory of the run to a checkpoint; last of all, mark it as complete."""
     folder = Path(checkpoint)
     if is_trimmed(model) or masks_of(model) is not None:
         save_structure(model, folder / STRUCTURE)
@@ -39,12 +39,12 @@ def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """SensibertError if the folder is not a whole checkpoint of ours."""
+    """SensibertError if the folder is not a complete checkpoint of a sensibert run."""
     folder = Path(checkpoint)
     try:
         wanted = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise SensibertError(f"{folder}: not a whole checkpoint ({MANIFEST} is missing or unreadable)") from None
+        raise SensibertError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or unreadable)") from None
     found = _files(folder)
     for name, size in wanted.items():
         if found.get(name) != size:
@@ -52,13 +52,13 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def learns_by(arguments: TrainingArguments) -> dict[str, object]:
-    """Those of LEARNS_BY, as JSON holds them."""
+    """The arguments named in LEARNS_BY, as JSON values."""
     found = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
     return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
 
 
 def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, object]) -> None:
-    """SensibertError if a checkpoint was made with other settings than those of the run that would go on from it."""
+    """SensibertError naming the first setting in which a checkpoint differs from the run that would resume from it."""
     for name in was | now:
         if was.get(name) != now.get(name):
             raise SensibertError(
@@ -67,18 +67,18 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-<step>`, newest first, whole or not."""
+    """The folders `checkpoint-<step>`, newest first, complete or not."""
     found = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
     return [found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)]
 
 
 def _sealed(folder: str | Path) -> list[Path]:
-    """Without those whose writing was broken off: they never came to their manifest."""
+    """Without those whose writing was interrupted: they have no manifest."""
     return [checkpoint for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).exists()]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint; None where none was finished; SensibertError if all that were are damaged."""
+    """The newest complete checkpoint; None if none was completed; SensibertError if all completed ones are damaged."""
     newest: SensibertError | None = None
     for checkpoint in _sealed(folder):
         try:
@@ -93,16 +93,16 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def partial_folder(output: str | Path) -> Path:
-    """Where a run lives until it is finished: checkpoints, the teacher. `output` appears only when it is complete."""
+    """The folder of a run until it is finished: checkpoints, teacher. `output` appears when the run is complete."""
     output = Path(output)
     return output.with_name(output.name + ".partial")
 
 
 @contextmanager
 def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
-    """(the run's folder, the checkpoint to resume from). SensibertError where something is in the way.
+    """(the run's folder, the checkpoint to resume from). SensibertError if an unfinished run is in the way.
 
-    A run that fails leaves its whole checkpoints and nothing else; without one, no trace."""
+    A run that fails leaves its complete checkpoints and nothing else; without any, it leaves nothing."""
     partial = partial_folder(output)
     checkpoint = None
     if resume:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Reordered(nn.Module):
-    """A classifier whose classes stand in another order: class i of it is class order[i] of the model."""
+    """A classifier with its classes in another order: its class i is class order[i] of the model."""
 
     def __init__(self, model: nn.Module, order: list[int]):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Model and data -> tuned model: a thin layer over transformers.Trainer.
+"""Model and data -> fine-tuned model: a thin layer over transformers.Trainer.
 
-What it adds: a learning rate that re-warms after the cut, batches of equal length, distillation, a loss that is checked
-at every step, and checkpoints that can be trusted (a manifest says when one is whole) and that carry the structure.
-What happens *between* the steps is a callback handed in from above.
+It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, a loss
+that is checked at every step, and checkpoints that say when they are complete and carry the structure. Trimming itself
+is done between the steps, by a callback.
 """
 
 from __future__ import annotations
@@ -27,19 +27,17 @@ from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
-# Batches are padded on to a multiple of so many tokens on a GPU, and once the model is cut in bf16 on a CPU: a trimmed
-# model's layers have widths of their own, so a length makes matrix products of many shapes, and what cuBLAS and oneDNN
-# prepare for a new one costs more than the padding. On a CPU, MiniLM cut to half, steps on lengths of which none comes
-# twice take 0.80 of the time so (`bench/bench_step.py`); a whole model meets few shapes, and fp32 prepares nothing.
-# Squad has 178 lengths in 331 batches of 32 rows, 38 in eights.
+# Batches are padded to a multiple of this many tokens on a GPU, and in bf16 on a CPU once the model is trimmed: its
+# layers have different widths, so every new length brings many new matrix shapes, and preparing those in cuBLAS and
+# oneDNN costs more than the padding. On a CPU, with MiniLM at half and every length new, a step takes 0.80 of the time
+# (`bench/bench_step.py`); an untrimmed model has few shapes, and fp32 prepares nothing. squad has 178 lengths in 331
+# batches of 32 rows, or 38 multiples of 8.
 MULTIPLE = 8
-
-
-ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # which MaskedAdamW takes the place of
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # MaskedAdamW is used in their place
 
 
 class LengthSampler(Sampler[int]):
-    """Batches of similar length; the order depends on (seed, epoch) alone, so a resumed run sees the same."""
+    """Batches of similar length. The order depends on seed and epoch alone, so a resumed run sees the same."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
@@ -56,13 +54,13 @@ class LengthSampler(Sampler[int]):
 
 
 class TrimTrainer(Trainer):
-    """transformers.Trainer that survives a model whose tensors shrink on the way.
+    """transformers.Trainer for a model whose tensors shrink during training.
 
-    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: asked at every step; once it gives a
-    model, the loss is what `distil` makes of both. Before a checkpoint is loaded, callbacks that have a `resume_from`
-    are told which (`TrimCallback`), and if it is of a trimmed model, the one that has a `restructure` cuts the model
-    alike. A train set that offers `.lengths` is read in batches of similar length; what a collator that offers
-    `.extended` gives is padded on where that is quicker."""
+    lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: called at every step; once it returns a
+    model, the loss is mixed with the distillation loss (`distil`). Before a checkpoint is loaded, callbacks with a
+    `resume_from` receive its path, and if it is of a trimmed model, a callback with a `restructure` trims the model
+    (`TrimCallback` has both). A training set with `.lengths` is read in batches of similar length; batches of a
+    collator with `.extended` are padded to multiples where that is faster. AdamW is MaskedAdamW."""
 
     def __init__(
         self,
@@ -73,7 +71,7 @@ class TrimTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        # Heads that are told the number of items divide by it, the others do not: Trainer shall divide by the steps.
+        # Some heads divide by the number of items if they get it, others do not: Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
@@ -117,7 +115,7 @@ class TrimTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = _padded_on(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
+        inputs = _padded(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -129,7 +127,7 @@ class TrimTrainer(Trainer):
         return loss
 
     def _run_epoch(self, *args, **kwargs):
-        # From a checkpoint of the last step, in the midst of an epoch, Trainer would take one step more.
+        # From a checkpoint of the last step, within an epoch, Trainer would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -145,7 +143,8 @@ class TrimTrainer(Trainer):
             cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
             if not cutters:
                 raise SensibertError(
-                    f"{resume_from_checkpoint}: of a trimmed model, want a TrimCallback to cut this one"
+                    f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to "
+                    "trim this one"
                 )
             cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -159,11 +158,11 @@ class TrimTrainer(Trainer):
 
 
 def want_one_process(arguments: TrainingArguments) -> None:
-    """DDP's reducer would hold on to the parameters of before a cut, and the processes drift apart without a word."""
+    """SensibertError for several processes: DDP would keep reducing the gradients of parameters from before the cut."""
     if arguments.world_size > 1:
         raise SensibertError(
-            f"finetune: trimming while training runs in one process, {arguments.world_size} were started; "
-            "trim first (sensibert trim), then train the smaller model in as many as you like"
+            f"finetune: world_size is {arguments.world_size}, want 1: trimming during training runs in one process; "
+            "to use several, trim first (sensibert trim), then train the smaller model"
         )
 
 
@@ -176,9 +175,9 @@ def finetune(
     checkpoint: str | Path | None = None,
     **trainer_options,
 ) -> TrimTrainer:
-    """Train a model in place, in one process, from a checkpoint of the same run if one is given; returns the trainer.
+    """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
 
-    callbacks may cut the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
+    callbacks: may trim the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
     SensibertError for a loss that is not finite or a damaged checkpoint."""
     want_one_process(arguments)
     trainer = TrimTrainer(
@@ -189,7 +188,7 @@ def finetune(
         callbacks=list(callbacks),
         **trainer_options,
     )
-    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume goes on from the last whole checkpoint"):
+    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
 
@@ -197,7 +196,7 @@ def finetune(
 LABELS = ("labels", "start_positions", "end_positions")
 
 
-def _padded_on(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
+def _padded(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
     gains = device.type == "cuda" or (bf16 and is_trimmed(model))
     return collator.extended(batch, MULTIPLE) if gains and hasattr(collator, "extended") else batch
 
@@ -206,9 +205,9 @@ def _padded_on(model: nn.Module, batch: dict, collator: Callable, device: torch.
 def predict(
     model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
 ) -> np.ndarray | tuple[np.ndarray, ...]:
-    """Logits in the order of `data`, computed in batches of similar length, so little is padded.
+    """Logits in the order of `data`, computed in batches of similar length, so that little is padded.
 
-    [n, C]; for tokens [n, S, C], and for answers (start [n, S], end [n, S]). A row means nothing behind its tokens."""
+    [n, C]; of tokens [n, S, C]; of answers (start [n, S], end [n, S]). What follows a row's own tokens is -100."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
@@ -218,7 +217,7 @@ def predict(
         for begin in range(0, len(order), batch_size):
             chosen = [int(i) for i in order[begin : begin + batch_size]]
             batch = collator([data[i] for i in chosen])
-            batch = _padded_on(model, batch, collator, device, autocast == torch.bfloat16)
+            batch = _padded(model, batch, collator, device, autocast == torch.bfloat16)
             batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
             mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
             with mixed, quick_attention(device):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.artifacts import Plan
 from ..core.errors import SensibertError
-from ..sensitivity.kfac_obs import DAMP_WEIGHTS, FisherFactors, consumer, take_over
+from ..sensitivity.kfac_obs import DAMP_WEIGHTS, FisherFactors, compensate_weights, consumer
 
 
 def compensate(model: nn.Module, plan: Plan, factors: Mapping[str, FisherFactors], damp: float = DAMP_WEIGHTS) -> None:
@@ -28,4 +28,4 @@ def compensate(model: nn.Module, plan: Plan, factors: Mapping[str, FisherFactors
         if not found.weight > 0:  # the loss does not depend on this output
             continue
         kept = site.consumer.index(plan.kept(site.name).to(found.first.device), site.units)
-        take_over(consumer(model, site.consumer.parameter), found, kept, damp)
+        compensate_weights(consumer(model, site.consumer.parameter), found, kept, damp)

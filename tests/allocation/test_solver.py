@@ -1,4 +1,4 @@
-"""The budget solver against trying everything, and its two implementations against each other."""
+"""The budget solver against trying everything."""
 
 import itertools
 
@@ -66,7 +66,7 @@ def test_an_impossible_budget_says_what_would_do():
 
 
 @pytest.mark.parametrize(
-    "costs, values, capacity, said",
+    "costs, values, capacity, message",
     [
         ([[1]], [], 1, "values has 0 groups, want 1 as costs"),
         ([[]], [[]], 1, "group 0 has 0 costs and 0 values"),
@@ -76,6 +76,6 @@ def test_an_impossible_budget_says_what_would_do():
         ([[1]], [[1.0]], -1, "capacity is -1"),
     ],
 )
-def test_a_bad_argument_is_named(costs, values, capacity, said):
-    with pytest.raises(ValueError, match=f"solve_budget: .*{said}|solve_budget: {said}"):
+def test_a_bad_argument_is_named(costs, values, capacity, message):
+    with pytest.raises(ValueError, match=f"solve_budget: .*{message}|solve_budget: {message}"):
         solve_budget(costs, values, capacity)

@@ -1,6 +1,5 @@
 // Runs masked_linear_dweight.cu. arrays: int64 {M, N, K, dy_stride, x_stride, dtype, num_chunks, num_tiles,
-// num_dropped, w_dtype, reduce, finish}; dy, x, dw; tiles, dropped of the block list; out of the score (empty: none), w,
-// float {decay, scale}. num_chunks 0: what dweight_chunks says, and it is left there.
+// num_dropped}; dy, x, dw; tiles, dropped of the block list. num_chunks 0: what dweight_chunks says, and it is left there.
 #include "../../csrc/kernels/masked_linear_dweight.cu"
 
 #include "harness.h"
@@ -12,18 +11,10 @@ cudaError_t run(std::vector<Array>& a) {
     const DweightProblem problem = {a[1].data, a[2].data, a[3].data, n[0],        n[1],
                                     n[2],      n[3],      n[4],      DType(n[5]), num_chunks};
     const BlockList list = {a[4].as<int32_t>(), a[5].as<int32_t>(), int(n[7]), int(n[8])};
-    const float* factors = a[8].as<float>();
-    const DweightScore score = {a[6].bytes ? a[6].as<float>() : nullptr,
-                                a[7].data,
-                                DType(n[9]),
-                                Reduce(n[10]),
-                                Finish(n[11]),
-                                factors[0],
-                                factors[1]};
     const size_t bytes = size_t(dweight_scratch_bytes(n[7], num_chunks));
     void* scratch = malloc(bytes);
     memset(scratch, 0xff, bytes);  // NaN, and -1
-    const cudaError_t error = launch_masked_linear_dweight(problem, list, score, scratch, nullptr);
+    const cudaError_t error = launch_masked_linear_dweight(problem, list, scratch, nullptr);
     free(scratch);
     return error;
 }

@@ -111,5 +111,5 @@ def python(binding: Path, *command: str) -> str:
 def ops_tests_pass(binding: Path, op: str, chosen: str) -> None:
     """The tests of an op (tests/ops/**/test_<op>.py), those of the CPU that `-k chosen` names, through the binding."""
     choice = [str(next((ROOT / "tests" / "ops").rglob(f"test_{op}.py"))), "-k", chosen, "-m", "not gpu"]
-    said = python(binding, "-m", "pytest", "-q", "-x", "-p", "tests.native.through_binding", *choice)
-    assert " passed" in said, said
+    output = python(binding, "-m", "pytest", "-q", "-x", "-p", "tests.native.through_binding", *choice)
+    assert " passed" in output, output

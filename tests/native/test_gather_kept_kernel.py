@@ -117,10 +117,10 @@ from tests.native import through_binding
 from tests.ops.test_gather_kept import op_arguments
 op = torch.ops.sensibert.gather_kept_
 
-def refused(index, change, said):
+def refused(index, change, message):
     arguments = list(op_arguments())
     arguments[index] = change(arguments[index])
-    through_binding.refused(said, op, *arguments)
+    through_binding.refused(message, op, *arguments)
 
 refused(0, lambda out: out[1:], "out has 1 entries, want 2 as weight")
 refused(0, lambda out: [out[0][1:], out[1]], "contiguous elements on the device of weight[0]")

@@ -44,9 +44,9 @@ def test_a_barrier_that_some_threads_miss_is_named(machine):
         machine("plain", DIVERGENT, torch.zeros(64), torch.zeros(64))
 
 
-@pytest.mark.parametrize("what, said", [(MISALIGNED, "misaligned address"), (OVERRUN, "heap-buffer-overflow")])
-def test_a_bad_access_is_caught(machine, what, said):
-    with pytest.raises(KernelFailed, match=said):
+@pytest.mark.parametrize("what, message", [(MISALIGNED, "misaligned address"), (OVERRUN, "heap-buffer-overflow")])
+def test_a_bad_access_is_caught(machine, what, message):
+    with pytest.raises(KernelFailed, match=message):
         machine("asan", what, torch.randn(128), torch.zeros(128))
 
 

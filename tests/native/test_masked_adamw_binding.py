@@ -46,10 +46,10 @@ for a, b in zip(flat(ours), flat(theirs)):
 assert any(not torch.equal(a, b) for a, b in zip(flat(ours), flat(start))), "nothing was written"
 torch.library.opcheck(op.default, clone())
 
-def wrong(index, value, said):
+def wrong(index, value, message):
     arguments = list(clone())
     arguments[index] = value(arguments[index])
-    refused(said, op, *arguments)
+    refused(message, op, *arguments)
 
 # Held, then run: the same bits wherever parameters and gradients are, and False where something does not fit.
 def run(arguments, held, params=None, grads=None, lr=None):

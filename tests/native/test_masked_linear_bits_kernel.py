@@ -99,7 +99,7 @@ def test_the_width_is_chosen_if_none_is_given(kernel, M, blocks):
 
 @pytest.mark.parametrize("build", ["asan", "tsan"])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_sanitizers_have_nothing_to_say(kernel, build, by_columns):
+def test_sanitizers_find_nothing(kernel, build, by_columns):
     args = make_inputs(40, 136, 328)  # two tiles of more steps than the ring has stages
     check(run(kernel, *args, 192, by_columns, build=build, CUDA_ON_CPU_BLOCKS=1), *args)
 

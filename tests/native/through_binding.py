@@ -8,11 +8,11 @@ import torch
 torch.ops.load_library(os.environ["SENSIBERT_TEST_BINDING"])
 
 
-def refused(said: str, op, *arguments) -> None:
+def refused(message: str, op, *arguments) -> None:
     """The binding must not take these arguments, and say why."""
     try:
         op(*arguments)
     except RuntimeError as error:
-        assert said in str(error), error
+        assert message in str(error), error
     else:
-        raise AssertionError(f"not refused: {said}")
+        raise AssertionError(f"not refused: {message}")

@@ -38,7 +38,7 @@ def test_replace_keeps_parameters_hooks_and_outputs():
 
 
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.row(), Grid.column(), Grid.block(3, 2)], ids=str)
-def test_restore_burns_the_masks_in(grid):
+def test_restore_sets_dropped_weights_to_zero(grid):
     model, x = make_model().double(), torch.randn(3, 6, dtype=torch.float64)
     parameters = list(model.parameters())
     replace(model, half(model, grid))
@@ -140,7 +140,7 @@ def test_from_linear_refuses_a_subclass():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_transformers_model_goes_there_and_back(family):
+def test_a_transformers_model_is_replaced_and_restored(family):
     model, batch = tiny_model(family), tiny_batch()
     keys, want = list(model.state_dict()), model(**batch).logits
     replace(model)

@@ -201,7 +201,7 @@ def test_a_mask_of_the_same_shape_is_set_in_place():
     assert layer.keep.shape == (8, 12) and layer.grid == Grid.element()
 
 
-def test_repr_says_grid_and_share():
+def test_repr_shows_grid_and_share():
     layer = MaskedLinear(12, 8, grid=Grid.rows(4))
     layer.set_keep(torch.tensor([[True], [False]]))
     assert repr(layer) == "MaskedLinear(in_features=12, out_features=8, bias=True, grid=rows:4, kept=1/2)"

@@ -129,22 +129,22 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_does_not_fit_is_named(said):
-    with pytest.raises(ValueError, match=f"gather_kept: {said}"):
-        gather_kept(*WRONG[said])
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named(message):
+    with pytest.raises(ValueError, match=f"gather_kept: {message}"):
+        gather_kept(*WRONG[message])
 
 
 @pytest.mark.parametrize(
-    "said, options",
+    "message, options",
     [
         ("out has 0 entries, want 1", {"out": []}),
         (r"out\[0\] is torch.float32 \(3, 4\) on cpu, want a float \(2, 1\)", {"out": [W]}),
         (r"want torch.float16 \(2, 1\)", {"out": [W[:2, :1]], "dtype": torch.float16}),
     ],
 )
-def test_a_matrix_that_cannot_be_written_is_named(said, options):
-    with pytest.raises(ValueError, match=f"gather_kept: .*{said}"):
+def test_a_matrix_that_cannot_be_written_is_named(message, options):
+    with pytest.raises(ValueError, match=f"gather_kept: .*{message}"):
         gather_kept([W], [R], [C], **options)
 
 

@@ -271,11 +271,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_does_not_fit_is_named(said):
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named(message):
     state, options = list(make_state()), dict(SETTINGS)
-    WRONG[said](state, options)
-    with pytest.raises(ValueError, match=f"masked_adamw: .*{said}"):
+    WRONG[message](state, options)
+    with pytest.raises(ValueError, match=f"masked_adamw: .*{message}"):
         masked_adamw(*state, **options)
 
 

@@ -1,4 +1,4 @@
-"""Exactly k survive, the right k, and every layout of the answer says the same."""
+"""Exactly k survive, and the right k."""
 
 import math
 
@@ -75,40 +75,6 @@ def test_any_values_give_the_sorted_answer(lists, data):
     assert_true(select_threshold(scores, k), scores, k)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 9), st.integers(1, 9), st.data())
-def test_bits_and_tiles_tell_what_keep_tells(N, K, rows, cols, data):
-    k = data.draw(st.integers(0, N * K))
-    got = select_threshold([torch.randn(N, K)], k, bits=True, tile=(rows, cols))
-    assert_layouts(got, rows, cols)
-
-
-def assert_layouts(got, rows, cols):
-    for keep, bits, occupancy in zip(got.keep, got.bits, got.occupancy, strict=True):
-        mask = keep.cpu().reshape((*keep.shape, 1, 1)[:2])
-        N, K = mask.shape
-        assert bits.dtype == occupancy.dtype == torch.uint8
-        assert bits.shape == (N, math.ceil(K / 8)) and occupancy.shape == (math.ceil(N / rows), math.ceil(K / cols))
-        for n in range(N):
-            packed = b"".join(int(b).to_bytes(1, "little") for b in bits[n])
-            want = sum(1 << i for i in range(K) if mask[n, i])  # lowest bit first, padding 0
-            assert int.from_bytes(packed, "little") == want, f"row {n}"
-        for i in range(occupancy.shape[0]):
-            for j in range(occupancy.shape[1]):
-                block = mask[i * rows : (i + 1) * rows, j * cols : (j + 1) * cols]
-                assert occupancy[i, j] == (2 if block.all() else 1 if block.any() else 0), f"tile {i}, {j}"
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("tile", [(1, 1), (2, 4), (64, 64), (3, 5)])
-def test_ragged_tiles_vectors_scalars_and_empty_tensors_have_layouts_too(tile, device):
-    scores = make_scores(torch.float32, device, [(7, 11), (5,), (), (0, 4), (3, 0), (64, 64), (130, 66)])
-    for k in (0, 40, sum(s.numel() for s in scores)):
-        got = select_threshold(scores, k, bits=True, tile=tile)
-        assert_true(got, scores, k)
-        assert_layouts(got, *tile)
-
-
 def test_ties_go_to_the_earlier_tensor_then_the_lower_index():
     a, b = torch.tensor([1.0, 5.0, 1.0]), torch.tensor([1.0, 1.0])
     assert [m.tolist() for m in select_threshold([a, b], 3).keep] == [[True, True, True], [False, False]]
@@ -129,17 +95,16 @@ def test_nan_is_counted_and_kept_only_when_nothing_else_is_left():
 
 
 def test_nothing_to_select_from_is_a_selection_too(device):
-    assert select_threshold([], 0) == ([], math.inf, 0, [], [])
-    got = select_threshold([torch.empty(0, 3, device=device)], 0, bits=True, tile=(2, 2))
-    assert got.keep[0].shape == (0, 3) and got.bits[0].shape == (0, 1) and got.occupancy[0].shape == (0, 2)
+    assert select_threshold([], 0) == ([], math.inf, 0)
+    got = select_threshold([torch.empty(0, 3, device=device)], 0)
+    assert got.keep[0].shape == (0, 3) and got.num_nan == 0
 
 
 def test_strided_and_shifted_views_are_read_as_they_look(device):
     base = make_scores(torch.float32, device, [(40, 50)])[0]
     views = [base.t(), base[1::3, ::2], base.flatten()[1:], base[:1].expand(5, -1)]
-    got = select_threshold(views, 1000, bits=True, tile=(8, 8))
+    got = select_threshold(views, 1000)
     assert_true(got, views, 1000)
-    assert_layouts(got, 8, 8)
 
 
 def test_scores_with_a_gradient_are_selected_without_one():
@@ -149,14 +114,13 @@ def test_scores_with_a_gradient_are_selected_without_one():
 
 def test_registration(device):
     scores = make_scores(torch.float32, device, [(3, 9), (5,)])
-    got = select_threshold(scores, 7, bits=True, tile=(2, 4))
-    args = (got.keep, got.bits, got.occupancy, got.threshold, got.num_nan, scores, 7, 2, 4)
-    torch.library.opcheck(torch.ops.sensibert.select_threshold_, args)
+    got = select_threshold(scores, 7)
+    torch.library.opcheck(torch.ops.sensibert.select_threshold_, (*got, scores, 7))
 
 
 def test_compiles_without_a_graph_break(device):
     def step(scores):
-        got = select_threshold([s * 2 for s in scores], 9, bits=True, tile=(2, 4))
+        got = select_threshold([s * 2 for s in scores], 9)
         return [s * m for s, m in zip(scores, got.keep)], got
 
     scores = [torch.randn(3, 9, device=device), torch.randn(5, device=device)]
@@ -166,24 +130,21 @@ def test_compiles_without_a_graph_break(device):
 
 
 @pytest.mark.parametrize(
-    "scores, k, options, message",
+    "scores, k, message",
     [
-        ([torch.zeros(3)], 4, {}, r"k is 4, want an int in \[0, 3\]"),
-        ([torch.zeros(3)], -1, {}, r"k is -1, want an int in \[0, 3\]"),
-        ([torch.zeros(3)], 1.0, {}, r"k is 1.0, want an int"),
-        ([torch.zeros(3)], True, {}, r"k is True, want an int"),
-        ([], 1, {}, r"k is 1, want an int in \[0, 0\]"),
-        ([torch.zeros(3), torch.zeros(3).double()], 1, {}, r"scores\[1\] is torch.float64, want float32, bfloat16 or"),
-        ([torch.zeros(3, dtype=torch.int32)], 1, {}, r"scores\[0\] is torch.int32"),
-        ([torch.zeros(3), torch.zeros(3, device="meta")], 1, {}, r"scores\[1\] is on meta, want cpu like scores\[0\]"),
-        ([torch.zeros(2, 2, 2)], 1, {"bits": True}, r"scores\[0\] is \(2, 2, 2\), want at most 2 axes"),
-        ([torch.zeros(2, 2)], 1, {"tile": (0, 4)}, r"tile is \(0, 4\), want two sizes of at least 1"),
-        ([torch.zeros(2, 2)], 1, {"tile": (4,)}, r"tile is \(4,\), want two sizes"),
+        ([torch.zeros(3)], 4, r"k is 4, want an int in \[0, 3\]"),
+        ([torch.zeros(3)], -1, r"k is -1, want an int in \[0, 3\]"),
+        ([torch.zeros(3)], 1.0, r"k is 1.0, want an int"),
+        ([torch.zeros(3)], True, r"k is True, want an int"),
+        ([], 1, r"k is 1, want an int in \[0, 0\]"),
+        ([torch.zeros(3), torch.zeros(3).double()], 1, r"scores\[1\] is torch.float64, want float32, bfloat16 or"),
+        ([torch.zeros(3, dtype=torch.int32)], 1, r"scores\[0\] is torch.int32"),
+        ([torch.zeros(3), torch.zeros(3, device="meta")], 1, r"scores\[1\] is on meta, want cpu like scores\[0\]"),
     ],
 )
-def test_a_wrong_argument_is_named(scores, k, options, message):
+def test_a_wrong_argument_is_named(scores, k, message):
     with pytest.raises(ValueError, match="select_threshold: " + message):
-        select_threshold(scores, k, **options)
+        select_threshold(scores, k)
 
 
 def test_more_scores_than_an_int32_can_count_are_counted():
@@ -220,9 +181,9 @@ def test_a_model_on_the_gpu_is_selected_as_on_the_cpu_and_every_time_the_same(ki
     scores.append(scores[0].bfloat16())
     total, on_gpu = sum(s.numel() for s in scores), [s.cuda() for s in scores]
     for k in (1, total // 3, total // 2, total - 1, total):
-        want = select_threshold(scores, k, bits=True, tile=(64, 64))
+        want = select_threshold(scores, k)
         for _ in range(3):
-            assert_equal(select_threshold(on_gpu, k, bits=True, tile=(64, 64)), want)
+            assert_equal(select_threshold(on_gpu, k), want)
 
 
 @pytest.mark.gpu
@@ -231,15 +192,15 @@ def test_a_captured_selection_follows_new_scores():
     scores = [torch.randn(300, 200, device="cuda"), torch.randn(501, device="cuda")]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        select_threshold(scores, 9999, bits=True, tile=(32, 32))
+        select_threshold(scores, 9999)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            held = select_threshold(scores, 9999, bits=True, tile=(32, 32))
+            held = select_threshold(scores, 9999)
     for _ in range(3):
         for s in scores:
             s.normal_()
         graph.replay()
-        assert_equal(held, select_threshold([s.cpu() for s in scores], 9999, bits=True, tile=(32, 32)))
+        assert_equal(held, select_threshold([s.cpu() for s in scores], 9999))
 
 
 @pytest.mark.gpu

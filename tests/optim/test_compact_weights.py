@@ -135,7 +135,7 @@ def test_kernels_that_apply_the_masks_get_the_cast_weight_if_it_is_whole(path, g
 def test_the_weight_gradient_has_full_size_and_exact_zeros(grid):
     layer, _ = make_pair(grid)
     x = torch.randn(5, 12)
-    x[:, ~grid.expand(layer.keep, 8, 12).any(0)] = torch.nan  # columns that nobody keeps are not read
+    x[:, ~grid.expand(layer.keep, 8, 12).any(0)] = torch.nan  # columns without a kept weight are not read
     layer.weight.grad = None
     with torch.autocast("cpu", BF16):
         layer(x).float().square().sum().backward()
@@ -415,6 +415,14 @@ def test_an_exported_program_does_not_hold_it(strict):
     with torch.autocast("cpu", BF16):
         program = torch.export.export(layer, (x,), strict=strict)
         assert set(program.constants) == {"keep"} and torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_autocast_of_the_cpu_does_not_reach_a_layer_on_the_gpu():
+    layer, _ = make_pair(device="cuda")
+    with torch.autocast("cuda", torch.float16), torch.autocast("cpu", BF16):
+        assert layer(torch.randn(5, 12, device="cuda")).dtype == torch.float16
 
 
 @pytest.mark.gpu

@@ -73,8 +73,8 @@ def test_the_factors_of_adafactor_are_sliced_with_their_rows_and_columns(kind):
     (of_rows, of_cols), rows, cols = factors(weight), torch.tensor([4, 0, 1]), torch.tensor([3, 1])
     new = nn.Parameter(weight.detach()[rows][:, cols].clone())
     slice_state(optimizer, weight, new, {0: rows, 1: cols})
-    for found, wanted in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
-        assert torch.equal(found, wanted)
+    for factor, wanted in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
+        assert torch.equal(factor, wanted)
     train(optimizer, 1)
 
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_scored_is_said(model):
     for statistic in ("taylor", "soft_gates"):
         with pytest.raises(SensibertError, match="batches is empty, want at least one"):
             analyze(model, (), statistic)
-        with pytest.raises(SensibertError, match="gave no loss, want labels in the batch"):
+        with pytest.raises(SensibertError, match="returned no loss, want labels in the batch"):
             analyze(model, [tiny_batch()], statistic)
     with pytest.raises(SensibertError, match="batches is empty"):
         rank_tensors(model, ())

@@ -18,9 +18,9 @@ from sensibert.sensitivity.kfac_obs import (
     STEP_UP,
     FisherFactors,
     collect_factors,
+    compensate_weights,
     predicted_curve,
     removal_costs,
-    take_over,
 )
 from tests.helpers import tiny_batch, tiny_model
 
@@ -120,7 +120,7 @@ def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias
     for gone, rise in curve[1:]:
         changed, order = copy.deepcopy(linear), costs.argsort()
         kept = columns[order[gone:]].flatten().sort().values
-        take_over(changed, factors, kept)
+        compensate_weights(changed, factors, kept)
         clear = torch.ones(12, dtype=torch.bool)
         clear[kept] = False
         changed.weight[:, clear] = 0

@@ -64,8 +64,8 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors has 3 bytes, want 7"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has 0 bytes, want 7"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "not a whole checkpoint"),
-        (lambda folder: (folder / MANIFEST).unlink(), "not a whole checkpoint"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "not a complete checkpoint"),
+        (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
     ],
 )
 def test_damage_is_noticed(tmp_path, model, damage, said):

@@ -142,7 +142,7 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path):
 
 def test_a_damaged_checkpoint_is_not_read(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(SensibertError, match="checkpoint-2: not a whole checkpoint"):
+    with pytest.raises(SensibertError, match="checkpoint-2: not a complete checkpoint"):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), checkpoint=tmp_path / "checkpoint-2")
 
 
@@ -175,7 +175,9 @@ def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
 
 def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(SensibertError, match="runs in one process, 2 were started; trim first"):
+    with pytest.raises(
+        SensibertError, match="world_size is 2, want 1: trimming during training runs in one process; trim first"
+    ):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path))
 
 

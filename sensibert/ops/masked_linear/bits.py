@@ -12,12 +12,12 @@ from ...core.grid import Grid
 
 OP = "sensibert::masked_linear_bits"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor bits, bool by_columns) -> Tensor")
-ROW_BYTES = 16  # rows of bits start at multiples of it, which the kernel's copies want
+ROW_BYTES = 16  # rows of bits start at multiples of it, as the kernel's copies need
 
 
 def pack(kept: Tensor) -> Tensor:
-    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0: as select_threshold packs. The
-    rows lie a multiple of ROW_BYTES apart."""
+    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0. The rows lie a multiple
+    of ROW_BYTES apart."""
     N, K = kept.shape
     bytes_of = F.pad(kept, (0, -K % (8 * ROW_BYTES))).view(N, -1, 8).to(torch.uint8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
@@ -26,8 +26,8 @@ def pack(kept: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, num_cols: int) -> Tensor:
     """uint8 [N, ceil(K / 8)] -> bool [N, K]."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits[:, :, None] >> places & 1).flatten(1)[:, :num_cols].bool()
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, :, None] >> shifts & 1).flatten(1)[:, :num_cols].bool()
 
 
 def row_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:

@@ -1,14 +1,14 @@
-"""Which way a masked matmul is computed: a pure function of the problem, every answer with its reason.
+"""Which path a masked matmul takes: a pure function of the problem that gives its reason with each answer.
 
 All paths give the same result up to rounding. They differ in what is multiplied:
   dense      W itself; only where nothing is dropped
   compact    the rows and columns that still hold a kept block, gathered into a smaller matrix
-  masked     a masked copy of W in the compute dtype; what it gives (y, dx or dW) comes at full size
+  masked     a masked copy of W in the compute dtype; the result (y, dx or dW) has full size
   reference  the formula: a masked copy of W and of x
-  tiles      W as it lies in memory, empty tiles never loaded (own kernel, sm_90)
-  bits       W as it lies in memory, one bit a weight applied on the way (own kernel, sm_90)
-On a GPU the one with the least estimated time is taken: a compact product is smaller, but its result has to be spread
-over the full width again, and for a narrow layer that costs more than what it saves.
+  tiles      W as stored in memory, empty tiles never loaded (own kernel, sm_90)
+  bits       W as stored in memory, one bit a weight applied on the way (own kernel, sm_90)
+On a GPU the path with the least estimated time is taken: a compact product is smaller, but its result has to be spread
+over the full width again, and for a narrow layer that costs more than it saves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from ...core.grid import Grid
 
 PATHS = ("compact", "masked", "bits", "tiles", "dense", "reference")
-# Kernels of our own may be a default once bench rows on that card have shown where they win; until then: force().
+# Own kernels may be a default once bench rows on that GPU show where they are faster; until then: force().
 MEASURED: frozenset[str] = frozenset({"tiles", "bits"})
 # path -> the op whose CUDA kernel it needs
 KERNELS = {"tiles": "sensibert::masked_linear_tiles", "bits": "sensibert::masked_linear_bits"}
@@ -59,13 +59,13 @@ def built() -> frozenset[str]:
     return frozenset(path for path, op in KERNELS.items() if has_kernel(op, "CUDA"))
 
 
-# Of one H200 in bf16, by bench_masked_linear: what decides is how they stand to each other, which other cards share.
+# Measured on one H200 in bf16 by bench_masked_linear. Only their ratios matter, which other GPUs share.
 FLOP_PER_US, BYTES_PER_US, LAUNCH_US = 620e6, 3.4e6, 2.5
-TAKE_US = 4.5  # a launch of take_columns, which waits for its index first
+TAKE_US = 4.5  # a launch of take_columns, which loads its index first
 
 
 def estimate(path: str, problem: Problem) -> float:
-    """Microseconds on a GPU. Of `dense` what the plain matmul takes, whether or not it may be used."""
+    """Estimated microseconds on a GPU; for `dense` those of the plain matmul, whether or not it may be used."""
     M, N, K, size = *problem[:3], problem.dtype.itemsize
     dense = 2 * M * N * K / FLOP_PER_US + LAUNCH_US
     if path == "bits":
@@ -114,7 +114,7 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
 
 
 def refusal(path: str, problem: Problem, built: frozenset[str] = frozenset()) -> str | None:
-    """Why this path cannot run this problem; None if it can."""
+    """The reason why this path cannot run this problem, or None if it can."""
     if path not in PATHS:
         return f"unknown, want one of {', '.join(PATHS)}"
     if path == "dense" and problem.density < 1:
@@ -139,10 +139,10 @@ _forced: str | None = None
 
 @contextmanager
 def force(path: str | None) -> Iterator[None]:
-    """Within the block every masked_linear of the process, backward too, takes this path (None: the default).
+    """A context in which every masked_linear of the process, backward too, takes this path (None: the default).
 
     For benches and tests. ValueError if the path is unknown, or at the call if it cannot run that problem."""
-    global _forced  # not a context variable: autograd runs backward on threads of its own
+    global _forced  # not a context variable: autograd runs backward on its own threads
     if path is not None and path not in PATHS:
         raise ValueError(f"force: path is {path!r}, want one of {', '.join(PATHS)}")
     before, _forced = _forced, path
@@ -163,7 +163,7 @@ def resolve(problem: Problem) -> Choice:
 
 
 def architecture(device: torch.device) -> str:
-    """ "cpu" for everything without CUDA cores of its own, else "sm_<major><minor>"."""
+    """ "sm_<major><minor>" for a CUDA device, else "cpu"."""
     if device.type != "cuda":
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,6 +1,5 @@
-"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only and
-scores each while it is in registers (csrc/kernels), and here its reference, which reads the same list. Keep grids as
-in masked_linear_tiles."""
+"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only
+(csrc/kernels), and here its reference, which reads the same list. Keep grids as in `tiles`."""
 
 from __future__ import annotations
 
@@ -16,11 +15,6 @@ from .tiles import BAND, kept_blocks
 
 OP = "sensibert::masked_linear_tiles_dweight"
 define(OP, "(Tensor dy, Tensor x, Tensor tiles, Tensor dropped) -> Tensor")
-define(
-    OP + "_score_",
-    "(Tensor(a!) out, Tensor dy, Tensor x, Tensor weight, Tensor tiles, Tensor dropped, str reduce, str finish, "
-    "float decay, float scale) -> Tensor",
-)
 TILE_BANDS = 4  # blocks of a row in an output tile, at most
 
 
@@ -61,8 +55,8 @@ def _tiles(rows: list[set[int]], i: int, j: int) -> Iterator[list[int]]:
     only_i, only_j = sorted(rows[i] - set(both)), sorted(rows[j] - set(both)) if i != j else []
     while both or (only_i and only_j):
         shared, both = both[:TILE_BANDS], both[TILE_BANDS:]
-        room = TILE_BANDS - len(shared)
-        own_i, own_j, only_i, only_j = only_i[:room], only_j[:room], only_i[room:], only_j[room:]
+        free = TILE_BANDS - len(shared)
+        own_i, own_j, only_i, only_j = only_i[:free], only_j[:free], only_i[free:], only_j[free:]
         yield [i, j, len(own_i), len(shared), len(own_j), *own_i, *shared, *own_j]
     row, rest = (i, only_i) if only_i else (j, only_j)
     num_tiles = -(-len(rest) // (2 * TILE_BANDS))
@@ -81,21 +75,6 @@ def reference(dy: Tensor, x: Tensor, tiles: Tensor, dropped: Tensor) -> Tensor:
     return _blank(dy.flatten(0, -2).T @ x.flatten(0, -2), tiles)
 
 
-def reference_score(out, dy, x, weight, tiles, dropped, reduce, finish, decay, scale):
-    """dweight as `reference`; out [ceil(N / 64), ceil(K / 64)] fp32 = decay * out + scale * finish(total), total the
-    reduction of weight [N, K] * dweight over a block as in block_sensitivity, dweight not yet rounded to x's dtype."""
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dweight = reference(dy.to(exact), x.to(exact), tiles, dropped)
-    terms = _blank(weight.to(exact) * dweight, tiles)
-    terms = terms if reduce == "signed" else terms.abs() if reduce == "abs" else terms.square()
-    rows, cols = (torch.arange(size, device=x.device) // BAND for size in terms.shape)
-    totals = terms.new_zeros(len(out), terms.shape[1]).index_add_(0, rows, terms)
-    totals = terms.new_zeros(out.shape).index_add_(1, cols, totals)
-    totals = (totals.square() if finish == "square" else totals.abs() if finish == "abs" else totals).float()
-    out.copy_(totals * scale + (out * decay if decay else 0))
-    return dweight.to(x.dtype)
-
-
 def _blank(t: Tensor, tiles: Tensor) -> Tensor:
     kept = torch.zeros([-(-size // BAND) for size in t.shape], dtype=torch.bool, device=t.device)
     for i, j, only_i, both, only_j, *cols in tiles.tolist():
@@ -106,14 +85,8 @@ def _blank(t: Tensor, tiles: Tensor) -> Tensor:
 
 
 impl(OP, "default", reference)
-impl(OP + "_score_", "default", reference_score)
 
 
 @register_fake(OP)
 def _(dy, x, tiles, dropped):
-    return x.new_empty(dy.shape[-1], x.shape[-1])
-
-
-@register_fake(OP + "_score_")
-def _(out, dy, x, weight, tiles, dropped, reduce, finish, decay, scale):
     return x.new_empty(dy.shape[-1], x.shape[-1])

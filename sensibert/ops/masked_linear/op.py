@@ -1,6 +1,6 @@
 """y = x (W * keep)^T + b for any grid of W, with gradients to x, W and b (and to their gradients in turn).
 
-Three ops, so that a traced backward is two calls the compiler knows: masked_linear (NT), masked_linear_dx (NN) and
+Three ops, so that a compiler sees a backward pass as two calls: masked_linear (NT), masked_linear_dx (NN) and
 masked_linear_dweight (TN). Each is linear in both float inputs, and the derivative of any one is the other two.
 Accumulation is that of torch's matmul for the dtype (fp32 for fp16 and bf16); deterministic where that is.
 """
@@ -36,13 +36,14 @@ def masked_linear(
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None, keep bool grid.shape(N, K), True survives -> y [..., N].
 
-    What a dropped block of W holds, NaN included, reaches neither y nor a gradient; dweight is exactly 0 there. Columns
-    of x (rows of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. One dtype for x,
-    weight and bias; under autocast x is cast to its dtype, and of the weight only the kept part.
+    The values of a dropped block of W, NaN included, reach neither y nor a gradient; dweight is exactly 0 there.
+    Columns of x (and of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. x, weight and
+    bias have one dtype; under autocast x is cast to the autocast dtype, and only the kept part of the weight.
 
-    compact: the kept part of this very weight and keep, written beforehand (`MaskedAdamW.follow`). It is used while it
-    is valid and has the dtype of x; otherwise, and in an exported program, the call gathers from weight. ValueError
-    names the argument that does not fit."""
+    compact: the kept part of this weight and keep, written beforehand (`MaskedAdamW.follow`). It is used while it is
+    valid and has the dtype of x; otherwise, and in an exported program, the call gathers from weight.
+
+    ValueError names the argument that does not fit."""
     if weight.dim() != 2:
         raise ValueError(f"masked_linear: weight is {tuple(weight.shape)}, want [N, K]")
     N, K = weight.shape
@@ -173,30 +174,30 @@ def _take(t: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
 
 
 def _only(t: Tensor, index: Tensor | None) -> Tensor:
-    """t [..., K] with 0 in the columns that index leaves out, whatever they hold."""
+    """t [..., K] with 0 in the columns that are not in index, NaN included."""
     return t if index is None else torch.zeros_like(t).index_copy_(-1, index, t.index_select(-1, index))
 
 
 @cache
 def _takes(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether take_columns has a kernel for that, which torch's own indexing is several times slower than."""
+    """Whether take_columns has a kernel for this dtype, which is several times as fast as torch's own indexing."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return device_type == "cuda" and dtype in DTYPES and has_kernel("sensibert::take_columns", "CUDA")
 
 
 def _width(like: Tensor, size: int) -> int:
-    """Of a compact axis with so many entries: up to the next multiple of ALIGN where take_columns fills up with 0."""
+    """The length of a compact axis of `size` entries: a multiple of ALIGN where take_columns pads with 0."""
     return size + -size % ALIGN if _takes(like.device.type, like.dtype) else size
 
 
 def _aligned(w: Tensor, num_rows: int | None, num_cols: int | None) -> Tensor:
-    """w with rows and columns of 0 behind it, up to these numbers; None: as it is."""
+    """w padded with rows and columns of 0 to this shape; None: that axis stays."""
     below, behind = (0 if size is None else size - have for size, have in zip((num_rows, num_cols), w.shape))
     return F.pad(w, (0, behind, 0, below)) if below or behind else w
 
 
 def _gather(t: Tensor, axis: str, at: At) -> Tensor:
-    """t [M, size of the axis of W, "rows" or "cols"] -> [M, what is kept of it, aligned]."""
+    """t [M, size of the axis of W, "rows" or "cols"] -> [M, number of kept entries, aligned]."""
     index = getattr(kept_index(*at), axis)
     if index is None or not _takes(t.device.type, t.dtype):
         return _take(t, index)
@@ -204,7 +205,7 @@ def _gather(t: Tensor, axis: str, at: At) -> Tensor:
 
 
 def _spread(t: Tensor, axis: str, at: At, fill: Tensor | None = None) -> Tensor:
-    """t [M, what is kept of the axis, aligned or not] -> [M, its size], in between fill [size] or 0."""
+    """t [M, number of kept entries, aligned or not] -> [M, size of the axis], with fill [size] or 0 elsewhere."""
     index, size = getattr(kept_index(*at), axis), at[2] if axis == "rows" else at[3]
     if index is None:
         return t
@@ -291,17 +292,18 @@ for _name, _rule, _setup in (
 
 
 def _autocast(device_type: str):
-    """x goes to the autocast dtype (float64 stays, as in torch); W and b are cast inside, only what is kept of W."""
+    """Casts x to the autocast dtype (float64 stays, as in torch); the op casts b and the kept part of W."""
 
     def cast(x, *others):
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        stays = x.dtype == torch.float64 or x.device.type != device_type  # `versions` is on the CPU, x may not be
+        dtype = x.dtype if stays else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             return ops.masked_linear(x.to(dtype), *others)
 
     return cast
 
 
-_library = torch.library.Library("sensibert", "FRAGMENT")  # register_autocast knows one fixed dtype, users have two
+_library = torch.library.Library("sensibert", "FRAGMENT")  # register_autocast takes one fixed dtype, users have two
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("masked_linear", _autocast(_device_type), _key)
 

@@ -1,8 +1,5 @@
 """masked_linear on a tile list: for CUDA a kernel that never loads an empty tile of W (csrc/kernels), and here its
-reference, which reads the same list. Keep grids in blocks that are multiples of 64, or whole axes.
-
-Three ops: y = x (W * keep)^T + b, or x (W * keep); the first with a GELU after it, and what went into the GELU; the
-second times the slope of that GELU, which is the gradient on its way back."""
+reference, which reads the same list. Keep grids in blocks that are multiples of 64, or whole axes."""
 
 from __future__ import annotations
 
@@ -21,22 +18,13 @@ define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols, "
     "bool by_columns) -> Tensor",
 )
-define(
-    OP + "_gelu",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols) "
-    "-> (Tensor y, Tensor pre)",
-)
-define(
-    OP + "_dgelu",
-    "(Tensor dy, Tensor weight, Tensor pre, Tensor offsets, Tensor entries, Tensor order, int tile_cols) -> Tensor",
-)
 BAND = 64  # output features that are kept or dropped together, and input features of a step
 TILE_COLS = (192, 256)
 
 
 class TileList(NamedTuple):
-    """What is left of W [N, K], for T = ceil(N / tile_cols) tiles of output features; masked_linear_tiles.h has the
-    format."""
+    """The kept blocks of W [N, K], for T = ceil(N / tile_cols) tiles of output features. The format is described in
+    masked_linear_tiles.h."""
 
     offsets: Tensor  # [2 T + 1] int32
     entries: Tensor  # [offsets[-1]] int32: step << 4 | bands
@@ -94,34 +82,9 @@ def reference(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
     return F.linear(x.masked_fill(~wide.any(0), 0), weight.masked_fill(~wide, 0), bias)
 
 
-def reference_gelu(x, weight, bias, offsets, entries, order, tile_cols):
-    """(gelu(pre), pre), pre [..., N] = x [..., K] weight [N, K]^T + bias; the exact GELU, with erf."""
-    pre = reference(x, weight, bias, offsets, entries, order, tile_cols, False)
-    return F.gelu(pre), pre
-
-
-def reference_dgelu(dy, weight, pre, offsets, entries, order, tile_cols):
-    """dpre [..., K] = (dy [..., N] weight [N, K]) * gelu'(pre [..., K]), the list of weight's columns."""
-    dx = reference(dy, weight, None, offsets, entries, order, tile_cols, True)
-    return torch.ops.aten.gelu_backward(dx, pre)
-
-
 impl(OP, "default", reference)
-impl(OP + "_gelu", "default", reference_gelu)
-impl(OP + "_dgelu", "default", reference_dgelu)
 
 
 @register_fake(OP)
 def _(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
     return x.new_empty(*x.shape[:-1], weight.shape[1 if by_columns else 0])
-
-
-@register_fake(OP + "_gelu")
-def _(x, weight, bias, offsets, entries, order, tile_cols):
-    pre = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return pre, torch.empty_like(pre)
-
-
-@register_fake(OP + "_dgelu")
-def _(dy, weight, pre, offsets, entries, order, tile_cols):
-    return dy.new_empty(*dy.shape[:-1], weight.shape[1])

@@ -1,5 +1,5 @@
-"""The bits say exactly what is kept, in the format of select_threshold; the reference reads them back; the path "bits"
-of masked_linear gives what the others give."""
+"""The bits say exactly what is kept; the reference reads them back; the path "bits" of masked_linear gives what the
+others give."""
 
 import sys
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sensibert.core.grid import Grid
-from sensibert.ops import masked_linear, select_threshold
+from sensibert.ops import masked_linear
 from sensibert.ops.masked_linear import dispatch as paths
 from sensibert.ops.masked_linear.bits import column_bits, pack, reference, row_bits, unpack
 from tests.helpers import assert_no_worse, dtype_id
@@ -27,11 +27,6 @@ def test_rows_start_where_the_kernel_can_copy_them_and_come_back(K):
     assert bits.shape == (5, -(-K // 8)) and bits.dtype == torch.uint8
     assert bits.stride(1) == 1 and bits.stride(0) % 16 == 0
     assert torch.equal(unpack(bits, K), kept)
-
-
-def test_the_format_is_that_of_select_threshold():
-    selection = select_threshold([torch.randn(6, 200)], 500, bits=True)
-    assert torch.equal(pack(selection.keep[0]), selection.bits[0])
 
 
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.block(3, 5), Grid.rows(8), Grid.columns(16)], ids=str)
@@ -105,7 +100,7 @@ def test_bits_are_made_once_per_value_of_keep(as_on_hopper, monkeypatch):
 
 needs_the_kernel = pytest.mark.skipif(
     "bits" not in paths.built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper card, or the kernel was not built",
+    reason="no Hopper GPU, or the kernel was not built",
 )
 
 

@@ -27,7 +27,7 @@ FFN = Problem(4096, 3072, 768, torch.bfloat16, Grid.block(64, 64), density=0.5, 
     ],
     ids=str,
 )
-def test_where_little_is_left_all_cards_decide_alike(grid, density, share, path, architecture, measured):
+def test_where_little_is_left_all_gpus_decide_alike(grid, density, share, path, architecture, measured):
     row_share = share if grid.block_cols == 0 else 1.0
     problem = FFN._replace(grid=grid, density=density, share=share, architecture=architecture, row_share=row_share)
     choice = choose(problem, measured, built=measured)
@@ -109,8 +109,8 @@ def test_only_kernels_of_our_own_have_to_be_measured():
     ],
 )
 def test_a_path_says_why_it_cannot_run(path, change, words):
-    said = refusal(path, FFN._replace(**change), built=OWN)
-    assert said is None if words is None else re.search(words, said)
+    reason = refusal(path, FFN._replace(**change), built=OWN)
+    assert reason is None if words is None else re.search(words, reason)
 
 
 @pytest.mark.parametrize("path", sorted(OWN))
@@ -152,7 +152,7 @@ def test_a_forced_path_that_cannot_run_is_an_error_at_the_call(path):
         masked_linear(*half_dropped())
 
 
-def test_force_is_found_at_the_function_too():
+def test_force_is_an_attribute_of_the_function():
     assert masked_linear.force is force
 
 

@@ -33,12 +33,12 @@ def bools(*rows):
 )
 def test_what_is_left(keep, grid, rows, cols, holes, density, share):
     N, K = (3, 3) if grid != Grid.element() else keep.shape
-    found = kept_index(keep, grid, N, K)
-    assert (found.rows if rows is None else found.rows.tolist()) == rows
-    assert (found.cols if cols is None else found.cols.tolist()) == cols
-    assert (found.bits is None) == (holes is None)
-    assert holes is None or torch.equal(found.bits, torch.where(holes, 0, -1).to(torch.int8))
-    assert (found.density, found.share) == pytest.approx((density, share))
+    index = kept_index(keep, grid, N, K)
+    assert (index.rows if rows is None else index.rows.tolist()) == rows
+    assert (index.cols if cols is None else index.cols.tolist()) == cols
+    assert (index.bits is None) == (holes is None)
+    assert holes is None or torch.equal(index.bits, torch.where(holes, 0, -1).to(torch.int8))
+    assert (index.density, index.share) == pytest.approx((density, share))
 
 
 def test_an_empty_weight_leaves_everything():
@@ -48,13 +48,13 @@ def test_an_empty_weight_leaves_everything():
 def test_it_agrees_with_the_expanded_mask():
     for grid in (Grid.element(), Grid.block(3, 5), Grid.rows(4), Grid.column()):
         keep = torch.rand(grid.shape(300, 11)) < 0.1
-        wide, found = grid.expand(keep, 300, 11), kept_index(keep, grid, 300, 11)
+        wide, index = grid.expand(keep, 300, 11), kept_index(keep, grid, 300, 11)
         again = torch.zeros(300, 11, dtype=torch.bool)
-        rows = torch.arange(300) if found.rows is None else found.rows
-        cols = torch.arange(11) if found.cols is None else found.cols
-        again[rows[:, None], cols] = True if found.bits is None else found.bits == -1
+        rows = torch.arange(300) if index.rows is None else index.rows
+        cols = torch.arange(11) if index.cols is None else index.cols
+        again[rows[:, None], cols] = True if index.bits is None else index.bits == -1
         assert torch.equal(again, wide)
-        assert found.density == pytest.approx(wide.double().mean().item())
+        assert index.density == pytest.approx(wide.double().mean().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=dtype_id)

@@ -207,7 +207,7 @@ def test_only_the_gradients_that_are_wanted_are_made():
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_captured_step_replays_with_new_data(grid):
     x, weight, bias, keep, _ = make_inputs((64,), 96, 192, grid, torch.bfloat16, "cuda")
-    run(masked_linear, x, weight, bias, keep, grid)  # what is left of keep is found once, outside of the capture
+    run(masked_linear, x, weight, bias, keep, grid)  # what is left of keep is computed once, outside of the capture
     dy = torch.randn(64, 192, device="cuda").bfloat16()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     graph = torch.cuda.CUDAGraph()

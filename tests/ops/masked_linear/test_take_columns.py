@@ -113,7 +113,7 @@ def test_empty_sizes_and_a_single_row(shape, width, device):
         assert ours.shape == (*shape[:-1], width) and same(ours, wanted(x, index, fill))
 
 
-def test_the_result_stands_outside_autograd(device):
+def test_the_result_has_no_gradient(device):
     x = torch.randn(4, 5, device=device, requires_grad=True)
     fill = torch.nn.Parameter(torch.randn(3, device=device))
     assert not take_columns(x, torch.tensor([1, -1, 2], dtype=torch.int32, device=device), fill).requires_grad
@@ -155,10 +155,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_does_not_fit_is_named(said):
-    with pytest.raises(ValueError, match=f"take_columns: {said}"):
-        take_columns(*WRONG[said])
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named(message):
+    with pytest.raises(ValueError, match=f"take_columns: {message}"):
+        take_columns(*WRONG[message])
 
 
 @pytest.mark.gpu
