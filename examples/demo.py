@@ -115,9 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.classify:
         return classify(*args.classify)
 
-    from sensibert.core.config import TrimConfig
-    from sensibert.recipe import finetune_and_trim
-    from sensibert.run_options import Options
+    from sensibert import Options, TrimConfig, finetune_and_trim
 
     begin, base, data = time.perf_counter(), packaged_model(), Path(args.output, "data")
     print(
@@ -131,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             output=str(Path(args.output, "model")),
             train_file=str(data / "train.csv"),
             validation_file=str(data / "validation.csv"),
-            trim=TrimConfig("50%params"),
+            trim=TrimConfig(budget="50%params"),
             epochs=args.epochs,
             learning_rate=2e-4,
             batch_size=BATCH,
@@ -145,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"\nOne run of {result['steps']} steps. `at the cut` is the whole model just before it was trimmed, after a"
         " third of the\nsteps; `trimmed` is the end of the run, after more training. For a fair comparison, fine-tune"
-        " without trimming for\nas many steps: `sensibert finetune --method baseline` with the same options.\n",
+        " without trimming\nfor as many steps: `sensibert finetune --method baseline` with the same options.\n",
         flush=True,
     )
     command = [sys.executable, __file__, "--classify", result["output"], str(data / "validation.csv")]

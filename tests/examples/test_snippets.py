@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import typer
+from transformers import AutoModelForSequenceClassification
 
+from sensibert import cli
 from tests import runs
 
 try:
@@ -98,6 +102,19 @@ def test_the_snippets_of_a_page_run_in_order(page, here):
             raise AssertionError(f"{where}: {snippet.language!r} is neither python, bash, text nor a yaml with a title")
 
 
+def test_the_python_of_the_readme_saves_what_it_trimmed(here):
+    (snippet,) = [s for s in snippets(PAGES[0].read_text(encoding="utf-8")) if s.language == "python"]
+    namespace = {}
+    exec(snippet.code, namespace)
+    trimmed, saved = namespace["model"].cpu().eval(), AutoModelForSequenceClassification.from_pretrained("small").eval()
+    ids = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, trimmed(ids).logits)
+    whole = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+    small, large = (sum(p.numel() for p in model.bert.encoder.parameters()) for model in (saved, whole))
+    assert small <= large / 2
+
+
 def test_snippets_that_are_not_run_are_few():
     marked = [s for page in PAGES for s in snippets(page.read_text("utf-8")) if s.title.startswith("not run")]
     assert len(marked) <= 2
@@ -124,3 +141,12 @@ def test_a_wrong_command_is_told(words, fails, said, here):
 def test_commands_are_split_like_a_shell_splits_them():
     code = "# first\nsensibert trim \\\n    --model 'a b'  # then\n\nmake demo\n"
     assert commands(code) == [["sensibert", "trim", "--model", "a b"], ["make", "demo"]]
+
+
+def test_the_options_in_the_tables_of_the_command_line_exist():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `--")]
+    named = set(re.findall(r"--[a-z-]+", " ".join(rows)))
+    parameters = typer.main.get_command(cli.app).commands["finetune"].params
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert len(named) > 15 and named - known == set()
