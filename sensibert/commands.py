@@ -13,7 +13,7 @@ from torch import nn
 from .allocation.allocate import allocate
 from .core import cost
 from .core.artifacts import Plan, Sensitivity
-from .core.config import TrimConfig, grid_name
+from .core.config import LAYOUTS, TrimConfig, grid_name
 from .core.errors import SensibertError
 from .core.files import writing
 from .core.statistics import STATISTICS
@@ -32,7 +32,7 @@ from .models import base_of, layout_of
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
-from .run_options import LAYOUTS, Options
+from .run_options import Options
 from .saving.folder import export, load, zero_filled
 from .saving.output_paths import check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .core.config import TrimConfig, current_names, trim_names
+from .core.config import LAYOUTS, TrimConfig, current_names, trim_names
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "bf16")
-LAYOUTS = ("trimmed", "dense", "both")
 SNAPSHOT = "snapshot"  # a teacher: the run's own model at the cut
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # where no preset says otherwise

@@ -21,6 +21,7 @@ BASELINE = "baseline"  # the same run without trimming
 METHODS = (*STATISTICS, BASELINE)
 ALLOCATIONS = ("global", "uniform", "exact")
 GRIDS = ("unit", "element", "block64")
+LAYOUTS = ("trimmed", "dense", "both")  # of an exported folder
 TRIMMING = "Trimming"  # panel of the help
 # Settings that no longer exist, with the value that means what is done today: files that say so are still read.
 RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_decay": 0.99}

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..core.config import LAYOUTS
 from ..core.errors import SensibertError
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
@@ -31,7 +32,6 @@ from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_struc
 from ..nn import MaskedLinear
 from .model_card import CODE, card
 
-LAYOUTS = ("trimmed", "dense", "both")
 CONFIG, CARD = "config.json", "README.md"
 REPORTS = ("result.json", "recipe.json")  # written by `finetune`
 DENSE = "dense"  # subfolder of layout="both"

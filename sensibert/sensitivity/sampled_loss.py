@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Scalar loss of a model output with labels sampled from it; the kind is told by the shapes.
+    """Scalar loss of a model output with labels sampled from it; their shapes decide the kind.
 
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
