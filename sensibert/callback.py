@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from .allocation.allocate import allocate
 from .allocation.search import search_shares
@@ -315,8 +315,8 @@ class TrimCallback(TrainerCallback):
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
     """SensibertError for a Trainer that would fail at the cut or, worse, behind it."""
     want_one_process(args)
-    if str(args.save_strategy.value) != "no":
-        stock_class(model)  # else its checkpoints could not be written once it is cut
+    if args.save_strategy != "no" and isinstance(model, PreTrainedModel):
+        stock_class(model)  # of another class, no checkpoint can be written once it is cut
     if isinstance(data, IterableDataset):
         raise SensibertError("finetune: the analysis draws rows of the train set, want one with a length and an index")
     trimmable = {member.parameter for site in sites(model) for member in site.members}

@@ -96,7 +96,8 @@ for path in sorted(p for p in shelf.iterdir() if p.is_dir() and not p.name.start
 report["pickled"] = same(pickle.loads(pickle.dumps(again)), path.name)
 report["refused"] = refusal(shelf / "bert")
 report["refused, sizes ignored"] = refusal(shelf / "bert", ignore_mismatched_sizes=True)
-report["tokens"] = transformers.AutoTokenizer.from_pretrained(shelf / "bert", trust_remote_code=True)("a b")["input_ids"]
+tokenizer = transformers.AutoTokenizer.from_pretrained(shelf / "bert", trust_remote_code=True)
+report["tokens"] = tokenizer("a b")["input_ids"]
 pipe = transformers.pipeline("text-classification", model=str(shelf / "bert"), trust_remote_code=True)
 report["pipeline"] = pipe("a b")[0]["label"]
 report["sensibert"] = "sensibert" in sys.modules
