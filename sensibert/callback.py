@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from .core import cost
 from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
@@ -238,8 +238,8 @@ def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingAr
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
     """SensibertError for a Trainer that would fail at the cut, or after it."""
     want_one_process(args)
-    if str(args.save_strategy.value) != "no":
-        stock_class(model)  # otherwise its checkpoints could not be written once it is trimmed
+    if args.save_strategy != "no" and isinstance(model, PreTrainedModel):
+        stock_class(model)  # of another class, no checkpoint could be written once it is trimmed
     if isinstance(data, IterableDataset):
         raise SensibertError(
             "TrimCallback: train_dataset is an IterableDataset, want one with a length and an index: the analysis "

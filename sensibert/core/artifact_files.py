@@ -18,6 +18,7 @@ from .errors import SensibertError
 from .files import write_atomically
 from .grid import Grid
 from .layout import Layout, layout_from
+from .statistics import FORMER_METHODS
 
 FORMAT_VERSION = 1
 Artifact = TypeVar("Artifact")
@@ -26,6 +27,8 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
     "layout": layout_from,
     "budget": lambda data: Budget(**data),
     "grid": lambda data: None if data is None else Grid(**data),
+    "method": lambda name: FORMER_METHODS.get(name, name),
+    "statistic": lambda name: FORMER_METHODS.get(name, name),
     "curves": lambda data: {name: [(gone, rise) for gone, rise in curve] for name, curve in data.items()},
 }
 

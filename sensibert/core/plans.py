@@ -30,7 +30,6 @@ class Plan(ABC):
     keep: dict[str, Tensor]
     budget: Budget
     method: str
-    notes: dict[str, str] = field(default_factory=dict)
 
     table_header: ClassVar[tuple[str, ...]]
 
@@ -75,7 +74,7 @@ class Plan(ABC):
         """What a file says beside `keep`. A plan of units has grid None."""
         facts = {"layout": self.layout, "budget": self.budget, "method": self.method}
         sizes = {"params": self.params, "flops": self.flops}
-        return {**facts, **sizes, "notes": self.notes, "grid": getattr(self, "grid", None)}
+        return {**facts, **sizes, "grid": getattr(self, "grid", None)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,5 +119,6 @@ class BlockPlan(Plan):
 def _plan_from(keep: dict[str, Tensor], facts: dict[str, Any]) -> Plan:
     """The plan of a file; its sizes follow from `keep`."""
     grid = facts.pop("grid", None)
+    facts.pop("notes", None)  # of files written by version 0.1
     del facts["params"], facts["flops"]
     return UnitPlan(keep=keep, **facts) if grid is None else BlockPlan(keep=keep, grid=grid, **facts)

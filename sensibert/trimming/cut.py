@@ -44,14 +44,18 @@ class Cut:
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> list[Cut]:
-    base, cuts = base_of(model), {}
+    """What the plan cuts, parameter by parameter; members of a site share one index tensor where they can."""
+    base, cuts, indices = base_of(model), {}, {}
     for site in plan.layout.sites:
         kept = plan.kept(site.name)
         for member in site.members if len(kept) < site.units else ():
             path, _, name = member.parameter.rpartition(".")
             owner = attribute(base, path)
             cut = cuts.setdefault(member.parameter, Cut(owner, name, getattr(owner, name)))
-            cut.index[member.dim] = member.index(kept.to(cut.old.device), site.units)
+            key = site.name, member.span, member.parts, cut.old.device
+            if key not in indices:
+                indices[key] = member.index(kept, site.units).to(cut.old.device)
+            cut.index[member.dim] = indices[key]
     return list(cuts.values())
 
 

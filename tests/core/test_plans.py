@@ -74,7 +74,7 @@ def test_a_round_trip_gives_the_same_kind_and_the_same_plan(make, tmp_path):
     read = Plan.load(tmp_path / "file")
     assert type(read) is type(written) and read == written and read is not written
     assert list(read.keep) == list(written.keep), "names keep their order"
-    assert (read.params, read.flops, read.notes) == (written.params, written.flops, written.notes)
+    assert (read.params, read.flops, read.method) == (written.params, written.flops, written.method)
     assert type(written).load(tmp_path / "file") == written
 
 
