@@ -10,7 +10,8 @@ import math
 import statistics
 from pathlib import Path
 
-from tables import GRIDS, METHODS, ROOT, SHOWN, kept, load, own_recovery, pooled, scores, share_kept, task_label
+from accuracy_tables import GRIDS, METHODS, SHOWN, kept, own_recovery, pooled, scores, share_kept, task_label
+from rows import ROOT, load
 
 COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
 COLUMNS = 3

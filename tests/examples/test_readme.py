@@ -1,4 +1,4 @@
-"""README.md is short, its list of models is the real one, and no link of a page at the root is dead."""
+"""README.md is short, its list of models is the real one, and no link of a page is dead."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from sensibert.models import families
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,8 +26,8 @@ def test_the_list_of_models_is_complete():
     assert sorted(re.split(r",\s+", listed)) == sorted(families())
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
-    dead = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    dead = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not dead
