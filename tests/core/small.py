@@ -30,7 +30,7 @@ def sensitivity() -> Sensitivity:
 def unit_plan() -> UnitPlan:
     keep = {"layer.0.head": torch.tensor([True, False, True, False]), "layer.0.ffn": torch.arange(6) < 2}
     keep["layer.1.ffn"] = torch.zeros(0, dtype=torch.bool)
-    return UnitPlan(layout(), keep, Budget.parse("33.3%flops", "model", 384), "fisher", {"from": "a test"})
+    return UnitPlan(layout(), keep, Budget.parse("33.3%flops", "model", 384), "fisher")
 
 
 def block_plan() -> BlockPlan:

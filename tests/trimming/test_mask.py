@@ -155,8 +155,8 @@ def test_masks_come_back_from_a_file_bit_by_bit(tmp_path, grid):
 def test_combinations_that_cannot_work_are_refused_in_words(tmp_path):
     model = tiny_model()
     plan = plan_for(model)
-    with pytest.raises(SensibertError, match="'paper' is of whole units, want another with a grid"):
-        analyze(model, batches(), "paper", grid=Grid.element())
+    with pytest.raises(SensibertError, match="'soft_gates' scores whole units, want another with a grid"):
+        analyze(model, batches(), "soft_gates", grid=Grid.element())
     with pytest.raises(SensibertError, match="the optimizer holds none of the weights"):
         trim(model, plan, torch.optim.AdamW(tiny_model().parameters()))
     with pytest.raises(SensibertError, match="made for another model"):
