@@ -63,7 +63,7 @@ def _one(function: Callable, arguments: tuple, host: float = 50.0) -> float:
         return 1e6 * (time.perf_counter() - begin)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(3_000 * host + 100_000))  # launches queue up: what is timed is the card, not the host
+    torch.cuda._sleep(int(3_000 * host + 100_000))  # launches queue up: what is timed is the GPU, not the host
     begin.record()
     function(*arguments)
     end.record()
@@ -75,7 +75,7 @@ Call = tuple[Callable, Sequence[tuple]]  # a function and the rotation of its ar
 
 
 def captured_us(calls: dict[str, Call], least_us: float, rounds: int = 11) -> dict[str, float]:
-    """Median microseconds of each (function, rotation) on the card alone: replays of CUDA graphs, taken in turn.
+    """Median microseconds of each (function, rotation) on the GPU alone: replays of CUDA graphs, taken in turn.
 
     A graph holds each call of the rotation, again and again until it should last `least_us`, so that the launch of the
     graph itself does not count. Memory for results is the graph's own, as it is an allocator's."""
@@ -115,7 +115,7 @@ def _capture(function: Callable, rotation: Sequence[tuple], least_us: float) -> 
 
 
 def host_us(function: Callable, arguments: tuple, calls: int = 200) -> float:
-    """Microseconds the host spends in one call, without waiting for the card."""
+    """Microseconds the host spends in one call, without waiting for the GPU."""
     times = []
     for _ in range(calls):
         begin = time.perf_counter()
