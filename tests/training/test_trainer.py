@@ -12,7 +12,7 @@ from sensibert.models import base_of, layout_of
 from sensibert.models.eval_mode import SHORT, quick_attention
 from sensibert.training.checkpoints import MANIFEST
 from sensibert.training.distillation import Distillation, distillation_loss
-from sensibert.training.trainer import LengthSampler, TrimTrainer, _padded_on, finetune, predict
+from sensibert.training.trainer import LengthSampler, TrimTrainer, _padded, finetune, predict
 from sensibert.trimming.trim import trim
 from tests.helpers import tiny_model
 from tests.plans import random_plan
@@ -162,7 +162,7 @@ def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, b
 def test_on_a_gpu_a_whole_model_meets_them_too():
     collator = Collator(0)
     batch = collator([{"input_ids": [5] * 7, "attention_mask": [1] * 7}])
-    found = {name: _padded_on(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
+    found = {name: _padded(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
     assert found["cpu"] is batch and found["cuda"]["input_ids"].shape[1] == 8
 
 
