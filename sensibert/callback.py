@@ -164,6 +164,8 @@ class TrimCallback(TrainerCallback):
         plan = self._decide(model, state, args, train_dataloader)
         self.memory.spend("analyze")
         trim(model, plan, optimizer)
+        if (entry := getattr(model.config, "sensibert", None)) is not None:
+            entry["budget"] = str(self.budget)  # as it was requested, not as the absolute target of this cut
         _follow(optimizer, model, args)
         # A checkpoint from before does not fit the model any more: it cannot be the best one.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None

@@ -14,7 +14,7 @@ from .core.errors import SensibertError
 from .data import PRESETS, Examples, TaskData, load_examples
 from .models import base_type, families
 from .models.masks import Masks
-from .models.modules import positions
+from .models.modules import positions, unsupported
 from .models.structure import STRUCTURE, read_structure
 from .run_options import SNAPSHOT, Options
 from .saving import load
@@ -72,10 +72,7 @@ def check_family(source: str) -> None:
         wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
         raise SensibertError(f"model: {source} {wrong} ({first_line(error)})") from None
     if base_type(config.model_type) not in families():
-        raise SensibertError(
-            f"model: family {config.model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
-            "a new family is one table in sensibert/models/ (see CONTRIBUTING)"
-        )
+        raise SensibertError(unsupported(config.model_type))
 
 
 def load_tokenizer(source: str):
