@@ -175,10 +175,8 @@ def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
 
 def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(
     message = "world_size is 2, want 1: trimming during training runs in one process; to use several, trim first"
     with pytest.raises(SensibertError, match=message):
-    ):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path))
 
 
