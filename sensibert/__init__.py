@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from ._register import register
 from .core.version import version
 
-if TYPE_CHECKING:
-    from .allocation import allocate
+if (
+    TYPE_CHECKING
+):  # a function that shares its name with a module comes from there: type checkers take one for the other
+    from .allocation.allocate import allocate
     from .callback import TrimCallback
     from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
     from .core.budget import Budget
@@ -21,14 +23,19 @@ if TYPE_CHECKING:
     from .core.schedule import Schedule
     from .models import families, layout_of
     from .nn import MaskedLinear, replace, restore
-    from .ops import Selection, block_sensitivity, gather_kept, masked_adamw, masked_linear, select_threshold
+    from .ops.block_sensitivity import block_sensitivity
+    from .ops.gather_kept import gather_kept
+    from .ops.masked_adamw import masked_adamw
+    from .ops.masked_linear.op import masked_linear
+    from .ops.select_threshold import Selection, select_threshold
     from .optim import MaskedAdamW, optimizer_cls_and_kwargs, slice_state
     from .recipe import finetune_and_trim
     from .run_options import Options
     from .saving import export, load, load_structure
-    from .sensitivity import analyze, sampled_loss
+    from .sensitivity.analyze import analyze
+    from .sensitivity.sampled_loss import sampled_loss
     from .training import TrimTrainer, finetune
-    from .trimming import trim
+    from .trimming.trim import trim
 
     __version__: str
 

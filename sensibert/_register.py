@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -44,7 +45,7 @@ def _prepare(auto: ModuleType) -> None:
         mapping._extra_content = _Known(mapping._extra_content)
 
 
-class _WhenImported:
+class _WhenImported(Loader):
     """Import hook for AUTO: prepares the module once it is loaded, and removes itself."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
@@ -52,6 +53,8 @@ class _WhenImported:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
         self.loader, spec.loader = spec.loader, self
         return spec
 
@@ -59,6 +62,7 @@ class _WhenImported:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None  # made from the spec of `find_spec`
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _prepare(module)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
 from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
@@ -17,6 +18,7 @@ from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
 from .core.layout import Layout
+from .core.rows import Rows
 from .core.schedule import Schedule
 from .data import micro_batches
 from .decide import Choose, decide
@@ -26,6 +28,7 @@ from .models.reloadable import stock_class
 from .models.structure import is_trimmed, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
+from .sensitivity.gradients import Loss
 from .training.checkpoints import MEMORY, learns_by, seal, want_same
 from .training.recovery import Recovery
 from .training.run_memory import RunMemory
@@ -36,6 +39,7 @@ SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis r
 # Settings of the trim that the weights after a cut depend on; budget, scope, grid and method are compared in words.
 COMPARED = ("allocation", "width_multiple", "samples", "micro_batch", "compensate")
 COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dropout")
+SCORES = "sensitivity.safetensors"  # of a checkpoint
 
 
 class TrimCallback(TrainerCallback):
@@ -59,11 +63,11 @@ class TrimCallback(TrainerCallback):
         self,
         config: TrimConfig | str = "50%params",
         *,
-        loss: Callable = sampled_loss,
+        loss: Loss = sampled_loss,
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
         save_before_cut: bool = False,
         choose: Choose | None = None,
-    ):
+    ) -> None:
         if not isinstance(config, TrimConfig):
             config = TrimConfig(config)
         self.config = config.resolved()
@@ -107,7 +111,8 @@ class TrimCallback(TrainerCallback):
 
     def _remember(self, checkpoint: Path) -> None:
         self._made_with = self.memory.restore(checkpoint)
-        self.sensitivity = _load_if(Sensitivity, checkpoint / "sensitivity.safetensors")
+        scores = checkpoint / SCORES
+        self.sensitivity = Sensitivity.load(scores) if scores.exists() else None
         self._checkpoint = checkpoint
 
     def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
@@ -124,11 +129,28 @@ class TrimCallback(TrainerCallback):
             found["freeze_embeddings"] = self.schedule.freezes(self.left())
         return found | learns_by(args)
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None and optimizer is not None  # a Trainer hands them to every callback
         if self.config.trims:
             _refuse_trainer(args, model, getattr(train_dataloader, "dataset", None))
         if self.layout is None:
@@ -139,7 +161,7 @@ class TrimCallback(TrainerCallback):
             self.prepare(model)
         self.cuts = self.schedule.cuts(state.max_steps) if self.config.trims else {}
         if state.global_step:
-            checkpoint = self._checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoint = self._checkpoint or _checkpoint_of(args, state)
             if self._made_with is None and (checkpoint / MEMORY).exists():
                 self._remember(checkpoint)
             if self._made_with:
@@ -151,11 +173,21 @@ class TrimCallback(TrainerCallback):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock()
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
             control.should_save = True
         if state.global_step not in self.cuts:
             return
+        assert model is not None and optimizer is not None and train_dataloader is not None  # from the Trainer
         first = state.global_step == min(self.cuts)
         self.memory.spend("warm" if first else "trim")
         if first and self.before_cut is not None:
@@ -173,15 +205,16 @@ class TrimCallback(TrainerCallback):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.spend("cut")
 
-    def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader) -> Plan:
+    def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader: DataLoader) -> Plan:
         """The plan of this step's cut; the kept weights of the model may be compensated."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps
         allowed = max(16 * self.config.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
         samples = max(1, min(self.config.samples, allowed) // len(self.cuts))
         seed = args.seed + state.global_step
+        rows = cast(Rows, loader.dataset)  # `_refuse_trainer` refuses one without a length
 
         def batches(number: int, size: int) -> Iterator[dict]:
-            return micro_batches(loader.dataset, loader.collate_fn, number, size, seed)
+            return micro_batches(rows, loader.collate_fn, number, size, seed)
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
         plan, sensitivity = decide(
@@ -194,7 +227,7 @@ class TrimCallback(TrainerCallback):
 
     def left(self) -> float:
         """Fraction of the encoder's cost that the budget leaves; 1 without trimming."""
-        return cost.encoder_left(self.layout, self.budget) if self.config.trims else 1.0
+        return cost.encoder_left(self._untrimmed(), self.budget) if self.config.trims else 1.0
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
@@ -206,28 +239,57 @@ class TrimCallback(TrainerCallback):
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the untrimmed model."""
-        masks, method = masks_of(model), self.config.method
+        layout, masks, method = self._untrimmed(), masks_of(model), self.config.method
+        assert method is not None  # of a resolved config
         if masks is not None:
-            return BlockPlan(self.layout, masks.keep, self.budget, method, grid=masks.grid)
+            return BlockPlan(layout, masks.keep, self.budget, method, grid=masks.grid)
         kept = structure_of(model)
         keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
-        return UnitPlan(self.layout, keep, self.budget, method)
+        return UnitPlan(layout, keep, self.budget, method)
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def _untrimmed(self) -> Layout:
+        if self.layout is None:
+            raise SensibertError("TrimCallback: it has seen no model yet, want it among the callbacks of a Trainer")
+        return self.layout
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is not None and model is not None and "loss" in logs:
             logs["sensibert/encoder_params"] = cost_of(model)[0]
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None  # a Trainer hands it to every callback
         self.memory.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint_of(args, state)
         if self.sensitivity is not None:
-            self.sensitivity.save(folder / "sensitivity.safetensors")
+            self.sensitivity.save(folder / SCORES)
         seal(folder, model, self.memory.saved(self._settings(args, state)))
         self.memory.spend("save")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.memory.spend("recover" if self.cuts else "train")
         self.recovery.end()
+
+
+def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    assert args.output_dir is not None  # TrainingArguments fills it in
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingArguments) -> None:
@@ -253,7 +315,3 @@ def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | N
             "TrimCallback: every trimmable parameter has requires_grad=False; unfreeze the encoder, or remove "
             "TrimCallback"
         )
-
-
-def _load_if(kind: type, path: Path):
-    return kind.load(path) if path.exists() else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import typer.core
 import yaml
 
 from .core.config import TRIMMING, TrimConfig, current_names
@@ -67,7 +67,7 @@ def _parameter(name: str, hint: Any, option: Any, default: Any = signatures.Para
 
 def _names(command: Any) -> dict[str, str]:
     """Option name -> parameter name of a command: they differ for --json."""
-    places = {}
+    places: dict[str, str] = {}
     for parameter in command.params:
         names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")] or [parameter.name]
         places |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
@@ -89,7 +89,9 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(settings, dict):
         raise SensibertError(f"config: {path} holds a {type(settings).__name__}, want a mapping of option names")
     places = _names(context.command)
-    elsewhere = {name for command in context.parent.command.commands.values() for name in _names(command)}
+    group = context.parent.command if context.parent is not None else None
+    assert isinstance(group, typer.core.TyperGroup)  # only its commands take a config
+    elsewhere = {name for command in group.commands.values() for name in _names(command)}
     settings = current_names({str(name).replace("-", "_"): value for name, value in settings.items()})
     unknown = sorted(settings.keys() - (elsewhere - {"dry_run"} | places.keys()))
     if unknown:

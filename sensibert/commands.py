@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .allocation.allocate import allocate
 from .core import cost
-from .core.artifacts import Plan, Sensitivity
+from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import LAYOUTS, TrimConfig, grid_name
 from .core.errors import SensibertError
 from .core.files import writing
@@ -20,11 +22,12 @@ from .core.statistics import STATISTICS
 from .data import PRESETS, TaskData, get_task, guess_task, micro_batches
 from .decide import RANKED_SAMPLES
 from .inputs import (
-    best_device,
     check_family,
     encode,
     load_model,
     load_tokenizer,
+    output_names,
+    to_best_device,
     training_examples,
     validation_examples,
 )
@@ -49,8 +52,11 @@ def outline(options: Options) -> dict:
     check_place(options)
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
-    task = options.task or guess_task(train, options.text_column, options.label_column)
     columns = options.text_column, options.label_column
+    task = options.task
+    if task is None:
+        assert train is not None  # options without a training file name a preset
+        task = guess_task(train, *columns)
     data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
     layout, trim = layout_of(load_model(options.model, data)), options.trim
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
@@ -81,6 +87,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     """Scores of a fine-tuned model on a file, written to options.output."""
     options = options.resolved()
     trim = options.trim
+    assert trim.method is not None  # of resolved options
     rule = STATISTICS.get(trim.method)
     if rule is None:
         raise SensibertError(f"method is {trim.method!r}, want one of {', '.join(STATISTICS)}")
@@ -90,10 +97,11 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     grid, how, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
     if rule.data:
         model, data = _model_and_data(options, "train")
-        task = data.task.name
+        task, rows = data.task.name, data.train
+        assert rows is not None  # of this role
 
-        def batches(samples: int):
-            return micro_batches(data.train, data.collator, samples, trim.micro_batch, options.seed)
+        def batches(samples: int) -> Iterator[dict[str, Tensor]]:
+            return micro_batches(rows, data.collator, samples, trim.micro_batch, options.seed)
 
         scores = analyze(model, batches(trim.samples), trim.method, *how, grid)
         scores = replace(scores, tensors=rank_tensors(model, batches(min(trim.samples, RANKED_SAMPLES)), *how))
@@ -131,7 +139,8 @@ def plan_result(plan: Plan) -> dict:
         for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
             sizes[f"{name}_{when}"] = cost_in(scope)[0]
         sizes[f"flops_{when}"] = cost_in(budget.scope, budget.length)[1]
-    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(plan.grid)}
+    grid = plan.grid if isinstance(plan, BlockPlan) else None
+    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(grid)}
     return {**facts, **sizes, "flops_length": budget.length}
 
 
@@ -155,21 +164,21 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
 
 
-def _task_of(model: nn.Module, options: Options) -> str:
+def _task_of(model: PreTrainedModel, options: Options) -> str:
     """The task of a fine-tuned model: the one requested, the one noted in its folder, or the one of its head."""
-    noted = (getattr(model.config, "sensibert", None) or {}).get("task")
-    if options.task or noted:
-        return options.task or noted
+    known = options.task or (getattr(model.config, "sensibert", None) or {}).get("task")
+    if known:
+        return known
     name = type(model).__name__
     for head, task in _TASK_OF_HEAD.items():
         if head in name:
             return task
     if "SequenceClassification" not in name:
         raise SensibertError(f"model: {options.model} is a {name}, want a fine-tuned model with a task head")
-    return "regression" if model.config.num_labels == 1 else "text-classification"
+    return "regression" if len(output_names(model)) == 1 else "text-classification"
 
 
-def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
+def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskData]:
     """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels."""
     if role == "validation" and options.validation_file is None and options.task not in PRESETS:
         raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
@@ -182,21 +191,24 @@ def _model_and_data(options: Options, role: str) -> tuple[nn.Module, TaskData]:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
     noted = (getattr(model.config, "sensibert", None) or {}).get("max_length")
     options = options if options.max_length else replace(options, max_length=noted)
-    options = replace(options.resolved(), task=_task_of(model, options))
-    task, names = get_task(options.task), [model.config.id2label[i] for i in range(model.config.num_labels)]
+    name = _task_of(model, options)
+    options = replace(options.resolved(), task=name)
+    task, names = get_task(name), output_names(model)
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
         raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
     if task.name == "regression" and len(names) != 1:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
     classes = names if task.name in ("text-classification", "token-classification") else None
-    both = (examples, None) if role == "train" else (None, examples)
-    return model.to(best_device()), encode(options, tokenizer, *both, classes)
+    to_best_device(model)
+    train, validation = (examples, None) if role == "train" else (None, examples)
+    return model, encode(options, tokenizer, train, validation, classes)
 
 
 def evaluate_folder(options: Options) -> dict:
     """Metrics of a model folder on a file."""
     started = time.perf_counter()
     model, data = _model_and_data(options, "validation")
+    assert data.validation is not None  # of this role
     logits = predict(model, data.validation, data.collator, autocast=options.autocast())
     return {
         "task": data.task.name,
@@ -218,6 +230,7 @@ def inspect_folder(folder: str) -> dict:
     model, _ = load(folder)
     layout = layout_of(model)
     masks = masks_of(model)
+    grid = masks.grid if masks is not None else None
     before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
     try:
@@ -242,7 +255,13 @@ def inspect_folder(folder: str) -> dict:
         "flops_after": cost_of(model, scope, length)[1],
         "flops_length": length,
     }
-    facts = {"model": folder, "family": layout.family, **noted, "grid": grid_name(masks and masks.grid), **sizes}
+    facts = {
+        "model": folder,
+        "family": layout.family,
+        **noted,
+        "grid": grid_name(grid),
+        **sizes,
+    }
     weights = cost.kept_by_weight(layout, masks.keep, masks.grid) if masks is not None else []
     tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of in weights]
     return {**facts, "layers": list(rows.values()), "tensors": tensors}

@@ -47,6 +47,7 @@ def decide(
     config: resolved. budget: of this cut, which a cubic schedule reaches in steps. samples: how many the analysis
     reads. batch_size: rows a batch where its size does not change the result. rank: also rank whole tensors. choose:
     (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
+    assert config.method is not None  # of a resolved config
     rule = None if choose is not None else STATISTICS[config.method]
     factors = None
     if config.compensate or (rule is not None and rule.reduce == "factors"):
@@ -62,5 +63,6 @@ def decide(
             sensitivity = replace(sensitivity, tensors=rank_tensors(model, few, loss, seed, autocast))
         plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
     if config.compensate:
+        assert factors is not None  # collected above
         compensate(model, plan, factors)
     return Decision(plan, sensitivity)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .core.errors import SensibertError
@@ -24,9 +25,9 @@ from .training.distillation import Reordered
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
 
 
-def best_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def to_best_device(model: nn.Module) -> None:
+    """Move a model to the GPU if there is one."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def training_examples(options: Options) -> Examples:
@@ -49,13 +50,17 @@ def validation_examples(options: Options) -> Examples | None:
     return load_examples(preset.source, preset.validation_split)
 
 
-def load_data(options: Options, tokenizer) -> TaskData:
+def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features."""
     return encode(options, tokenizer, training_examples(options), validation_examples(options))
 
 
 def encode(
-    options: Options, tokenizer, train: Examples | None, validation: Examples | None, names: list[str] | None = None
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples | None,
+    validation: Examples | None,
+    names: list[str] | None = None,
 ) -> TaskData:
     """Encode rows for the task. names: the classes of an existing model; None: those of the training data."""
     columns = options.text_column, options.label_column
@@ -75,7 +80,7 @@ def check_family(source: str) -> None:
         raise SensibertError(unsupported(config.model_type))
 
 
-def load_tokenizer(source: str):
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         found = AutoTokenizer.from_pretrained(source)
     except _UNREADABLE as error:
@@ -87,7 +92,7 @@ def load_tokenizer(source: str):
     return found
 
 
-def load_model(source: str, data: TaskData | None = None) -> nn.Module:
+def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
     """A pre-trained encoder in fp32, with a head for the task if data is given.
 
     SensibertError for an unsupported family, or a folder masked by a grid, whose zeros training would not keep."""
@@ -105,7 +110,13 @@ def load_model(source: str, data: TaskData | None = None) -> nn.Module:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 
 
-def check_room(model: nn.Module, data: TaskData) -> None:
+def output_names(model: PreTrainedModel) -> list[str]:
+    """The names of the outputs of a model's head, in order."""
+    names = cast("dict[int, str]", model.config.id2label)  # a config makes numbers of its keys
+    return [names[i] for i in range(len(names))]
+
+
+def check_room(model: PreTrainedModel, data: TaskData) -> None:
     """SensibertError for rows longer than the model's positions, or token ids outside its vocabulary."""
     parts = [part for part in (data.train, data.validation) if part is not None]
     longest = max(max(part.lengths) for part in parts)
@@ -133,16 +144,17 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
     check_family(source)
-    teacher = load(source)[0].requires_grad_(False).to(best_device())
-    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), teacher.config.num_labels
-    if kind not in type(teacher).__name__ or outputs != data.num_labels:
+    teacher = load(source)[0].requires_grad_(False)
+    to_best_device(teacher)
+    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher)
+    if kind not in type(teacher).__name__ or len(outputs) != data.num_labels:
         raise SensibertError(
-            f"teacher: {source} is a {type(teacher).__name__} with {outputs} outputs, want a model fine-tuned for "
+            f"teacher: {source} is a {type(teacher).__name__} with {len(outputs)} outputs, want a model fine-tuned for "
             f"{data.task.name} with {data.num_labels}"
         )
-    names = [str(teacher.config.id2label[i]).casefold() for i in range(outputs)]
+    names = [str(name).casefold() for name in outputs]
     wanted = [str(name).casefold() for name in data.label_names]
-    if not wanted or names in (wanted, [f"label_{i}" for i in range(outputs)]):  # or it does not say
+    if not wanted or names in (wanted, [f"label_{i}" for i in range(len(outputs))]):  # or it does not say
         return teacher
     if sorted(names) != sorted(wanted):
         raise SensibertError(f"teacher: {source} has the classes {', '.join(names)}, want {', '.join(wanted)}")

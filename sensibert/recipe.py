@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
@@ -32,6 +32,8 @@ RESULT = "result.json"
 
 
 def training_arguments(options: Options, folder: Path) -> TrainingArguments:
+    """options: resolved."""
+    assert options.epochs is not None and options.learning_rate is not None and options.batch_size is not None
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -99,11 +101,13 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
         if options.teacher == SNAPSHOT:
+            assert isinstance(model, PreTrainedModel)  # the one that was loaded above
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
             export(model, folder / SNAPSHOT, tokenizer)  # whole or not at all: a resumed run must meet the same teacher
             teacher = load_teacher(options, data, folder)
         return score(model)
 
+    assert data.train is not None  # `load_data` reads the training file
     callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
     callback.prepare(model, checkpoint)
     callback.memory.restart_clock(started)
@@ -155,7 +159,14 @@ def _result(
     }
 
 
-def _publish(options: Options, folder: Path, model, tokenizer, callback: TrimCallback, result: dict) -> None:
+def _publish(
+    options: Options,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    callback: TrimCallback,
+    result: dict,
+) -> None:
     """Build the finished folder beside the checkpoints, then move it into its place in one step."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder

@@ -135,7 +135,7 @@ class Options:
         preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
-        chosen = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        chosen: dict[str, Any] = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, trim=self.trim.resolved(), **chosen)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from ..core.errors import SensibertError
 
+Groups = Sequence[Sequence[float]]  # [group][level]
 
-def solve_budget(
-    costs: Sequence[Sequence[float]], values: Sequence[Sequence[float]], capacity: float, buckets: int = 8192
-) -> list[int]:
+
+def solve_budget(costs: Groups, values: Groups, capacity: float, buckets: int = 8192) -> list[int]:
     """One level per group, so that the sum of costs[g][level] is at most capacity and that of values[g][level] is
     largest.
 
@@ -66,7 +66,7 @@ def _solve_levels(costs: list[list[int]], values: list[list[float]], capacity: i
     return levels
 
 
-def _raise_what_fits(costs, values, capacity: float, levels: list[int]) -> list[int]:
+def _raise_what_fits(costs: Groups, values: Groups, capacity: float, levels: list[int]) -> list[int]:
     """Spend what rounding left over: take the largest gain that fits until none does."""
     while True:
         left = capacity - sum(group[level] for group, level in zip(costs, levels))
@@ -82,7 +82,7 @@ def _raise_what_fits(costs, values, capacity: float, levels: list[int]) -> list[
         levels[-g] = -other
 
 
-def _check(costs, values, capacity: float, buckets: int) -> None:
+def _check(costs: Groups, values: Groups, capacity: float, buckets: int) -> None:
     if len(costs) != len(values):
         raise ValueError(f"solve_budget: values has {len(values)} groups, want {len(costs)} as costs")
     for g, (group_costs, group_values) in enumerate(zip(costs, values)):

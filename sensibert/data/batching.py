@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..core.rows import Rows
 from .encode import IGNORED
 
 
@@ -48,14 +49,6 @@ class Collator:
     def _width(self, longest: int, multiple: int | None) -> int:
         width = longest + -longest % multiple if multiple else longest
         return width if self.max_length is None else max(longest, min(width, self.max_length))
-
-
-class Rows(Protocol):
-    """A data set with a length and an index, whose items hold input_ids."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def micro_batches(

@@ -72,7 +72,8 @@ def analyze(
     method = ("obs" if grid is None else "fisher") if method is None else FORMER_METHODS.get(method, method)
     if method not in STATISTICS:
         raise SensibertError(f"analyze: method is {method!r}, want one of {', '.join(STATISTICS)}")
-    rule, layout, samples, curves = STATISTICS[method], layout_of(model), 0, {}
+    rule, layout, samples = STATISTICS[method], layout_of(model), 0
+    curves: dict[str, list[tuple[int, float]]] = {}
     if grid is not None and rule.units_only:
         raise SensibertError(f"analyze: method {method!r} scores whole units, want another with a grid")
     loss, blocks = sampled_loss if rule.sampled else given_loss, scored_blocks(layout, rule, grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..models import base_of, eval_mode, require_finite
 from ..ops import block_sensitivity
 
 Batch = Mapping[str, Tensor]
-Loss = Callable[[object, Batch, torch.Generator], Tensor]
+Loss = Callable[[Any, Batch, torch.Generator], Tensor]  # (outputs of the model, batch, generator) -> scalar
 
 
 def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -87,8 +87,8 @@ def gradient_scores(
     batches: Iterable[Batch],
     statistic: Statistic,
     loss: Loss,
-    seed,
-    autocast,
+    seed: int,
+    autocast: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], int]:
     state = dict(base_of(model).named_parameters())
     weights = [state[block.parameter] for block in blocks]

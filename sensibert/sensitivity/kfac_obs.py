@@ -29,7 +29,8 @@ and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from ..models import base_of, eval_mode, require_finite
 from ..models.modules import attribute
+from .gradients import Loss
 
 DAMP = 1e-2  # added to C: this share of its mean diagonal
 # The same where weights are changed. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
@@ -57,7 +59,9 @@ class FisherFactors:
     squared gradient of a gate on each unit (the statistic `fisher`, one sample at a time).
     fp32, or fp64 for fp64 weights. The largest sum is K x K: 38 MB for an FFN layer of BERT-base."""
 
-    def __init__(self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units=0):
+    def __init__(
+        self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units: int = 0
+    ):
         self.samples = 0
         shapes = ((), (width,), (width, width), (height, height), (height,), (height, width), (units,))
         self.weight, self.first, self.second, self.output, self.bias_slope, self.slope, self.gates = (
@@ -103,7 +107,9 @@ class FisherFactors:
 
 
 def consumer(model: nn.Module, parameter: str) -> nn.Linear:
-    return attribute(base_of(model), parameter.removesuffix(".weight"))
+    linear = attribute(base_of(model), parameter.removesuffix(".weight"))
+    assert isinstance(linear, nn.Linear)  # of a site, which has no other consumer
+    return linear
 
 
 def unit_columns(site: Site) -> Tensor:
@@ -115,7 +121,7 @@ def collect_factors(
     model: nn.Module,
     layout: Layout,
     batches: Iterable[Mapping[str, Tensor]],
-    sampled_loss: Callable | None,
+    sampled_loss: Loss | None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
@@ -125,14 +131,16 @@ def collect_factors(
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
     passes only, and every token counts the same (a_t = 1, G = I). SensibertError for no data, or a loss that is not
     finite."""
-    found, handles, seen, samples = {}, [], [], 0
+    found: dict[str, FisherFactors] = {}
+    handles, samples = [], 0
+    seen: list[Seen] = []
     sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a layer used again has sites again
     for name, site in sites.items():
         linear = consumer(model, name)
         like = linear.weight
         found[name] = FisherFactors(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
 
-        def watch(module: nn.Module, args: tuple[Tensor], out: Tensor, site: Site = site) -> Tensor:
+        def watch(module: nn.Linear, args: tuple[Tensor], out: Tensor, site: Site = site) -> Tensor:
             if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
                 out.requires_grad_()
             seen.append(Seen(site, module.weight.detach(), args[0].detach(), out))
@@ -176,9 +184,10 @@ class Seen(NamedTuple):
 
 
 def _add_gradients(found: Mapping[str, FisherFactors], seen: list[Seen], drawn: Tensor, given: Tensor | None) -> None:
-    places, how = [one.y for one in seen], {"allow_unused": True, "materialize_grads": True}
-    slopes = repeat(None) if given is None else torch.autograd.grad(given, places, retain_graph=True, **how)
-    for one, delta, slope in zip(seen, torch.autograd.grad(drawn, places, **how), slopes):
+    places = [one.y for one in seen]
+    grad = partial(torch.autograd.grad, inputs=places, allow_unused=True, materialize_grads=True)
+    slopes = repeat(None) if given is None else grad(given, retain_graph=True)
+    for one, delta, slope in zip(seen, grad(drawn), slopes):
         factors = found[one.site.consumer.parameter]
         factors.add(one.h, delta, slope)
         factors.add_gates(one.h, delta, one.weight, unit_columns(one.site))
@@ -186,8 +195,10 @@ def _add_gradients(found: Mapping[str, FisherFactors], seen: list[Seen], drawn: 
 
 def _add_evenly(found: Mapping[str, FisherFactors], seen: list[Seen], mask: Tensor | None) -> None:
     for one in seen:
-        padded = mask is not None and mask.numel() * one.h.shape[-1] == one.h.numel()  # some models remove the padding
-        weights = mask if padded else torch.ones(one.h.shape[:-1], device=one.h.device)
+        if mask is None or mask.numel() * one.h.shape[-1] != one.h.numel():  # some models remove the padding
+            weights = torch.ones(one.h.shape[:-1], device=one.h.device)
+        else:
+            weights = mask
         found[one.site.consumer.parameter].add_evenly(one.h, weights)
 
 
@@ -268,7 +279,7 @@ def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, 
         linear.weight[:, kept] += (old @ share.T).to(linear.weight.dtype)
         shift = shift - share.T @ mean[kept]
     if linear.bias is not None:
-        linear.bias += (old @ shift).to(linear.bias.dtype)
+        linear.bias.add_((old @ shift).to(linear.bias.dtype))
 
 
 @torch.no_grad()

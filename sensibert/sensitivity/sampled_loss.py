@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
     if "start_logits" in outputs:
         padding = batch["attention_mask"] == 0
         ends = [outputs[key].float().masked_fill(padding, -torch.inf) for key in ("start_logits", "end_logits")]
-        return sum(_drawn_cross_entropy(logits, generator) for logits in ends) / 2
+        start, end = (_drawn_cross_entropy(logits, generator) for logits in ends)
+        return (start + end) / 2
     logits, labels = outputs["logits"].float(), batch.get("labels")
     if logits.dim() == 3:
         counted = batch["attention_mask"] != 0 if labels is None else labels != -100
@@ -37,6 +38,6 @@ def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator | None) -> T
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
 
-def _draw(like: Tensor, generator: torch.Generator | None, fill) -> Tensor:
+def _draw(like: Tensor, generator: torch.Generator | None, fill: Callable[..., Tensor]) -> Tensor:
     device = like.device if generator is None else generator.device
     return fill(torch.empty(like.shape, device=device), generator=generator).to(like.device)

@@ -9,28 +9,34 @@ from torch import Tensor, nn
 
 from ..core.errors import SensibertError
 from ..core.layout import Layout
-from ..models import base_of, eval_mode, require_finite
-from ..models.modules import attribute
+from ..models import eval_mode, require_finite
 from .gradients import Batch, Loss, batch_size
+from .kfac_obs import consumer
 
 GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
 
 
 def soft_gate_scores(
-    model: nn.Module, layout: Layout, batches: Iterable[Batch], loss: Loss, seed: int, autocast
+    model: nn.Module,
+    layout: Layout,
+    batches: Iterable[Batch],
+    loss: Loss,
+    seed: int,
+    autocast: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Site -> |m_j| [units] after a short run of Adam on the gates alone, minimizing loss + penalty * mean |m|; and the
     number of samples."""
-    base, device = base_of(model), next(model.parameters()).device
+    device = next(model.parameters()).device
     gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in layout.sites}
     handles = []
     for site in layout.sites:
-        consumer = attribute(base, site.consumer.parameter.removesuffix(".weight"))
 
-        def gated(module: nn.Module, args: tuple, gate: Tensor = gates[site.name], span: int = site.consumer.span):
+        def gated(
+            module: nn.Module, args: tuple, gate: Tensor = gates[site.name], span: int = site.consumer.span
+        ) -> tuple:
             return (args[0] * gate.repeat_interleave(span).to(args[0].dtype), *args[1:])
 
-        handles.append(consumer.register_forward_pre_hook(gated))
+        handles.append(consumer(model, site.consumer.parameter).register_forward_pre_hook(gated))
     used = [gate for gate in gates.values() if gate.numel()]
     if not used:
         raise SensibertError("analyze: the model has no unit to score, want one that is not trimmed to nothing")

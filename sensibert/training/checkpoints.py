@@ -19,8 +19,10 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
 # Arguments of a Trainer that the weights of a step depend on, as far as they are numbers or words.
-LEARNS_BY = ("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1")
-LEARNS_BY += ("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed")
+LEARNS_BY = (
+    *("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed"),
+)
 
 
 def _files(folder: Path) -> dict[str, int]:

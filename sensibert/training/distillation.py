@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ class Reordered(nn.Module):
         super().__init__()
         self.model, self.order = model, order
 
-    def forward(self, **inputs):
+    def forward(self, **inputs: Any) -> Any:
         outputs = self.model(**inputs)
         outputs["logits"] = outputs["logits"][..., self.order]
         return outputs

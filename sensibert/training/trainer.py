@@ -7,13 +7,14 @@ is done between the steps, by a callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -21,6 +22,7 @@ from transformers.training_args import OptimizerNames
 
 from ..core.errors import SensibertError
 from ..core.files import writing
+from ..core.rows import Rows
 from ..models.eval_mode import quick_attention
 from ..models.structure import STRUCTURE, is_trimmed, read_structure
 from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
@@ -48,7 +50,7 @@ class LengthSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
@@ -64,39 +66,40 @@ class TrimTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         lr_shape: Callable[[int, int], float] | None = None,
         teacher: Callable[[], nn.Module | None] | None = None,
         distil: Distillation | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         # Some heads divide by the number of items if they get it, others do not: Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(self.args)
         return super().create_optimizer(model)
 
-    def _clip_grad_norm(self, model):
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         optimizer = unwrapped(self.optimizer)
         if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # whose gradients are still to be unscaled
             return super()._clip_grad_norm(model)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         return optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_shape is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        shape = self.lr_shape
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: shape(step, num_training_steps)
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        shape, optimizer = self.lr_shape, optimizer or self.optimizer
+        assert optimizer is not None  # the Trainer makes it first
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step, num_training_steps))
+        self.lr_scheduler, self._created_lr_scheduler = scheduler, True
+        return scheduler
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
@@ -104,7 +107,13 @@ class TrimTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         teacher = self.teacher() if self.teacher is not None and model.training else None
         if teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -114,7 +123,10 @@ class TrimTrainer(Trainer):
         loss = self.distil.mix(loss, outputs, target, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        assert self.model is not None  # a Trainer has one
         inputs = _padded(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
@@ -126,14 +138,14 @@ class TrimTrainer(Trainer):
             )
         return loss
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # From a checkpoint of the last step, within an epoch, Trainer would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
@@ -149,7 +161,7 @@ class TrimTrainer(Trainer):
             cutters[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (RuntimeError, OSError, ValueError, KeyError, EOFError, UnpicklingError) as error:
@@ -173,7 +185,7 @@ def finetune(
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: str | Path | None = None,
-    **trainer_options,
+    **trainer_options: Any,
 ) -> TrimTrainer:
     """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
 
@@ -203,7 +215,7 @@ def _padded(model: nn.Module, batch: dict, collator: Callable, device: torch.dev
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: Dataset, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
+    model: nn.Module, data: Rows, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """Logits in the order of `data`, computed in batches of similar length, so that little is padded.
 
