@@ -129,30 +129,18 @@ class TrimCallback(TrainerCallback):
             found["freeze_embeddings"] = self.schedule.freezes(self.left())
         return found | learns_by(args)
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs.get("model")
         if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        train_dataloader: DataLoader | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert model is not None and optimizer is not None  # a Trainer hands them to every callback
+        model: nn.Module = kwargs["model"]
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         if self.config.trims:
-            _refuse_trainer(args, model, getattr(train_dataloader, "dataset", None))
+            _refuse_trainer(args, model, getattr(kwargs["train_dataloader"], "dataset", None))
         if self.layout is None:
             if state.global_step and is_trimmed(model):
                 raise SensibertError(
@@ -173,27 +161,19 @@ class TrimCallback(TrainerCallback):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock()
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        train_dataloader: DataLoader | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
             control.should_save = True
         if state.global_step not in self.cuts:
             return
-        assert model is not None and optimizer is not None and train_dataloader is not None  # from the Trainer
+        model: nn.Module = kwargs["model"]
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         first = state.global_step == min(self.cuts)
         self.memory.spend("warm" if first else "trim")
         if first and self.before_cut is not None:
             self.memory.metrics_at_cut = self.before_cut(model)
             self.memory.spend("evaluate")
-        plan = self._decide(model, state, args, train_dataloader)
+        plan = self._decide(model, state, args, kwargs["train_dataloader"])
         self.memory.spend("analyze")
         trim(model, plan, optimizer)
         if (entry := getattr(model.config, "sensibert", None)) is not None:
@@ -252,27 +232,13 @@ class TrimCallback(TrainerCallback):
             raise SensibertError("TrimCallback: it has seen no model yet, want it among the callbacks of a Trainer")
         return self.layout
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs, model = kwargs.get("logs"), kwargs.get("model")
         if logs is not None and model is not None and "loss" in logs:
             logs["sensibert/encoder_params"] = cost_of(model)[0]
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None  # a Trainer hands it to every callback
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model: nn.Module = kwargs["model"]
         self.memory.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")
         folder = _checkpoint_of(args, state)
         if self.sensitivity is not None:

@@ -107,6 +107,11 @@ def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+def test_a_callback_without_a_model_says_so():
+    with pytest.raises(SensibertError, match="has seen no model yet, want it among the callbacks of a Trainer"):
+        TrimCallback().left()
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(())
