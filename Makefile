@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format bench readme docs kernels install clean
+.PHONY: demo test lint format dist bench readme docs kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,11 +23,19 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+# A release, in dist/: the source distribution, and from it the wheel. Built in isolation, so without CUDA kernels.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only -o python_files='bench_*.py' $(PYTEST_ARGS)
@@ -68,6 +76,6 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find sensibert tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	find sensibert -name '*.so' -delete

@@ -1,0 +1,84 @@
+"""What a release ships: a pure wheel with everything, made from a source distribution that can build the kernels."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import sensibert
+
+ROOT = Path(__file__).resolve().parents[1]
+READ_BY_A_BUILD = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+
+
+def python(*command: str, cwd: Path, **environment: str) -> str:
+    # Where torch has CUDA, an install builds the kernels; a release never does.
+    environment = {**os.environ, **({} if torch.version.cuda is None else {"SENSIBERT_CUDA_ARCHS": ""}), **environment}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def files(folder: str, *patterns: str) -> set[str]:
+    found = {p for pattern in patterns for p in (ROOT / folder).rglob(pattern) if "__pycache__" not in p.parts}
+    return {p.relative_to(ROOT).as_posix() for p in found}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The unpacked source distribution of a copy of the checkout, as builds write beside it."""
+    here = tmp_path_factory.mktemp("sdist")
+    for name in READ_BY_A_BUILD:
+        shutil.copy(ROOT / name, here)
+    for name in ("sensibert", "csrc", "tests"):
+        shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__", "fixtures"))
+    python("-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=here)
+    (archive,) = (here / "dist").iterdir()
+    assert archive.name == f"sensibert-{VERSION}.tar.gz"
+    with tarfile.open(archive) as file:
+        file.extractall(here / "unpacked", filter="data")
+    return here / "unpacked" / f"sensibert-{VERSION}"
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist):
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", "wheel")
+    python("-m", "pip", "wheel", *options, ".", cwd=sdist)
+    (file,) = (sdist / "wheel").iterdir()
+    return file
+
+
+def test_the_source_distribution_can_build_the_kernels(sdist):
+    found = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*") if p.is_file()}
+    sources = files("csrc", "*.cu", "*.cpp", "*.h")
+    assert len(sources) > 10 and found >= {*READ_BY_A_BUILD, *sources, *files("sensibert", "*.py", "py.typed")}
+    assert not [name for name in found if name.startswith("tests/") or name.endswith((".so", ".o"))]
+
+
+def test_the_wheel_is_pure_and_holds_the_package_and_nothing_else(wheel):
+    assert wheel.name == f"sensibert-{VERSION}-py3-none-any.whl"
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert found == files("sensibert", "*.py") | {"sensibert/py.typed"}
+    assert "sensibert/models/modeling_sensibert.py" in found  # read as a file, by whoever saves a trimmed model
+
+
+def test_the_wheel_does_what_the_readme_says(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    said = python(str(ROOT / "tests" / "wheel_check.py"), cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()[-1]
+    assert said == f"sensibert {VERSION} from {tmp_path / 'sensibert'}: equal logits after a reload"
+
+
+def test_the_version_is_written_once():
+    assert VERSION == sensibert.__version__
+    written = files("sensibert", "*.py") | files("docs", "*.md", "*.py") | {"setup.py", "README.md", "mkdocs.yml"}
+    again = [name for name in sorted(written) if f'"{VERSION}"' in (ROOT / name).read_text(encoding="utf-8")]
+    assert not again
