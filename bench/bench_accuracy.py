@@ -31,7 +31,8 @@ from sensibert.commands import evaluate_folder
 from sensibert.core.config import TrimConfig
 from sensibert.core.schedule import RECOVERIES, Schedule
 from sensibert.core.settings import former_names
-from sensibert.data import get_task, load_examples
+from sensibert.data.files import load_examples
+from sensibert.data.tasks import get_task
 from sensibert.recipe import finetune_and_trim
 from sensibert.run_options import PRECISIONS, SNAPSHOT, Options, all_names
 from sensibert.training.checkpoints import partial_folder

@@ -38,7 +38,8 @@ from sensibert.core.artifacts import Plan, UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.config import TrimConfig
 from sensibert.core.layout import Layout
-from sensibert.data import TaskData, micro_batches
+from sensibert.data.batching import micro_batches
+from sensibert.data.task_data import TaskData
 from sensibert.inputs import best_device, encode, load_tokenizer, training_examples, validation_examples
 from sensibert.models import layers, layout_of
 from sensibert.run_options import Options

@@ -20,7 +20,7 @@ from .core.errors import SensibertError
 from .core.layout import Layout
 from .core.rows import Rows
 from .core.schedule import Schedule
-from .data import micro_batches
+from .data.batching import micro_batches
 from .decide import Choose, decide
 from .models import base_of, layout_of, sites
 from .models.masks import cost_of, masks_of

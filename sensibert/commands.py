@@ -19,7 +19,9 @@ from .core.config import LAYOUTS, TrimConfig, grid_name
 from .core.errors import SensibertError
 from .core.files import writing
 from .core.statistics import STATISTICS
-from .data import PRESETS, TaskData, get_task, guess_task, micro_batches
+from .data.batching import micro_batches
+from .data.task_data import TaskData, guess_task
+from .data.tasks import PRESETS, get_task
 from .decide import RANKED_SAMPLES
 from .inputs import (
     check_family,

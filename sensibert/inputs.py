@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from transformers.utils import cached_file
 
 from .core.errors import SensibertError
-from .data import PRESETS, Examples, TaskData, load_examples
+from .data.files import Examples, load_examples
+from .data.task_data import TaskData
+from .data.tasks import PRESETS
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import positions, unsupported

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
 from .core.files import write_atomically, writing
-from .data import TaskData, get_task
+from .data.task_data import TaskData
+from .data.tasks import get_task
 from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
 from .models.masks import cost_of
 from .models.structure import STRUCTURE

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .core.config import LAYOUTS, TrimConfig, current_names, trim_names
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
+from .data.tasks import PRESETS, TASKS, get_task
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,7 @@ class Options:
     validation_file: str | None = setting(None, "The same, for the scores.")
     task: str | None = setting(
         None,
-        "text-classification, regression, question-answering, token-classification, or a preset: mnli, qqp, qnli, "
-        "sst2, squad.",
+        f"{', '.join(TASKS)}, or a preset: {', '.join(PRESETS)}.",
         show_default="guessed from the columns or the model",
     )
     trim: TrimConfig = field(default_factory=TrimConfig)
@@ -90,8 +90,6 @@ class Options:
         if self.teacher == "average":
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
         if self.task is not None:
-            from .data import get_task
-
             get_task(self.task)
 
     @classmethod
@@ -123,15 +121,11 @@ class Options:
 
     def want_train_data(self) -> None:
         """SensibertError if there is neither a training file nor a preset that names one."""
-        from .data import PRESETS
-
         if self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
 
     def resolved(self) -> Options:
         """With the values of the preset, the usual ones and those of the method where nothing was chosen."""
-        from .data import PRESETS
-
         preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}

@@ -21,7 +21,8 @@ from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
 from sensibert.core.schedule import Schedule
-from sensibert.data import TaskData, load_examples
+from sensibert.data.files import load_examples
+from sensibert.data.task_data import TaskData
 from sensibert.models import embeddings_of, layout_of
 from sensibert.training.trainer import TrimTrainer
 from tests import runs

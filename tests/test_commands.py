@@ -8,7 +8,7 @@ import pytest
 from sensibert import commands as steps
 from sensibert import inputs as sources
 from sensibert.core.errors import SensibertError
-from sensibert.data import load_examples
+from sensibert.data.files import load_examples
 from sensibert.run_options import Options
 from tests import runs
 from tests.helpers import tiny_model

@@ -10,7 +10,7 @@ from sensibert import inputs as sources
 from sensibert.core.config import TrimConfig
 from sensibert.core.errors import SensibertError
 from sensibert.core.schedule import Schedule
-from sensibert.data import PRESETS
+from sensibert.data.tasks import PRESETS
 from sensibert.run_options import Options, all_names
 
 V0_1 = Path(__file__).parent / "fixtures" / "v0_1"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sensibert.data import best_answers
+from sensibert.data.answers import best_answers
 from sensibert.data.encode import encode_questions
 from sensibert.data.metrics import answer_metrics
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sensibert.core.errors import SensibertError
-from sensibert.data import load_examples
+from sensibert.data.files import load_examples
 
 SENTENCES = ["a plain one", 'a "quoted", one', "two\nlines", "null", "NA", "nan", "", "déjà vu \u2028 ẞ"]
 LABELS = ["0", "1", "0", "1", "NA", "null", "nan", "1"]

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from sensibert.core.errors import SensibertError
-from sensibert.data import Examples, TaskData, guess_task, load_examples
+from sensibert.data.files import Examples, load_examples
+from sensibert.data.task_data import TaskData, guess_task
 from sensibert.sensitivity import sampled_loss
 from tests.helpers import tiny_config
 

@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from sensibert.core.errors import SensibertError
-from sensibert.data import PRESETS, TASKS, get_task
+from sensibert.data.tasks import PRESETS, TASKS, get_task
 
 
 @pytest.mark.parametrize("name", TASKS)

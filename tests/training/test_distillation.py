@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sensibert.core.errors import SensibertError
-from sensibert.data import get_task
+from sensibert.data.tasks import get_task
 from sensibert.inputs import load_teacher
 from sensibert.run_options import Options
 from sensibert.training.distillation import Distillation, distillation_loss

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from sensibert.core.errors import SensibertError
-from sensibert.data import Collator
+from sensibert.data.batching import Collator
 from sensibert.models import base_of, layout_of
 from sensibert.models.eval_mode import SHORT, quick_attention
 from sensibert.training.checkpoints import MANIFEST
