@@ -1,1 +1,1 @@
-"""Files or hub names -> features, batches, labels and metrics of a task. `data.tasks`, the table, is light to import."""
+"""Files or hub names -> features, batches, labels and metrics of a task. `data.tasks`, the table, imports quickly."""
