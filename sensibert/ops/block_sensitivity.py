@@ -81,7 +81,7 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(out, weight, grad, blocks, reduce, finish, decay, scale):
+def _(*_: object) -> None:
     return None
 
 
@@ -90,6 +90,7 @@ def _terms(w: Tensor, g: Tensor | None, reduce: str) -> Tensor:
     exact = torch.float64 if torch.float64 in (w.dtype, w.dtype if g is None else g.dtype) else torch.float32
     if reduce == "weight_square":
         return w.to(exact).square()
+    assert g is not None  # grads may be empty for weight_square only
     if reduce == "grad_square":
         return g.to(exact).square()
     product = w.to(exact) * g.to(exact)
@@ -111,7 +112,9 @@ def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
     return terms
 
 
-def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, int]]:
+def _check(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], grids: Sequence[Grid], reduce: str, finish: str
+) -> list[tuple[int, int]]:
     """Raise for the first argument that does not fit, else return the shape of each out."""
     if reduce not in REDUCES:
         raise ValueError(f"block_sensitivity: reduce is {reduce!r}, want one of {', '.join(REDUCES)}")
@@ -140,7 +143,7 @@ def _check(weights, grads, grids, reduce: str, finish: str) -> list[tuple[int, i
     return [grid.shape(w.shape[0], w.shape[1] if w.dim() == 2 else 1) for w, grid in zip(weights, grids)]
 
 
-def _check_out(out, weights, shapes) -> None:
+def _check_out(out: Sequence[Tensor], weights: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
     if len(out) != len(weights):
         raise ValueError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
     for t, (total, w, shape) in enumerate(zip(out, weights, shapes)):

@@ -5,7 +5,7 @@ Used when masks change; between mask changes `masked_adamw` writes the smaller m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,10 +38,11 @@ def gather_kept(
     mixed freely, one rounding. No gradient; nothing is read back. An index outside its axis is an IndexError on a CPU
     and gives NaN in a kernel. ValueError names what does not fit."""
     weights = [w.detach() for w in weights]
-    lists = {"rows": list(rows), "cols": list(cols), "bits": [None] * len(weights) if bits is None else list(bits)}
-    for name, given in lists.items():
-        if len(given) != len(weights):
-            raise ValueError(f"gather_kept: {name} has {len(given)} entries, want {len(weights)} as weights")
+    lists: dict[str, list[Tensor | None]] = {"rows": list(rows), "cols": list(cols)}
+    lists["bits"] = [None] * len(weights) if bits is None else list(bits)
+    for name, values in lists.items():
+        if len(values) != len(weights):
+            raise ValueError(f"gather_kept: {name} has {len(values)} entries, want {len(weights)} as weights")
     shapes = [_shape(t, w, weights[0].device, lists) for t, w in enumerate(weights)]
     if out is None:
         out = [w.new_empty(shape, dtype=dtype or w.dtype) for w, shape in zip(weights, shapes, strict=True)]
@@ -51,13 +52,14 @@ def gather_kept(
         if tuple(o.shape) != shape or o.device != w.device or o.dtype not in DTYPES or (dtype or o.dtype) != o.dtype:
             raise ValueError(f"gather_kept: out[{t}] is {_named(o)}, want {dtype or 'a float'} {shape} on {w.device}")
     packed = [o.contiguous() for o in out]  # the kernel walks flat memory
-    given = {name: [t for t, index in enumerate(values) if index is not None] for name, values in lists.items()}
+    given = [{t: index for t, index in enumerate(values) if index is not None} for values in lists.values()]
     # Kernels compute in 32 bits.
     wide = any(t.dtype == torch.float64 for t in (*weights, *out))
-    (reference if wide else torch.ops.sensibert.gather_kept_)(
+    gather: Callable[..., None] = reference if wide else torch.ops.sensibert.gather_kept_
+    gather(
         packed,
         [w.contiguous() for w in weights],
-        *(part for name, of in given.items() for part in ([lists[name][t].contiguous() for t in of], of)),
+        *(part for of in given for part in ([index.contiguous() for index in of.values()], list(of))),
     )
     for o, copy in zip(out, packed, strict=True):
         if o is not copy:
@@ -86,7 +88,16 @@ def _named(t: Tensor) -> str:
 
 
 @torch.no_grad()
-def reference(out, weight, rows, rows_of, cols, cols_of, bits, bits_of) -> None:
+def reference(
+    out: list[Tensor],
+    weight: list[Tensor],
+    rows: list[Tensor],
+    rows_of: list[int],
+    cols: list[Tensor],
+    cols_of: list[int],
+    bits: list[Tensor],
+    bits_of: list[int],
+) -> None:
     row, col, bit = (dict(zip(of, given)) for of, given in ((rows_of, rows), (cols_of, cols), (bits_of, bits)))
     for t, (o, w) in enumerate(zip(out, weight, strict=True)):
         for dim, index in ((0, row.get(t)), (1, col.get(t))):
@@ -98,5 +109,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(out, weight, rows, rows_of, cols, cols_of, bits, bits_of):
+def _(*_: object) -> None:
     return None

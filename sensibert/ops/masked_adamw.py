@@ -11,7 +11,8 @@ score = decay * score + scale * finish(sum over the block of reduce(w before the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ def masked_adamw(
     packed = [tensor.contiguous() for tensor in mutated]  # the kernels walk flat memory
     tensors = iter(packed)
     # Kernels compute in 32 bits; double precision takes the reference everywhere.
-    step = reference if any(p.dtype == torch.float64 for p in params) else torch.ops.sensibert.masked_adamw_
+    wide = any(p.dtype == torch.float64 for p in params)
+    step: Callable[..., None] = reference if wide else torch.ops.sensibert.masked_adamw_
     step(
         [next(tensors) for _ in params],
         [grad.contiguous() for grad in grads],
@@ -115,12 +117,24 @@ def masked_adamw(
             tensor.copy_(copy)
 
 
-def _listed_settings(groups, betas, eps, weight_decay) -> tuple[list, ...]:
+def _listed_settings(
+    groups: Sequence[int], betas: Sequence[tuple[float, float]], eps: Sequence[float], weight_decay: Sequence[float]
+) -> tuple[list, ...]:
     """As the op takes them."""
     return list(groups), [beta[0] for beta in betas], [beta[1] for beta in betas], list(eps), list(weight_decay)
 
 
-def _listed_extras(keeps, working_copies, row_maps, col_maps, scores, reduce, finish, decay, scale) -> tuple:
+def _listed_extras(
+    keeps: Mapping[int, tuple[Tensor, Grid]],
+    working_copies: Mapping[int, Tensor],
+    row_maps: Mapping[int, Tensor],
+    col_maps: Mapping[int, Tensor],
+    scores: Mapping[int, tuple[Tensor, Grid]],
+    reduce: str,
+    finish: str,
+    decay: float,
+    scale: float,
+) -> tuple:
     """As the op takes them."""
     return (
         [keep for keep, _ in keeps.values()],
@@ -149,7 +163,18 @@ class HeldAdamW:
     second on a kernel is given only parameters, gradients and rates. The other arguments are held as tensors, not as
     addresses, and checked at every call: if one no longer fits, that call is masked_adamw again."""
 
-    def __init__(self, params, exp_avgs, exp_avg_sqs, steps, groups, betas, eps, weight_decay, **extras) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        groups: Sequence[int],
+        betas: Sequence[tuple[float, float]],
+        eps: Sequence[float],
+        weight_decay: Sequence[float],
+        **extras: Any,
+    ) -> None:
         self._params, self._moments = params, (exp_avgs, exp_avg_sqs, steps)
         self._settings, self._extras = (groups, betas, eps, weight_decay), extras
         self._held: Tensor | None = None
@@ -158,8 +183,11 @@ class HeldAdamW:
     def __call__(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> None:
         if self._checked and self._run(grads, lr, grad_factor):
             return
-        settings, extras = self._settings, self._extras
-        masked_adamw(self._params, grads, *self._moments, lr, *settings, grad_factor=grad_factor, **extras)
+        groups, betas, eps, weight_decay = self._settings
+        masked_adamw(
+            self._params, grads, *self._moments, lr, groups, betas, eps, weight_decay,
+            grad_factor=grad_factor, **self._extras,
+        )  # fmt: skip
         self._checked = True
 
     def _run(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> bool:
@@ -176,8 +204,25 @@ def _named(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay) -> None:
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    groups: Sequence[int],
+    betas: Sequence[tuple[float, float]],
+    eps: Sequence[float],
+    weight_decay: Sequence[float],
+) -> None:
+    lists: dict[str, Sequence[Any]] = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
+        "groups": groups,
+    }
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"masked_adamw: {name} has {len(values)} entries, want {len(params)} as params")
@@ -202,7 +247,9 @@ def _check_scalar(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"masked_adamw: {name} is {_named(value)}, want one float32 on {device} as lr")
 
 
-def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: torch.dtype, params) -> None:
+def _check_blocks(
+    name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: torch.dtype, params: Sequence[Tensor]
+) -> None:
     for t, (value, grid) in entries.items():
         if not 0 <= t < len(params):
             raise ValueError(f"masked_adamw: {name} is for params[{t}], of {len(params)}")
@@ -212,7 +259,12 @@ def _check_blocks(name: str, entries: Mapping[int, tuple[Tensor, Grid]], dtype: 
             raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {wanted} (grid {grid})")
 
 
-def _check_working_copies(working_copies, row_maps, col_maps, params) -> None:
+def _check_working_copies(
+    working_copies: Mapping[int, Tensor],
+    row_maps: Mapping[int, Tensor],
+    col_maps: Mapping[int, Tensor],
+    params: Sequence[Tensor],
+) -> None:
     for name, maps, axis in (("row_map", row_maps, 0), ("col_map", col_maps, 1)):
         for t, of in maps.items():
             if t not in working_copies:
@@ -222,17 +274,17 @@ def _check_working_copies(working_copies, row_maps, col_maps, params) -> None:
                 wanted = f"int32 ({size},) on {params[t].device}"
                 raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {wanted}")
     for t, working_copy in working_copies.items():
-        wanted = tuple(params[t].shape)
+        shape = tuple(params[t].shape)
         if t in row_maps or t in col_maps:  # the caller is trusted that each row and column of it is in the map
             N, K = matrix_shape(params[t])
             n, k = (*working_copy.shape, -1, -1)[:2]
-            wanted = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
+            shape = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
         if (working_copy.dtype, tuple(working_copy.shape), working_copy.device) != (
             torch.bfloat16,
-            wanted,
+            shape,
             params[t].device,
         ):
-            raise ValueError(f"masked_adamw: working_copy[{t}] is {_named(working_copy)}, want bfloat16 {wanted}")
+            raise ValueError(f"masked_adamw: working_copy[{t}] is {_named(working_copy)}, want bfloat16 {shape}")
 
 
 def index_map(index: Tensor, size: int) -> Tensor:
@@ -260,9 +312,12 @@ def _as_bits(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reference(
-    param, grad, exp_avg, exp_avg_sq, step, lr, group, beta1, beta2, eps, weight_decay, grad_factor,
-    keep, keep_of, keep_blocks, working_copy, working_copy_of, row_map, row_map_of, col_map, col_map_of,
-    score, score_of, score_blocks, reduce, finish, decay, scale,
+    param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], step: list[Tensor],
+    lr: Tensor, group: list[int], beta1: list[float], beta2: list[float], eps: list[float], weight_decay: list[float],
+    grad_factor: Tensor | None, keep: list[Tensor], keep_of: list[int], keep_blocks: list[int],
+    working_copy: list[Tensor], working_copy_of: list[int], row_map: list[Tensor], row_map_of: list[int],
+    col_map: list[Tensor], col_map_of: list[int], score: list[Tensor], score_of: list[int], score_blocks: list[int],
+    reduce: str, finish: str, decay: float, scale: float,
 ) -> None:  # fmt: skip
     settings = list(zip(lr.unbind(), beta1, beta2, eps, weight_decay, strict=True))
     kept, scored, working_copyed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, working_copy_of))
@@ -277,14 +332,14 @@ def reference(
         # One tensor after the other, so that it is still in a cache, and temporary memory is used again.
         g = _scaled(g, grad_factor)
         shape, i, j = matrix_shape(w), kept.get(t), scored.get(t)
-        bits = None if i is None else _keep_bits(keep[i], *keep_blocks[2 * i : 2 * i + 2], w)
+        bits = None if i is None else _keep_bits(keep[i], keep_blocks[2 * i], keep_blocks[2 * i + 1], w)
         if j is not None:
             if bits is not None:  # the score is that of survivors
                 _as_bits(w).bitwise_and_(bits)
                 g = (_as_bits(g) & bits).view(g.dtype).view(g.shape)
-            out, blocks = [score[j]], score_blocks[2 * j : 2 * j + 2]
+            total, blocks = [score[j]], score_blocks[2 * j : 2 * j + 2]
             weight, gradient = [w.view(shape)], [g.view(shape)]
-            torch.ops.sensibert.block_sensitivity_(out, weight, gradient, blocks, reduce, finish, decay, scale)
+            torch.ops.sensibert.block_sensitivity_(total, weight, gradient, blocks, reduce, finish, decay, scale)
         _adamw([w], [g], [m], [v], [step[t]], *settings[group[t]])
         if bits is not None:
             for tensor in (w, m, v):
@@ -311,7 +366,7 @@ def _scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
 _PIECE = 1 << 17  # elements of which the scaled gradient stays in the cache of a CPU
 
 
-def _plain_adamw(entries: list[tuple[Tensor, ...]], factor: Tensor | None, *settings) -> None:
+def _plain_adamw(entries: Sequence[tuple[Tensor, ...]], factor: Tensor | None, *settings: Any) -> None:
     """_adamw of (w, grad, m, v, step) of one dtype. Scaled gradients are made in pieces, not all of them at once."""
     rest, scratch = [], None
     for w, g, m, v, step in entries:
@@ -324,10 +379,14 @@ def _plain_adamw(entries: list[tuple[Tensor, ...]], factor: Tensor | None, *sett
             scaled = torch.mul(grad, factor.view(()), out=scratch[: len(grad)])
             _adamw([w], [scaled], [m], [v], [step], *settings)
     if rest:
-        _adamw(*map(list, zip(*rest, strict=True)), *settings)
+        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*rest, strict=True))
+        _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, *settings)
 
 
-def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay) -> None:
+def _adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """Torch's own kernel: one pass instead of a dozen, in fp32 whatever the dtype."""
     if not lr.is_cpu and lr.dtype == torch.float64:
         if params[0].dtype == torch.float64:
@@ -341,7 +400,10 @@ def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, w
     )  # fmt: skip
 
 
-def _adamw_in_double(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay) -> None:
+def _adamw_in_double(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor,
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """For a GPU, where torch's kernel takes a float32 rate only."""
     w.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - beta1)
@@ -350,7 +412,7 @@ def _adamw_in_double(w, g, m, v, step, lr, beta1, beta2, eps, weight_decay) -> N
     w.sub_(lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt_().add_(eps)))
 
 
-def _nothing_held(*_) -> Tensor:
+def _nothing_held(*_: object) -> Tensor:
     """No kernel holds tensors on this device."""
     return torch.empty(0, dtype=torch.uint8)
 
@@ -361,5 +423,5 @@ torch.library.register_kernel(OP, "default", reference)  # not as a decorator: i
 
 
 @torch.library.register_fake(OP)
-def _fake(*args) -> None:
+def _fake(*args: object) -> None:
     return None

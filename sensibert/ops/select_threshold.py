@@ -7,7 +7,7 @@ So no two elements tie, the result is unique, and a budget is met exactly. Kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def _key(s: Tensor) -> Tensor:
 
 def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
     """The k-th largest key, k >= 1: count them by their upper 16 bits, then look only where the k-th must be."""
-    counts = sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys)
+    counts = cast(Tensor, sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys))  # k >= 1: not 0
     above = counts.flip(0).cumsum(0)  # of the largest bin, of the two largest, ...
     bin = int((above < k).sum())
     rank = k - int(above[bin - 1]) if bin else k
@@ -72,9 +72,9 @@ def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
     return inside.kthvalue(len(inside) - rank + 1).values
 
 
-def reference(keep, threshold, num_nan, scores, k) -> None:
+def reference(keep: list[Tensor], threshold: Tensor, num_nan: Tensor, scores: list[Tensor], k: int) -> None:
     keys = [_key(s) for s in scores]
-    num_nan.copy_(sum((key == NAN_KEY).sum() for key in keys))
+    num_nan.copy_(sum((key == NAN_KEY).sum() for key in keys))  # type: ignore[arg-type]  # torch takes a number, too
     if k == 0:
         threshold.fill_(torch.inf)
         for out in keep:
@@ -96,5 +96,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(keep, threshold, num_nan, scores, k):
+def _(keep: list[Tensor], threshold: Tensor, num_nan: Tensor, scores: list[Tensor], k: int) -> None:
     return None

@@ -52,5 +52,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(x, weight, bias, bits, by_columns):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, by_columns: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if by_columns else 0])

@@ -108,7 +108,7 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
     if problem.part == "dw" or problem.share < 1:  # it has none of its own; and it reads all columns of x
         able.discard("bits")
     times = {path: estimate(path, problem) for path in PATHS if path in able and refusal(path, problem, built) is None}
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     others = ", ".join(f"{path} {time:.0f}" for path, time in times.items() if path != best)
     return Choice(best, f"about {times[best]:.0f} us for {problem.part}" + (f"; {others}" if others else ""))
 

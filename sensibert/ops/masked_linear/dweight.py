@@ -33,8 +33,8 @@ def block_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> BlockL
     tiles = [tile for pair in _pairs(rows) for tile in _tiles(rows, *pair)]
     tiles.sort(key=_num_blocks, reverse=True)
     words = [tile + [0] * (5 + 2 * TILE_BANDS - len(tile)) for tile in tiles]
-    tiles = torch.tensor(words, dtype=torch.int32, device=keep.device).view(len(words), 5 + 2 * TILE_BANDS)
-    return BlockList(tiles, (~kept).flatten().nonzero()[:, 0].int())
+    table = torch.tensor(words, dtype=torch.int32, device=keep.device).view(len(words), 5 + 2 * TILE_BANDS)
+    return BlockList(table, (~kept).flatten().nonzero()[:, 0].int())
 
 
 def _pairs(rows: list[set[int]]) -> list[tuple[int, int]]:
@@ -88,5 +88,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(dy, x, tiles, dropped):
+def _(dy: Tensor, x: Tensor, tiles: Tensor, dropped: Tensor) -> Tensor:
     return x.new_empty(dy.shape[-1], x.shape[-1])

@@ -115,7 +115,9 @@ def wide_bits(part: str, keep: Tensor, grid: Grid, num_rows: int, num_cols: int)
     return cached(_WIDE[part], keep, grid, num_rows, num_cols)
 
 
-def _wide_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows: bool, take_cols: bool):
+def _wide_bits(
+    keep: Tensor, grid: Grid, num_rows: int, num_cols: int, take_rows: bool, take_cols: bool
+) -> Tensor | None:
     kept = kept_index(keep, grid, num_rows, num_cols)
     rows, cols = kept.rows if take_rows else None, kept.cols if take_cols else None
     if kept.bits is None:  # no hole but for whole rows and columns
@@ -159,4 +161,5 @@ def valid_matrix(
     """matrix if it has this dtype and was written for weight and keep as they are now, else None."""
     if matrix is None or matrix.dtype != dtype or weight.is_inference() or keep.is_inference():
         return None
+    assert versions is not None  # both are fields of a CompactWeight
     return matrix if versions.tolist() == [weight._version, keep._version] else None

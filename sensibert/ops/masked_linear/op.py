@@ -7,7 +7,9 @@ Accumulation is that of torch's matmul for the dtype (fp32 for fp16 and bf16); d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,16 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, bloc
     return F.linear(x, weight.to(x.dtype).masked_fill(~wide, 0), None if bias is None else bias.to(x.dtype))
 
 
-def _forward(x, weight, bias, keep, block_rows, block_cols, compact=None, versions=None):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: Tensor,
+    block_rows: int,
+    block_cols: int,
+    compact: Tensor | None = None,
+    versions: Tensor | None = None,
+) -> Tensor:
     at = (keep, Grid(block_rows, block_cols), *weight.shape)
     matrix = valid_matrix(compact, versions, weight, keep, x.dtype)
     path, kept = _plan("fwd", x, at, matrix is not None)
@@ -96,7 +107,15 @@ def _forward(x, weight, bias, keep, block_rows, block_cols, compact=None, versio
     return y.view(*x.shape[:-1], len(weight))
 
 
-def _dx(dy, weight, keep, block_rows, block_cols, compact=None, versions=None):
+def _dx(
+    dy: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    block_rows: int,
+    block_cols: int,
+    compact: Tensor | None = None,
+    versions: Tensor | None = None,
+) -> Tensor:
     """dy [..., N], weight [N, K] -> dx [..., K] = dy (W * keep)."""
     at = (keep, Grid(block_rows, block_cols), *weight.shape)
     matrix = valid_matrix(compact, versions, weight, keep, dy.dtype)
@@ -116,7 +135,7 @@ def _dx(dy, weight, keep, block_rows, block_cols, compact=None, versions=None):
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
-def _dweight(dy, x, keep, block_rows, block_cols):
+def _dweight(dy: Tensor, x: Tensor, keep: Tensor, block_rows: int, block_cols: int) -> Tensor:
     """dy [..., N], x [..., K] -> dweight [N, K] = (dy^T x) * keep."""
     at = (keep, Grid(block_rows, block_cols), dy.shape[-1], x.shape[-1])
     path, (rows, cols, bits, *_) = _plan("dw", x, at)
@@ -220,37 +239,47 @@ for _name, _kernel in (("", _forward), ("_dx", _dx), ("_dweight", _dweight)):
 
 
 @register_fake(OP)
-def _(x, weight, bias, keep, block_rows, block_cols, compact=None, versions=None):
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @register_fake(OP + "_dx")
-def _(dy, weight, keep, block_rows, block_cols, compact=None, versions=None):
+def _(dy: Tensor, weight: Tensor, *_: object) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], weight.shape[1])
 
 
 @register_fake(OP + "_dweight")
-def _(dy, x, keep, block_rows, block_cols):
+def _(dy: Tensor, x: Tensor, *_: object) -> Tensor:
     return x.new_empty(dy.shape[-1], x.shape[-1])
 
 
-def _save(ctx, inputs, output):
+Grads = tuple[Tensor | None, ...]  # of each input, in order; None: it has none or needs none
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, keep, block_rows, block_cols, *compact = inputs
     _save_product(ctx, x, weight, keep, (block_rows, block_cols), compact)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _save_dx(ctx, inputs, output):
+def _save_dx(ctx: Any, inputs: tuple, output: Tensor) -> None:
     dy, weight, keep, block_rows, block_cols, *compact = inputs
     _save_product(ctx, dy, weight, keep, (block_rows, block_cols), compact)
 
 
-def _save_dweight(ctx, inputs, output):
+def _save_dweight(ctx: Any, inputs: tuple, output: Tensor) -> None:
     dy, x, keep, block_rows, block_cols = inputs
     _save_product(ctx, dy, x, keep, (block_rows, block_cols))
 
 
-def _save_product(ctx, first: Tensor, second: Tensor, keep: Tensor, blocks, compact=(None, None)) -> None:
+def _save_product(
+    ctx: Any,
+    first: Tensor,
+    second: Tensor,
+    keep: Tensor,
+    blocks: tuple[int, int],
+    compact: Sequence[Tensor | None] = (None, None),
+) -> None:
     """Both matrices of the product, each only if the other's gradient is wanted: second with its compact form."""
     need_first, need_second = ctx.needs_input_grad[:2]
     seconds = (second, *compact) if need_first else (None, None, None)
@@ -258,7 +287,7 @@ def _save_product(ctx, first: Tensor, second: Tensor, keep: Tensor, blocks, comp
     ctx.blocks, ctx.dtype = blocks, second.dtype
 
 
-def _backward(ctx, dy):  # y = x (W * keep)^T + b
+def _backward(ctx: Any, dy: Tensor) -> Grads:  # y = x (W * keep)^T + b
     x, keep, weight, *compact = ctx.saved_tensors
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     dx = ops.masked_linear_dx(dy, weight, keep, *ctx.blocks, *compact) if need_x else None
@@ -267,7 +296,7 @@ def _backward(ctx, dy):  # y = x (W * keep)^T + b
     return dx, dweight, dbias, None, None, None, None, None
 
 
-def _backward_dx(ctx, g):  # dx = dy (W * keep)
+def _backward_dx(ctx: Any, g: Tensor) -> Grads:  # dx = dy (W * keep)
     dy, keep, weight, *compact = ctx.saved_tensors
     need_dy, need_weight, *_ = ctx.needs_input_grad
     ddy = ops.masked_linear(g, weight, None, keep, *ctx.blocks, *compact) if need_dy else None
@@ -275,7 +304,7 @@ def _backward_dx(ctx, g):  # dx = dy (W * keep)
     return ddy, dweight, None, None, None, None, None
 
 
-def _backward_dweight(ctx, g):  # dweight = (dy^T x) * keep
+def _backward_dweight(ctx: Any, g: Tensor) -> Grads:  # dweight = (dy^T x) * keep
     dy, keep, x, *_ = ctx.saved_tensors
     need_dy, need_x, *_ = ctx.needs_input_grad
     ddy = ops.masked_linear(x, g, None, keep, *ctx.blocks) if need_dy else None
@@ -291,10 +320,10 @@ for _name, _rule, _setup in (
     register_autograd(OP + _name, _rule, setup_context=_setup)
 
 
-def _autocast(device_type: str):
+def _autocast(device_type: str) -> Callable[..., Tensor]:
     """Casts x to the autocast dtype (float64 stays, as in torch); the op casts b and the kept part of W."""
 
-    def cast(x, *others):
+    def cast(x: Tensor, *others: Any) -> Tensor:
         stays = x.dtype == torch.float64 or x.device.type != device_type  # `versions` is on the CPU, x may not be
         dtype = x.dtype if stays else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
@@ -307,5 +336,5 @@ _library = torch.library.Library("sensibert", "FRAGMENT")  # register_autocast t
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("masked_linear", _autocast(_device_type), _key)
 
-masked_linear.force = paths.force  # where sensibert.ops.masked_linear is the function, not the module
+masked_linear.force = paths.force  # type: ignore[attr-defined]  # where sensibert.ops.masked_linear is the function, not the module
 force = paths.force

@@ -47,5 +47,5 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(x, index, fill):
+def _(x: Tensor, index: Tensor, fill: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(index))

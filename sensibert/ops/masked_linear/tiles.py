@@ -66,7 +66,16 @@ def column_tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> 
     return tile_list(keep.T, Grid(grid.block_cols, grid.block_rows), num_cols, num_rows)
 
 
-def reference(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    entries: Tensor,
+    order: Tensor,
+    tile_cols: int,
+    by_columns: bool,
+) -> Tensor:
     """y [..., N] = x [..., K] weight [N, K]^T + bias [N] or None, with every listed 64 x 64 block and no other.
 
     by_columns: the weight is [K, N] and not transposed, the tiles are of its columns."""
@@ -86,5 +95,14 @@ impl(OP, "default", reference)
 
 
 @register_fake(OP)
-def _(x, weight, bias, offsets, entries, order, tile_cols, by_columns):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    entries: Tensor,
+    order: Tensor,
+    tile_cols: int,
+    by_columns: bool,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if by_columns else 0])
