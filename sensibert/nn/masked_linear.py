@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,16 @@ class MaskedLinear(nn.Linear):
     grid: Grid
     compact: CompactWeight | None = None
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, grid: Grid = Grid.row()):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        grid: Grid = Grid.row(),
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.set_keep(None, grid)
 
@@ -37,6 +48,7 @@ class MaskedLinear(nn.Linear):
             raise ValueError(f"MaskedLinear: linear is {kind_of(linear)}, want a plain nn.Linear")
         check_keep(linear, keep, grid)
         linear.__class__ = cls
+        assert isinstance(linear, cls)  # by the line above
         linear.set_keep(keep, grid)
         return linear
 
@@ -46,7 +58,7 @@ class MaskedLinear(nn.Linear):
             self.weight.masked_fill_(~self.grid.expand(self.keep, self.out_features, self.in_features), 0)
         del self.keep, self.grid
         self.__dict__.pop("compact", None)
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]  # mypy knows no change to a base class
         return self
 
     def reset_parameters(self) -> None:
@@ -74,7 +86,8 @@ class MaskedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         return masked_linear(x, self.weight, self.bias, self.keep, self.grid, self.compact)
 
-    def _apply(self, fn, recurse=True):  # to(), half(), cuda(), ...: the matrix stays where and what it was
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
+        # to(), half(), cuda(), ...: the matrix stays where and what it was
         self.compact = None
         return super()._apply(fn, recurse)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from ..nn.masked_linear import MaskedLinear
 from ..ops.gather_kept import gather_kept
 from ..ops.masked_adamw import index_map
 from ..ops.masked_linear.kept_index import CompactWeight, kept_index
+
+Optimizer = Any  # a MaskedAdamW, whose module imports this one
 
 
 @dataclass(eq=False)
@@ -44,7 +47,7 @@ class CompactWeights:
     def __init__(self) -> None:
         self._followed: list[_Followed] = []
 
-    def follow(self, optimizer, model: nn.Module) -> None:
+    def follow(self, optimizer: Optimizer, model: nn.Module) -> None:
         owned = {param for group in optimizer.param_groups for param in group["params"]}
         by_weight = {entry.weight: entry for entry in self._followed if not entry.ended}
         for name, layer in model.named_modules():
@@ -59,7 +62,7 @@ class CompactWeights:
         self.before_step(optimizer)
 
     @torch.no_grad()
-    def before_step(self, optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Give the layers' masks to the optimizer, and gather a new matrix for each layer whose masks have changed."""
         for entry in [entry for entry in self._followed if entry.ended]:
             self._followed.remove(entry)
@@ -72,15 +75,16 @@ class CompactWeights:
             for device in {entry.weight.device for entry in stale}:
                 _gather(optimizer, [entry for entry in stale if entry.weight.device == device])
 
-    def after_step(self, optimizer) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Mark what the step has written as valid for the weights as they are now."""
         for entry in self._followed:
+            assert entry.compact is not None  # made by before_step
             # A parameter without a gradient has not been written.
             if entry.weight.grad is not None and optimizer.working_copy(entry.weight) is entry.compact.matrix:
                 entry.compact.versions.numpy()[:] = entry.versions  # numpy leaves the version of `versions` as it is
 
 
-def _gather(optimizer, entries: list[_Followed]) -> None:
+def _gather(optimizer: Optimizer, entries: list[_Followed]) -> None:
     kept = [kept_index(entry.layer.keep, entry.layer.grid, *entry.weight.shape) for entry in entries]
     indices = ([getattr(index, name) for index in kept] for name in ("rows", "cols", "bits"))
     matrices = gather_kept([entry.weight for entry in entries], *indices, dtype=torch.bfloat16)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ..core.grid import Grid
 from ..ops.masked_adamw import HeldAdamW, matrix_shape
 from .compact_weights import CompactWeights
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(eq=False)
@@ -45,7 +50,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -142,7 +147,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._statistic = {"reduce": reduce, "finish": finish, "decay": decay, "scale": scale}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # type: ignore[override]  # torch's overloads say float, yet a closure returns the loss tensor
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,20 +191,22 @@ class MaskedAdamW(torch.optim.Optimizer):
             del factors[0]  # nothing is clipped
         return None if not factors else factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
-    def _held_for(self, device: torch.device, params, groups, states: list[dict], steps) -> _Held:
+    def _held_for(
+        self, device: torch.device, params: list[Tensor], groups: list[int], states: list[dict], steps: list[Tensor]
+    ) -> _Held:
         """The step of the last call, or a new one if a tensor or a setting is another one."""
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         keeps = [state.get("keep") for state in states]
         grids = [state.get("keep_grid") for state in states]
-        betas = [tuple(map(float, group["betas"])) for group in self.param_groups]
+        betas = [(float(group["betas"][0]), float(group["betas"][1])) for group in self.param_groups]
         eps, weight_decay = ([float(group[name]) for group in self.param_groups] for name in ("eps", "weight_decay"))
-        tensors = [*params, *moments[0], *moments[1], *steps, *keeps]
+        tensors = [*params, *exp_avgs, *exp_avg_sqs, *steps, *keeps]
         settings = groups, grids, betas, eps, weight_decay
         held = self._held.get(device)
         if held is None or not held.serves(tensors, settings):
             step = HeldAdamW(
-                params, *moments, steps, groups, betas, eps, weight_decay,
-                keeps={t: (keep, Grid(*grids[t])) for t, keep in enumerate(keeps) if keep is not None},
+                params, exp_avgs, exp_avg_sqs, steps, groups, betas, eps, weight_decay,
+                keeps={t: (keep, Grid(*states[t]["keep_grid"])) for t, keep in enumerate(keeps) if keep is not None},
                 **self._working_copies_of(params),
                 scores={t: self._scores[p] for t, p in enumerate(params) if p in self._scores},
                 **self._statistic,
@@ -211,7 +220,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Working copies, row maps and column maps by position, as the op takes them."""
         held = [(t, self._working_copies[p]) for t, p in enumerate(params) if p in self._working_copies]
         names = ("working_copies", "row_maps", "col_maps")
-        return {name: {t: s[i] for t, s in held if s[i] is not None} for i, name in enumerate(names)}
+        return {name: {t: tensor for t, s in held if (tensor := s[i]) is not None} for i, name in enumerate(names)}
 
     def _lr_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """One learning rate a group [G]; copied to the device only when one has changed."""
@@ -244,7 +253,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")
 
 
-def optimizer_cls_and_kwargs(args) -> tuple[type[MaskedAdamW], dict]:
+def optimizer_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MaskedAdamW], dict[str, Any]]:
     """MaskedAdamW with the settings of a transformers.TrainingArguments: `Trainer(optimizer_cls_and_kwargs=...)`.
 
     Weights are those of `optim="adamw_torch_fused"`, bit for bit on a CPU."""

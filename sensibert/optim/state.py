@@ -30,21 +30,21 @@ def take_kept(requests: Sequence[tuple[Tensor, Index]]) -> list[Tensor]:
                 taken[t] = taken[t].index_select(dim, kept.to(tensor.device))
     for device, chosen in together.items():
         matrices = [taken[t].unsqueeze(1) if taken[t].dim() == 1 else taken[t] for t in chosen]
-        kept = [{dim: kept.to(device) for dim, kept in requests[t][1].items()} for t in chosen]
-        small = gather_kept(matrices, *([index.get(dim) for index in kept] for dim in (0, 1)))
+        here = [{dim: kept.to(device) for dim, kept in requests[t][1].items()} for t in chosen]
+        small = gather_kept(matrices, *([index.get(dim) for index in here] for dim in (0, 1)))
         for t, matrix in zip(chosen, small, strict=True):
             taken[t] = matrix.flatten() if taken[t].dim() == 1 else matrix
     return taken
 
 
-def unwrapped(optimizer) -> torch.optim.Optimizer:
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def slice_state(optimizer, old: Tensor, new: Tensor, index: Index) -> None:
+def slice_state(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, index: Index) -> None:
     """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
 
     index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
@@ -62,7 +62,7 @@ def slice_state(optimizer, old: Tensor, new: Tensor, index: Index) -> None:
     swap(optimizer, old, new, dict(zip(cuts, take_kept(list(cuts.values())), strict=True)))
 
 
-def state_cuts(optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, Index]]:
+def state_cuts(optimizer: torch.optim.Optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, Index]]:
     """The state of `old` that has to be cut along: name -> what `take_kept` takes. ValueError as in `slice_state`."""
     optimizer = unwrapped(optimizer)
     if not any(p is old for group in optimizer.param_groups for p in group["params"]):
@@ -78,7 +78,7 @@ def state_cuts(optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, 
     return cuts
 
 
-def swap(optimizer, old: Tensor, new: Tensor, taken: Mapping[str, Tensor]) -> None:
+def swap(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, taken: Mapping[str, Tensor]) -> None:
     """Hold `new` in the place of `old`, with the tensors in taken as its state; cannot fail after `state_cuts`."""
     optimizer = unwrapped(optimizer)
     for group in optimizer.param_groups:
@@ -94,7 +94,7 @@ def swap(optimizer, old: Tensor, new: Tensor, taken: Mapping[str, Tensor]) -> No
         optimizer.forget(old)
 
 
-def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Index) -> Index:
+def _state_index(optimizer: torch.optim.Optimizer, name: str, value: Tensor, old: Tensor, index: Index) -> Index:
     """The index for a state tensor: of the shape of `old`, or one of the factors of Adafactor (arXiv 1804.04235)."""
     if value.dim() == old.dim() and all(n in (1, full) for n, full in zip(value.shape, old.shape, strict=True)):
         return {dim: kept for dim, kept in index.items() if value.shape[dim] == old.shape[dim]}
@@ -107,7 +107,7 @@ def _state_index(optimizer, name: str, value: Tensor, old: Tensor, index: Index)
     )
 
 
-def mask_state(optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
+def mask_state(optimizer: torch.optim.Optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
     """Set the state of the dropped weights of `param` to 0; a MaskedAdamW gets the keep as well.
 
     Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""

@@ -84,6 +84,7 @@ class TrimTrainer(Trainer):
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        assert self.optimizer is not None  # there are gradients to clip
         optimizer = unwrapped(self.optimizer)
         if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # whose gradients are still to be unscaled
             return super()._clip_grad_norm(model)
