@@ -92,7 +92,8 @@ def _weights(model: nn.Module, all_sites: tuple[Site, ...]) -> tuple[Weight, ...
     for site in all_sites:
         flops = 2 * _repeats(family, model.config, site.layer, len(stack))
         for name in (m.parameter for m in site.members if m.parameter.endswith(".weight")):
-            weights.append(Weight(name, site.layer, *state[name].shape, 0 if name in tables else flops))
+            rows, cols = state[name].shape
+            weights.append(Weight(name, site.layer, rows, cols, 0 if name in tables else flops))
     return tuple(weights)
 
 
@@ -144,7 +145,7 @@ def layout_of(model: nn.Module) -> Layout:
         family=family.model_type,
         digest=digest.hexdigest()[:16],
         sites=all_sites,
-        hidden=int(model.config.hidden_size),
+        hidden=int(attribute(model, "config.hidden_size")),
         encoder_params=_numel(attribute(base, family.encoder)),
         total_params=_numel(model),
         encoder_rest=encoder_rest,

@@ -21,10 +21,10 @@ STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 class PickHeads:
     """Forward pre-hook of an attention module: selects the kept heads of `position_bias` [B, H, S, S]."""
 
-    def __init__(self, kept):
+    def __init__(self, kept: torch.Tensor) -> None:
         self.kept = kept
 
-    def __call__(self, module, args, kwargs):
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         bias = args[2] if len(args) > 2 else kwargs.get("position_bias")  # after hidden_states and attention_mask
         bias = None if bias is None else bias[:, self.kept.to(bias.device)]
         return ((*args[:2], bias, *args[3:]), kwargs) if len(args) > 2 else (args, kwargs | {"position_bias": bias})
@@ -39,7 +39,7 @@ class PickHeads:
         return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
 
 
-def _layers(base, pattern):
+def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
     """Modules at a dotted path, in order; `*` matches every index of a module list."""
     found = [base]
     for part in pattern.split("."):
@@ -47,14 +47,14 @@ def _layers(base, pattern):
     return found
 
 
-def _narrow(linear, name, dim, size, parts=1):
+def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int = 1) -> None:
     """Keep the first size / parts positions of each of the equal sections along an axis of a parameter."""
     old = getattr(linear, name)
     sections = old.detach().unflatten(dim, (parts, -1)).narrow(dim + 1, 0, size // parts)
     setattr(linear, name, torch.nn.Parameter(sections.flatten(dim, dim + 1).clone(), old.requires_grad))
 
 
-def _cut(layer, axis, count, span):
+def _cut(layer, axis: dict, count: int, span: int) -> None:
     """Cut one axis of a layer to `count` units of `span` rows, unless it has that size already (a shared layer)."""
     reader, size = layer.get_submodule(axis["consumes"]), count * span
     if reader.in_features != size:

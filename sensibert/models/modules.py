@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -40,7 +41,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def embeddings_of(model: nn.Module) -> nn.Module:
     """The embedding module (tables of words, positions and types, and their norm), or the word table alone."""
-    return getattr(base_of(model), "embeddings", None) or model.get_input_embeddings()
+    return getattr(base_of(model), "embeddings", None) or attribute(model, "get_input_embeddings")()
 
 
 def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
@@ -63,7 +64,7 @@ def positions(model: nn.Module) -> int | None:
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-def attribute(root: object, path: str) -> object:
+def attribute(root: Any, path: str) -> Any:
     """The object at a dotted path of attributes; AttributeError if there is none."""
     for part in path.split("."):
         root = getattr(root, part)

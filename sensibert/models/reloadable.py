@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import transformers  # by attribute below: `families()` reads this file too, and its heavy parts are not needed then
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ CODE = code.__name__.rpartition(".")[2]
 OWN = "Sensibert"  # SensibertX is the reloadable subclass of transformers' X
 
 
-def _stock(kind: type) -> type | None:
+def _stock(kind: type) -> type[Any] | None:
     """transformers' class X if kind is X or SensibertX, this package's or that of a folder's code; else None."""
     stock = getattr(transformers, kind.__name__.removeprefix(OWN), None)
     if stock is None or kind is stock:
@@ -35,13 +36,16 @@ def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
     for kind in (type(model), type(model.config)):
         if _stock(kind) is None:
             raise SensibertError(_no_class_of_transformers(kind.__name__))
-    return _stock(type(model))
+    stock = _stock(type(model))
+    assert stock is not None  # checked above
+    return stock
 
 
 def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
     """A copy of the config as the base model has it: its class, without our entries."""
-    stock = copy.deepcopy(config)
-    stock.__class__ = _stock(type(config))
+    stock, stock_type = copy.deepcopy(config), _stock(type(config))
+    assert stock_type is not None  # `stock_class` checks it
+    stock.__class__ = stock_type
     for name in ("sensibert", "auto_map"):
         vars(stock).pop(name, None)
     return stock
@@ -56,7 +60,8 @@ def reloadable(
     with the entry `sensibert`; the old one, which other models may hold as well, is left as it is. A class that is not
     one of transformers' gets a `save_pretrained` that raises SensibertError instead, since no folder of it could be
     loaded. origin: further entries of config.sensibert (budget, method)."""
-    base, configs, made = base_of(model), {}, []
+    base, configs = base_of(model), {}
+    made: list[tuple[nn.Module, str, object]] = []
     inside = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
     others = {id(module) for other in inside if base_of(other) is not base for module in other.modules()}
     for part in (part for part in inside if base_of(part) is base):
@@ -81,7 +86,7 @@ def _no_class_of_transformers(name: str) -> str:
     )
 
 
-def _refuse_to_save(name: str, *args, **kwargs) -> None:
+def _refuse_to_save(name: str, *args: object, **kwargs: object) -> None:
     raise SensibertError(_no_class_of_transformers(name))
 
 
@@ -90,6 +95,7 @@ def _own_config(
 ) -> transformers.PreTrainedConfig:
     """A copy of the model's config, of class SensibertXConfig, with the entries that describe the structure."""
     family, stock = family_of(model), _stock(type(model.config))
+    assert stock is not None  # checked by `reloadable`
     stack = [layer for _, layer in layers(model)]
     kept = {kind: [structure[f"layer.{n}.{kind}"] for n in range(len(stack))] for kind in ("head", "ffn")}
     own = copy.deepcopy(model.config)

@@ -1,10 +1,12 @@
 """DeBERTa-v2 and -v3. Attributes lay out the heads: with stale ones a trimmed layer runs and is silently wrong."""
 
+from typing import Any
+
 from ...core.layout import Flops
 from .family import Axis, Family
 
 
-def _relative_flops(config: object, head_dim: int) -> Flops:
+def _relative_flops(config: Any, head_dim: int) -> Flops:
     """FLOPs of a head for relative positions: 2 D for each token, entry of the table and kind (c2p, p2c), and the
     projections of the table, once a pass."""
     if not config.relative_attention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.layout import Flops
 
@@ -32,6 +33,6 @@ class Family:
     head_dim: str  # attribute of a layer
     encoder: str = "encoder"
     repeats: tuple[str, str] | None = None  # config names: layers in all, and groups that share one
-    relative_flops: Callable[[object, int], Flops] | None = None  # extra FLOPs of a head, from (config, head_dim)
+    relative_flops: Callable[[Any, int], Flops] | None = None  # extra FLOPs of a head, from (config, head_dim)
     position_bias: str = ""  # attention module whose `position_bias` [B, H, S, S] needs the kept heads
     aliases: tuple[str, ...] = ()  # other model types with the same modules
