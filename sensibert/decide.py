@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .allocation import allocate
-from .core.artifacts import Plan, Sensitivity
+from .core.artifacts import Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.statistics import STATISTICS
@@ -63,6 +63,6 @@ def decide(
             sensitivity = replace(sensitivity, tensors=rank_tensors(model, few, loss, seed, autocast))
         plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
     if config.compensate:
-        assert factors is not None  # collected above
+        assert factors is not None and isinstance(plan, UnitPlan)  # collected above; for units
         compensate(model, plan, factors)
     return Decision(plan, sensitivity)

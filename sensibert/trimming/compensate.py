@@ -10,12 +10,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..core.artifacts import Plan
+from ..core.artifacts import UnitPlan
 from ..core.errors import SensibertError
 from ..sensitivity.kfac_obs import DAMP_WEIGHTS, FisherFactors, compensate_weights, consumer
 
 
-def compensate(model: nn.Module, plan: Plan, factors: Mapping[str, FisherFactors], damp: float = DAMP_WEIGHTS) -> None:
+def compensate(
+    model: nn.Module, plan: UnitPlan, factors: Mapping[str, FisherFactors], damp: float = DAMP_WEIGHTS
+) -> None:
     """Solve the consuming weights of the sites to cut, in place; dropped columns stay, for `trim` to remove.
 
     factors: `kfac_obs.collect_factors` of the same model. SensibertError if they are not finite."""

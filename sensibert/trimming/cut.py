@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..core.artifacts import Plan
+from ..core.artifacts import UnitPlan
 from ..core.errors import SensibertError
 from ..models import base_of
 from ..models.modules import attribute
-from ..optim.state import state_cuts, swap, take_kept
+from ..optim.state import Index, state_cuts, swap, take_kept
 
 
 class Undo(list):
@@ -43,9 +43,11 @@ class Cut:
     state: dict[str, Tensor] | None = None  # of the optimizer that holds it
 
 
-def cuts_of(model: nn.Module, plan: Plan) -> list[Cut]:
+def cuts_of(model: nn.Module, plan: UnitPlan) -> list[Cut]:
     """What the plan cuts, parameter by parameter; members of a site share one index tensor where they can."""
-    base, cuts, indices = base_of(model), {}, {}
+    base = base_of(model)
+    cuts: dict[str, Cut] = {}
+    indices: dict[tuple, Tensor] = {}
     for site in plan.layout.sites:
         kept = plan.kept(site.name)
         for member in site.members if len(kept) < site.units else ():
@@ -70,10 +72,11 @@ def gather(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
             raise SensibertError(
                 "trim: the optimizer holds none of the tensors to cut, want the optimizer of this model"
             )
-    requests, states = [], {}
+    requests: list[tuple[Tensor, Index]] = []
+    states: dict[Cut, dict[str, tuple[Tensor, Index]]] = {}
     for cut in cuts:
         requests += [(tensor, cut.index) for tensor in (cut.old.detach(), cut.old.grad) if tensor is not None]
-        if id(cut.old) in held:
+        if optimizer is not None and id(cut.old) in held:
             states[cut] = state_cuts(optimizer, cut.old, cut.index)
             requests += states[cut].values()
     taken = iter(take_kept(requests))
@@ -86,6 +89,7 @@ def gather(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def put(cut: Cut, undo: Undo) -> None:
+    assert cut.new is not None  # filled in by `gather`
     assign(cut.owner, cut.name, cut.new, undo)
     if cut.name == "weight":
         for dim, size in ((0, "out_features"), (1, "in_features")):
@@ -97,4 +101,5 @@ def hand_over(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
     """The optimizer holds the new parameters and their state; cannot fail once they are gathered."""
     for cut in cuts:
         if cut.state is not None:
+            assert optimizer is not None and cut.new is not None  # filled in by `gather`, with this optimizer
             swap(optimizer, cut.old, cut.new, cut.state)

@@ -42,6 +42,6 @@ def mask_blocks(
         for tensor in (weight, weight.grad):
             if tensor is not None:
                 tensor.masked_fill_(dropped, 0)
-        if id(weight) in held:
+        if optimizer is not None and id(weight) in held:
             mask_state(optimizer, weight, kept, grid)
     return model

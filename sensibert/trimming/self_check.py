@@ -38,8 +38,9 @@ def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
 @torch.no_grad()
 def probe(model: nn.Module) -> Tensor:
     """Last hidden states, [tokens, hidden] fp64, of two fixed sequences of random tokens, the second one padded."""
-    base, high = base_of(model), model.config.vocab_size
-    length = min(CHECK_TOKENS, getattr(model.config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
+    base, config = base_of(model), attribute(model, "config")
+    length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
+    high = config.vocab_size
     ids = torch.randint(min(10, high - 1), high, (2, length), generator=torch.Generator().manual_seed(0))
     attend = torch.ones_like(ids)
     attend[1, length - length // 3 :] = 0
@@ -74,8 +75,8 @@ def check_same(model: nn.Module, expected: Tensor) -> None:
     except (RuntimeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise SensibertError(f"trim: the trimmed {family} does not run ({reason}); {advice}") from error
-    error = float((expected - result).abs().max() / expected.abs().max().clamp_min(1e-12))
-    if not error <= _tolerance(next(model.parameters()).dtype):  # a NaN is an error too
+    difference = float((expected - result).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not difference <= _tolerance(next(model.parameters()).dtype):  # a NaN is an error too
         raise SensibertError(
-            f"trim: masked and trimmed {family} differ by {error:.1e} (relative), want rounding; {advice}"
+            f"trim: masked and trimmed {family} differ by {difference:.1e} (relative), want rounding; {advice}"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.artifacts import Plan, UnitPlan
+from ..core.artifacts import BlockPlan, Plan, UnitPlan
 from ..core.budget import Budget
 from ..core.errors import SensibertError
 from ..models import family_of, layers, layout_of
@@ -38,7 +38,7 @@ def _without_heads(layer: nn.Module, undo: Undo) -> None:
     """Fused attention may refuse 0 heads (torch 2.11 on CUDA does); eager attention accepts them."""
     for module in layer.modules():
         if hasattr(module, "config"):
-            config = copy.copy(module.config)
+            config = copy.copy(attribute(module, "config"))
             config._attn_implementation = "eager"
             assign(module, "config", config, undo)
 
@@ -69,7 +69,7 @@ def _refuse(model: nn.Module, plan: Plan) -> None:
             f"{plan.layout.encoder_params:,} encoder parameters), this one is {layout.family}, {len(layout.sites)} "
             f"sites, {layout.encoder_params:,}"
         )
-    for site in layout.sites if plan.grid is None else ():
+    for site in layout.sites if isinstance(plan, UnitPlan) else ():
         keep = plan.keep[site.name]
         if keep.shape != (site.units,) or int(keep.sum()) < site.minimum:
             raise SensibertError(
@@ -100,13 +100,14 @@ def trim(
         raise SensibertError("trim: copy_model cuts a copy, which no optimizer holds: want optimizer=None")
     if copy_model:
         model = copy.deepcopy(model)
-    if plan.grid is not None:
+    if isinstance(plan, BlockPlan):
         return mask_blocks(model, plan.keep, plan.grid, optimizer)
+    assert isinstance(plan, UnitPlan)  # there are no other plans
     return _trim(model, plan, optimizer, check, {"budget": str(plan.budget), "method": plan.method})
 
 
 def _trim(
-    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, check: bool, origin: dict[str, str]
+    model: nn.Module, plan: UnitPlan, optimizer: torch.optim.Optimizer | None, check: bool, origin: dict[str, str]
 ) -> nn.Module:
     family, undo, expected = family_of(model), Undo(), None
     structure = {name: kept[plan.keep[name]] for name, kept in structure_of(model).items()}
