@@ -56,6 +56,7 @@ def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
             wide[member.parameter] = old.new_zeros(shape).index_copy_(member.dim, index, old)
     keep, grid = kept_of(model)
     for name, kept in (keep or {}).items():
+        assert grid is not None  # the grid of keep
         wide[name].masked_fill_(~grid.expand(kept.to(wide[name].device), *wide[name].shape), 0)
     prefix = "" if base_of(model) is model else f"{model.base_model_prefix}."
     state = model.state_dict() | {prefix + name: value for name, value in wide.items()}
