@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
@@ -29,7 +31,7 @@ from .models.structure import is_trimmed, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
-from .training.checkpoints import MEMORY, learns_by, seal, want_same
+from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
 from .training.recovery import Recovery
 from .training.run_memory import RunMemory
 from .training.trainer import want_one_process
@@ -55,7 +57,8 @@ class TrimCallback(TrainerCallback):
     checkpoint at the step before. choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate.
 
     SensibertError when it is made, for settings that cannot be; and when training begins, for a Trainer in which
-    trimming cannot work: several processes, data without a length, a frozen encoder."""
+    trimming cannot work: several processes, data without a length, a frozen encoder. A warning is logged if training
+    ends before the last cut."""
 
     restructure = staticmethod(restructure)  # what `TrimTrainer` calls before it loads a checkpoint
 
@@ -76,7 +79,9 @@ class TrimCallback(TrainerCallback):
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
         self.sensitivity: Sensitivity | None = None  # of the untrimmed model
         self.layout: Layout | None = None  # of the untrimmed model
+        self._model: nn.Module | None = None  # that layout and memory belong to
         self._units: dict[str, Tensor] = {}  # of the untrimmed model, numbered as in its base model
+        self._guard: RemovableHandle | None = None  # until training begins: explains why a checkpoint does not fit
         self._checkpoint: Path | None = None  # that the run resumes from
         self._made_with: dict[str, object] | None = None  # the settings of that checkpoint, once it was read
 
@@ -91,7 +96,8 @@ class TrimCallback(TrainerCallback):
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Note the costs of the untrimmed model; with a checkpoint, restore its memory. SensibertError for a budget
         that this model cannot meet."""
-        self.layout, self._units = layout_of(model), structure_of(model)
+        self._model, self.layout, self._units = model, layout_of(model), structure_of(model)
+        self.sensitivity = None
         counts, budget, grid = cost.counts_of(self.layout), self.budget, self.config.parsed_grid()
         if self.config.trims:
             cost.want_reach(self.layout, budget, grid)
@@ -130,9 +136,12 @@ class TrimCallback(TrainerCallback):
         return found | learns_by(args)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = kwargs.get("model")
-        if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is untrimmed still
+        model: nn.Module | None = kwargs.get("model")
+        if model is None:  # a Trainer with model_init has none yet
+            return
+        if model is not self._model:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
+        self._guard = model.register_load_state_dict_pre_hook(refuse_trimmed_weights)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,11 +150,14 @@ class TrimCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         if self.config.trims:
             _refuse_trainer(args, model, getattr(kwargs["train_dataloader"], "dataset", None))
-        if self.layout is None:
-            if state.global_step and is_trimmed(model):
-                raise SensibertError(
-                    "TrimCallback: it was added after the model was trimmed, want it among the Trainer's callbacks="
-                )
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+        if self.layout is None and state.global_step and is_trimmed(model):
+            raise SensibertError(
+                "TrimCallback: it was added after the model was trimmed, want it among the Trainer's callbacks="
+            )
+        if model is not self._model and not (state.global_step and is_trimmed(model)):  # from model_init, or another
             self.prepare(model)
         self.cuts = self.schedule.cuts(state.max_steps) if self.config.trims else {}
         if state.global_step:
@@ -251,6 +263,12 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         self.memory.spend("recover" if self.cuts else "train")
         self.recovery.end()
+        if self.cuts and state.global_step < max(self.cuts):
+            result = "is not trimmed" if state.global_step < min(self.cuts) else f"is larger than {self.config.budget}"
+            logging.getLogger("sensibert").warning(
+                "TrimCallback: training ended at step %d, before the last cut at step %d: the model %s",
+                *(state.global_step, max(self.cuts), result),
+            )
 
 
 def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:

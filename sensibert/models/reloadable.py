@@ -109,6 +109,7 @@ def _own_config(
         "kept_heads": [heads.tolist() for heads in kept["head"]],
         "table": _table(family, stack[0]),
     }
+    code.register_models(own)
     return own
 
 
@@ -135,7 +136,11 @@ def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, st
     classes = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
     for name in sorted(vars(auto)):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
-        if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
+        if (
+            not name.startswith("AutoModel") or name == "AutoModelForCausalLM" or mapping is None
+        ):  # `not mapping` imports all
+            continue
+        if config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):
                 classes[name] = f"{CODE}.{OWN}{model_class.__name__}"
