@@ -1,4 +1,4 @@
-"""Reads the model, tokenizer, data and teacher that options name. Errors say which of them is at fault."""
+"""Reads the model, tokenizer, data and teacher that options name. Errors name the one that is wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, Safe
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -40,7 +40,7 @@ def training_examples(options: Options) -> Examples:
 
 
 def validation_examples(options: Options) -> Examples | None:
-    """The rows of the validation file, or those of a preset on the hub if the training data is from there too."""
+    """The rows of the validation file. Without one, those of a preset on the hub if training data comes from there."""
     preset = PRESETS.get(options.task or "")
     if options.validation_file is not None:
         return load_examples(options.validation_file, preset.validation_split if preset else "validation")
@@ -77,20 +77,20 @@ def check_family(source: str) -> None:
 
 def load_tokenizer(source: str):
     try:
-        found = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
-    if len(found) <= len(set(found.all_special_ids)):  # transformers makes one up where the files are missing
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers builds an empty one if files are missing
         raise SensibertError(
-            f"model: no tokenizer in {source} (its vocabulary is {', '.join(found.all_special_tokens)})"
+            f"model: no tokenizer in {source} (its vocabulary is {', '.join(tokenizer.all_special_tokens)})"
         )
-    return found
+    return tokenizer
 
 
 def load_model(source: str, data: TaskData | None = None) -> nn.Module:
     """A pre-trained encoder in fp32, with a head for the task if data is given.
 
-    SensibertError for an unsupported family, or a folder masked by a grid, whose zeros training would not keep."""
+    SensibertError for an unsupported family, or a folder masked by a grid: training would change its zeros."""
     check_family(source)
     structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
     if structure is not None and isinstance(read_structure(structure), Masks):
@@ -99,7 +99,7 @@ def load_model(source: str, data: TaskData | None = None) -> nn.Module:
         )
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
-        # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
+        # Not in the dtype of the file: most updates are too small for bf16 weights and moments.
         return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
@@ -126,9 +126,9 @@ def first_line(error: BaseException) -> str:
 
 
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
-    """The given teacher, or the snapshot that this run has made already; None until there is one.
+    """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
-    Its classes may have another order than those of the data. SensibertError for a model of another task."""
+    Classes in another order than those of the data are reordered. SensibertError for a model of another task."""
     if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
@@ -142,7 +142,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
         )
     names = [str(teacher.config.id2label[i]).casefold() for i in range(outputs)]
     wanted = [str(name).casefold() for name in data.label_names]
-    if not wanted or names in (wanted, [f"label_{i}" for i in range(outputs)]):  # or it does not say
+    if not wanted or names in (wanted, [f"label_{i}" for i in range(outputs)]):  # or it has default names
         return teacher
     if sorted(names) != sorted(wanted):
         raise SensibertError(f"teacher: {source} has the classes {', '.join(names)}, want {', '.join(wanted)}")
