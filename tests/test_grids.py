@@ -180,7 +180,7 @@ def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, ch
 
 def test_a_model_that_lost_units_takes_no_grid(here, tmp_path):
     finetune_and_trim(options(here, tmp_path / "small", grid="unit", width_multiple=4, max_steps=2, method="magnitude"))
-    with pytest.raises(SensibertError, match="it has lost whole units already, want a whole one for grid element"):
+    with pytest.raises(SensibertError, match="units were removed already, want an untrimmed model for grid element"):
         finetune_and_trim(options(here, tmp_path / "out", model=str(tmp_path / "small")))
 
 
