@@ -1,6 +1,6 @@
-"""Loads the compiled kernels, `sensibert._C`, once, or keeps a sentence that says why they are not there.
+"""Loads the compiled kernels, `sensibert._C`, once, or records why they are not available.
 
-Importing `_C` registers the CUDA kernels under the op names; no other module asks whether it is there.
+Importing `_C` registers the CUDA kernels under the op names. No other module checks whether it is available.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
     try:
         module = importlib.import_module("sensibert._C")
     except ModuleNotFoundError:
-        _why_not = "not built (the install found no CUDA toolkit or no CUDA build of torch, or there was none)"
+        _why_not = "not built (at install time there was no CUDA toolkit or no CUDA build of torch)"
     except ImportError as error:  # built, but for another torch, Python or C++ library
         _why_not = f"built, but cannot be loaded: {str(error).splitlines()[0]}"
 
@@ -29,7 +29,7 @@ available: bool = module is not None
 
 
 def status() -> str:
-    """One sentence: what was loaded and for which GPUs, or why the Python reference serves every call."""
+    """One sentence: which kernels were loaded, for which GPUs, or why the PyTorch reference is used instead."""
     if module is None:
         return f"native kernels: none, {_why_not}; the PyTorch reference serves every op"
     info = module.build_info()
@@ -37,4 +37,4 @@ def status() -> str:
 
 
 if torch.version.cuda and torch.cuda.device_count() and module is None:
-    logging.getLogger("sensibert").warning(status())  # once a process, and only where a GPU waits for kernels
+    logging.getLogger("sensibert").warning(status())  # once per process, and only where there is a GPU

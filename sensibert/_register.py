@@ -1,6 +1,6 @@
-"""What `import sensibert` does: transformers' Auto classes load trimmed folders without trust_remote_code.
+"""Lets transformers' Auto classes load trimmed folders without trust_remote_code, once sensibert is imported.
 
-It costs nothing until they are imported; neither this file nor the package's __init__ imports torch or transformers.
+The import stays quick: neither this file nor the package's __init__ imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def register_families() -> None:
 
 
 class _Known(dict):
-    """Transformers' dict of registered config types; the first lookup of one of ours registers them all. Not sooner:
-    the classes cannot be built while transformers itself is being imported."""
+    """Transformers' dict of registered config types. The first lookup of one of our types registers all of them: the
+    classes cannot be built earlier, while transformers itself is being imported."""
 
     waiting = True
 
@@ -69,7 +69,7 @@ class _WhenImported(Loader):
 
 
 def register() -> None:
-    """Prepare transformers' Auto classes now if they are imported, else when they are."""
+    """Prepare transformers' Auto classes now, or as soon as they are imported."""
     if AUTO in sys.modules:
         _prepare(sys.modules[AUTO])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
@@ -29,21 +31,21 @@ from .models.structure import is_trimmed, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
-from .training.checkpoints import MEMORY, learns_by, seal, want_same
+from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
 from .training.recovery import Recovery
 from .training.run_memory import RunMemory
 from .training.trainer import want_one_process
 from .trimming import restructure, trim
 
-SHARE_OF_SAMPLES = 1 / 64  # of all samples a run trains on: what the analysis reads at most
-# Settings of the trim that the weights after a cut depend on; budget, scope, grid and method are compared in words.
+SHARE_OF_SAMPLES = 1 / 64  # the analysis reads at most this fraction of the samples that a run trains on
+# Settings that the weights after a cut depend on. `_settings` adds budget, scope, grid and method as text.
 COMPARED = ("allocation", "width_multiple", "samples", "micro_batch", "compensate")
 COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dropout")
 SCORES = "sensitivity.safetensors"  # of a checkpoint
 
 
 class TrimCallback(TrainerCallback):
-    """Trims the model of a running transformers.Trainer; add it to `callbacks=` and change nothing else.
+    """Trims the model of a running transformers.Trainer. Add it to `callbacks=`; nothing else has to change.
 
     config: a `TrimConfig`, or a budget as text, "50%params". The analysis draws rows from the Trainer's training set
     and uses its seed and, with bf16=True, its precision. The trimmed model saves itself: `trainer.save_model(folder)`
@@ -51,13 +53,15 @@ class TrimCallback(TrainerCallback):
     trimmed model count. To resume an interrupted run use `TrimTrainer` instead of Trainer.
 
     loss: (outputs, batch, generator) -> loss with labels drawn from the prediction, for obs and fisher. before_cut:
-    called with the model just before the first cut; what it returns is kept as its scores. save_before_cut: also save a
-    checkpoint at the step before. choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate.
+    called with the model just before the first cut; its return value is saved as the scores at the cut.
+    save_before_cut: also save a checkpoint one step before the first cut. choose: (model, micro-batches, budget) ->
+    Plan, in place of analyze and allocate.
 
-    SensibertError when it is made, for settings that cannot be; and when training begins, for a Trainer in which
-    trimming cannot work: several processes, data without a length, a frozen encoder."""
+    The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
+    in this Trainer: several processes, a data set without a length, a frozen encoder. A warning is logged if training
+    ends before the last cut."""
 
-    restructure = staticmethod(restructure)  # what `TrimTrainer` calls before it loads a checkpoint
+    restructure = staticmethod(restructure)  # called by `TrimTrainer` before it loads a checkpoint
 
     def __init__(
         self,
@@ -76,9 +80,11 @@ class TrimCallback(TrainerCallback):
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
         self.sensitivity: Sensitivity | None = None  # of the untrimmed model
         self.layout: Layout | None = None  # of the untrimmed model
+        self._model: nn.Module | None = None  # that layout and memory belong to
         self._units: dict[str, Tensor] = {}  # of the untrimmed model, numbered as in its base model
-        self._checkpoint: Path | None = None  # that the run resumes from
-        self._made_with: dict[str, object] | None = None  # the settings of that checkpoint, once it was read
+        self._guard: RemovableHandle | None = None  # until training begins: explains why a checkpoint does not fit
+        self._checkpoint: Path | None = None  # the run resumes from it
+        self._made_with: dict[str, object] | None = None  # settings saved in that checkpoint
 
     @property
     def schedule(self) -> Schedule:
@@ -89,14 +95,15 @@ class TrimCallback(TrainerCallback):
         return self.config.parsed_budget()
 
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
-        """Note the costs of the untrimmed model; with a checkpoint, restore its memory. SensibertError for a budget
-        that this model cannot meet."""
-        self.layout, self._units = layout_of(model), structure_of(model)
+        """Record the costs of the untrimmed model; with a checkpoint, restore the run's memory from it. SensibertError
+        for a budget that this model cannot meet."""
+        self._model, self.layout, self._units = model, layout_of(model), structure_of(model)
+        self.sensitivity = None
         counts, budget, grid = cost.counts_of(self.layout), self.budget, self.config.parsed_grid()
         if self.config.trims:
             cost.want_reach(self.layout, budget, grid)
             if grid is not None and is_trimmed(model):
-                raise SensibertError(f"model: it has lost whole units already, want a whole one for grid {grid}")
+                raise SensibertError(f"model: units were removed already, want an untrimmed model for grid {grid}")
         self.memory = RunMemory(
             cost.spent(self.layout, counts, budget),
             (self.layout.encoder_params, self.layout.total_params),
@@ -106,7 +113,7 @@ class TrimCallback(TrainerCallback):
             self._remember(Path(checkpoint))
 
     def resume_from(self, checkpoint: str | Path) -> None:
-        """The checkpoint that the Trainer loads. `TrimTrainer` calls this; a plain one resumes from its output_dir."""
+        """Set the checkpoint that the Trainer loads. `TrimTrainer` calls this; a plain Trainer uses its output_dir."""
         self._checkpoint = Path(checkpoint)
 
     def _remember(self, checkpoint: Path) -> None:
@@ -116,23 +123,27 @@ class TrimCallback(TrainerCallback):
         self._checkpoint = checkpoint
 
     def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
-        """What the weights of this step depend on, beside model, data and teacher; kept in every checkpoint."""
+        """Settings that the weights at this step depend on, saved in every checkpoint. Model, data and teacher are not
+        compared."""
         done = [f"after step {step} ({100 * t:.0f} %)" for step, t in self.cuts.items() if step <= state.global_step]
-        found: dict[str, object] = {"cuts": ", ".join(done) or "none", "steps": state.max_steps}
-        found["warmup_ratio"] = self.schedule.warmup_ratio
+        settings: dict[str, object] = {"cuts": ", ".join(done) or "none", "steps": state.max_steps}
+        settings["warmup_ratio"] = self.schedule.warmup_ratio
         if done:
             config, budget = self.config, self.budget
             at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
-            found |= {"budget": f"{budget} of the {budget.scope}{at}", "method": config.method, "grid": config.grid}
-            found |= {"choose": self.choose is not None, **{name: getattr(config, name) for name in COMPARED}}
-            found |= {name: getattr(self.schedule, name) for name in COMPARED_OF_SCHEDULE}
-            found["freeze_embeddings"] = self.schedule.freezes(self.left())
-        return found | learns_by(args)
+            settings |= {"budget": f"{budget} of the {budget.scope}{at}", "method": config.method, "grid": config.grid}
+            settings |= {"choose": self.choose is not None, **{name: getattr(config, name) for name in COMPARED}}
+            settings |= {name: getattr(self.schedule, name) for name in COMPARED_OF_SCHEDULE}
+            settings["freeze_embeddings"] = self.schedule.freezes(self.left())
+        return settings | learns_by(args)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = kwargs.get("model")
-        if self.layout is None and model is not None:  # before a checkpoint is loaded: the model is untrimmed still
+        model: nn.Module | None = kwargs.get("model")
+        if model is None:  # a Trainer with model_init has none yet
+            return
+        if model is not self._model:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
+        self._guard = model.register_load_state_dict_pre_hook(refuse_trimmed_weights)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,11 +152,14 @@ class TrimCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         if self.config.trims:
             _refuse_trainer(args, model, getattr(kwargs["train_dataloader"], "dataset", None))
-        if self.layout is None:
-            if state.global_step and is_trimmed(model):
-                raise SensibertError(
-                    "TrimCallback: it was added after the model was trimmed, want it among the Trainer's callbacks="
-                )
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+        if self.layout is None and state.global_step and is_trimmed(model):
+            raise SensibertError(
+                "TrimCallback: it was added after the model was trimmed, want it among the Trainer's callbacks="
+            )
+        if model is not self._model and not (state.global_step and is_trimmed(model)):  # from model_init, or another
             self.prepare(model)
         self.cuts = self.schedule.cuts(state.max_steps) if self.config.trims else {}
         if state.global_step:
@@ -154,7 +168,7 @@ class TrimCallback(TrainerCallback):
                 self._remember(checkpoint)
             if self._made_with:
                 want_same(checkpoint, self._made_with, self._settings(args, state))
-        self._checkpoint = self._made_with = None  # the next training of this callback is another one
+        self._checkpoint = self._made_with = None  # a later train() is another run
         if any(step <= state.global_step for step in self.cuts):
             _follow(optimizer, model, args)
         if self.cuts and state.global_step >= max(self.cuts):
@@ -177,16 +191,16 @@ class TrimCallback(TrainerCallback):
         self.memory.spend("analyze")
         trim(model, plan, optimizer)
         if (entry := getattr(model.config, "sensibert", None)) is not None:
-            entry["budget"] = str(self.budget)  # as it was requested, not as the absolute target of this cut
+            entry["budget"] = str(self.budget)  # as requested; plan.budget is the absolute target of this cut
         _follow(optimizer, model, args)
-        # A checkpoint from before does not fit the model any more: it cannot be the best one.
+        # Earlier checkpoints have other shapes and cannot be loaded as the best model.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.global_step == max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.spend("cut")
 
     def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader: DataLoader) -> Plan:
-        """The plan of this step's cut; the kept weights of the model may be compensated."""
+        """The plan of this step's cut. With `compensate`, also adjusts the kept weights of the model."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps
         allowed = max(16 * self.config.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
         samples = max(1, min(self.config.samples, allowed) // len(self.cuts))
@@ -206,15 +220,15 @@ class TrimCallback(TrainerCallback):
         return plan
 
     def left(self) -> float:
-        """Fraction of the encoder's cost that the budget leaves; 1 without trimming."""
+        """Fraction of the encoder's cost that remains under the budget; 1 without trimming."""
         return cost.encoder_left(self._untrimmed(), self.budget) if self.config.trims else 1.0
 
     def _target(self, progress: float) -> Budget:
-        """The budget at this point of the schedule, absolute, since the model at hand may be smaller already."""
-        budget, whole = self.budget, self.memory.cost_before
+        """The budget at this point of the schedule, as an absolute number: the model may have been trimmed before."""
+        budget, before = self.budget, self.memory.cost_before
         value = budget.value
         if progress < 1 or budget.relative:
-            value = whole * self.schedule.ratio(progress, value if budget.relative else value / whole)
+            value = before * self.schedule.ratio(progress, value if budget.relative else value / before)
         return replace(budget, relative=False, value=float(int(value)))
 
     def whole_plan(self, model: nn.Module) -> Plan:
@@ -251,6 +265,12 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         self.memory.spend("recover" if self.cuts else "train")
         self.recovery.end()
+        if self.cuts and state.global_step < max(self.cuts):
+            result = "is not trimmed" if state.global_step < min(self.cuts) else f"is larger than {self.config.budget}"
+            logging.getLogger("sensibert").warning(
+                "TrimCallback: training ended at step %d, before the last cut at step %d: the model %s",
+                *(state.global_step, max(self.cuts), result),
+            )
 
 
 def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
@@ -259,17 +279,17 @@ def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingArguments) -> None:
-    """In bf16, let the optimizer write the working copies of masked layers; without masks there are none."""
+    """In bf16, let the optimizer write the compact weights of masked layers, if there are any."""
     optimizer = unwrapped(optimizer)
     if args.bf16 and isinstance(optimizer, MaskedAdamW):
         optimizer.follow(model)
 
 
 def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
-    """SensibertError for a Trainer that would fail at the cut, or after it."""
+    """SensibertError for a Trainer that would fail at or after the cut."""
     want_one_process(args)
     if args.save_strategy != "no" and isinstance(model, PreTrainedModel):
-        stock_class(model)  # of another class, no checkpoint could be written once it is trimmed
+        stock_class(model)  # raises for a class whose trimmed model could not be saved
     if isinstance(data, IterableDataset):
         raise SensibertError(
             "TrimCallback: train_dataset is an IterableDataset, want one with a length and an index: the analysis "

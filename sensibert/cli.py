@@ -67,18 +67,18 @@ def _parameter(name: str, hint: Any, option: Any, default: Any = signatures.Para
 
 def _names(command: Any) -> dict[str, str]:
     """Option name -> parameter name of a command: they differ for --json."""
-    places: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for parameter in command.params:
         names = [name.lstrip("-") for name in parameter.opts if name.startswith("--")] or [parameter.name]
-        places |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
-    return places
+        parameters |= dict.fromkeys((name.replace("-", "_") for name in names), parameter.name)
+    return parameters
 
 
 def _config(context: typer.Context, path: Path | None) -> Path | None:
-    """A YAML mapping of option names gives the defaults; the command line wins.
+    """Use a YAML mapping of option names as defaults; options on the command line take precedence.
 
-    One file may serve several commands: each reads the names it knows. A name that no command knows is an error, and so
-    is `dry_run` for a command that would write all the same."""
+    Several commands may share a file: each reads the names it has. A name that no command has is an error, and so is
+    `dry_run` for a command without that option, which would write its output."""
     if path is None or context.resilient_parsing:
         return path
     try:
@@ -88,24 +88,24 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         raise SensibertError(f"config: cannot read {path} ({reason})") from None
     if not isinstance(settings, dict):
         raise SensibertError(f"config: {path} holds a {type(settings).__name__}, want a mapping of option names")
-    places = _names(context.command)
+    own = _names(context.command)
     group = context.parent.command if context.parent is not None else None
     assert isinstance(group, typer.core.TyperGroup)  # only its commands take a config
     elsewhere = {name for command in group.commands.values() for name in _names(command)}
     settings = current_names({str(name).replace("-", "_"): value for name, value in settings.items()})
-    unknown = sorted(settings.keys() - (elsewhere - {"dry_run"} | places.keys()))
+    unknown = sorted(settings.keys() - (elsewhere - {"dry_run"} | own.keys()))
     if unknown:
-        known = ", ".join(sorted(places.keys() - {"config", "help"}))
+        known = ", ".join(sorted(own.keys() - {"config", "help"}))
         raise SensibertError(f"config: {path} names {unknown[0]!r}, want one of {known}")
     for name, value in settings.items():
         if isinstance(value, list | dict):
             raise SensibertError(f"config: {path}: {name} is a {type(value).__name__}, want one value")
-    settings = {places[name]: value for name, value in settings.items() if name in places}
+    settings = {own[name]: value for name, value in settings.items() if name in own}
     context.default_map = {**(context.default_map or {}), **settings}
     return path
 
 
-# What the commands take beside settings.
+# Parameters of the commands that are not settings.
 EXTRA = {
     "config": _parameter(
         "config",
@@ -133,7 +133,7 @@ DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride",
 
 
 def _command(names: Iterable[str], name: str | None = None, **changed: dict[str, Any]) -> Callable:
-    """Make a function of (context, values) a command with these options, in this order."""
+    """Decorator: turn a function of (context, values) into a command with these options, in this order."""
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
@@ -153,8 +153,8 @@ def _options(values: dict[str, Any], **more: Any) -> Options:
     return Options.from_settings(given | more)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"sensibert {version()}")
         raise typer.Exit
 
@@ -163,7 +163,7 @@ def _show_version(wanted: bool) -> None:
 def _sensibert(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version)] = False,
 ) -> None:
-    """Options of no command."""
+    """Options that belong to no command."""
 
 
 def _print(as_json: bool, result: dict, text: str) -> None:
@@ -173,7 +173,7 @@ def _print(as_json: bool, result: dict, text: str) -> None:
 
 
 def _lines(facts: dict[str, Any]) -> str:
-    """`name: value` a line; what is None is left out."""
+    """One `name: value` per line, without those that are None."""
     shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items()}
     return "\n".join(f"{name}: {value}" for name, value in shown.items() if value is not None)
 
@@ -183,7 +183,7 @@ def _scores(metrics: dict[str, float]) -> str:
 
 
 def _sizes(result: dict) -> str:
-    """Sizes before and after, by the names of result.json."""
+    """Sizes before and after, from the entries of result.json."""
     from .report import share, table
 
     pairs = [(name, result[f"{name}_before"], result[f"{name}_after"]) for name in SIZES]
@@ -270,8 +270,8 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
     from .commands import plan_file
 
     config, dry_run = _options(values, output="").trim, values["dry_run"]
-    result, found = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
-    _print(values["as_json"], result, f"{found.table()}\n\n{_sizes(result)}{_written(result)}")
+    result, made = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
+    _print(values["as_json"], result, f"{made.table()}\n\n{_sizes(result)}{_written(result)}")
 
 
 @_command(["model", "output", "plan", "config", "layout", "overwrite", "dry_run", "as_json"])
@@ -328,19 +328,19 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], result, "\n\n".join(filter(None, parts)))
 
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 
 
 def main() -> None:
-    """Entry point: errors of the user and of the system become one line and exit code 2."""
-    # Read when transformers is imported: its warnings and progress bars would bury that line.
+    """Entry point. Errors of the user and of the system become one line and exit code 2."""
+    # transformers reads these when it is imported. Its warnings and progress bars would hide that line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # typer makes a code of Ctrl-C
+        if code == INTERRUPTED:  # typer returns this code after Ctrl-C
             message = "stopped; finetune --resume continues from the last complete checkpoint, if there is one"
             _fail(message, INTERRUPTED)
         if code:
@@ -350,13 +350,13 @@ def main() -> None:
     except typer.Abort:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        # Click's own usage errors carry an exit code and know how to show themselves; anything else is our bug.
+        # Click's usage errors have an exit code and a formatted message. Anything else is a bug of ours.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
         _fail(error.format_message(), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
-    if message:  # empty where the help has been shown
+    if message:  # empty after the help text
         print(f"sensibert: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

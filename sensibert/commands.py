@@ -48,7 +48,7 @@ _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification
 
 
 def outline(options: Options) -> dict:
-    """What a run would do, as far as options, model and local files show it. Nothing is written, encoded or trained."""
+    """Describe a run from its options, model and local files. Nothing is written, encoded or trained."""
     options.want_train_data()
     options = options.resolved()
     check_place(options)
@@ -96,7 +96,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     if rule.data:
         options.want_train_data()
     check_file(options.output, options.overwrite)
-    grid, how, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
+    grid, common, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
     if rule.data:
         model, data = _model_and_data(options, "train")
         task, rows = data.task.name, data.train
@@ -105,11 +105,11 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
         def batches(samples: int) -> Iterator[dict[str, Tensor]]:
             return micro_batches(rows, data.collator, samples, trim.micro_batch, options.seed)
 
-        scores = analyze(model, batches(trim.samples), trim.method, *how, grid)
-        scores = replace(scores, tensors=rank_tensors(model, batches(min(trim.samples, RANKED_SAMPLES)), *how))
+        scores = analyze(model, batches(trim.samples), trim.method, *common, grid)
+        scores = replace(scores, tensors=rank_tensors(model, batches(min(trim.samples, RANKED_SAMPLES)), *common))
     else:
         check_family(options.model)
-        scores = analyze(load(options.model)[0], (), trim.method, *how, grid)
+        scores = analyze(load(options.model)[0], (), trim.method, *common, grid)
     with writing(options.output):
         scores.save(options.output)
     facts = {"task": task, "model": options.model, "method": trim.method, "grid": trim.grid}
@@ -120,7 +120,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
 def plan_file(
     sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
 ) -> tuple[dict, Plan]:
-    """The plan that a sensitivity file gives for config's budget, written to output; and the same as in result.json."""
+    """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, plan)."""
     if output is None and not dry_run:
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
@@ -135,7 +135,7 @@ def plan_file(
 
 
 def plan_result(plan: Plan) -> dict:
-    """The plan in the words of result.json."""
+    """The facts of a plan, under the names of result.json."""
     budget, sizes = plan.budget, {}
     for when, cost_in in (("before", partial(cost.cost_of_units, plan.layout, None)), ("after", plan.cost)):
         for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
@@ -147,22 +147,22 @@ def plan_result(plan: Plan) -> dict:
 
 
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
-    """Cut the model in a folder by a plan file and export it. The plan must have been made for this very model."""
+    """Trim the model in a folder by a plan file and export it. The plan must have been made for this model."""
     if layout not in LAYOUTS:
         raise SensibertError(f"layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
     check_output(output, overwrite)
     chosen = Plan.load(plan)
     check_family(model)
-    found, tokenizer = load(model)
-    if layout_of(found).digest != chosen.layout.digest:
+    loaded, tokenizer = load(model)
+    if layout_of(loaded).digest != chosen.layout.digest:
         raise SensibertError(
             f"plan: {plan} comes from the sensitivity of another model than {model} (their weights or shapes differ)"
         )
     if not dry_run:
-        trim(found, chosen)
+        trim(loaded, chosen)
         info = {"method": chosen.method, "budget": str(chosen.budget)}
         with writing(output):
-            export(found, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
+            export(loaded, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
 
 
@@ -222,12 +222,12 @@ def evaluate_folder(options: Options) -> dict:
     }
 
 
-# What only the run itself knows; null where a folder was trimmed without one.
+# Facts that only result.json has; null for a folder that was trimmed without a run.
 _NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds")
 
 
 def inspect_folder(folder: str) -> dict:
-    """Sizes, origin and layers of a trimmed model folder, in the words of result.json."""
+    """Sizes, origin and layers of a trimmed model folder, under the names of result.json."""
     check_family(folder)
     model, _ = load(folder)
     layout = layout_of(model)

@@ -19,7 +19,7 @@ from .sensitivity import analyze, collect_factors, rank_tensors
 from .sensitivity.gradients import Loss
 from .trimming import compensate
 
-RANKED_SAMPLES = 64  # for the ranking of whole tensors, a table for people
+RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
@@ -42,11 +42,11 @@ def decide(
     rank: bool = False,
     choose: Choose | None = None,
 ) -> Decision:
-    """Analyze the model and allocate the budget. With `compensate` the kept weights are adjusted, in place.
+    """Analyze the model and allocate the budget. With `compensate`, adjust the kept weights in place.
 
-    config: resolved. budget: of this cut, which a cubic schedule reaches in steps. samples: how many the analysis
-    reads. batch_size: rows a batch where its size does not change the result. rank: also rank whole tensors. choose:
-    (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
+    config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
+    batch_size: rows a batch, where the size does not change the result (factors). rank: also rank whole tensors.
+    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     assert config.method is not None  # of a resolved config
     rule = None if choose is not None else STATISTICS[config.method]
     factors = None

@@ -1,4 +1,4 @@
-"""Reads the model, tokenizer, data and teacher that options name. Errors say which of them is at fault."""
+"""Reads the model, tokenizer, data and teacher that options name. Errors name the one that is wrong."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def training_examples(options: Options) -> Examples:
 
 
 def validation_examples(options: Options) -> Examples | None:
-    """The rows of the validation file, or those of a preset on the hub if the training data is from there too."""
+    """The rows of the validation file. Without one, those of a preset on the hub if training data comes from there."""
     preset = PRESETS.get(options.task or "")
     if options.validation_file is not None:
         return load_examples(options.validation_file, preset.validation_split if preset else "validation")
@@ -84,20 +84,20 @@ def check_family(source: str) -> None:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        found = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
-    if len(found) <= len(set(found.all_special_ids)):  # transformers makes one up where the files are missing
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers builds an empty one if files are missing
         raise SensibertError(
-            f"model: no tokenizer in {source} (its vocabulary is {', '.join(found.all_special_tokens)})"
+            f"model: no tokenizer in {source} (its vocabulary is {', '.join(tokenizer.all_special_tokens)})"
         )
-    return found
+    return tokenizer
 
 
 def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
     """A pre-trained encoder in fp32, with a head for the task if data is given.
 
-    SensibertError for an unsupported family, or a folder masked by a grid, whose zeros training would not keep."""
+    SensibertError for an unsupported family, or a folder masked by a grid: training would change its zeros."""
     check_family(source)
     structure = cached_file(source, STRUCTURE, _raise_exceptions_for_missing_entries=False)
     if structure is not None and isinstance(read_structure(structure), Masks):
@@ -106,7 +106,7 @@ def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
         )
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
-        # Not in the dtype of the file: bf16 weights, and moments, would round most of a step away.
+        # Not in the dtype of the file: most updates are too small for bf16 weights and moments.
         return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
@@ -139,9 +139,9 @@ def first_line(error: BaseException) -> str:
 
 
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
-    """The given teacher, or the snapshot that this run has made already; None until there is one.
+    """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
-    Its classes may have another order than those of the data. SensibertError for a model of another task."""
+    Classes in another order than those of the data are reordered. SensibertError for a model of another task."""
     if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher

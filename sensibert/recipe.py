@@ -1,4 +1,4 @@
-"""A whole run, and the one module that knows its order: fine-tune, trim on the way, score, export."""
+"""A complete run, in order: fine-tune, trim during training, score, export."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         seed=options.seed,
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
-        save_total_limit=None if options.save_before_cut else 2,  # which would drop the one before the cut
+        save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
         logging_steps=50,
         report_to="none",
         disable_tqdm=options.quiet,
@@ -66,7 +66,7 @@ def check_place(options: Options) -> None:
 
 
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
-    """Fine-tune a model on a task, trim it to a budget on the way, write the folder; return the content of result.json.
+    """Fine-tune a model on a task, trim it to a budget meanwhile, write the folder; return the content of result.json.
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     started = time.perf_counter()
@@ -95,7 +95,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
             return None
         return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
 
-    if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # a snapshot of steps that will be taken again
+    if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
     teacher = load_teacher(options, data, folder)
 
@@ -104,7 +104,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         if options.teacher == SNAPSHOT:
             assert isinstance(model, PreTrainedModel)  # the one that was loaded above
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-            export(model, folder / SNAPSHOT, tokenizer)  # whole or not at all: a resumed run must meet the same teacher
+            export(model, folder / SNAPSHOT, tokenizer)  # atomic: a resumed run needs the same teacher
             teacher = load_teacher(options, data, folder)
         return score(model)
 
@@ -129,7 +129,7 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
     callback.memory.spend("evaluate")
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
-    _publish(options, folder, model, tokenizer, callback, result)
+    _write_output(options, folder, model, tokenizer, callback, result)
     return result
 
 
@@ -160,7 +160,7 @@ def _result(
     }
 
 
-def _publish(
+def _write_output(
     options: Options,
     folder: Path,
     model: PreTrainedModel,
@@ -168,7 +168,7 @@ def _publish(
     callback: TrimCallback,
     result: dict,
 ) -> None:
-    """Build the finished folder beside the checkpoints, then move it into its place in one step."""
+    """Build the output folder next to the checkpoints, then rename it to its final path."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):

@@ -1,5 +1,5 @@
-"""Everything a run depends on: the model, the data, the training and the trim. Nothing heavy is imported until it is
-needed, so that `sensibert --help` is quick."""
+"""Everything a run depends on: the model, the data, the training and the trim. Slow modules are imported on first use,
+so that `sensibert --help` is quick."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "bf16")
-SNAPSHOT = "snapshot"  # a teacher: the run's own model at the cut
-INVOCATION = ("resume", "overwrite", "quiet")  # how a run was started, not what it is
-USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # where no preset says otherwise
-# Panels of the help. Options without one come first: those that people use first.
+SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
+INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
+USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
+# Panels of the help. The most used options have none and come first.
 DATA, TRAINING, DISTILLATION, OUTPUT = "Data", "Training", "Distillation", "Output and checkpoints"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a run. Fields left None take the value of the preset, or the usual one (`resolved`).
+    """Settings of a run. `resolved` replaces None by the value of the preset, or by the default.
 
-    Checked when it is made: SensibertError names the first value that cannot be."""
+    The constructor checks them: SensibertError names the first invalid value."""
 
     model: str = setting("", "Folder or hub name of a BERT-family model.")
     output: str = setting("", "Folder to write; it appears when the run is complete.")
     train_file: str | None = setting(None, "csv, tsv, jsonl, json or parquet file, also .gz, or a hub name.")
-    validation_file: str | None = setting(None, "The same, for the scores.")
+    validation_file: str | None = setting(None, "File with the rows to score on, in the same formats.")
     task: str | None = setting(
         None,
         f"{', '.join(TASKS)}, or a preset: {', '.join(PRESETS)}.",
@@ -48,18 +48,21 @@ class Options:
     text_column: str | None = setting(None, "Input column, or two: a,b.", DATA)
     label_column: str | None = setting(None, "Label column.", DATA)
     max_length: int | None = setting(
-        None, "Tokens a row at most.", DATA, bound=POSITIVE, show_default="128, for questions 384"
+        None, "Maximum number of tokens per row.", DATA, bound=POSITIVE, show_default="128, for questions 384"
     )
     doc_stride: int | None = setting(
-        None, "Tokens that two windows of a long context share.", DATA, bound=NOT_NEGATIVE,
+        None, "Number of tokens that neighbouring windows of a long context share.", DATA, bound=NOT_NEGATIVE,
         show_default="128, at most max_length / 3",
     )  # fmt: skip
     batch_size: int | None = setting(
-        None, "Rows a batch.", TRAINING, bound=POSITIVE, show_default="32, or the preset's"
+        None, "Rows per batch.", TRAINING, bound=POSITIVE, show_default="32, or the preset's"
     )
-    gradient_accumulation: int = setting(1, "Batches a step.", TRAINING, bound=POSITIVE)
+    gradient_accumulation: int = setting(1, "Batches per optimizer step.", TRAINING, bound=POSITIVE)
     max_steps: int = setting(
-        -1, "Optimizer steps, instead of epochs.", TRAINING, bound=(lambda n: n >= 1 or n == -1, "at least 1, or -1")
+        -1,
+        "Optimizer steps, instead of epochs.",
+        TRAINING,
+        bound=(lambda n: n >= 1 or n == -1, "at least 1, or -1"),
     )
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", TRAINING, bound=NOT_NEGATIVE)
     precision: str = setting("fp32", "Precision of the forward and backward pass.", TRAINING, PRECISIONS)
@@ -85,7 +88,7 @@ class Options:
         check(self)
         if self.teacher == SNAPSHOT and not self.trim.trims:
             raise SensibertError(
-                f"teacher is {SNAPSHOT!r}, which exists from the cut on, and method baseline never cuts"
+                f"teacher is {SNAPSHOT!r}, the model at the cut, but method baseline does not trim; want a model"
             )
         if self.teacher == "average":
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
@@ -94,8 +97,8 @@ class Options:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any] | None = None, /, **more: Any) -> Options:
-        """From flat settings, a mapping or keyword arguments, in the names of the command line; former names are
-        accepted. SensibertError names what is unknown."""
+        """Build from flat settings under the names of the command line, as a mapping or keyword arguments. Former names
+        are accepted. SensibertError names an unknown setting."""
         settings, own = current_names({**(settings or {}), **more}), settings_of(cls)
         unknown = sorted(settings.keys() - own.keys() - trim_names())
         if unknown:
@@ -104,14 +107,14 @@ class Options:
         return cls(**{name: settings[name] for name in own if name in settings}, trim=trim)
 
     def settings(self) -> dict[str, Any]:
-        """The run in flat names, those of the command line, as `--config` reads them."""
-        found: dict[str, Any] = {}
+        """All settings as a flat dict under the names of the command line, as `--config` reads them."""
+        flat: dict[str, Any] = {}
         for f in fields(self):
             if f.name == "trim":
-                found |= self.trim.settings()
+                flat |= self.trim.settings()
             elif f.name not in INVOCATION:
-                found[f.name] = getattr(self, f.name)
-        return found
+                flat[f.name] = getattr(self, f.name)
+        return flat
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of a mixed-precision forward pass."""
@@ -125,7 +128,7 @@ class Options:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
 
     def resolved(self) -> Options:
-        """With the values of the preset, the usual ones and those of the method where nothing was chosen."""
+        """Replace settings that are None by those of the preset, the defaults, or what the method implies."""
         preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}

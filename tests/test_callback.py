@@ -11,6 +11,7 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -103,7 +104,7 @@ def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
     other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
     other.add_callback(TrimCallback(config()))
     with pytest.raises(
-        SensibertError, match="it was added after the model was trimmed, want it among the Trainer's callbacks="
+        SensibertError, match="it was added after the model was trimmed, want it in the Trainer's callbacks="
     ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
@@ -111,6 +112,57 @@ def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
 def test_a_callback_without_a_model_says_so():
     with pytest.raises(SensibertError, match="has seen no model yet, want it among the callbacks of a Trainer"):
         TrimCallback().left()
+
+
+def test_two_trainers_that_share_a_callback_each_meet_the_budget_of_their_own_model(here, tmp_path):
+    callback = TrimCallback(config(method="magnitude"))
+    models = [tiny_model(vocab_size=200, intermediate_size=size) for size in (64, 256)]
+    before = [layout_of(model).encoder_params for model in models]
+    trainers = [own_trainer(here, tmp_path / "run", callback, model=model) for model in models]
+    for trainer, whole in zip(trainers, before, strict=True):
+        trainer.train()
+        assert 0.4 * whole < layout_of(trainer.model).encoder_params <= 0.5 * whole
+    left = layout_of(models[1]).encoder_params
+    trainers[1].train()  # the same model once more: it meets its budget already
+    assert layout_of(models[1]).encoder_params == left
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        (Schedule(trim_start=0.8), "ended at step 6, before the last cut at step 10: the model is not trimmed"),
+        (
+            Schedule("cubic", milestones=2, trim_duration=0.4),
+            "the last cut at step 9: the model is larger than 50%params",
+        ),
+        (Schedule(), None),
+    ],
+)
+def test_training_that_stops_before_the_last_cut_says_what_became_of_the_model(
+    here, tmp_path, caplog, schedule, message
+):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    trainer = own_trainer(here, tmp_path, TrimCallback(config(method="magnitude", schedule=schedule)))
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert [message in record.message for record in caplog.records if record.name == "sensibert"] == [True] * bool(
+        message
+    )
+
+
+def test_a_plain_trainer_says_why_it_cannot_load_the_checkpoint_of_a_trimmed_model(here, tmp_path):
+    first = own_trainer(here, tmp_path, TrimCallback(config()), save_steps=3, save_strategy="steps")
+    first.train()
+    kept = {name: value.clone() for name, value in first.model.state_dict().items()}
+    again = own_trainer(here, tmp_path, TrimCallback(config()))
+    with pytest.raises(SensibertError, match=r"in the checkpoint of a trimmed model, .*: want TrimTrainer in place of"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # from before the cut, at step 4
+    assert all(torch.equal(kept[name], value) for name, value in again.model.state_dict().items())
+    assert not again.model._load_state_dict_pre_hooks  # the hook is gone
 
 
 class Stream(IterableDataset):
@@ -188,7 +240,7 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
     callback.cuts = {1: 1.0}
     callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert rates and {module.attention_dropout for module in rates} == {0.0}
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(None, TrainerState(global_step=1), None)
     assert {module.attention_dropout for module in rates} == {0.3}
 
 
@@ -223,5 +275,5 @@ def test_embeddings_are_as_they_were_once_the_training_ends(learns):
     callback.cuts = {1: 1.0}
     callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert not table.requires_grad
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(None, TrainerState(global_step=1), None)
     assert table.requires_grad is learns

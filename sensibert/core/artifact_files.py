@@ -1,4 +1,4 @@
-"""How artifacts are stored: a safetensors file with one JSON entry of metadata, written whole or not at all."""
+"""Files of artifacts: safetensors with one JSON entry of metadata, written atomically."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
 
 
 def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the same names, dtypes, shapes and values, on whatever device."""
+    """Whether both have the same names, dtypes, shapes and values; their devices may differ."""
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k].to(a[k].device)) for k in a
     )
 
 
 def save_artifact(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Write tensors of any device and the JSON-serializable facts; SensibertError if the file cannot be written."""
+    """Write tensors, from any device, and JSON-serializable facts. SensibertError if the file cannot be written."""
     text = json.dumps({name: _encode(value) for name, value in facts.items()})
     metadata = {"format": f"sensibert.{kind}", "version": str(FORMAT_VERSION), "facts": text}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -51,7 +51,7 @@ def save_artifact(path: str | Path, kind: str, tensors: Mapping[str, Tensor], fa
 def load_artifact(
     path: str | Path, kind: str, make: Callable[[dict[str, Tensor], dict[str, Any]], Artifact]
 ) -> Artifact:
-    """make(tensors, facts) of a file that `save_artifact` wrote; tensors lie on the CPU, in the order of the layout.
+    """make(tensors, facts) of a file that `save_artifact` wrote; tensors are on the CPU, in the order of the layout.
 
     SensibertError if the file cannot be read, is of another kind or of a later version."""
     try:

@@ -1,6 +1,6 @@
-"""What one step hands to the next: a `Sensitivity` scores units or blocks, a `Plan` says which survive.
+"""The artifacts: a `Sensitivity` scores units or blocks, a `Plan` names those that survive.
 
-Both are frozen, hold no model, and are saved as safetensors files."""
+Both are frozen, contain no model, and are saved as safetensors files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["BlockPlan", "Plan", "Sensitivity", "UnitPlan"]
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """Scores on any device: per unit, site name -> fp32 [units], or with a grid per block of every weight, parameter
-    name -> fp32 [block rows, block columns].
+    """Scores, on any device. Without a grid one per unit: site name -> fp32 [units]. With a grid one per block of every
+    weight: parameter name -> fp32 [block rows, block columns].
 
-    statistic: the method that gave them. samples: how many it summed over (0 if it needs no data). tensors: parameter
-    name -> mean |w * g| over its elements, the most sensitive first. curves: site name -> [(units removed, predicted
-    rise of the mean loss)], the least important units first; only the method obs predicts it."""
+    statistic: the method. samples: number of samples summed over, 0 without data. tensors: parameter name -> mean
+    |w * g| over its elements, the most sensitive first. curves: site name -> [(units removed, predicted rise of the
+    mean loss)] as units are removed, the least important first; only for the method obs."""
 
     layout: Layout
     scores: dict[str, Tensor]
@@ -56,14 +56,14 @@ class Sensitivity:
         return float(np.interp(gone, units, rises))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; SensibertError if that is not possible."""
+        """Write a safetensors file atomically. SensibertError if that is not possible."""
         save_artifact(path, "sensitivity", self.scores, self._facts())
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """The sensitivity of a file, with its scores on the CPU; SensibertError if the file holds none."""
+        """Read a file that `save` wrote; scores are on the CPU. SensibertError for any other file."""
         return load_artifact(path, "sensitivity", lambda scores, facts: cls(scores=scores, **facts))
 
     def _facts(self) -> dict[str, object]:
-        """Every field but the scores."""
+        """Every field except the scores."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scores"}

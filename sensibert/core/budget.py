@@ -25,19 +25,19 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, scope: str = "encoder", length: int = 128) -> Budget:
-        """The budget of a text such as `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`.
+        """Parse a text such as `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`.
 
-        SensibertError if the text is no budget, is outside (0 %, 100 %], or the scope is unknown."""
-        wanted = "want for example 50%params, 30%flops, 5.3Mparams or 1.2Gflops"
+        SensibertError if the text is not a budget or is outside (0 %, 100 %], or if the scope is unknown."""
+        want = "want for example 50%params, 30%flops, 5.3Mparams or 1.2Gflops"
         if scope not in SCOPES:
             raise SensibertError(f"budget: scope is {scope!r}, want encoder or model")
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGT]?)\s*(params|flops)\s*", text)
         if not match:
-            raise SensibertError(f"budget: {text!r} is not a budget, {wanted}")
+            raise SensibertError(f"budget: {text!r} is not a budget, {want}")
         number, unit, kind = float(match[1]), match[2], match[3]
         relative = unit == "%"
         if number <= 0 or (relative and number > 100):
-            raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {wanted}")
+            raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {want}")
         return cls(number / 100 if relative else number * _SCALE[unit], kind, relative, scope, length)
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ ALLOCATIONS = ("global", "uniform", "exact")
 GRIDS = ("unit", "element", "block64")
 LAYOUTS = ("trimmed", "dense", "both")  # of an exported folder
 TRIMMING = "Trimming"  # panel of the help
-# Settings that no longer exist, with the value that means what is done today: files that say so are still read.
+# Removed settings -> the value that agrees with today's behaviour. Files with that value are still read.
 RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_decay": 0.99}
 
 
@@ -47,17 +47,17 @@ def grid_name(grid: Grid | None) -> str:
 
 @dataclass(frozen=True)
 class TrimConfig:
-    """What to trim, to which budget, when and how. Frozen, and checked when it is made.
+    """What to trim, to which budget, when and how. Frozen; the constructor checks the settings.
 
-    budget: an upper bound, `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`, of the encoder or with
-    scope="model" of the whole model; FLOPs are those of one sequence of flops_length tokens. method: the statistic
+    budget: an upper bound, `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`, of the encoder, or of the
+    model with scope="model"; FLOPs are those of one sequence of flops_length tokens. method: the statistic
     that scores units; None: `obs`, for blocks of a grid `fisher`; `baseline` runs without trimming. grid: `unit`
     removes attention heads and FFN neurons; `element` and `block<size>` set single weights or blocks to 0. allocation:
     one threshold for the whole model (`global`), the same fraction of every layer (`uniform`), or dynamic programming
-    (`exact`). width_multiple: FFN widths become multiples of it; None: 64, below a hidden size of 768 32. samples:
-    training samples that the analysis reads at most, micro_batch at a time. compensate: adjust the kept weights by
-    least squares at each cut; None: with `obs` and `layer-obs`. schedule: `Schedule`.
-    SensibertError names the first setting that cannot be."""
+    (`exact`). width_multiple: FFN widths become multiples of it; None: 64, or 32 below a hidden size of 768. samples:
+    maximum number of training samples that the analysis reads, micro_batch at a time. compensate: adjust the kept
+    weights by least squares at each cut; None: with `obs` and `layer-obs`. schedule: `Schedule`. SensibertError names
+    the first invalid setting."""
 
     budget: str = setting("50%params", "Upper bound: 50%params, 30%flops, 5.3Mparams or 1.2Gflops.")
     method: str | None = setting(
@@ -84,9 +84,14 @@ class TrimConfig:
         None, "FFN widths become multiples of it.", TRIMMING, bound=POSITIVE, was="step",
         show_default="64, small models 32",
     )  # fmt: skip
-    flops_length: int = setting(128, "Tokens a sequence, for FLOPs.", TRIMMING, bound=POSITIVE)
-    samples: int = setting(1024, "Samples that the analysis reads at most.", TRIMMING, bound=POSITIVE)
-    micro_batch: int = setting(4, "Samples whose gradient is squared together.", TRIMMING, bound=POSITIVE)
+    flops_length: int = setting(128, "Tokens per sequence, for FLOPs.", TRIMMING, bound=POSITIVE)
+    samples: int = setting(1024, "Maximum number of samples that the analysis reads.", TRIMMING, bound=POSITIVE)
+    micro_batch: int = setting(
+        4,
+        "Samples per micro-batch of the analysis.",
+        TRIMMING,
+        bound=POSITIVE,
+    )
     compensate: bool | None = setting(
         None,
         "Adjust the kept weights by least squares at each cut.",
@@ -123,7 +128,7 @@ class TrimConfig:
         return parse_grid(self.grid)
 
     def resolved(self) -> TrimConfig:
-        """With method and compensate as they will be used, where they were None."""
+        """Replace method and compensate by their defaults if they are None."""
         method = self.method or ("obs" if self.grid == "unit" else "fisher")
         usual = method != BASELINE and STATISTICS[method].compensates
         return replace(self, method=method, compensate=usual if self.compensate is None else self.compensate)
@@ -133,15 +138,15 @@ class TrimConfig:
         return self.method != BASELINE
 
     def settings(self) -> dict[str, Any]:
-        """Flat, in the names of the command line; a Schedule's shape is `schedule`."""
+        """All settings as a flat dict under the names of the command line; a Schedule's shape is `schedule`."""
         own = {name: getattr(self, name) for name in settings_of(TrimConfig)}
         return {**own, **{_flat(name): getattr(self.schedule, name) for name in settings_of(Schedule)}}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> TrimConfig:
-        """Inverse of `settings`; names left out have their defaults, former names are accepted.
+        """Inverse of `settings`. Missing settings have their defaults; former names are accepted.
 
-        SensibertError names what is unknown."""
+        SensibertError names an unknown setting."""
         settings = current_names(settings)
         unknown = sorted(settings.keys() - trim_names())
         if unknown:
@@ -177,9 +182,9 @@ def trim_names() -> set[str]:
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under today's names; retired ones are dropped if they say what is done today.
+    """Settings under today's names, without removed ones whose value agrees with today's behaviour.
 
-    SensibertError for a retired setting of another value, or a setting that is given under both names."""
+    SensibertError for a removed setting with another value, or a setting that is given under both names."""
     former, current = former_names(TrimConfig, Schedule), {}
     for given, value in settings.items():
         if given in RETIRED:

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a layout, whole or trimmed, in closed form.
+"""Parameters and FLOPs of a layout, untrimmed or trimmed, in closed form.
 
 Parameters count every tensor once. FLOPs are 2 per multiply-add of the matrix products of one forward pass; for a head
 at sequence length s that is 2 * (projections) * s + 4 * head_dim * s^2 (scores and weighted sum). `torch.utils.
@@ -27,40 +27,40 @@ def counts_of(layout: Layout, keep: Mapping[str, Tensor] | None = None) -> dict[
 
 def params(layout: Layout, counts: Mapping[str, int], scope: str = "encoder") -> int:
     """Parameters of the encoder or the model when every site keeps counts[site name] units."""
-    whole = layout.encoder_params if scope == "encoder" else layout.total_params
-    return whole - sum((site.units - counts[site.name]) * site.params for site in layout.sites)
+    untrimmed = layout.encoder_params if scope == "encoder" else layout.total_params
+    return untrimmed - sum((site.units - counts[site.name]) * site.params for site in layout.sites)
 
 
 def flops(layout: Layout, counts: Mapping[str, int], scope: str = "encoder", batch: int = 1, length: int = 128) -> int:
-    """FLOPs of one forward pass over `batch` sequences of `length` tokens, with those units."""
+    """FLOPs of one forward pass over `batch` sequences of `length` tokens; counts as in `params`."""
     total = layout.encoder_rest if scope == "encoder" else layout.model_rest
     for site in layout.sites:
-        # What runs once per pass whatever the batch (projected relative positions) also shrinks with the kept units.
+        # Projections of relative positions run once per pass; they shrink with the kept units too.
         total = total + site.flops * counts[site.name]
     return total.at(batch, length)
 
 
 def encoder_left(layout: Layout, budget: Budget) -> float:
-    """The fraction of the encoder's cost that remains when the budget is met; outside the encoder nothing shrinks."""
+    """Fraction of the encoder's cost that remains when the budget is met. Only the encoder shrinks."""
     counts = counts_of(layout)
-    whole, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
-    return ((whole if budget.relative else 1) * budget.value - (whole - encoder)) / encoder
+    total, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
+    return ((total if budget.relative else 1) * budget.value - (total - encoder)) / encoder
 
 
 def unit_cost(site: Site, budget: Budget) -> int:
-    """Cost of one unit of a site in what the budget counts (FLOPs: of one sequence of budget.length tokens)."""
+    """Cost of one unit of a site: parameters, or FLOPs of one sequence of budget.length tokens."""
     return site.params if budget.kind == "params" else site.flops.at(1, budget.length)
 
 
 def spent(layout: Layout, counts: Mapping[str, int], budget: Budget) -> int:
-    """Cost of the budget's scope, in what the budget counts, when every site keeps counts[site name] units."""
+    """Cost of the budget's scope, in parameters or FLOPs as the budget, with counts[site name] units in every site."""
     if budget.kind == "params":
         return params(layout, counts, budget.scope)
     return flops(layout, counts, budget.scope, 1, budget.length)
 
 
 def element_cost(weight: Weight, budget: Budget) -> int:
-    """Cost of one element of a weight in what the budget counts."""
+    """Cost of one element of a weight: 1 parameter, or its FLOPs in a sequence of budget.length tokens."""
     return 1 if budget.kind == "params" else weight.flops * budget.length
 
 
@@ -89,10 +89,10 @@ def cost_of_units(
 def cost_of_blocks(
     layout: Layout, keep: Mapping[str, Tensor], grid: Grid, scope: str = "encoder", length: int = 128
 ) -> tuple[int, int]:
-    """The same with the kept blocks of every weight.
+    """(parameters, FLOPs of one sequence of `length` tokens) with the kept blocks of every weight.
 
-    FLOPs are those of a kernel that skips empty blocks. No kernel skips single elements, so a grid of elements leaves
-    the FLOPs as they are."""
+    FLOPs assume a kernel that skips empty blocks. No kernel skips single elements, so with a grid of elements the FLOPs
+    are those of the untrimmed model."""
     total_params, total_flops = cost_of_units(layout, None, scope, length)
     for weight, (_, kept, whole) in zip(layout.weights, kept_by_weight(layout, keep, grid), strict=True):
         total_params -= whole - kept
@@ -101,13 +101,13 @@ def cost_of_blocks(
 
 
 def check_budget(budget: Budget, grid: Grid | None = None) -> None:
-    """SensibertError for a budget that no model can meet: FLOPs, where only single elements are masked."""
+    """SensibertError for a budget of FLOPs on a grid of single elements, which no model can meet."""
     if budget.kind == "flops" and grid == Grid.element():
         raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
 
 
 def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
-    """`limit` of an untrimmed model; SensibertError also if the budget is more than it costs."""
+    """`limit` of an untrimmed model; SensibertError also if the budget exceeds its cost."""
     allowed, whole = limit(layout, budget, grid), spent(layout, counts_of(layout), budget)
     if allowed > whole:
         raise SensibertError(
@@ -119,7 +119,7 @@ def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
 def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """The budget as an absolute number for this layout, rounded down; SensibertError if the smallest model exceeds it.
 
-    grid: what is masked in place of whole units."""
+    grid: the blocks that are masked; None: whole units are removed."""
     check_budget(budget, grid)
     whole = spent(layout, counts_of(layout), budget)
     if grid is None:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import SensibertError
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     """Call write(temporary path in the same folder), then rename it to `path`.
 
-    SensibertError if the system refuses (no space, no permission); an existing file then stays as it was."""
+    SensibertError if the system refuses (no space, no permission); an existing file is then unchanged."""
     path, temporary = Path(path), None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -34,9 +34,9 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
 
 @contextmanager
 def writing(path: str | Path, hint: str = "") -> Iterator[None]:
-    """Turn errors of the file system inside the block, whichever library raises them, into a SensibertError.
+    """A context that turns errors of the file system, from any library, into a SensibertError.
 
-    path: what is written, for the message; hint: appended to it. Other errors pass unchanged."""
+    path: what is written, for the message. hint: appended to the message. Other errors are raised unchanged."""
     try:
         yield
     except SensibertError:

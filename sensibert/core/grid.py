@@ -1,4 +1,4 @@
-"""A grid cuts a weight [N, K] into blocks: what scores, masks and plans refer to."""
+"""A grid divides a weight [N, K] into blocks. Scores, masks and plans refer to them."""
 
 from __future__ import annotations
 

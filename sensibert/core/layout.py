@@ -1,4 +1,4 @@
-"""What can be trimmed in a model, and what it costs: members, sites and weights, without tensors."""
+"""What can be trimmed in a model and what it costs: members, sites and weights. No tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Member:
     def index(self, kept: Tensor, units: int) -> Tensor:
         """Indices of the kept units, int64 [n] -> indices along axis `dim`, int64 [parts * n * span], by sections.
 
-        units: how many the site has."""
+        units: number of units of the site."""
         offset = torch.arange(self.span, device=kept.device)
         inside = (kept[:, None] * self.span + offset).flatten()
         return torch.cat([inside + part * units * self.span for part in range(self.parts)])
@@ -81,12 +81,12 @@ class Weight:
     layer: int
     rows: int
     cols: int
-    flops: int  # of one element per token; 0 if it is multiplied once per pass, whatever the tokens
+    flops: int  # of one element per token; 0 if it is multiplied once per pass
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What can be trimmed in a model, and what everything costs. Shared tensors are counted once."""
+    """What can be trimmed in a model, and its costs. Shared tensors are counted once."""
 
     family: str
     digest: str  # of the structure and a sample of the weights, to recognize the model
@@ -99,7 +99,7 @@ class Layout:
     weights: tuple[Weight, ...] = ()  # the matrices among the sites' members
 
     def site(self, name: str) -> Site:
-        """The site of that name; KeyError if there is none."""
+        """The site with this name; KeyError if there is none."""
         for site in self.sites:
             if site.name == name:
                 return site

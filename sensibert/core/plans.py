@@ -22,9 +22,9 @@ AnyPlan = TypeVar("AnyPlan", bound="Plan")
 
 @dataclass(frozen=True, eq=False)
 class Plan(ABC):
-    """What `UnitPlan` and `BlockPlan` have in common; only those two can be made.
+    """Base class of `UnitPlan` and `BlockPlan`.
 
-    keep: name -> bool tensor, True survives, on any device. budget, method: what the plan was made for and by."""
+    keep: name -> bool tensor, True survives, on any device. budget, method: those that the plan was made with."""
 
     layout: Layout
     keep: dict[str, Tensor]
@@ -39,7 +39,7 @@ class Plan(ABC):
 
     @abstractmethod
     def table_rows(self) -> list[tuple]:
-        """The plan as rows under `table_header`."""
+        """The rows of the table, under `table_header`."""
 
     @property
     def params(self) -> int:
@@ -52,26 +52,26 @@ class Plan(ABC):
         return self.cost(self.budget.scope, self.budget.length)[1]
 
     def table(self) -> str:
-        """The plan as aligned text."""
+        """The plan as a table in plain text."""
         return table(self.table_header, self.table_rows())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._facts() == other._facts() and same_tensors(self.keep, other.keep)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all; SensibertError if that is not possible."""
+        """Write a safetensors file atomically. SensibertError if that is not possible."""
         save_artifact(path, "plan", self.keep, self._facts())
 
     @classmethod
     def load(cls: type[AnyPlan], path: str | Path) -> AnyPlan:
-        """The UnitPlan or BlockPlan of a file, with `keep` on the CPU; SensibertError if the file holds none."""
+        """Read a UnitPlan or BlockPlan from a file, with `keep` on the CPU. SensibertError for any other file."""
         plan = load_artifact(path, "plan", _plan_from)
         if not isinstance(plan, cls):
             raise SensibertError(f"{path}: holds a {type(plan).__name__}, want a {cls.__name__}")
         return plan
 
     def _facts(self) -> dict[str, object]:
-        """What a file says beside `keep`. A plan of units has grid None."""
+        """Metadata of the file. The grid of a plan of units is None."""
         facts = {"layout": self.layout, "budget": self.budget, "method": self.method}
         sizes = {"params": self.params, "flops": self.flops}
         return {**facts, **sizes, "grid": getattr(self, "grid", None)}
@@ -117,7 +117,7 @@ class BlockPlan(Plan):
 
 
 def _plan_from(keep: dict[str, Tensor], facts: dict[str, Any]) -> Plan:
-    """The plan of a file; its sizes follow from `keep`."""
+    """Build the plan of a file. The sizes in the file are not used: they follow from `keep`."""
     grid = facts.pop("grid", None)
     facts.pop("notes", None)  # of files written by version 0.1
     del facts["params"], facts["flops"]

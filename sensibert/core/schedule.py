@@ -24,10 +24,10 @@ class Schedule:
 
     shape: `oneshot`, or `cubic` with `milestones` cuts (Zhu & Gupta, arXiv 1710.01878). recovery: after the last cut,
     `rewarm` turns dropout off and raises the learning rate again, to 1.6 times its peak; `continue` keeps dropout and
-    continues the schedule, or raises the rate the further the budget is below 50 % (`peak`); None: the task's default
-    (`for_task`), `rewarm` if nothing else is known. recover_peak (times the peak learning rate) and recover_dropout
-    override both. freeze_embeddings: None freezes them after trimming where less than half of the encoder is left.
-    SensibertError names a value that cannot be."""
+    continues the schedule; below a 50 % budget it raises the rate, more for smaller budgets (`peak`); None: the task's
+    default (`for_task`), `rewarm` without a task. recover_peak (times the peak learning rate) and recover_dropout
+    override both. freeze_embeddings: None freezes them after trimming if less than half of the encoder is left.
+    SensibertError names an invalid value."""
 
     shape: str = setting(
         "oneshot", "Trim at once, or in several cuts along a cubic.", SCHEDULE, SHAPES, flag="schedule"
@@ -43,7 +43,9 @@ class Schedule:
     warmup_ratio: float = setting(
         0.06, "Fraction of the steps of learning-rate warm-up.", SCHEDULE, bound=FRACTION, was="warmup"
     )
-    rewarm_ratio: float = setting(0.03, "The same, after the last cut.", RECOVERY, bound=FRACTION, was="rewarm")
+    rewarm_ratio: float = setting(
+        0.03, "Warm-up after the last cut, as for --warmup-ratio.", RECOVERY, bound=FRACTION, was="rewarm"
+    )
     recovery: str | None = setting(
         None,
         "rewarm: raise the learning rate again, without dropout. continue: keep dropout and continue the schedule; "
@@ -54,7 +56,7 @@ class Schedule:
         show_default="continue for question answering, otherwise rewarm",
     )
     recover_peak: float | None = setting(
-        None, "Peak after the last cut, times the learning rate.", RECOVERY, bound=POSITIVE,
+        None, "Peak learning rate after the last cut, as a multiple of --learning-rate.", RECOVERY, bound=POSITIVE,
         show_default="from --recovery",
     )  # fmt: skip
     recover_dropout: float | None = setting(
@@ -99,7 +101,7 @@ class Schedule:
         return final + (1 - final) * (1 - progress) ** 3
 
     def peak(self, begin: float, left: float) -> float:
-        """The factor that the learning rate rises to after the last cut, from `begin`; left as for `freezes`."""
+        """Peak factor of the learning rate after the last cut. begin: the factor at the cut; left as for `freezes`."""
         if self.recover_peak is not None:
             return self.recover_peak
         if self.recovery != "continue":
@@ -107,8 +109,8 @@ class Schedule:
         return begin + (REWARM_PEAK - begin) * max(0.0, 1 - 2 * left)
 
     def lr(self, baseline: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
-        """(step, total steps) -> factor on the peak learning rate: warm-up, then linear to 0; after the last cut once
-        more, from `peak`. baseline: without a cut."""
+        """(step, total steps) -> factor on the peak learning rate: warm-up, then linear decay to 0. After the last cut
+        the same again, with the peak of `peak`. baseline: without a cut."""
 
         def line(step: int, total: int) -> float:
             return max(0.0, 1 - step / max(1, total))

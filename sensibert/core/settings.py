@@ -1,5 +1,5 @@
-"""Settings as fields of frozen dataclasses. A field says everything about itself once: default, help, choices, bounds
-and former names. The command line, the YAML files, the checkpoints and the checks all read it here."""
+"""Settings as fields of frozen dataclasses. Each field defines default, help, choices, bounds and former names once;
+the command line, YAML files, checkpoints and checks read them from there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import SensibertError
 
-Bound = tuple[Callable[[Any], bool], str]  # (holds for a value, what is wanted in words)
+Bound = tuple[Callable[[Any], bool], str]  # (whether a value is valid, the valid range in words)
 POSITIVE: Bound = (lambda value: 0 < value < math.inf, "more than 0")
 NOT_NEGATIVE: Bound = (lambda value: 0 <= value < math.inf, "at least 0")
 FRACTION: Bound = (lambda value: 0 <= value < 1, "a fraction in [0, 1)")
@@ -33,10 +33,10 @@ def setting(
 ) -> Any:
     """A dataclass field.
 
-    help: one sentence for the command line. panel: where its help shows it; None: among the first. choices: the values
-    a text may take. bound: what a number must satisfy. was: the name it had in earlier versions. renamed: former
-    spellings of values. show_default: the default in words, where it depends on other settings. flag: the option's name
-    where it differs from the field's."""
+    help: one sentence for the command line. panel: the panel of the help that shows it; None: the first. choices: the
+    valid values of a text. bound: the valid range of a number. was: its name in earlier versions. renamed: former
+    spellings of values -> today's. show_default: the default in words, if it depends on other settings. flag: the
+    option's name, if it differs from the field's."""
     metadata = {
         "help": help,
         "panel": panel,
@@ -51,17 +51,17 @@ def setting(
 
 
 def settings_of(kind: type) -> dict[str, dataclasses.Field]:
-    """Name -> field, of those made by `setting`."""
+    """Name -> field, for the fields made by `setting`."""
     return {f.name: f for f in dataclasses.fields(kind) if "help" in f.metadata}
 
 
 def former_names(*kinds: type) -> dict[str, str]:
-    """Former name -> name, of all settings of these classes."""
+    """Former name -> today's name, for the settings of these classes."""
     return {f.metadata["was"]: name for kind in kinds for name, f in settings_of(kind).items() if f.metadata["was"]}
 
 
 def check(settings: Any) -> None:
-    """Replace former spellings of values, then raise SensibertError for the first value that cannot be.
+    """Replace former spellings of values, then raise SensibertError for the first invalid value.
 
     For `__post_init__` of a frozen dataclass."""
     hints = typing.get_type_hints(type(settings))

@@ -1,4 +1,4 @@
-"""The statistics a unit or block can be scored by: one row each. What computes them is in sensibert/sensitivity."""
+"""The statistics that score units or blocks, one row each. sensibert/sensitivity computes them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Statistic:
-    """How a score is computed: from which labels, which members of a unit, and by which reduction of w and g."""
+    """How a score is computed: the reduction of w and g, the labels, and the members of a unit."""
 
     reduce: str
     finish: str = "none"
     data: bool = True
     sampled: bool = False  # labels are drawn from the model's own prediction
-    all_members: bool = False  # otherwise only the consuming weight
+    all_members: bool = False  # sums over all members of the unit, not only the consuming weight
     units_only: bool = False  # has no meaning for single blocks of a weight
-    compensates: bool = False  # chosen in view of what the kept units can compensate
+    compensates: bool = False  # the score assumes that kept units compensate for removed ones
 
 
 STATISTICS: dict[str, Statistic] = {

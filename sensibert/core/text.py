@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[int] = (0,)) -> str:
     """Aligned plain text: a header line, a rule, and one line per row.
 
-    Integers get thousands separators. left: the columns that are aligned to the left; the others are aligned to the
-    right."""
+    Integers get thousands separators. left: the left-aligned columns; all others are right-aligned."""
     cells = [list(header)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows]
     widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
     lines = []

@@ -1,4 +1,4 @@
-"""The installed version, written once: in pyproject.toml."""
+"""The installed version. pyproject.toml is its only source."""
 
 
 def version() -> str:

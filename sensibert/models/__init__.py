@@ -1,4 +1,4 @@
-"""Reads a transformers model: its family, its layout, its structure; and makes a trimmed one reloadable."""
+"""Reads a transformers model (family, layout, structure), and makes a trimmed one reloadable."""
 
 from .eval_mode import bare_copy, eval_mode, require_finite
 from .families import Axis, Family, base_type, families

@@ -1,4 +1,4 @@
-"""How an analysis runs a model: in eval mode with gradients, in the fastest attention, with a loss that is checked."""
+"""How an analysis runs a model: in eval mode with gradients, with the fastest attention, and with a checked loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import SensibertError
 
-# In rows of up to so many tokens, fused attention in bf16 on a CPU is slower than plain matrix products, forward and
-# backward: 5 times at 18 tokens, 1.25 times at 128; at 384 twice as fast (32 rows, 12 heads of 32, one AVX-512 core).
+# Up to this many tokens per row, fused attention in bf16 on a CPU is slower than plain matrix products, forward and
+# backward: 5 times at 18 tokens, 1.25 times at 128. At 384 it is twice as fast (32 rows, 12 heads of 32, one AVX-512
+# core).
 SHORT = 128
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -24,7 +25,7 @@ def quick_attention(
     """A context in which scaled_dot_product_attention is fast for batches whose shapes keep changing.
 
     On a GPU it excludes cuDNN, which spends tens of milliseconds on a plan for each new shape; in bf16 on a CPU it
-    selects plain matrix products for rows of up to SHORT tokens. length: tokens in a row, None if unknown."""
+    selects plain matrix products for rows of up to SHORT tokens. length: tokens per row, None if unknown."""
     if device.type == "cuda":
         return sdpa_kernel(WITHOUT_PLANS)
     short = device.type == "cpu" and autocast and length is not None and length <= SHORT
@@ -33,9 +34,9 @@ def quick_attention(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
-    """A context with dropout off, gradients on and mixed precision in `autocast`; its value is the model's device.
+    """A context without dropout, with gradients, and with mixed precision in `autocast`. Yields the model's device.
 
-    On exit each module is in the mode it was in."""
+    On exit the mode of each module is restored."""
     device = next(model.parameters()).device
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -49,7 +50,7 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without the wrapper that mixed precision puts around `forward`, which would call the original."""
+    """A deep copy without the mixed-precision wrapper around `forward`, which would call the original model."""
     copied = copy.deepcopy(model)
     vars(copied).pop("forward", None)
     return copied

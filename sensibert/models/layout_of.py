@@ -1,4 +1,4 @@
-"""Model -> Layout: its sites and what they cost, read with the table of its family.
+"""Model -> Layout: its sites and their costs, read with the table of its family.
 
 A table names the linear layers that produce a unit's activation (rows) and the one that consumes it (columns).
 """
@@ -30,7 +30,7 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
 
 
 def _repeats(family: Family, config: object, number: int, count: int) -> int:
-    """How often layer `number` of `count` runs in one pass; layers are assigned to groups as in ALBERT."""
+    """How many times layer `number` of `count` runs in one pass. Layers are assigned to groups as in ALBERT."""
     if not family.repeats:
         return 1
     depth, groups = (getattr(config, name) for name in family.repeats)
@@ -71,9 +71,9 @@ def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: 
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every trimmable axis of a model: for each layer its heads, then its FFN neurons. The task head does not matter.
+    """Every trimmable axis of a model: for each layer its heads, then its FFN neurons. The same for every task head.
 
-    SensibertError for a family without a table, or a layer that is not as its table says."""
+    SensibertError for a family without a table, or a layer that does not agree with its table."""
     family, config, stack = family_of(model), model.config, layers(model)
     result = []
     for number, (path, layer) in enumerate(stack):
@@ -102,7 +102,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _multiply_adds(module: nn.Module) -> int:
-    """Multiply-adds for each position; 0 for a module that is no matrix product."""
+    """Multiply-adds per position; 0 for a module without a matrix product."""
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features
     if isinstance(module, nn.Conv1d):
@@ -115,7 +115,9 @@ def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
     family, base = family_of(model), base_of(model)
     encoder_prefix, encoder, rest = family.encoder + ".", Flops(), Flops()
     sequence_head = type(model).__name__.endswith(SEQUENCE_HEADS)
-    if getattr(model.config, "classifier_pooling", "") == "late":  # EuroBERT: every token is classified, then the mean
+    if (
+        getattr(model.config, "classifier_pooling", "") == "late"
+    ):  # EuroBERT classifies every token, then takes the mean
         sequence_head = False
     prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The masks of a model trimmed by a grid: which blocks of its weights are kept. Its MaskedLinear layers hold them."""
+"""The masks of a model trimmed by a grid: the kept blocks of its weights, stored in its MaskedLinear layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layout_of import layout_of
 from .modules import base_of
 
 FORMAT = "sensibert.masks"
-_ATTRIBUTE = "sensibert_grid"  # of the model: layers that a user masks with `replace` are no result of a trim
+_ATTRIBUTE = "sensibert_grid"  # of a model masked by a trim; layers masked by a user with `replace` do not count
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:
 
 
 def cost_of(model: nn.Module, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
-    """(parameters, FLOPs of one sequence of `length` tokens) of a model as it is now, without what its masks drop."""
+    """(parameters, FLOPs of one sequence of `length` tokens) of a model, without masked blocks."""
     layout, masks = layout_of(model), masks_of(model)
     if masks is None:
         return cost_of_units(layout, None, scope, length)

@@ -31,7 +31,7 @@ class PickHeads:
 
     @classmethod
     def attach(cls, attention, kept):
-        """Install the hook, or narrow the one that is installed; return the undo."""
+        """Install the hook, or narrow the one that is installed. Returns a function that undoes this."""
         for hook in attention._forward_pre_hooks.values():
             if type(hook).__name__ == cls.__name__:  # by name: it may be of a folder's copy of this file
                 old, hook.kept = hook.kept, hook.kept[kept]
@@ -41,10 +41,10 @@ class PickHeads:
 
 def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
     """Modules at a dotted path, in order; `*` matches every index of a module list."""
-    found = [base]
+    level = [base]
     for part in pattern.split("."):
-        found = [new for old in found for new in (old.children() if part == "*" else [getattr(old, part)])]
-    return found
+        level = [new for old in level for new in (old.children() if part == "*" else [getattr(old, part)])]
+    return level
 
 
 def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int = 1) -> None:
@@ -55,7 +55,7 @@ def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int 
 
 
 def _cut(layer, axis: dict, count: int, span: int) -> None:
-    """Cut one axis of a layer to `count` units of `span` rows, unless it has that size already (a shared layer)."""
+    """Cut one axis of a layer to `count` units of `span` rows, unless it already has that size (a shared layer)."""
     reader, size = layer.get_submodule(axis["consumes"]), count * span
     if reader.in_features != size:
         for linear in map(layer.get_submodule, axis["produces"]):
@@ -107,7 +107,7 @@ class _Trimmed:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As in transformers, plus what the folder needs to load again: the kept units and this file."""
+        """Like transformers, plus the files needed to reload the folder: the kept units and this file."""
         self.config.auto_map = {auto: name.split("--")[-1] for auto, name in self.config.auto_map.items()}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -117,25 +117,30 @@ class _Trimmed:
         # Current weight names: converting them to an older layout of the family does not fit the trimmed shapes.
         super().save_pretrained(save_directory, is_main_process, **{"save_original_format": False} | kwargs)
 
-    def _get_files_timestamps(self, folder):  # push_to_hub=True uploads what is newer: the two files above must be
+    def _get_files_timestamps(self, folder):  # so that push_to_hub=True uploads the two files above
         return {f: t for f, t in super()._get_files_timestamps(folder).items() if f not in (STRUCTURE_FILE, CODE_FILE)}
+
+
+def register_models(config):
+    """Let the Auto classes and `pipeline` know the model classes that go with a config of class SensibertXConfig."""
+    for auto, path in getattr(config, "auto_map", {}).items():
+        head = path.rpartition(".")[2]  # a folder may name more heads than this version of transformers has
+        if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
+            getattr(transformers, auto).register(type(config), __getattr__(head), exist_ok=True)
 
 
 def _made(name, stock):
     if not issubclass(stock, transformers.PreTrainedConfig):
         config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
         made = type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
-        # Which hidden states to record is looked up by class, and noted only when a model is built: ours change class.
+        # transformers registers which hidden states to record when it builds a model; ours change class afterwards.
         records = getattr(transformers.modeling_utils, "_CAN_RECORD_REGISTRY", {})
         dict.__setitem__(records, str(made), getattr(stock, "_can_record_outputs", None))
         return made
 
     def post_init(self, **kwargs):  # the first config of a type registers its models with the Auto classes
         stock.__post_init__(self, **kwargs)
-        for auto, path in getattr(self, "auto_map", {}).items():
-            head = path.rpartition(".")[2]  # a folder may name more heads than this version of transformers has
-            if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
-                getattr(transformers, auto).register(type(self), __getattr__(head), exist_ok=True)
+        register_models(self)
 
     members = {"model_type": f"sensibert_{stock.model_type}", "__post_init__": post_init}
     return type(name, (stock,), {"__module__": __name__, **members})

@@ -1,4 +1,4 @@
-"""Finds the parts of a model by its family's table."""
+"""Finds parts of a model with its family's table."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def walk(root: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def positions(model: nn.Module) -> int | None:
-    """The longest sequence that the table of absolute positions allows; None without such a table."""
+    """The maximum sequence length of the table of absolute positions; None without such a table."""
     table = getattr(embeddings_of(model), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None

@@ -1,4 +1,4 @@
-"""The class and the config of a trimmed model: with them it saves itself as a folder that loads again."""
+"""The class and config of a trimmed model, with which `save_pretrained` writes a folder that can be reloaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import transformers  # by attribute below: `families()` reads this file too, and its heavy parts are not needed then
+import transformers  # names are looked up later: loading them here would be slow
 from torch import Tensor, nn
 
 from ..core.errors import SensibertError
@@ -22,7 +22,7 @@ OWN = "Sensibert"  # SensibertX is the reloadable subclass of transformers' X
 
 
 def _stock(kind: type) -> type[Any] | None:
-    """transformers' class X if kind is X or SensibertX, this package's or that of a folder's code; else None."""
+    """transformers' class X if kind is X or SensibertX, from this package or a folder's code; else None."""
     stock = getattr(transformers, kind.__name__.removeprefix(OWN), None)
     if stock is None or kind is stock:
         return stock
@@ -30,7 +30,7 @@ def _stock(kind: type) -> type[Any] | None:
 
 
 def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
-    """The class of transformers that computes what this model computes; SensibertError if there is none."""
+    """The class of transformers that this model extends or is; SensibertError if there is none."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise SensibertError(f"model: {type(model).__name__} is not a transformers model; unwrap it first")
     for kind in (type(model), type(model.config)):
@@ -42,7 +42,7 @@ def stock_class(model: nn.Module) -> type[transformers.PreTrainedModel]:
 
 
 def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
-    """A copy of the config as the base model has it: its class, without our entries."""
+    """A copy of the config with the class of the base model and without our entries."""
     stock, stock_type = copy.deepcopy(config), _stock(type(config))
     assert stock_type is not None  # `stock_class` checks it
     stock.__class__ = stock_type
@@ -54,12 +54,12 @@ def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrain
 def reloadable(
     model: nn.Module, structure: Mapping[str, Tensor], origin: Mapping[str, object]
 ) -> list[tuple[nn.Module, str, object]]:
-    """(module, attribute, value): the assignments that make the model reloadable in place, once it has this structure.
+    """The assignments (module, attribute, value) that make a model with this structure reloadable, in place.
 
-    They give the model and its base model the classes SensibertX, and each module that holds their config a new config
-    with the entry `sensibert`; the old one, which other models may hold as well, is left as it is. A class that is not
-    one of transformers' gets a `save_pretrained` that raises SensibertError instead, since no folder of it could be
-    loaded. origin: further entries of config.sensibert (budget, method)."""
+    The model and its base model get the classes SensibertX. Each module with their config gets a new config with the
+    entry `sensibert`; the old one, which other models may share, is not changed. A model whose class is not one of
+    transformers' gets a `save_pretrained` that raises SensibertError, since its folder could not be loaded. origin:
+    more entries of config.sensibert (budget, method)."""
     base, configs = base_of(model), {}
     made: list[tuple[nn.Module, str, object]] = []
     inside = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
@@ -102,7 +102,7 @@ def _own_config(
     own.__class__ = getattr(code, OWN + stock.__name__)
     own.auto_map = _auto_map(stock)
     known = dict(getattr(own, "sensibert", {}))
-    for name in ("digest", "encoder_params"):  # `export` counted them before this cut
+    for name in ("digest", "encoder_params"):  # from an `export` before this cut
         known.pop(name, None)
     own.sensibert = known | {
         **origin,
@@ -115,11 +115,12 @@ def _own_config(
         "kept_heads": [heads.tolist() for heads in kept["head"]],
         "table": _table(family, stack[0]),
     }
+    code.register_models(own)
     return own
 
 
 def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
-    """The axis as modeling_sensibert.py reads it: with the linear layers that this model has."""
+    """The axis as modeling_sensibert.py reads it, with the linear layers that exist in this model."""
     names = dict(layer.named_modules())
     return {
         "produces": [path for path in (*axis.produces, *axis.tables) if isinstance(names.get(path), nn.Linear)],
@@ -141,7 +142,11 @@ def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, st
     classes = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
     for name in sorted(vars(auto)):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
-        if name.startswith("AutoModel") and name != "AutoModelForCausalLM" and mapping and config_class in mapping:
+        if (
+            not name.startswith("AutoModel") or name == "AutoModelForCausalLM" or mapping is None
+        ):  # `not mapping` imports all
+            continue
+        if config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):
                 classes[name] = f"{CODE}.{OWN}{model_class.__name__}"

@@ -1,4 +1,4 @@
-"""Which units of the original model a trimmed one still has: an attribute of its base model, and a file."""
+"""The units of the original model that a trimmed one keeps, as an attribute of its base model and as a file."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def structure_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_trimmed(model: nn.Module) -> bool:
-    """True once whole units have been cut; masks of a grid do not count."""
+    """Whether units were removed; masks of a grid do not count."""
     return _known(model) is not None
 
 
 def save_structure(model: nn.Module, path: str | Path) -> None:
-    """Write the kept units, int32, one tensor a site; of a model masked by a grid its masks, one bit a block."""
+    """Write the kept units, int32, one tensor per site. For a model masked by a grid: its masks, one bit per block."""
     masks = masks_of(model)
     if masks is None:
         tensors = {name: kept.to(torch.int32) for name, kept in structure_of(model).items()}
@@ -51,7 +51,8 @@ def save_structure(model: nn.Module, path: str | Path) -> None:
 
 
 def read_structure(path: str | Path) -> dict[str, Tensor] | Masks:
-    """What save_structure wrote: site name -> kept units, int64, or the masks. SensibertError if it is not that."""
+    """Read a file of save_structure: site name -> kept units, int64, or the masks. SensibertError for any other
+    file."""
     try:
         with safe_open(path, "pt") as file:
             facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

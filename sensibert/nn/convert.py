@@ -15,8 +15,8 @@ def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | N
 
     keep: {module name: (keep grid or None for all kept, Grid)}. None: every plain nn.Linear, all kept (no subclasses,
     and no layers whose forward was replaced). Modules, parameters and hooks keep their identity, so an optimizer, tied
-    weights and DDP's reducer stay valid. A layer that is masked already gets the new masks; with keep=None it stays as
-    it is. Only forward applies the mask: code that reads layer.weight sees all of it, so save after `restore`.
+    weights and DDP's reducer remain valid. A layer that is already masked gets the new masks; with keep=None it is not
+    changed. Only forward applies the mask: code that reads layer.weight sees unmasked values, so save after `restore`.
     ValueError names a layer that does not exist or cannot be masked; the model is then unchanged."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if keep is None:
@@ -40,7 +40,7 @@ def replace(model: nn.Module, keep: Mapping[str, tuple[Tensor | None, Grid]] | N
 def restore(model: nn.Module) -> nn.Module:
     """Turn every MaskedLinear of the model back into nn.Linear, dropped weights set to 0, in place; return the model.
 
-    Outputs stay the same up to the rounding of the matmul (a sum over kept columns alone may be grouped otherwise)."""
+    Outputs are the same up to the rounding of the matmul, which may group the terms of a sum in another way."""
     for module in list(model.modules()):
         if isinstance(module, MaskedLinear):
             module.to_linear()

@@ -15,12 +15,12 @@ from ..ops.masked_linear.op import masked_linear
 class MaskedLinear(nn.Linear):
     """y = x (weight * keep)^T + bias: an nn.Linear of the same parameters, with a buffer `keep` and a `grid`.
 
-    keep is bool grid.shape(out_features, in_features), True survives, all True at first. It is not persistent: the
-    state dict is that of nn.Linear, so a strict load works both ways, and the masks of a run belong to its Plan.
-    Copies and pickles carry keep. The bias is not masked. Numerics: see sensibert.ops.masked_linear.
+    keep: bool grid.shape(out_features, in_features), True survives, all True at first. The buffer is not persistent:
+    the state dict is that of nn.Linear, so a strict load works in both directions, and the masks of a run are saved in
+    its Plan. Copies and pickles contain keep. The bias is not masked. Numerics: see sensibert.ops.masked_linear.
 
-    compact: the kept part of the weight, where someone writes it beforehand (`MaskedAdamW.follow`); forward multiplies
-    with it while it is valid. In no state dict, copy or pickle."""
+    compact: the kept part of the weight, if an optimizer writes it (`MaskedAdamW.follow`); forward multiplies with it
+    while it is valid. State dicts, copies and pickles do not contain it."""
 
     keep: Tensor
     grid: Grid
@@ -41,9 +41,9 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, keep: Tensor | None = None, grid: Grid = Grid.row()) -> MaskedLinear:
-        """Turn `linear` itself into a MaskedLinear and return it: parameters and hooks keep their identity.
+        """Change the class of `linear` to MaskedLinear and return it. Parameters and hooks keep their identity.
 
-        ValueError if it is neither a plain nn.Linear nor a MaskedLinear, or has had its forward replaced."""
+        ValueError if it is neither a plain nn.Linear nor a MaskedLinear, or if its forward was replaced."""
         if not is_maskable(linear):
             raise ValueError(f"MaskedLinear: linear is {kind_of(linear)}, want a plain nn.Linear")
         check_keep(linear, keep, grid)
@@ -53,7 +53,7 @@ class MaskedLinear(nn.Linear):
         return linear
 
     def to_linear(self) -> nn.Linear:
-        """Turn this layer itself into a plain nn.Linear that computes the same: dropped weights become 0, in place."""
+        """Change this layer into a plain nn.Linear that computes the same: dropped weights become 0, in place."""
         with torch.no_grad():
             self.weight.masked_fill_(~self.grid.expand(self.keep, self.out_features, self.in_features), 0)
         del self.keep, self.grid
@@ -62,14 +62,14 @@ class MaskedLinear(nn.Linear):
         return self
 
     def reset_parameters(self) -> None:
-        """As nn.Linear, and keep all True: after to_empty() the buffer is as undefined as the weight."""
+        """Like nn.Linear, and set keep to True: after to_empty() the buffer is uninitialized too."""
         super().reset_parameters()
         if "keep" in self._buffers:
             self.keep.fill_(True)
 
     def set_keep(self, keep: Tensor | None, grid: Grid | None = None) -> None:
-        """Set the masks, in place where the shape stays: keep bool grid.shape(N, K), None for all True; grid None keeps
-        the grid. ValueError if keep does not fit the grid."""
+        """Set the masks, in place if the shape is unchanged. keep: bool grid.shape(N, K), None for all True. grid: None
+        for the current grid. ValueError if keep does not fit the grid."""
         grid = self.grid if grid is None else grid
         check_keep(self, keep, grid)
         shape = grid.shape(self.out_features, self.in_features)
@@ -87,7 +87,7 @@ class MaskedLinear(nn.Linear):
         return masked_linear(x, self.weight, self.bias, self.keep, self.grid, self.compact)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
-        # to(), half(), cuda(), ...: the matrix stays where and what it was
+        # to(), half(), cuda(), ... do not convert the matrix
         self.compact = None
         return super()._apply(fn, recurse)
 
@@ -100,7 +100,7 @@ class MaskedLinear(nn.Linear):
 
 
 def is_maskable(module: nn.Module) -> bool:
-    """Whether module is a plain nn.Linear or a MaskedLinear: no other subclass, and no forward of its own."""
+    """Whether module is a plain nn.Linear or a MaskedLinear, not another subclass, and its forward was not replaced."""
     return type(module) in (nn.Linear, MaskedLinear) and "forward" not in vars(module)
 
 

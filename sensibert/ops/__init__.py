@@ -1,6 +1,6 @@
 """The public ops. Each file holds schema, public function, reference, fake and gradient, top to bottom."""
 
-from .. import _native as _native  # registers the CUDA kernels, where they were built
+from .. import _native as _native  # registers the CUDA kernels, if they were built
 from .block_sensitivity import block_sensitivity
 from .gather_kept import gather_kept
 from .masked_adamw import masked_adamw

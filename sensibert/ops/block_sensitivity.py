@@ -37,12 +37,12 @@ def block_sensitivity(
 ) -> list[Tensor]:
     """out[t] = decay * out[t] + scale * finish(reduce over each block of weights[t], grads[t]); returns out.
 
-    weights[t], grads[t] [N, K] or [N] (taken as [N, 1]), fp32, bf16, fp16 or fp64, mixed freely; grids: one a tensor,
-    or one for all; out[t] fp32 [ceil(N / bn), ceil(K / bk)], None starts from 0; decay 0 does not read what was there.
-    reduce: signed sum(w g) | abs sum|w g| | square sum (w g)^2 | grad_square sum g^2 | weight_square sum w^2 (grads
-    may then be empty). finish, of a block's total: none | square | abs. Accumulates in fp32 (fp64 where an input is
-    fp64; the CUDA kernel refuses it) in an order fixed by the shapes: deterministic. ValueError names the argument
-    that does not fit."""
+    weights[t], grads[t]: [N, K], or [N] (taken as [N, 1]); fp32, bf16, fp16 or fp64, which may be mixed. grids: one per
+    tensor, or one for all. out[t]: fp32 [ceil(N / bn), ceil(K / bk)]; None starts from 0; with decay 0 its values are
+    not read. reduce: signed sum(w g) | abs sum|w g| | square sum (w g)^2 | grad_square sum g^2 | weight_square sum w^2
+    (grads may then be empty). finish, applied to the sum of a block: none | square | abs. Sums are fp32 (fp64 if an
+    input is fp64, which the CUDA kernel refuses), in an order fixed by the shapes: deterministic. ValueError names the
+    argument that does not fit."""
     grids = [grids] * len(weights) if isinstance(grids, Grid) else grids
     shapes = _check(weights, grads, grids, reduce, finish)
     if out is None:
@@ -86,7 +86,7 @@ def _(*_: object) -> None:
 
 
 def _terms(w: Tensor, g: Tensor | None, reduce: str) -> Tensor:
-    """What is summed, one value an element, in fp32 or fp64."""
+    """The terms of the sums, one per element, in fp32 or fp64."""
     exact = torch.float64 if torch.float64 in (w.dtype, w.dtype if g is None else g.dtype) else torch.float32
     if reduce == "weight_square":
         return w.to(exact).square()
@@ -103,11 +103,11 @@ def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
     bn, bk = block_rows or max(rows, 1), block_cols or max(cols, 1)
     if rows % bn == 0 and cols % bk == 0:
         return terms.view(rows // bn, bn, cols // bk, bk).sum((1, 3))
-    for dim, length, size in ((1, cols, bk), (0, rows, bn)):  # the short block at the end apart
-        whole = length // size * size
-        parts = [terms.narrow(dim, 0, whole).unflatten(dim, (whole // size, size)).sum(dim + 1)]
-        if whole < length:
-            parts.append(terms.narrow(dim, whole, length - whole).sum(dim, keepdim=True))
+    for dim, length, size in ((1, cols, bk), (0, rows, bn)):  # the short block at the end is summed separately
+        full = length // size * size
+        parts = [terms.narrow(dim, 0, full).unflatten(dim, (full // size, size)).sum(dim + 1)]
+        if full < length:
+            parts.append(terms.narrow(dim, full, length - full).sum(dim, keepdim=True))
         terms = torch.cat(parts, dim)
     return terms
 
@@ -115,7 +115,7 @@ def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
 def _check(
     weights: Sequence[Tensor], grads: Sequence[Tensor], grids: Sequence[Grid], reduce: str, finish: str
 ) -> list[tuple[int, int]]:
-    """Raise for the first argument that does not fit, else return the shape of each out."""
+    """Return the shape of each out. ValueError for the first argument that does not fit."""
     if reduce not in REDUCES:
         raise ValueError(f"block_sensitivity: reduce is {reduce!r}, want one of {', '.join(REDUCES)}")
     if finish not in FINISHES:

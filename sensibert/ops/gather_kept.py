@@ -33,10 +33,10 @@ def gather_kept(
 ) -> list[Tensor]:
     """weights [N, K] of one device; rows [n], cols [k] int64, None for all -> weight[rows][:, cols] [n, k] for each.
 
-    bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, none in a hole, which becomes exactly 0.
-    dtype None: that of the weight; out: matrices to write instead of new ones. float32, bfloat16, float16 and float64,
-    mixed freely, one rounding. No gradient; nothing is read back. An index outside its axis is an IndexError on a CPU
-    and gives NaN in a kernel. ValueError names what does not fit."""
+    bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, no bit where it is dropped and becomes
+    exactly 0. dtype None: that of the weight. out: matrices to write instead of new ones. float32, bfloat16, float16
+    and float64 may be mixed; values are rounded once. No gradient, no synchronization. An index outside its axis is an
+    IndexError on a CPU and gives NaN in a kernel. ValueError names an argument that does not fit."""
     weights = [w.detach() for w in weights]
     lists: dict[str, list[Tensor | None]] = {"rows": list(rows), "cols": list(cols)}
     lists["bits"] = [None] * len(weights) if bits is None else list(bits)
@@ -68,7 +68,7 @@ def gather_kept(
 
 
 def _shape(t: int, weight: Tensor, device: torch.device, lists: dict[str, list[Tensor | None]]) -> tuple[int, int]:
-    """(n, k) of entry t, whose tensors fit one another."""
+    """(n, k) of entry t. ValueError for a tensor that does not fit."""
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device != device:
         raise ValueError(f"gather_kept: weights[{t}] is {_named(weight)}, want a float [N, K] on {device}")
     shape = []

@@ -4,7 +4,7 @@ g = grad * grad_factor
 w = w * (1 - lr * weight_decay)
 m = beta1 * m + (1 - beta1) * g,   v = beta2 * v + (1 - beta2) * g^2
 w = w - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)        Loshchilov and Hutter, 1711.05101
-w, m, v = 0 wherever keep is False;   working copy = bf16(w), or its kept rows and columns alone
+w, m, v = 0 where keep is False;   working copy = bf16(w), or only its kept rows and columns
 score = decay * score + scale * finish(sum over the block of reduce(w before the step, g)), survivors only
 """
 
@@ -66,14 +66,15 @@ def masked_adamw(
     decay: float = 1.0,
     scale: float = 1.0,
 ) -> None:
-    """Update params, exp_avgs and exp_avg_sqs (fp32, bf16, fp16 or fp64; one dtype a tensor) in place.
+    """Update params, exp_avgs and exp_avg_sqs in place: fp32, bf16, fp16 or fp64, one dtype per tensor.
 
-    steps: the number of this step, 1 for the first, one fp32 a tensor. groups: the group of each tensor; lr [G] fp32,
-    fp64 if params are; betas, eps, weight_decay: one entry a group. grad_factor: one fp32 (clipping / loss scale).
-    keeps, working_copies, scores: by position in params; keep bool and score fp32 in the shape of their grid, a working
-    copy bf16 in that of its param. row_maps, col_maps (`index_map`) make a working copy compact: int32 [N], [K], the
-    row and column of the copy [n, k] for each one of the weight [N, K], or -1; no map: all of them. Each row and
-    column of the copy has one. One device, nothing is read back, deterministic. ValueError names what does not fit.
+    steps: one fp32 per tensor, the number of this step; the first is 1. groups: the group of each tensor. lr [G]: fp32,
+    or fp64 for fp64 params. betas, eps, weight_decay: one entry per group. grad_factor: one fp32, multiplies every
+    gradient (clipping, inverse loss scale). keeps, working_copies, scores: by position in params; keep bool and score
+    fp32 in the shape of their grid, a working copy bf16 in the shape of its param. row_maps, col_maps (`index_map`):
+    int32 [N], [K] for a compact working copy [n, k]; they give the row and column of the copy for each of the weight
+    [N, K], or -1. Without a map the axis is complete. Every row and column of the copy must be in its map. All tensors
+    are on one device; no synchronization; deterministic. ValueError names an argument that does not fit.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
     if reduce not in REDUCES or finish not in FINISHES:
@@ -120,7 +121,7 @@ def masked_adamw(
 def _listed_settings(
     groups: Sequence[int], betas: Sequence[tuple[float, float]], eps: Sequence[float], weight_decay: Sequence[float]
 ) -> tuple[list, ...]:
-    """As the op takes them."""
+    """Settings as arguments of the op."""
     return list(groups), [beta[0] for beta in betas], [beta[1] for beta in betas], list(eps), list(weight_decay)
 
 
@@ -135,7 +136,7 @@ def _listed_extras(
     decay: float,
     scale: float,
 ) -> tuple:
-    """As the op takes them."""
+    """Masks, working copies and scores as arguments of the op."""
     return (
         [keep for keep, _ in keeps.values()],
         list(keeps),
@@ -157,11 +158,11 @@ def _listed_extras(
 
 
 class HeldAdamW:
-    """masked_adamw of the same tensors with the same settings, called many times, for less host time.
+    """masked_adamw for many calls on the same tensors with the same settings. Takes less host time.
 
-    `extras`: all keyword arguments of masked_adamw except grad_factor. The first call is masked_adamw itself; from the
-    second on a kernel is given only parameters, gradients and rates. The other arguments are held as tensors, not as
-    addresses, and checked at every call: if one no longer fits, that call is masked_adamw again."""
+    `extras`: all keyword arguments of masked_adamw except grad_factor. The first call runs masked_adamw; later calls
+    pass only parameters, gradients and learning rates to a kernel. The other arguments are held as tensors, not as
+    addresses, and checked at every call: if one no longer fits, the call runs masked_adamw."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class HeldAdamW:
         self._checked = True
 
     def _run(self, grads: list[Tensor], lr: Tensor, grad_factor: Tensor | None) -> bool:
-        """Whether a kernel has done the step."""
+        """Run the step in a kernel; False if no kernel can."""
         if self._held is None:
             lists = *self._moments, *_listed_settings(*self._settings), *_listed_extras(**self._extras)
             self._held = torch.ops.sensibert.masked_adamw_hold(*lists)
@@ -255,8 +256,8 @@ def _check_blocks(
             raise ValueError(f"masked_adamw: {name} is for params[{t}], of {len(params)}")
         shape = grid.shape(*matrix_shape(params[t]))
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != params[t].device:
-            wanted = f"{str(dtype).removeprefix('torch.')} {shape} on {params[t].device}"
-            raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {wanted} (grid {grid})")
+            want = f"{str(dtype).removeprefix('torch.')} {shape} on {params[t].device}"
+            raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {want} (grid {grid})")
 
 
 def _check_working_copies(
@@ -271,11 +272,11 @@ def _check_working_copies(
                 raise ValueError(f"masked_adamw: {name} is for params[{t}], which has no working_copy")
             size = matrix_shape(params[t])[axis]
             if (of.dtype, tuple(of.shape), of.device) != (torch.int32, (size,), params[t].device):
-                wanted = f"int32 ({size},) on {params[t].device}"
-                raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {wanted}")
+                want = f"int32 ({size},) on {params[t].device}"
+                raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {want}")
     for t, working_copy in working_copies.items():
         shape = tuple(params[t].shape)
-        if t in row_maps or t in col_maps:  # the caller is trusted that each row and column of it is in the map
+        if t in row_maps or t in col_maps:  # not checked: every row and column of the copy is in its map
             N, K = matrix_shape(params[t])
             n, k = (*working_copy.shape, -1, -1)[:2]
             shape = (n if t in row_maps and 0 <= n <= N else N, k if t in col_maps and 0 <= k <= K else K)
@@ -298,9 +299,9 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _keep_bits(keep: Tensor, block_rows: int, block_cols: int, like: Tensor) -> Tensor:
-    """keep, one bool a block -> all bits set for what survives, none for the rest; broadcastable to [N, K]."""
+    """keep, one bool per block -> integers with all bits set (kept) or no bit set; broadcastable to [N, K]."""
     for dim, block, length in zip((0, 1), (block_rows, block_cols), matrix_shape(like), strict=True):
-        if block > 1:  # a whole axis (0) stays one entry
+        if block > 1:  # 0, the whole axis, has one entry
             keep = keep.repeat_interleave(block, dim).narrow(dim, 0, length)
     return keep.to(_INTEGER[like.itemsize]).neg_()
 
@@ -320,21 +321,21 @@ def reference(
     reduce: str, finish: str, decay: float, scale: float,
 ) -> None:  # fmt: skip
     settings = list(zip(lr.unbind(), beta1, beta2, eps, weight_decay, strict=True))
-    kept, scored, working_copyed = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, working_copy_of))
+    kept, scored, copied = ({t: i for i, t in enumerate(of)} for of in (keep_of, score_of, working_copy_of))
     maps = [dict(zip(of, given, strict=True)) for of, given in ((row_map_of, row_map), (col_map_of, col_map))]
     plain = defaultdict(list)
     for t, (w, g, m, v) in enumerate(zip(param, grad, exp_avg, exp_avg_sq, strict=True)):
         if w.numel() == 0:
             continue
-        if t not in kept and t not in scored and t not in working_copyed:
+        if t not in kept and t not in scored and t not in copied:
             plain[group[t], w.dtype].append((w, g, m, v, step[t]))
             continue
-        # One tensor after the other, so that it is still in a cache, and temporary memory is used again.
+        # Tensor by tensor: each is still in a cache, and temporary memory is reused.
         g = _scaled(g, grad_factor)
         shape, i, j = matrix_shape(w), kept.get(t), scored.get(t)
         bits = None if i is None else _keep_bits(keep[i], keep_blocks[2 * i], keep_blocks[2 * i + 1], w)
         if j is not None:
-            if bits is not None:  # the score is that of survivors
+            if bits is not None:  # scores count survivors only
                 _as_bits(w).bitwise_and_(bits)
                 g = (_as_bits(g) & bits).view(g.dtype).view(g.shape)
             total, blocks = [score[j]], score_blocks[2 * j : 2 * j + 2]
@@ -344,8 +345,8 @@ def reference(
         if bits is not None:
             for tensor in (w, m, v):
                 _as_bits(tensor).bitwise_and_(bits)
-        if t in working_copyed:
-            out, compact = working_copy[working_copyed[t]], w
+        if t in copied:
+            out, compact = working_copy[copied[t]], w
             for dim, ranks in enumerate(of.get(t) for of in maps):
                 if ranks is not None:  # sorted, the ranks are -1, ..., -1, 0, ..., n - 1
                     index = ranks.argsort()[len(ranks) - out.shape[dim] :]
@@ -363,23 +364,23 @@ def _scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
     return grad * factor if grad.itemsize > 2 else (grad.float() * factor).to(grad.dtype)
 
 
-_PIECE = 1 << 17  # elements of which the scaled gradient stays in the cache of a CPU
+_PIECE = 1 << 17  # elements per piece, so that a scaled gradient fits into the cache of a CPU
 
 
 def _plain_adamw(entries: Sequence[tuple[Tensor, ...]], factor: Tensor | None, *settings: Any) -> None:
-    """_adamw of (w, grad, m, v, step) of one dtype. Scaled gradients are made in pieces, not all of them at once."""
-    rest, scratch = [], None
+    """_adamw of (w, grad, m, v, step) of one dtype. Large gradients are scaled in pieces, to need little memory."""
+    together, scratch = [], None
     for w, g, m, v, step in entries:
         if factor is None or not w.is_cpu or w.numel() <= _PIECE or w.itemsize == 2:
-            rest.append((w, _scaled(g, factor), m, v, step))
+            together.append((w, _scaled(g, factor), m, v, step))
             continue
         scratch = torch.empty(_PIECE, dtype=g.dtype) if scratch is None else scratch
         for *piece, grad in zip(*(tensor.view(-1).split(_PIECE) for tensor in (w, m, v, g)), strict=True):
             w, m, v = piece
             scaled = torch.mul(grad, factor.view(()), out=scratch[: len(grad)])
             _adamw([w], [scaled], [m], [v], [step], *settings)
-    if rest:
-        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*rest, strict=True))
+    if together:
+        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*together, strict=True))
         _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, *settings)
 
 
@@ -387,7 +388,7 @@ def _adamw(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Torch's own kernel: one pass instead of a dozen, in fp32 whatever the dtype."""
+    """torch's fused kernel: one pass over memory, arithmetic in fp32 for half precision."""
     if not lr.is_cpu and lr.dtype == torch.float64:
         if params[0].dtype == torch.float64:
             for entry in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
@@ -404,7 +405,7 @@ def _adamw_in_double(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor,
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """For a GPU, where torch's kernel takes a float32 rate only."""
+    """For a GPU: torch's kernel there takes a float32 learning rate only."""
     w.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -413,7 +414,7 @@ def _adamw_in_double(
 
 
 def _nothing_held(*_: object) -> Tensor:
-    """No kernel holds tensors on this device."""
+    """An empty handle: no kernel holds tensors on this device."""
     return torch.empty(0, dtype=torch.uint8)
 
 

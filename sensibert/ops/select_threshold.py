@@ -1,7 +1,7 @@
 """select_threshold: keep exactly the k largest of many score tensors, without concatenating them.
 
-Order: larger score first, then the earlier tensor, then the lower flat index; -0.0 equals 0.0; NaN comes after -inf.
-So no two elements tie, the result is unique, and a budget is met exactly. Kernel and reference give the same bits.
+Order: larger scores first, then the earlier tensor, then the lower flat index; -0.0 equals 0.0; NaN comes after -inf.
+No two elements tie, so the result is unique and a budget is met exactly. Kernel and reference give the same bits.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Selection(NamedTuple):
 
 
 def select_threshold(scores: Sequence[Tensor], k: int) -> Selection:
-    """scores: float32, bfloat16 or float16 tensors of one device, mixed freely -> masks with exactly k True in all.
+    """scores: float32, bfloat16 or float16 tensors of one device -> bool masks with exactly k True in total.
 
-    No gradient; deterministic; a kernel reads nothing back. ValueError names a k outside [0, number of scores], a wrong
-    dtype or device."""
+    Dtypes may be mixed. No gradient; deterministic; a kernel does not synchronize. ValueError for a k outside [0,
+    number of scores], or a wrong dtype or device."""
     scores = [s.detach() for s in scores]
     _check(scores, k)
     device = scores[0].device if scores else torch.device("cpu")
@@ -56,14 +56,15 @@ def _check(scores: list[Tensor], k: int) -> None:
 
 
 def _key(s: Tensor) -> Tensor:
-    """int32 [numel] in the order of the scores: a float's bits are sign and magnitude, so negatives are turned over."""
+    """int32 [numel] in the order of the scores. A float's bits are sign and magnitude, so those of negatives are
+    flipped."""
     x = s.reshape(-1).float() + 0.0  # a copy, in which -0.0 has become 0.0
     nan, key = x.isnan(), x.view(torch.int32)
     return key.bitwise_xor_((key >> 31) & 0x7FFFFFFF).masked_fill_(nan, NAN_KEY)
 
 
 def _kth_largest(keys: list[Tensor], k: int) -> Tensor:
-    """The k-th largest key, k >= 1: count them by their upper 16 bits, then look only where the k-th must be."""
+    """The k-th largest key, k >= 1: count keys by their upper 16 bits, then search only the bin of the k-th."""
     counts = cast(Tensor, sum(torch.bincount((key >> 16) + 2**15, minlength=2**16) for key in keys))  # k >= 1: not 0
     above = counts.flip(0).cumsum(0)  # of the largest bin, of the two largest, ...
     bin = int((above < k).sum())
@@ -81,9 +82,11 @@ def reference(keep: list[Tensor], threshold: Tensor, num_nan: Tensor, scores: li
             out.zero_()
     else:
         cut = _kth_largest(keys, k)
-        threshold.copy_((cut ^ ((cut >> 31) & 0x7FFFFFFF)).view(torch.float32))  # a key turned back; NAN_KEY into a NaN
+        threshold.copy_(
+            (cut ^ ((cut >> 31) & 0x7FFFFFFF)).view(torch.float32)
+        )  # the inverse of _key; NAN_KEY gives a NaN
         above = [key > cut for key in keys]
-        left = k - sum(int(kept.sum()) for kept in above)  # of the scores that tie at the threshold
+        left = k - sum(int(kept.sum()) for kept in above)  # number to keep of the scores that tie at the threshold
         for out, key, kept in zip(keep, keys, above, strict=True):
             if left:
                 ties = (key == cut).nonzero()[:left, 0]  # ascending

@@ -1,4 +1,4 @@
-"""The optimizer of every run, and optimizer state that follows a parameter when it shrinks or is masked."""
+"""The optimizer of every run, and changes of optimizer state when a parameter is trimmed or masked."""
 
 from .masked_adamw import MaskedAdamW, optimizer_cls_and_kwargs
 from .state import mask_state, slice_state, unwrapped

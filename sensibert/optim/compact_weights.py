@@ -18,7 +18,7 @@ Optimizer = Any  # a MaskedAdamW, whose module imports this one
 
 @dataclass(eq=False)
 class _Followed:
-    """One layer, and the compact weight that was made for it last."""
+    """One layer, and the latest compact weight that was made for it."""
 
     layer: MaskedLinear
     weight: Tensor
@@ -26,7 +26,7 @@ class _Followed:
 
     @property
     def versions(self) -> list[int]:
-        """What compact.versions must hold to be valid."""
+        """The value of compact.versions for which compact is valid."""
         return [self.weight._version, self.layer.keep._version]
 
     @property
@@ -36,13 +36,13 @@ class _Followed:
 
     @property
     def stale(self) -> bool:
-        """Whether the masks have changed since compact was made, or the layer has dropped it."""
+        """Whether the masks have changed since compact was made, or the layer no longer has it."""
         compact, keep = self.layer.compact, self.layer.keep
         return compact is None or compact is not self.compact or compact.versions.numpy()[1] != keep._version
 
 
 class CompactWeights:
-    """All layers that one MaskedAdamW follows. It belongs to the optimizer, which passes itself to each method."""
+    """All layers that one MaskedAdamW follows. The optimizer owns it and passes itself to each method."""
 
     def __init__(self) -> None:
         self._followed: list[_Followed] = []
@@ -63,25 +63,29 @@ class CompactWeights:
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
-        """Give the layers' masks to the optimizer, and gather a new matrix for each layer whose masks have changed."""
+        """Set the layers' masks in the optimizer, and gather a new matrix for each layer whose masks have changed."""
         for entry in [entry for entry in self._followed if entry.ended]:
             self._followed.remove(entry)
             optimizer.set_working_copy(entry.weight, None)
         for entry in self._followed:
-            if optimizer.state[entry.weight].get("keep") is not entry.layer.keep:  # another buffer, or a loaded state
+            if (
+                optimizer.state[entry.weight].get("keep") is not entry.layer.keep
+            ):  # the layer has another buffer, or a state was loaded
                 optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
         stale = [entry for entry in self._followed if entry.stale]
-        with torch.inference_mode(False):  # the matrices outlive the call
+        with torch.inference_mode(False):  # the matrices are used after the call
             for device in {entry.weight.device for entry in stale}:
                 _gather(optimizer, [entry for entry in stale if entry.weight.device == device])
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Mark what the step has written as valid for the weights as they are now."""
+        """Mark the matrices that the step has written as valid for the current weights."""
         for entry in self._followed:
             assert entry.compact is not None  # made by before_step
-            # A parameter without a gradient has not been written.
+            # Without a gradient, neither the parameter nor its matrix was written.
             if entry.weight.grad is not None and optimizer.working_copy(entry.weight) is entry.compact.matrix:
-                entry.compact.versions.numpy()[:] = entry.versions  # numpy leaves the version of `versions` as it is
+                entry.compact.versions.numpy()[:] = (
+                    entry.versions
+                )  # through numpy, which does not change the version of `versions`
 
 
 def _gather(optimizer: Optimizer, entries: list[_Followed]) -> None:

@@ -21,32 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Held:
-    """The step of one device: serves as long as it is one of these very tensors with these settings."""
+    """The step of one device, for these tensors and settings."""
 
     tensors: list[Tensor | None]
     settings: tuple
     step: HeldAdamW
     rate: torch.dtype
 
-    def serves(self, tensors: list[Tensor | None], settings: tuple) -> bool:
+    def fits(self, tensors: list[Tensor | None], settings: tuple) -> bool:
         return settings == self.settings and len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
 
 
 class MaskedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with masks: one op call a step for all parameters of all groups.
+    """torch.optim.AdamW with masks: one op call per step for all parameters of all groups.
 
     Without masks the weights are those of torch.optim.AdamW(fused=True), bit for bit on a CPU. In addition:
 
-    - `set_keep` names the blocks of a parameter that survive: the others and their moments are exactly 0 after every
-      step.
-    - `follow` keeps the dropped weights of a model's masked layers at 0 and writes the bf16 matrices that they multiply
-      with.
-    - `set_working_copy` has a bf16 copy of a parameter, or of its kept rows and columns, written at every step.
-    - `track` adds the sensitivity of parameters to tensors.
-    - `clip_grad_norm` scales the gradients of the next step, within the step.
-    - `grad_factor`, a float32 scalar tensor or None, multiplies every gradient within every step (inverse loss scale).
+    - `set_keep` sets the keep mask of a parameter. Dropped blocks and their moments are exactly 0 after every step.
+    - `follow` masks a model's masked layers in the same way, and writes the bf16 matrices that they multiply with.
+    - `set_working_copy` makes every step write a bf16 copy of a parameter, or of its kept rows and columns.
+    - `track` accumulates the sensitivity of parameters.
+    - `clip_grad_norm` scales the gradients of the next step.
+    - `grad_factor`, a float32 scalar tensor or None, multiplies every gradient in every step (inverse loss scale).
 
-    A group's lr may be a tensor: then a captured step reads it anew at each replay. Gradients are never written."""
+    A group's lr may be a tensor: then a captured step reads it at each replay. A step does not write gradients, except
+    clipped ones on a CPU (`clip_grad_norm`)."""
 
     def __init__(
         self,
@@ -74,11 +73,13 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if "grad_factor" not in self.__dict__:  # a copy or a pickle, not load_state_dict
+        if "grad_factor" not in self.__dict__:  # after a copy or unpickling; not in load_state_dict
             self._start_unsaved()
 
     def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
-        """From the next step on. keep bool [ceil(N / bn), ceil(K / bk)], a vector taken as [N, 1]; saved."""
+        """Mask param from the next step on. keep: bool [ceil(N / bn), ceil(K / bk)]; a vector is taken as [N, 1].
+
+        The mask is part of the state dict."""
         self._want_held(param)
         shape = grid.shape(*matrix_shape(param))
         if keep.dtype != torch.bool or tuple(keep.shape) != shape:
@@ -89,9 +90,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     def set_working_copy(
         self, param: Tensor, working_copy: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
     ) -> None:
-        """working_copy, bf16 in the shape of param, receives its masked value at every step; None ends it. Not saved.
+        """Write the masked value of param to working_copy, bf16 in the shape of param, at every step. None ends this.
 
-        With maps (`index_map`, int32 [N] and [K]) it is [n, k] and receives the rows and columns that the maps keep."""
+        With maps (`index_map`, int32 [N] and [K]) the copy is [n, k], the rows and columns that the maps keep. Not part
+        of the state dict."""
         self._held.clear()
         self._working_copies.pop(param, None)
         if working_copy is not None:
@@ -99,28 +101,29 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._working_copies[param] = (working_copy, row_map, col_map)
 
     def working_copy(self, param: Tensor) -> Tensor | None:
-        """The tensor that set_working_copy named, or None."""
+        """The tensor set by `set_working_copy`, or None."""
         return self._working_copies[param][0] if param in self._working_copies else None
 
     def follow(self, model: nn.Module) -> None:
-        """Take the masks of the model's MaskedLinear layers, and write their compact weights in every step from now on.
+        """Use the masks of the model's MaskedLinear layers, and write their compact weights in every step from now on.
 
         A compact weight is the bf16 matrix [n, k] of the kept rows and columns. Under bf16 autocast, or in bf16, the
-        layer multiplies with it instead of gathering, casting and masking its weight. A layer whose weight is in no
-        param group is left alone.
+        layer multiplies with it instead of gathering, casting and masking its weight. Layers whose weight is in no
+        param group are ignored.
 
-        New masks of a layer (`set_keep`) are those of the optimizer from its next step on, also after load_state_dict;
-        the new matrices of all layers are gathered in one launch then, and until then the layers gather for themselves.
-        A layer that is turned back into nn.Linear or gets another weight is no longer followed: after a trim, call
-        follow again. Not saved. ValueError if layers with different masks share a weight."""
+        If a layer gets new masks (`set_keep`), the next step uses them, also after load_state_dict, and gathers the new
+        matrices of all layers in one launch; until then the layers gather from their weights. A layer that is turned
+        back into nn.Linear or gets another weight is no longer followed: after a trim, call follow again. Not part of
+        the state dict. ValueError if layers with different masks share a weight."""
         self._compact_weights.follow(self, model)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         """Let the next step scale its gradients so that their total 2-norm is at most max_norm; return their norm.
 
-        As torch.nn.utils.clip_grad_norm_, but the gradients are scaled within the step and stay as they are. norm:
-        their total norm, if it is known."""
+        The weights are those after torch.nn.utils.clip_grad_norm_. On a GPU the gradients keep their values; on a CPU
+        the step writes the scaled float32 or float64 gradients back, unless `grad_factor` is set. norm: the total norm
+        of the gradients, if it is known."""
         if norm is None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
@@ -137,9 +140,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         decay: float = 1.0,
         scale: float = 1.0,
     ) -> None:
-        """From the next step on, add the sensitivity of each param in scores to its fp32 tensor, as `block_sensitivity`
-        does, from the weight before the step and the gradient times grad_factor; survivors only. {} ends it. Not saved.
-        """
+        """From the next step on, add the sensitivity of each param in scores to its fp32 tensor, like
+        `block_sensitivity`. It is computed from the weight before the step and the scaled gradient, for kept weights
+        only. {} ends this. Not part of the state dict."""
         for param in scores:
             self._want_held(param)
         self._held.clear()
@@ -181,20 +184,24 @@ class MaskedAdamW(torch.optim.Optimizer):
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         held = self._held_for(device, params, groups, states, steps)
-        held.step(grads, self._lr_on(device, held.rate), self._factor_on(device))
-        torch.autograd.graph.increment_version(params)  # a backward pass that still needs the old ones must notice
+        held.step(grads, self._lr_on(device, held.rate), self._factor_on(device, grads))
+        torch.autograd.graph.increment_version(params)  # so that a backward pass that needs the old values raises
 
-    def _factor_on(self, device: torch.device) -> Tensor | None:
-        """What every gradient on this device is multiplied by."""
+    def _factor_on(self, device: torch.device, grads: list[Tensor]) -> Tensor | None:
+        """The factor that the op multiplies every gradient by; clipping on a CPU is done here, in place."""
         factors = [factor.to(device) for factor in (self._clip_factor, self.grad_factor) if factor is not None]
-        if self._clip_factor is not None and device.type == "cpu" and factors[0] == 1:
-            del factors[0]  # nothing is clipped
+        if self._clip_factor is not None and device.type == "cpu":
+            if factors[0] == 1:
+                del factors[0]  # nothing is clipped
+            elif len(factors) == 1 and all(grad.itemsize > 2 for grad in grads):  # the op rounds half precision once
+                # Faster than scaled copies inside the step: those are made a piece at a time, with a call for each.
+                torch._foreach_mul_(grads, factors.pop())
         return None if not factors else factors[0] if len(factors) == 1 else factors[0] * factors[1]
 
     def _held_for(
         self, device: torch.device, params: list[Tensor], groups: list[int], states: list[dict], steps: list[Tensor]
     ) -> _Held:
-        """The step of the last call, or a new one if a tensor or a setting is another one."""
+        """The step of the last call, or a new one if a tensor or setting has changed."""
         exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         keeps = [state.get("keep") for state in states]
         grids = [state.get("keep_grid") for state in states]
@@ -203,7 +210,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         tensors = [*params, *exp_avgs, *exp_avg_sqs, *steps, *keeps]
         settings = groups, grids, betas, eps, weight_decay
         held = self._held.get(device)
-        if held is None or not held.serves(tensors, settings):
+        if held is None or not held.fits(tensors, settings):
             step = HeldAdamW(
                 params, exp_avgs, exp_avg_sqs, steps, groups, betas, eps, weight_decay,
                 keeps={t: (keep, Grid(*states[t]["keep_grid"])) for t, keep in enumerate(keeps) if keep is not None},
@@ -223,7 +230,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return {name: {t: tensor for t, s in held if (tensor := s[i]) is not None} for i, name in enumerate(names)}
 
     def _lr_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One learning rate a group [G]; copied to the device only when one has changed."""
+        """One learning rate per group [G]; copied to the device only if one has changed."""
         rates = [group["lr"] for group in self.param_groups]
         if any(isinstance(rate, Tensor) for rate in rates):
             return torch.stack([torch.as_tensor(rate, dtype=dtype, device=device) for rate in rates])
@@ -233,9 +240,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         return known[1]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Also takes the state of a torch.optim.AdamW."""
+        """Load the state of a MaskedAdamW or a torch.optim.AdamW."""
         self._held.clear()
-        super().load_state_dict(state_dict)  # casts what it loads to the dtype of the parameter
+        super().load_state_dict(state_dict)  # casts state tensors to the dtype of the parameter
         for param, state in self.state.items():
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
@@ -243,7 +250,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 state["keep"] = state["keep"].to(param.device, torch.bool)
 
     def forget(self, param: Tensor) -> None:
-        """Let go of the working copy and the score of param, which is about to leave the optimizer."""
+        """Drop the working copy and score of param, before it is removed from the optimizer."""
         self._held.clear()
         self._working_copies.pop(param, None)
         self._scores.pop(param, None)

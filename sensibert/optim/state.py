@@ -1,4 +1,4 @@
-"""Optimizer state that follows a parameter when it shrinks or is masked."""
+"""Changes of optimizer state when a parameter is trimmed or masked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..ops.gather_kept import DTYPES, gather_kept
 from ..ops.masked_adamw import matrix_shape
 from .masked_adamw import MaskedAdamW
 
-Index = Mapping[int, Tensor]  # axis -> kept positions [n] int64, in their new order; axes left out stay whole
+Index = Mapping[int, Tensor]  # axis -> kept positions [n] int64, in their new order; other axes are not cut
 
 
 def take_kept(requests: Sequence[tuple[Tensor, Index]]) -> list[Tensor]:
-    """The kept positions of each (tensor, index), as `index_select` copies them, bit for bit.
+    """The kept positions of each (tensor, index): bit for bit the result of `index_select`.
 
-    One call of `gather_kept` a device serves all float vectors and matrices. IndexError on a CPU for a position outside
-    its axis."""
+    All float vectors and matrices of a device are gathered by one call of `gather_kept`. IndexError on a CPU for a
+    position outside its axis."""
     taken: list[Tensor] = [tensor for tensor, _ in requests]
     together: dict[torch.device, list[int]] = {}
     for t, (tensor, index) in enumerate(requests):
@@ -45,13 +45,13 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def slice_state(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, index: Index) -> None:
-    """Let `optimizer` hold the smaller parameter `new` in the place of `old`, with its state cut alike.
+    """Replace the parameter `old` of `optimizer` by the smaller `new`, and cut its state in the same way.
 
-    index: axis -> kept positions [n] int64, in their new order; axes left out stay whole. Every state tensor of the
-    shape of `old` is cut, and so are the factors of Adafactor and a keep of MaskedAdamW; single numbers (step counts)
-    are carried over; a working copy or score of `old` is dropped. Any torch optimizer, also one wrapped by accelerate
-    (`.optimizer`). ValueError if `old` is not held, if `new` has not the shape that index leaves, or for a state of
-    another shape; the optimizer is then as it was.
+    index: axis -> kept positions [n] int64, in their new order; other axes are not cut. State tensors in the shape of
+    `old`, the factors of Adafactor and the keep of MaskedAdamW are cut; single numbers (step counts) are copied; a
+    working copy or score of `old` is dropped. Works for every torch optimizer, also inside accelerate's wrapper
+    (`.optimizer`). ValueError if `old` is not in a param group, if the shape of `new` does not agree with index, or for
+    a state of another shape; the optimizer is then unchanged.
     """
     shape = list(old.shape)
     for dim, kept in index.items():
@@ -63,14 +63,15 @@ def slice_state(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, inde
 
 
 def state_cuts(optimizer: torch.optim.Optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, Index]]:
-    """The state of `old` that has to be cut along: name -> what `take_kept` takes. ValueError as in `slice_state`."""
+    """The state of `old` that has to be cut: name -> (tensor, index) for `take_kept`. ValueError as in
+    `slice_state`."""
     optimizer = unwrapped(optimizer)
     if not any(p is old for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
     cuts = {}
     state = optimizer.state[old] if old in optimizer.state else {}
     for name, value in state.items():
-        if name == "keep":  # its blocks may not survive the cut as blocks: single elements do
+        if name == "keep":  # as single elements: a cut may split blocks
             keep = Grid(*state["keep_grid"]).expand(value, *matrix_shape(old))
             cuts[name] = keep.reshape(old.shape), index
         elif isinstance(value, Tensor) and value.numel() != 1 and name != "step":
@@ -79,7 +80,7 @@ def state_cuts(optimizer: torch.optim.Optimizer, old: Tensor, index: Index) -> d
 
 
 def swap(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, taken: Mapping[str, Tensor]) -> None:
-    """Hold `new` in the place of `old`, with the tensors in taken as its state; cannot fail after `state_cuts`."""
+    """Replace `old` by `new`, with the tensors in taken as its state. Cannot fail after `state_cuts`."""
     optimizer = unwrapped(optimizer)
     for group in optimizer.param_groups:
         group["params"][:] = [new if p is old else p for p in group["params"]]
@@ -95,22 +96,22 @@ def swap(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, taken: Mapp
 
 
 def _state_index(optimizer: torch.optim.Optimizer, name: str, value: Tensor, old: Tensor, index: Index) -> Index:
-    """The index for a state tensor: of the shape of `old`, or one of the factors of Adafactor (arXiv 1804.04235)."""
+    """The index for a state tensor: one in the shape of `old`, or a factor of Adafactor (arXiv 1804.04235)."""
     if value.dim() == old.dim() and all(n in (1, full) for n, full in zip(value.shape, old.shape, strict=True)):
         return {dim: kept for dim, kept in index.items() if value.shape[dim] == old.shape[dim]}
-    for dim, end in ((0, "_row"), (1, "_col")):  # as transformers has them
+    for dim, end in ((0, "_row"), (1, "_col")):  # the names in transformers
         if old.dim() == 2 and name.endswith(end) and value.shape == old.shape[dim : dim + 1]:
             return {0: index[dim]} if dim in index else {}
     raise ValueError(
         f"slice_state: {type(optimizer).__name__} keeps {name} {tuple(value.shape)} for a parameter "
-        f"{tuple(old.shape)}, want a state that can be cut along (quantized ones cannot)"
+        f"{tuple(old.shape)}, want a state in the shape of the parameter (quantized states cannot be cut)"
     )
 
 
 def mask_state(optimizer: torch.optim.Optimizer, param: Tensor, keep: Tensor, grid: Grid) -> None:
-    """Set the state of the dropped weights of `param` to 0; a MaskedAdamW gets the keep as well.
+    """Set the state of the dropped weights of `param` to 0. A MaskedAdamW also gets the mask.
 
-    Any torch optimizer, also one wrapped by accelerate (`.optimizer`)."""
+    Works for every torch optimizer, also inside accelerate's wrapper (`.optimizer`)."""
     optimizer = unwrapped(optimizer)
     if isinstance(optimizer, MaskedAdamW):
         optimizer.set_keep(param, keep, grid)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.errors import SensibertError
+
 
 def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
     """Scalar loss of a model output with labels sampled from it; their shapes decide the kind.
@@ -15,15 +17,21 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
     logits [B, S, C]: a class at every position whose label is not -100, or without labels, of attention_mask.
-    Equal generator states give equal labels."""
+    Equal generator states give equal labels. SensibertError for outputs without any of these."""
+    tokens = batch.get("attention_mask", torch.ones(()))  # without one, nothing is padded
     if "start_logits" in outputs:
-        padding = batch["attention_mask"] == 0
+        padding = tokens.to(outputs["start_logits"].device) == 0
         ends = [outputs[key].float().masked_fill(padding, -torch.inf) for key in ("start_logits", "end_logits")]
         start, end = (_drawn_cross_entropy(logits, generator) for logits in ends)
         return (start + end) / 2
+    if "logits" not in outputs:
+        raise SensibertError(
+            f"analyze: the model returns {', '.join(outputs)} and no logits; want a model with a task head, or another "
+            "loss"
+        )
     logits, labels = outputs["logits"].float(), batch.get("labels")
     if logits.dim() == 3:
-        counted = batch["attention_mask"] != 0 if labels is None else labels != -100
+        counted = tokens.expand(logits.shape[:2]) != 0 if labels is None else labels != -100
         return _drawn_cross_entropy(logits[counted], generator)
     if logits.shape[-1] == 1 or (labels is not None and labels.is_floating_point()):
         noise = _draw(logits, generator, torch.Tensor.normal_)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..core.errors import SensibertError
 from ..core.files import write_atomically, writing
+from ..models import base_of, sites
 from ..models.masks import masks_of
 from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
@@ -57,6 +58,18 @@ def learns_by(arguments: TrainingArguments) -> dict[str, object]:
     """The arguments named in LEARNS_BY, as JSON values."""
     found = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
     return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
+
+
+def refuse_trimmed_weights(model: nn.Module, weights: Mapping[str, Tensor], prefix: str = "", *_: object) -> None:
+    """Pre-hook of load_state_dict: SensibertError if these are the weights of a model trimmed further than this one."""
+    trimmable = {id(base_of(model).get_parameter(m.parameter)) for site in sites(model) for m in site.members}
+    for name, weight in model.named_parameters():
+        given = weights.get(prefix + name)
+        if id(weight) in trimmable and given is not None and given.numel() < weight.numel():
+            raise SensibertError(
+                f"resume: {name} is {tuple(given.shape)} in the checkpoint of a trimmed model, and "
+                f"{tuple(weight.shape)} in this one: want TrimTrainer in place of Trainer, which trims the model first"
+            )
 
 
 def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, object]) -> None:

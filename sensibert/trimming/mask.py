@@ -1,7 +1,7 @@
-"""Model and kept blocks -> masked model: what `trim` does with a plan of blocks. Dropped weights are and stay 0.
+"""Model and kept blocks -> masked model: `trim` with a plan of blocks. Dropped weights become and remain 0.
 
-The layers become MaskedLinear, whose gradient is exactly 0 in dropped blocks. As weight and moments are 0 too, no step
-of an optimizer that multiplies and adds (weight decay, momentum, Adam) changes such a weight.
+The layers become MaskedLinear, whose gradient is exactly 0 in dropped blocks. Weights and moments are 0 there too, so
+weight decay, momentum and Adam do not change them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..optim.state import mask_state
 def mask_blocks(
     model: nn.Module, keep: Mapping[str, Tensor], grid: Grid, optimizer: torch.optim.Optimizer | None = None
 ) -> nn.Module:
-    """Zero and mask what `keep` drops, in the model and in the state of its optimizer, in place; return the model.
+    """Set dropped blocks to 0 and mask them, in the model and in its optimizer's state, in place; return the model.
 
     keep: name of a parameter in the base model -> bool [blocks of rows, blocks of columns], True = kept. A block that
-    an earlier mask dropped trains again, from 0. SensibertError if whole units were cut from the model, or if keep does
-    not fit; the model is then as it was."""
+    was dropped by an earlier mask and is kept now trains again, from 0. SensibertError if whole units were removed from
+    the model, or if keep does not fit; the model is then unchanged."""
     if is_trimmed(model):
-        raise SensibertError(f"trim: the model has lost whole units already, want a whole one for grid {grid}")
+        raise SensibertError(f"trim: units were removed already, want an untrimmed model for grid {grid}")
     state, held = dict(base_of(model).named_parameters()), set()
     if optimizer is not None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

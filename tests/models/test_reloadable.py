@@ -348,3 +348,22 @@ def test_another_encoder_in_the_same_module_is_left_alone(tmp_path):
     assert type(model.other) is transformers.BertModel and model.other.config.model_type == "bert"
     model.other.save_pretrained(tmp_path)
     assert torch.equal(first(AutoModel.from_pretrained(tmp_path)), first(model.other))
+
+
+TRIM = """
+import sys, transformers
+from tests.helpers import tiny_model
+from tests.plans import random_plan
+from sensibert import layout_of, trim
+model = tiny_model()
+before = {name for name in sys.modules if name.startswith("transformers.models.")}
+trim(model, random_plan(layout_of(model)))
+added = {name for name in sys.modules if name.startswith("transformers.models.")} - before
+known = transformers.AutoModelForSequenceClassification._model_mapping._extra_content.values()
+print(len(added), type(model) in known)
+"""
+
+
+def test_a_trim_imports_no_other_model_family_and_makes_the_class_known_to_pipelines(tmp_path):
+    number, known = fresh.run(TRIM, cwd=tmp_path).split()
+    assert int(number) < 20 and known == "True"

@@ -66,21 +66,33 @@ def test_clipping_in_the_step_is_bit_for_bit_clipping_before_it(masked, max_norm
         for p, q in zip(*params):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
-        before = [p.grad.clone() for p in params[0]]
         norms = twins[0].clip_grad_norm(max_norm), nn.utils.clip_grad_norm_(params[1], max_norm)
         for optimizer in twins:
             optimizer.step()
-        assert torch.equal(*norms) and all(map(torch.equal, before, [p.grad for p in params[0]]))
-        assert all(torch.equal(p, q) for p, q in zip(*params)), step
+        assert torch.equal(*norms)
+        assert all(torch.equal(p, q) and torch.equal(p.grad, q.grad) for p, q in zip(*params)), step
 
 
-def test_a_large_parameter_is_clipped_in_pieces_with_the_same_bits():
+@pytest.mark.parametrize("dtype, factor", [(torch.bfloat16, None), (torch.float32, 0.5)], ids=["bf16", "grad_factor"])
+def test_these_gradients_are_clipped_without_being_written(dtype, factor):
+    weight, gradient = nn.Parameter(torch.ones(6, 4, dtype=dtype)), torch.randn(6, 4).to(dtype)
+    optimizer = MaskedAdamW([weight], betas=(0.0, 0.999))  # the first moment is the gradient of the last step
+    optimizer.grad_factor = None if factor is None else torch.tensor(factor)
+    weight.grad = gradient.clone()
+    optimizer.clip_grad_norm(0.1)
+    optimizer.step()
+    assert torch.equal(weight.grad, gradient)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"].float().norm(), torch.tensor(0.1), rtol=0.01, atol=0)
+
+
+def test_a_large_parameter_is_scaled_in_pieces_with_the_same_bits():
     weights = [nn.Parameter(torch.ones(1111, 777)) for _ in range(2)]
     ours, plain = MaskedAdamW(weights[:1], lr=0.1), torch.optim.AdamW(weights[1:], lr=0.1, fused=True)
     for _ in range(2):
         weights[0].grad = torch.randn(1111, 777)
         weights[1].grad = weights[0].grad.clone()
-        ours.clip_grad_norm(1.0), nn.utils.clip_grad_norm_(weights[1], 1.0)
+        ours.grad_factor = torch.tensor(0.3)
+        weights[1].grad *= ours.grad_factor
         ours.step(), plain.step()
     assert torch.equal(*weights)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sensibert.core.errors import SensibertError
 from sensibert.sensitivity import sampled_loss
 
 
@@ -85,3 +86,18 @@ def test_half_precision_is_raised_to_float32():
 def test_nan_logits_give_a_nan_loss_that_can_be_named():
     loss = sampled_loss({"logits": torch.full((2, 3), torch.nan)}, {"labels": torch.zeros(2, dtype=torch.long)})
     assert loss.isnan()
+
+
+def test_without_an_attention_mask_no_token_is_padding():
+    logits = torch.randn(2, 3, 4)
+    ids, mask = {"input_ids": torch.ones(2, 3)}, {"attention_mask": torch.ones(2, 3)}
+    assert loss_gradient(logits, ids)[0] == loss_gradient(logits, mask)[0]
+    ends = {"start_logits": logits[..., 0], "end_logits": logits[..., 1]}
+    assert sampled_loss(ends, ids, generator()) == sampled_loss(ends, mask, generator())
+
+
+def test_a_model_without_a_task_head_is_refused_in_words():
+    with pytest.raises(
+        SensibertError, match="returns last_hidden_state, pooler_output and no logits; want a model with a"
+    ):
+        sampled_loss({"last_hidden_state": torch.ones(2, 3, 4), "pooler_output": torch.ones(2, 4)}, {})

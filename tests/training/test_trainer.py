@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sensibert.core.errors import SensibertError
 from sensibert.data.batching import Collator
 from sensibert.models import base_of, layout_of
 from sensibert.models.eval_mode import SHORT, quick_attention
+from sensibert.optim import MaskedAdamW, unwrapped
 from sensibert.training.checkpoints import MANIFEST
 from sensibert.training.distillation import Distillation, distillation_loss
 from sensibert.training.trainer import LengthSampler, TrimTrainer, _padded, finetune, predict
@@ -91,6 +92,26 @@ def test_the_shape_of_the_rate_reaches_the_optimizer(tmp_path):
     )
     assert rates.seen == pytest.approx([1e-2 * (step + 1) / 4 for step in range(4)])
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 0.0], ids=["clipped", "not clipped"])
+def test_its_optimizer_takes_the_steps_of_the_fused_adamw_bit_for_bit(tmp_path, max_norm):
+    """Clipping too, although the gradients are scaled in the step and not in a pass of their own."""
+    weights, norms = [], []
+    for kind in (TrimTrainer, Trainer):
+        settings = arguments(tmp_path, optim="adamw_torch_fused", max_grad_norm=max_norm)
+        trainer = kind(tiny_model(), settings, Collator(0), Rows().rows)
+        trainer.train()
+        assert isinstance(unwrapped(trainer.optimizer), MaskedAdamW) == (kind is TrimTrainer)
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        norms.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
+    assert torch.equal(*weights) and norms[0] == norms[1] and len(norms[0]) == 4
+
+
+def test_another_optimizer_is_left_to_the_trainer(tmp_path):
+    trainer = TrimTrainer(tiny_model(), arguments(tmp_path, optim="sgd"), Collator(0), Rows())
+    trainer.train()
+    assert isinstance(unwrapped(trainer.optimizer), torch.optim.SGD)
 
 
 def test_data_with_lengths_is_read_in_batches_of_similar_length(tmp_path):

@@ -165,6 +165,6 @@ def test_combinations_that_cannot_work_are_refused_in_words(tmp_path):
     with pytest.raises(SensibertError, match="masks: do not fit this model .*keep is torch.bool"):
         restructure(tiny_model(intermediate_size=32), read_structure(tmp_path / "masks.safetensors"))
     small = trim(tiny_model(), random_plan(layout_of(model)))
-    with pytest.raises(SensibertError, match="lost whole units already, want a whole one for grid element"):
+    with pytest.raises(SensibertError, match="units were removed already, want an untrimmed model for grid element"):
         trim(small, allocate(analyze(small, (), "magnitude", grid=Grid.element()), Budget.parse("90%params")))
     assert not any(isinstance(module, MaskedLinear) for module in model.modules())

@@ -1,4 +1,4 @@
-"""ALBERT: a group of layers is shared by many depths, so one cut is felt at each of them."""
+"""ALBERT: many depths share a group of layers, so a cut affects each of them."""
 
 from .family import Axis, Family
 

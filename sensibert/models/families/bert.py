@@ -1,4 +1,4 @@
-"""BERT and the models that keep its module names."""
+"""BERT and models with the same module names."""
 
 from .family import Axis, Family
 

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and -v3. Attributes lay out the heads: with stale ones a trimmed layer runs and is silently wrong."""
+"""DeBERTa-v2 and -v3. The layers reshape by attributes: with stale ones a trimmed layer is silently wrong."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from .family import Axis, Family
 
 
 def _relative_flops(config: Any, head_dim: int) -> Flops:
-    """FLOPs of a head for relative positions: 2 D for each token, entry of the table and kind (c2p, p2c), and the
-    projections of the table, once a pass."""
+    """FLOPs of a head for relative positions: 2 D per token, entry of the table and kind (c2p, p2c), plus the
+    projections of the table, once per pass."""
     if not config.relative_attention:
         return Flops()
     buckets, longest = getattr(config, "position_buckets", -1), config.max_relative_positions
     entries = 2 * (buckets if buckets > 0 else longest if longest > 0 else config.max_position_embeddings)
     kinds = sum(kind in (config.pos_att_type or ()) for kind in ("c2p", "p2c"))
-    # The shared query and key projections both run, whatever is used of them.
+    # Shared query and key projections both run, even if only one kind is used.
     projections = 2 if getattr(config, "share_att_key", False) else kinds
     return Flops(
         token=2 * kinds * head_dim * entries, forward=2 * projections * entries * config.hidden_size * head_dim

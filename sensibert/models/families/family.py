@@ -1,4 +1,4 @@
-"""What the table of a model family holds."""
+"""The table of a model family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Axis:
 
     produces: tuple[str, ...]  # linear layers whose output rows are the units; missing ones are skipped
     consumes: str  # the linear layer whose input columns read them
-    tables: tuple[str, ...] = ()  # further producers, of a table of relative positions, which run once a pass
+    tables: tuple[str, ...] = ()  # more producers: they project a table of relative positions, once per pass
     parts: int = 1  # equal sections of the produced rows (fused q|k|v: 3, gated input: 2)
     counts: tuple[str, ...] = ()  # attributes that hold the number of units
     widths: tuple[str, ...] = ()  # attributes that hold units * span
@@ -32,7 +32,7 @@ class Family:
     ffn: Axis
     head_dim: str  # attribute of a layer
     encoder: str = "encoder"
-    repeats: tuple[str, str] | None = None  # config names: layers in all, and groups that share one
+    repeats: tuple[str, str] | None = None  # config names: number of layers, and of groups that share weights
     relative_flops: Callable[[Any, int], Flops] | None = None  # extra FLOPs of a head, from (config, head_dim)
     position_bias: str = ""  # attention module whose `position_bias` [B, H, S, S] needs the kept heads
-    aliases: tuple[str, ...] = ()  # other model types with the same modules
+    aliases: tuple[str, ...] = ()  # other model types with the same module names

@@ -1,4 +1,4 @@
-"""RemBERT and Megatron-BERT: BERT's module names, but the number of heads is counted on, so one has to stay."""
+"""RemBERT and Megatron-BERT: BERT's module names, but their code fails without heads, so one is kept."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""RoBERTa: BERT's module names; the models that copied them from here come along."""
+"""RoBERTa and models with the same module names, which are those of BERT."""
 
 from dataclasses import replace
 

@@ -1,1 +1,1 @@
-"""The masked matmul: the public op, which path it takes, and the ops of its paths."""
+"""The masked matmul: the public op, the choice of a path, and the ops of the paths."""

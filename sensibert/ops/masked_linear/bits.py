@@ -1,5 +1,5 @@
-"""masked_linear on one bit a weight, for any pattern: for CUDA a kernel that applies the bits on the way from memory to
-the matrix units (csrc/kernels), and here its reference. No masked copy of W is ever made."""
+"""masked_linear with one bit per weight, for any pattern. The CUDA kernel (csrc/kernels) applies the bits between
+memory and the matrix units, so it makes no masked copy of W. The reference is here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...core.grid import Grid
 
 OP = "sensibert::masked_linear_bits"
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, Tensor bits, bool by_columns) -> Tensor")
-ROW_BYTES = 16  # rows of bits start at multiples of it, as the kernel's copies need
+ROW_BYTES = 16  # the kernel's copies need rows of bits that start at multiples of it
 
 
 def pack(kept: Tensor) -> Tensor:
-    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0. The rows lie a multiple
-    of ROW_BYTES apart."""
+    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first, each row padded with 0. The row stride is a
+    multiple of ROW_BYTES."""
     N, K = kept.shape
     bytes_of = F.pad(kept, (0, -K % (8 * ROW_BYTES))).view(N, -1, 8).to(torch.uint8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
@@ -31,12 +31,12 @@ def unpack(bits: Tensor, num_cols: int) -> Tensor:
 
 
 def row_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:
-    """keep bool grid.shape(N, K) -> the bits [N, ceil(K / 8)] of W, for y = x (W * keep)^T."""
+    """keep bool grid.shape(N, K) -> bits [N, ceil(K / 8)] of W, for y = x (W * keep)^T."""
     return pack(grid.expand(keep, num_rows, num_cols))
 
 
 def column_bits(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor:
-    """The bits [K, ceil(N / 8)] of W^T, for y = x (W * keep) on W [N, K]."""
+    """keep bool grid.shape(N, K) -> bits [K, ceil(N / 8)] of W^T, for y = x (W * keep)."""
     return pack(grid.expand(keep, num_rows, num_cols).T)
 
 

@@ -1,14 +1,14 @@
-"""Which path a masked matmul takes: a pure function of the problem that gives its reason with each answer.
+"""The path of a masked matmul: a pure function of the problem that returns the path and the reason.
 
-All paths give the same result up to rounding. They differ in what is multiplied:
-  dense      W itself; only where nothing is dropped
+All paths give the same result up to rounding. They differ in what they multiply:
+  dense      W itself; only if nothing is dropped
   compact    the rows and columns that still hold a kept block, gathered into a smaller matrix
   masked     a masked copy of W in the compute dtype; the result (y, dx or dW) has full size
   reference  the formula: a masked copy of W and of x
-  tiles      W as stored in memory, empty tiles never loaded (own kernel, sm_90)
-  bits       W as stored in memory, one bit a weight applied on the way (own kernel, sm_90)
-On a GPU the path with the least estimated time is taken: a compact product is smaller, but its result has to be spread
-over the full width again, and for a narrow layer that costs more than it saves.
+  tiles      W as stored in memory, empty tiles are not loaded (own kernel, sm_90)
+  bits       W as stored in memory, one bit per weight is applied after loading (own kernel, sm_90)
+On a GPU the path with the lowest estimated time is chosen. A compact product is smaller, but its result has to be
+spread over the full width; for a narrow layer that costs more than it saves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from ...core.grid import Grid
 
 PATHS = ("compact", "masked", "bits", "tiles", "dense", "reference")
-# Own kernels may be a default once bench rows on that GPU show where they are faster; until then: force().
+# Own kernels that `choose` may select, because bench rows show where they are faster. Others need force().
 MEASURED: frozenset[str] = frozenset({"tiles", "bits"})
 # path -> the op whose CUDA kernel it needs
 KERNELS = {"tiles": "sensibert::masked_linear_tiles", "bits": "sensibert::masked_linear_bits"}
@@ -40,10 +40,10 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     grid: Grid
     density: float  # kept weights / (N * K)
-    share: float  # what is left of N * K once empty rows and columns are gone; density <= share <= 1
+    share: float  # fraction of N * K without empty rows and columns; density <= share <= 1
     architecture: str  # "cpu", or "sm_80", "sm_90", "sm_100", ...
     part: str = "fwd"  # or "dx", "dw"
-    row_share: float = 1.0  # of the N rows, those that are not empty
+    row_share: float = 1.0  # fraction of the N rows that are not empty
     ready: bool = False  # a valid compact matrix was given (CompactWeight)
 
 
@@ -54,25 +54,25 @@ class Choice(NamedTuple):
 
 @cache
 def built() -> frozenset[str]:
-    """The paths whose kernel this installation has."""
+    """The paths whose kernel is in this installation."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return frozenset(path for path, op in KERNELS.items() if has_kernel(op, "CUDA"))
 
 
-# Measured on one H200 in bf16 by bench_masked_linear. Only their ratios matter, which other GPUs share.
+# Measured on one H200 in bf16 by bench_masked_linear. Only their ratios matter; they are similar on other GPUs.
 FLOP_PER_US, BYTES_PER_US, LAUNCH_US = 620e6, 3.4e6, 2.5
 TAKE_US = 4.5  # a launch of take_columns, which loads its index first
 
 
 def estimate(path: str, problem: Problem) -> float:
-    """Estimated microseconds on a GPU; for `dense` those of the plain matmul, whether or not it may be used."""
+    """Estimated microseconds on a GPU. For `dense`: those of the plain matmul, even if weights are dropped."""
     M, N, K, size = *problem[:3], problem.dtype.itemsize
     dense = 2 * M * N * K / FLOP_PER_US + LAUNCH_US
     if path == "bits":
         return 1.03 * dense
-    if path == "tiles" and problem.part == "dw":  # what it hands from one part of the tokens to the next stays
+    if path == "tiles" and problem.part == "dw":  # its partial sums over tokens cost the same at any density
         return (0.17 + 1.1 * problem.density) * dense + 18
-    if path == "tiles":  # a product of 64 columns does half of what one of 192 does
+    if path == "tiles":  # a product of 64 columns has half the throughput of one of 192
         return (0.5 + 1.05 * problem.density) * dense + LAUNCH_US
     if path == "dense":
         return dense
@@ -89,7 +89,7 @@ def estimate(path: str, problem: Problem) -> float:
     if problem.part == "dw":
         return problem.share * dense + taken(N, n) + taken(K, k) + LAUNCH_US + moved((N, K), (n, k))
     read, written = ((K, k), (N, n)) if problem.part == "fwd" else ((N, n), (K, k))
-    spread = path == "compact"  # else what it gives comes at full size
+    spread = path == "compact"  # the results of the other paths have full size
     share = read[1] / read[0] * (written[1] / written[0] if spread else 1.0)
     total = share * dense + taken(*read) + (taken(*written) if spread else 0.0)
     ready = problem.ready and (spread or problem.share == 1)
@@ -105,7 +105,7 @@ def choose(problem: Problem, measured: frozenset[str] = MEASURED, built: frozens
             return Choice("compact", f"empty rows and columns are left out: {problem.share:.0%} of the work remains")
         return Choice("masked", "no row or column is empty: the plain matmul at full size on a masked copy of W")
     able = {"masked", *measured} | ({"compact"} if problem.share < 1 else set())
-    if problem.part == "dw" or problem.share < 1:  # it has none of its own; and it reads all columns of x
+    if problem.part == "dw" or problem.share < 1:  # it has no dW kernel, and it reads all columns of x
         able.discard("bits")
     times = {path: estimate(path, problem) for path in PATHS if path in able and refusal(path, problem, built) is None}
     best = min(times, key=times.__getitem__)

@@ -1,5 +1,5 @@
-"""dweight of masked_linear on a list of its 64 x 64 blocks: for CUDA a kernel that computes the kept ones only
-(csrc/kernels), and here its reference, which reads the same list. Keep grids as in `tiles`."""
+"""dweight of masked_linear on a list of its 64 x 64 blocks. The CUDA kernel (csrc/kernels) computes the kept blocks
+only. The reference here reads the same list. Keep grids as in `tiles`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class BlockList(NamedTuple):
 
 
 def block_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> BlockList:
-    """keep bool grid.shape(N, K) -> BlockList. Rows that keep many of the same blocks share tiles: what both keep is
-    loaded once."""
+    """keep bool grid.shape(N, K) -> BlockList. Rows with many kept blocks in common share tiles, so that common blocks
+    are loaded once."""
     kept = kept_blocks(keep, grid, num_rows, num_cols)
     rows = [{col for col, alive in enumerate(row) if alive} for row in kept.tolist()]
     tiles = [tile for pair in _pairs(rows) for tile in _tiles(rows, *pair)]
@@ -38,7 +38,8 @@ def block_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> BlockL
 
 
 def _pairs(rows: list[set[int]]) -> list[tuple[int, int]]:
-    """Each row once: the longest left with the one that shares most with it, the last alone as (row, row)."""
+    """Pairs that contain each row once: the longest remaining row with the one that has most blocks in common with it.
+    A single last row is paired with itself."""
     left, pairs = sorted(range(len(rows)), key=lambda i: -len(rows[i])), []
     while left:
         first = left.pop(0)
@@ -58,10 +59,10 @@ def _tiles(rows: list[set[int]], i: int, j: int) -> Iterator[list[int]]:
         free = TILE_BANDS - len(shared)
         own_i, own_j, only_i, only_j = only_i[:free], only_j[:free], only_i[free:], only_j[free:]
         yield [i, j, len(own_i), len(shared), len(own_j), *own_i, *shared, *own_j]
-    row, rest = (i, only_i) if only_i else (j, only_j)
-    num_tiles = -(-len(rest) // (2 * TILE_BANDS))
-    for t in range(num_tiles):  # of one row, as evenly as can be
-        cols = rest[t * len(rest) // num_tiles : (t + 1) * len(rest) // num_tiles]
+    row, single = (i, only_i) if only_i else (j, only_j)
+    num_tiles = -(-len(single) // (2 * TILE_BANDS))
+    for t in range(num_tiles):  # tiles of one row, of nearly equal size
+        cols = single[t * len(single) // num_tiles : (t + 1) * len(single) // num_tiles]
         half = (len(cols) + 1) // 2
         yield [row, row, half, 0, len(cols) - half, *cols]
 

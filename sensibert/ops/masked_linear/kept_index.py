@@ -1,7 +1,7 @@
-"""What a keep grid leaves of a weight: the rows and columns that still hold a kept block, and the holes among them.
+"""Rows and columns of a weight with at least one kept block, and the holes: dropped weights inside them.
 
-Computed once per value of `keep` and cached, so that a call on a GPU neither waits for the device nor breaks a graph
-capture. The cache of a tensor is valid until the tensor dies or its version counter changes, as for tensors that
+The result is cached for each value of `keep`, so that a call on a GPU neither waits for the device nor breaks a graph
+capture. The cache of a tensor is valid until the tensor is freed or its version counter changes, as for tensors that
 autograd saves. So change keep in place with torch (`keep.copy_(...)`), not through `keep.data`.
 """
 
@@ -27,7 +27,7 @@ class KeptIndex(NamedTuple):
     cols: Tensor | None  # [k] int64, ascending; None: all K
     bits: Tensor | None  # [n, k] int8: all bits set where kept, none in the holes of the compact matrix; None: no hole
     density: float  # kept weights / (N * K); 1 for an empty weight
-    share: float  # n * k / (N * K): what is left for a matmul that skips empty rows and columns
+    share: float  # n * k / (N * K): the work of a matmul that skips empty rows and columns
 
 
 T = TypeVar("T")
@@ -56,7 +56,8 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blank(t: Tensor, bits: Tensor | None, in_place: bool = False) -> Tensor:
-    """t [n, k] with 0 in the holes. By bits: NaN becomes 0 too, and a CPU is 3 times as fast as by masked_fill."""
+    """t [n, k] with 0 in the holes. Uses bit masks: NaN becomes 0 too, and on a CPU it is 3 times as fast as
+    masked_fill."""
     if bits is None:
         return t
     words = t.view(_INTEGER[t.itemsize])
@@ -71,7 +72,7 @@ def _kept_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> KeptI
     col_block = torch.arange(num_cols, device=keep.device) // sizes[1]  # [K]
     rows = keep.any(1)[row_block].nonzero()[:, 0]
     cols = keep.any(0)[col_block].nonzero()[:, 0]
-    # Counted in strips: an element grid would cost a float64 copy of the weight otherwise.
+    # Counted in strips: for an element grid a single product would need a float64 copy of the weight.
     block_cols = torch.bincount(col_block, minlength=keep.shape[1]).double()
     block_rows = torch.bincount(row_block, minlength=keep.shape[0]).double()
     per_row = torch.cat([part.double().mv(block_cols) for part in keep.split(256)])
@@ -85,15 +86,15 @@ def _kept_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> KeptI
     return KeptIndex(None if full[0] else rows, None if full[1] else cols, bits, kept / size, share)
 
 
-ALIGN = 8  # where a row of half-precision values is not whole 16-byte words, cuBLAS is three times slower on an H200
+ALIGN = 8  # elements: if half-precision rows are not multiples of 16 bytes, cuBLAS is three times slower on an H200
 
 
 class TakeIndex(NamedTuple):
     """The kept rows and columns of a weight [N, K] as `take_columns` reads them, int32; None: all are kept."""
 
-    rows: Tensor | None  # [n] numbers of the kept rows, and -1 up to a multiple of ALIGN
+    rows: Tensor | None  # [n] indices of the kept rows, padded with -1 to a multiple of ALIGN
     cols: Tensor | None  # [k], the same for columns
-    of_rows: Tensor | None  # [N] position of each row among the kept ones, -1: none
+    of_rows: Tensor | None  # [N] position of each row among the kept ones, or -1
     of_cols: Tensor | None  # [K]
 
 
@@ -110,8 +111,8 @@ def _take_index(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TakeI
 
 
 def wide_bits(part: str, keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tensor | None:
-    """As `KeptIndex.bits`, where one output axis or both stay at full size: of W [N, k] for part "fwd", of W [n, K] for
-    "dx", of dW [N, K] for "dw"; broadcast over an axis along which all is alike."""
+    """Like `KeptIndex.bits`, with one axis or both at full size: of W [N, k] for part "fwd", of W [n, K] for "dx", of
+    dW [N, K] for "dw". An axis along which all bits agree has size 1."""
     return cached(_WIDE[part], keep, grid, num_rows, num_cols)
 
 
@@ -120,7 +121,7 @@ def _wide_bits(
 ) -> Tensor | None:
     kept = kept_index(keep, grid, num_rows, num_cols)
     rows, cols = kept.rows if take_rows else None, kept.cols if take_cols else None
-    if kept.bits is None:  # no hole but for whole rows and columns
+    if kept.bits is None:  # only complete rows and columns are dropped
         bits = torch.ones(1, 1, dtype=torch.bool, device=keep.device)
         for axis, index, taken in ((0, kept.rows, take_rows), (1, kept.cols, take_cols)):
             if index is not None and not taken:
@@ -132,7 +133,7 @@ def _wide_bits(
         bits = grid.expand(keep, num_rows, num_cols)
         bits = bits if rows is None else bits[rows]
         bits = bits if cols is None else bits[:, cols]
-    # As wide as what they mask: torch is slow on two dtypes. A CPU would rather read less.
+    # On a GPU as wide as the values they mask: torch is slow on two dtypes. On a CPU small, which saves reads.
     return bits.to(torch.int16 if keep.is_cuda else torch.int8).neg_()
 
 
@@ -144,10 +145,10 @@ _WIDE = {
 
 
 class CompactWeight(NamedTuple):
-    """The kept rows and columns of weight * keep, written beforehand, so that no call gathers, casts or masks them.
+    """The kept rows and columns of weight * keep, written in advance, so that no call gathers, casts or masks them.
 
-    Valid for the values that weight and keep had when their version counters were `versions`. Whoever writes matrix
-    updates versions without moving its own version counter: autograd saves the tensor."""
+    Valid while the version counters of weight and keep equal `versions`. Code that writes matrix also updates versions,
+    without changing the version counter of `versions` itself: autograd saves that tensor."""
 
     matrix: Tensor  # [n, k] in the dtype of the matmul, 0 in the holes
     versions: Tensor  # [2] int64 on the CPU: version counters of weight and keep
@@ -158,7 +159,7 @@ class CompactWeight(NamedTuple):
 def valid_matrix(
     matrix: Tensor | None, versions: Tensor | None, weight: Tensor, keep: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """matrix if it has this dtype and was written for weight and keep as they are now, else None."""
+    """matrix, if it has this dtype and is valid for the current values of weight and keep; else None."""
     if matrix is None or matrix.dtype != dtype or weight.is_inference() or keep.is_inference():
         return None
     assert versions is not None  # both are fields of a CompactWeight

@@ -1,8 +1,8 @@
 """y = x (W * keep)^T + b for any grid of W, with gradients to x, W and b (and to their gradients in turn).
 
-Three ops, so that a compiler sees a backward pass as two calls: masked_linear (NT), masked_linear_dx (NN) and
-masked_linear_dweight (TN). Each is linear in both float inputs, and the derivative of any one is the other two.
-Accumulation is that of torch's matmul for the dtype (fp32 for fp16 and bf16); deterministic where that is.
+Three ops: masked_linear (NT), masked_linear_dx (NN) and masked_linear_dweight (TN), so that a compiler sees a backward
+pass as two calls. Each is linear in both float inputs, and its derivative is computed by the other two. They accumulate
+like torch's matmul of the dtype (in fp32 for fp16 and bf16) and are deterministic where that is.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def masked_linear(
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None, keep bool grid.shape(N, K), True survives -> y [..., N].
 
-    The values of a dropped block of W, NaN included, reach neither y nor a gradient; dweight is exactly 0 there.
-    Columns of x (and of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. x, weight and
-    bias have one dtype; under autocast x is cast to the autocast dtype, and only the kept part of the weight.
+    Values in a dropped block of W, NaN included, affect neither y nor a gradient; dweight is exactly 0 there. Columns
+    of x (and of dy) whose blocks are all dropped are not read, and their gradient is exactly 0. x, weight and bias have
+    one dtype. Autocast casts x and the kept part of the weight.
 
-    compact: the kept part of this weight and keep, written beforehand (`MaskedAdamW.follow`). It is used while it is
-    valid and has the dtype of x; otherwise, and in an exported program, the call gathers from weight.
+    compact: the compact weight of this weight and keep (`MaskedAdamW.follow`). It is used while it is valid and has the
+    dtype of x; otherwise, and in an exported program, the call gathers from weight.
 
     ValueError names the argument that does not fit."""
     if weight.dim() != 2:
@@ -69,7 +69,7 @@ def masked_linear(
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    """The formula at full size: the oracle of the tests, and the path "reference"."""
+    """The formula at full size: the reference in tests, and the path "reference"."""
     wide = Grid(block_rows, block_cols).expand(keep, *weight.shape)  # [N, K]
     x = x.masked_fill(~wide.any(0), 0)
     return F.linear(x, weight.to(x.dtype).masked_fill(~wide, 0), None if bias is None else bias.to(x.dtype))
@@ -92,10 +92,10 @@ def _forward(
         return reference(x, weight, bias, keep, block_rows, block_cols)
     bias = None if bias is None else bias.to(x.dtype)
     if path == "tiles":
-        return ops.masked_linear_tiles(x, _whole(weight, matrix, x.dtype), bias, *cached(tile_list, *at), False)
+        return ops.masked_linear_tiles(x, _full(weight, matrix, x.dtype), bias, *cached(tile_list, *at), False)
     if path == "bits":
         bits = cached(row_bits, *at)
-        return ops.masked_linear_bits(_only(x, kept.cols), _whole(weight, matrix, x.dtype), bias, bits, False)
+        return ops.masked_linear_bits(_only(x, kept.cols), _full(weight, matrix, x.dtype), bias, bits, False)
     rows, few = kept.rows, _gather(_flat(x), "cols", at)
     if path == "masked":
         y = F.linear(few, _aligned(_masked("fwd", weight, at, matrix, x.dtype), None, few.shape[1]), bias)
@@ -103,7 +103,7 @@ def _forward(
         w = _compact(path, weight, at, x.dtype) if matrix is None else matrix
         w = _aligned(w, None if rows is None else _width(x, len(w)), few.shape[1])
         some = bias if rows is None or bias is None else F.pad(bias[rows], (0, len(w) - len(rows)))
-        y = _spread(F.linear(few, w, some), "rows", at, bias)  # a dropped row of W still has its bias
+        y = _spread(F.linear(few, w, some), "rows", at, bias)  # a dropped row of W keeps its bias
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -121,10 +121,10 @@ def _dx(
     matrix = valid_matrix(compact, versions, weight, keep, dy.dtype)
     path, kept = _plan("dx", dy, at, matrix is not None)
     if path == "tiles":
-        return ops.masked_linear_tiles(dy, _whole(weight, matrix, dy.dtype), None, *cached(column_tile_list, *at), True)
+        return ops.masked_linear_tiles(dy, _full(weight, matrix, dy.dtype), None, *cached(column_tile_list, *at), True)
     if path == "bits":
         bits = cached(column_bits, *at)
-        return ops.masked_linear_bits(_only(dy, kept.rows), _whole(weight, matrix, dy.dtype), None, bits, True)
+        return ops.masked_linear_bits(_only(dy, kept.rows), _full(weight, matrix, dy.dtype), None, bits, True)
     few = _gather(_flat(dy), "rows", at)
     if path == "masked":
         dx = few @ _aligned(_masked("dx", weight, at, matrix, dy.dtype), few.shape[1], None)
@@ -171,7 +171,7 @@ def _compact(path: str, weight: Tensor, at: At, dtype: torch.dtype) -> Tensor:
 
 
 def _masked(part: str, weight: Tensor, at: At, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix whose output axis is at full size: [N, k] for part "fwd", [n, K] for "dx"."""
+    """The masked matrix whose output axis has full size: [N, k] for part "fwd", [n, K] for "dx"."""
     kept = kept_index(*at)
     if matrix is not None and kept.share == 1:
         return matrix
@@ -179,8 +179,8 @@ def _masked(part: str, weight: Tensor, at: At, matrix: Tensor | None, dtype: tor
     return blank(taken.to(dtype), wide_bits(part, *at))
 
 
-def _whole(weight: Tensor, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in the compute dtype, for kernels that apply keep themselves."""
+def _full(weight: Tensor, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in the compute dtype, for kernels that apply keep."""
     return matrix if matrix is not None and matrix.shape == weight.shape else weight.to(dtype)
 
 
@@ -193,13 +193,13 @@ def _take(t: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
 
 
 def _only(t: Tensor, index: Tensor | None) -> Tensor:
-    """t [..., K] with 0 in the columns that are not in index, NaN included."""
+    """t [..., K] with 0 in the columns that are not in index, even where t is NaN."""
     return t if index is None else torch.zeros_like(t).index_copy_(-1, index, t.index_select(-1, index))
 
 
 @cache
 def _takes(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether take_columns has a kernel for this dtype, which is several times as fast as torch's own indexing."""
+    """Whether take_columns has a kernel for this dtype. The kernel is several times as fast as torch's indexing."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return device_type == "cuda" and dtype in DTYPES and has_kernel("sensibert::take_columns", "CUDA")
 
@@ -210,7 +210,7 @@ def _width(like: Tensor, size: int) -> int:
 
 
 def _aligned(w: Tensor, num_rows: int | None, num_cols: int | None) -> Tensor:
-    """w padded with rows and columns of 0 to this shape; None: that axis stays."""
+    """w padded with rows and columns of 0 to this shape; None: the axis is not padded."""
     below, behind = (0 if size is None else size - have for size, have in zip((num_rows, num_cols), w.shape))
     return F.pad(w, (0, behind, 0, below)) if below or behind else w
 
@@ -280,7 +280,8 @@ def _save_product(
     blocks: tuple[int, int],
     compact: Sequence[Tensor | None] = (None, None),
 ) -> None:
-    """Both matrices of the product, each only if the other's gradient is wanted: second with its compact form."""
+    """Save both matrices of the product, each only if the gradient of the other is needed; second with its compact
+    form."""
     need_first, need_second = ctx.needs_input_grad[:2]
     seconds = (second, *compact) if need_first else (None, None, None)
     ctx.save_for_backward(first if need_second else None, keep, *seconds)
@@ -321,20 +322,22 @@ for _name, _rule, _setup in (
 
 
 def _autocast(device_type: str) -> Callable[..., Tensor]:
-    """Casts x to the autocast dtype (float64 stays, as in torch); the op casts b and the kept part of W."""
+    """Cast x to the autocast dtype, except float64, as torch does. The op casts b and the kept part of W."""
 
     def cast(x: Tensor, *others: Any) -> Tensor:
-        stays = x.dtype == torch.float64 or x.device.type != device_type  # `versions` is on the CPU, x may not be
-        dtype = x.dtype if stays else torch.get_autocast_dtype(device_type)
+        unchanged = x.dtype == torch.float64 or x.device.type != device_type  # `versions` is on the CPU, x may not be
+        dtype = x.dtype if unchanged else torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             return ops.masked_linear(x.to(dtype), *others)
 
     return cast
 
 
-_library = torch.library.Library("sensibert", "FRAGMENT")  # register_autocast takes one fixed dtype, users have two
+# Not register_autocast: it takes one fixed dtype, but users choose between two.
+_library = torch.library.Library("sensibert", "FRAGMENT")
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("masked_linear", _autocast(_device_type), _key)
 
-masked_linear.force = paths.force  # type: ignore[attr-defined]  # where sensibert.ops.masked_linear is the function, not the module
+# sensibert.ops.masked_linear is the function, which hides the module.
+masked_linear.force = paths.force  # type: ignore[attr-defined]
 force = paths.force

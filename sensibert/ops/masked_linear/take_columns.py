@@ -1,6 +1,6 @@
-"""take_columns: columns of activations by index, where -1 stands for a column of fill values.
+"""take_columns: columns of activations by index; -1 means a column of fill values.
 
-masked_linear gathers the kept columns of x with it, and spreads the columns of y over the full width again.
+masked_linear uses it to gather the kept columns of x and to spread the columns of y over the full width.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def take_columns(x: Tensor, index: Tensor, fill: Tensor | None = None) -> Tensor
     """x [..., K], index int32 [k], fill [k] or None -> out [..., k] = x[..., index], fill or 0 where index is below 0.
 
     To gather, index holds the kept columns; to scatter, the position of each column among the kept ones, or -1. x is
-    float32, bfloat16 or float16 and is copied bit for bit; columns that index does not name are not read. No gradient.
-    The values of index are not checked, which would wait for the device: K and more is an IndexError on a CPU and reads
-    out of bounds in a kernel. ValueError names a tensor that does not fit."""
+    float32, bfloat16 or float16 and is copied bit for bit; columns that are not in index are not read. No gradient. The
+    values of index are not checked, since that would wait for the device: K or more is an IndexError on a CPU, and a
+    kernel reads out of bounds. ValueError names a tensor that does not fit."""
     if x.dim() == 0 or x.dtype not in DTYPES:
         raise ValueError(f"take_columns: x is {_named(x)}, want float32, bfloat16 or float16 [..., K]")
     if index.dim() != 1 or index.dtype != torch.int32 or index.device != x.device:
@@ -38,7 +38,7 @@ def _named(t: Tensor) -> str:
 
 def reference(x: Tensor, index: Tensor, fill: Tensor | None) -> Tensor:
     if x.shape[-1] == 0:
-        x = x.new_zeros(*x.shape[:-1], 1)  # index_select needs a column, even one that is not used
+        x = x.new_zeros(*x.shape[:-1], 1)  # index_select needs at least one column
     taken = x.index_select(-1, index.clamp(min=0))
     return taken.masked_fill(index < 0, 0) if fill is None else torch.where(index < 0, fill, taken)
 

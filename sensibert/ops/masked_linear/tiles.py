@@ -1,5 +1,5 @@
-"""masked_linear on a tile list: for CUDA a kernel that never loads an empty tile of W (csrc/kernels), and here its
-reference, which reads the same list. Keep grids in blocks that are multiples of 64, or whole axes."""
+"""masked_linear on a tile list. The CUDA kernel (csrc/kernels) does not load empty tiles of W. The reference here reads
+the same list. Blocks of keep grids must be multiples of 64, or complete axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols, "
     "bool by_columns) -> Tensor",
 )
-BAND = 64  # output features that are kept or dropped together, and input features of a step
+BAND = 64  # output features that are kept or dropped together; input features per step
 TILE_COLS = (192, 256)
 
 
@@ -41,8 +41,8 @@ def kept_blocks(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> Tenso
 
 
 def tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, tile_cols: int | None = None) -> TileList:
-    """keep bool grid.shape(N, K) -> TileList. tile_cols None: 192, which can skip each 64 x 64 block, unless 256
-    divides N, 192 does not, and nothing would be lost."""
+    """keep bool grid.shape(N, K) -> TileList. tile_cols None: 192, which can skip each 64 x 64 block; or 256, if that
+    divides N, 192 does not, and all blocks of a tile are kept or dropped together."""
     kept = kept_blocks(keep, grid, num_rows, num_cols)
     if tile_cols is None:
         wide = num_rows % 256 == 0 and num_rows % 192 and bool((kept == kept[::4].repeat_interleave(4, 0)).all())
@@ -62,7 +62,7 @@ def tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int, tile_cols:
 
 
 def column_tile_list(keep: Tensor, grid: Grid, num_rows: int, num_cols: int) -> TileList:
-    """The list for y = x (W * keep), tiles of columns of W [N, K]."""
+    """The tile list for y = x (W * keep): its tiles are columns of W [N, K]."""
     return tile_list(keep.T, Grid(grid.block_cols, grid.block_rows), num_cols, num_rows)
 
 
@@ -76,7 +76,7 @@ def reference(
     tile_cols: int,
     by_columns: bool,
 ) -> Tensor:
-    """y [..., N] = x [..., K] weight [N, K]^T + bias [N] or None, with every listed 64 x 64 block and no other.
+    """y [..., N] = x [..., K] weight [N, K]^T + bias [N] or None, with the listed 64 x 64 blocks only.
 
     by_columns: the weight is [K, N] and not transposed, the tiles are of its columns."""
     weight = weight.T if by_columns else weight
