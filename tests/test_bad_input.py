@@ -193,7 +193,7 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
         ({"schedule": "square"}, "schedule is 'square', want one of oneshot, cubic"),
         ({"trim-start": 1.5}, "trim_start is 1.5, want a fraction"),
         ({"epochs": 0}, "epochs is 0"),
-        ({"epochs": "many"}, "'--epochs'"),
+        ({"epochs": "many"}, "'--epochs'.*'many'"),
         ({"max-steps": 0}, "max_steps is 0"),
         ({"learning-rate": "nan"}, "learning_rate is nan"),
         ({"batch-size": -2}, "batch_size is -2"),
@@ -204,7 +204,7 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
         ({"distil": 2}, "distil is 2"),
         ({"teacher": "snapshot", "method": "baseline"}, "method baseline never cuts"),
         ({"teacher": "average"}, "teacher is 'average', which was removed"),
-        ({"search": 3}, "No such option"),
+        ({"search": 3}, "--search was removed: want it left out"),
         (
             {"grid": "element", "allocation": "exact", "width-multiple": None},
             "allocation is 'exact', which needs whole",
@@ -391,7 +391,7 @@ def test_a_config_that_cannot_be_meant(here, tmp_path):
         ("just words", "holds a str, want a mapping"),
         ("budgt: 50%params", "names 'budgt', want one of .*budget, "),
         ("budget: [50%params, 30%params]", "budget is a list, want one value"),
-        ("samples: many", "samples"),
+        ("samples: many", "samples.*'many'"),
     ):
         file.write_text(content)
         with untouched(here, tmp_path):

@@ -1,6 +1,7 @@
 """The command line as its users meet it: six commands, their files, their tables and their JSON."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import sensibert
-from sensibert import recipe
+from sensibert import Options, Schedule, TrimConfig, recipe
+from sensibert.core.settings import settings_of
+from sensibert.data import PRESETS, TASKS
 from sensibert.models import layout_of
 from tests import runs
 from tests.runs import RESULT_KEYS, command, tree
@@ -194,6 +197,12 @@ def test_a_dry_run_tells_and_writes_nothing(chain, here):
     assert tree(here) == before
 
 
+def test_a_dry_run_of_the_baseline_names_no_cut(here, tmp_path):
+    done = command(*finetune_arguments(here, tmp_path / "out"), "--method", "baseline", "--dry-run", "--json")
+    assert [done.json[name] for name in ("schedule", "cut_after", "limit", "budget")] == [None] * 4
+    assert "cut" not in done.out.rpartition("{")[0]
+
+
 def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "old.txt").write_text("old")
@@ -221,6 +230,22 @@ def test_help_shows_an_example(name):
         done = command(name, flag)
         assert (done.code, done.err) == (0, "")
         assert f"  sensibert {name} " in done.out
+
+
+def test_the_help_of_task_names_every_task_and_preset():
+    """The table of tasks needs torch, and the help must not: so this text is a copy."""
+    text = settings_of(Options)["task"].metadata["help"]
+    assert text == f"{', '.join(TASKS)}, or a preset: {', '.join(PRESETS)}."
+
+
+def test_every_help_text_is_a_sentence_that_needs_no_other():
+    for kind in (Options, TrimConfig, Schedule):
+        for name, setting in settings_of(kind).items():
+            text = setting.metadata["help"]
+            assert text.endswith(".") and not re.search(r"\b[Tt]he same,|\ba (row|step|batch) at most", text), (
+                name,
+                text,
+            )
 
 
 def test_without_arguments_there_is_help():
