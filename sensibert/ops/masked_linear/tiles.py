@@ -19,7 +19,6 @@ define(
     "bool by_columns) -> Tensor",
 )
 BAND = 64  # output features that are kept or dropped together, and input features of a step
-TILE_COLS = (192, 256)
 
 
 class TileList(NamedTuple):
