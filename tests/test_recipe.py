@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerState
 
 import sensibert
 from sensibert import recipe
@@ -361,7 +361,7 @@ def test_recovery_changes_the_dropout_and_restores_it(recovery, after):
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
     callback.recovery.begin(model, torch.optim.AdamW(model.parameters()), callback.schedule, callback.left())
     assert dropouts and {module.p for module in dropouts} == {after}
-    callback.on_train_end(None, None, None)
+    callback.on_train_end(None, TrainerState(global_step=1), None)
     assert {module.p for module in dropouts} == {0.25}
 
 
