@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer.core
 import yaml
 
-from .core.config import TRIMMING, TrimConfig, current_names
+from .core.config import RETIRED, TRIMMING, TrimConfig, current_names
 from .core.errors import SensibertError
 from .core.schedule import RECOVERY, SCHEDULE, Schedule
 from .core.settings import former_names, settings_of
@@ -110,7 +110,9 @@ EXTRA = {
     "config": _parameter(
         "config",
         Path | None,
-        typer.Option(help="YAML file of option names; recipe.json of a run is one.", callback=_config, is_eager=True),
+        typer.Option(
+            help="YAML file with options by name; the recipe.json of a run is one.", callback=_config, is_eager=True
+        ),
         None,
     ),
     "dry_run": _parameter(
@@ -259,7 +261,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
     output={"help": "Plan file to write (.safetensors).", "default": None},
 )
 def plan(context: typer.Context, values: dict[str, Any]) -> None:
-    """Choose what survives a budget; needs no model and no data.
+    """Choose what to keep under a budget; needs no model and no data.
 
     \b
     Examples:
@@ -353,7 +355,17 @@ def main() -> None:
         # Click's usage errors have an exit code and a formatted message. Anything else is a bug of ours.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message(), error.exit_code)
+        _fail(_in_words(error), error.exit_code)
+
+
+def _in_words(error: Any) -> str:
+    """The message of a usage error, with the value that came; or that the option no longer exists."""
+    name = getattr(error, "option_name", "")
+    if name.lstrip("-").replace("-", "_") in RETIRED:
+        return f"{name} was removed: want it left out"
+    details = getattr(error.__cause__, "errors", None)
+    came = f" (it is {details()[0]['input']!r})" if callable(details) else ""
+    return error.format_message() + came
 
 
 def _fail(message: str, code: int) -> None:

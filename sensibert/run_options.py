@@ -31,8 +31,10 @@ class Options:
 
     model: str = setting("", "Folder or hub name of a BERT-family model.")
     output: str = setting("", "Folder to write; it appears when the run is complete.")
-    train_file: str | None = setting(None, "csv, tsv, jsonl, json or parquet file, also .gz, or a hub name.")
-    validation_file: str | None = setting(None, "File with the rows to score on, in the same formats.")
+    train_file: str | None = setting(
+        None, "Training data: a csv, tsv, jsonl, json or parquet file, also .gz, or a hub name."
+    )
+    validation_file: str | None = setting(None, "Validation data, in the same formats.")
     task: str | None = setting(
         None,
         f"{', '.join(TASKS)}, or a preset: {', '.join(PRESETS)}.",
@@ -40,18 +42,18 @@ class Options:
     )
     trim: TrimConfig = field(default_factory=TrimConfig)
     epochs: float | None = setting(
-        None, "Passes over the training file.", bound=POSITIVE, show_default="3, or the preset's"
+        None, "Passes over the training data.", bound=POSITIVE, show_default="3, or the preset's"
     )
     learning_rate: float | None = setting(
         None, "Peak learning rate.", bound=POSITIVE, show_default="1e-4, or the preset's"
     )
-    text_column: str | None = setting(None, "Input column, or two: a,b.", DATA)
-    label_column: str | None = setting(None, "Label column.", DATA)
+    text_column: str | None = setting(None, "Column with the input, or two columns: a,b.", DATA)
+    label_column: str | None = setting(None, "Column with the labels.", DATA)
     max_length: int | None = setting(
         None, "Maximum number of tokens per row.", DATA, bound=POSITIVE, show_default="128, for questions 384"
     )
     doc_stride: int | None = setting(
-        None, "Number of tokens that neighbouring windows of a long context share.", DATA, bound=NOT_NEGATIVE,
+        None, "Tokens that two neighbouring windows of a long context share.", DATA, bound=NOT_NEGATIVE,
         show_default="128, at most max_length / 3",
     )  # fmt: skip
     batch_size: int | None = setting(
@@ -60,20 +62,23 @@ class Options:
     gradient_accumulation: int = setting(1, "Batches per optimizer step.", TRAINING, bound=POSITIVE)
     max_steps: int = setting(
         -1,
-        "Optimizer steps, instead of epochs.",
+        "Number of optimizer steps; replaces --epochs.",
         TRAINING,
         bound=(lambda n: n >= 1 or n == -1, "at least 1, or -1"),
     )
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", TRAINING, bound=NOT_NEGATIVE)
-    precision: str = setting("fp32", "Precision of the forward and backward pass.", TRAINING, PRECISIONS)
+    precision: str = setting("fp32", "Precision of the forward and backward passes.", TRAINING, PRECISIONS)
     seed: int = setting(0, "Random seed.", TRAINING, bound=(lambda n: 0 <= n < 2**32, f"0 to {2**32 - 1}"))
     teacher: str | None = setting(
         None, f"Fine-tuned model to distil from, or {SNAPSHOT}: the run's own model at the cut.", DISTILLATION
     )
-    distil: float = setting(0.5, "Weight of the distillation loss.", DISTILLATION, bound=WEIGHT)
+    distil: float = setting(0.5, "Weight of the distillation loss, from 0 to 1.", DISTILLATION, bound=WEIGHT)
     temperature: float = setting(2.0, "Temperature of the distillation.", DISTILLATION, bound=POSITIVE)
     layout: str = setting(
-        "trimmed", "trimmed: as small as the model. dense: zero-filled, loads everywhere. both.", OUTPUT, LAYOUTS
+        "trimmed",
+        "trimmed: the small model. dense: the original sizes with zeros, loads everywhere. both: dense in a subfolder.",
+        OUTPUT,
+        LAYOUTS,
     )
     save_steps: int | None = setting(
         None, "Steps between checkpoints.", OUTPUT, bound=POSITIVE, show_default="one an epoch"
@@ -81,7 +86,7 @@ class Options:
     save_before_cut: bool = setting(False, "Save a checkpoint at the last step before trimming.", OUTPUT)
     keep_checkpoints: bool = setting(False, "Keep the checkpoints, in OUTPUT.partial.", OUTPUT)
     resume: bool = setting(False, "Continue from the last complete checkpoint.", OUTPUT)
-    overwrite: bool = setting(False, "Replace what is at the output.", OUTPUT)
+    overwrite: bool = setting(False, "Replace an existing output.", OUTPUT)
     quiet: bool = setting(False, "No progress bars.", OUTPUT, show_default="without a terminal")
 
     def __post_init__(self) -> None:

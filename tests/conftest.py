@@ -47,4 +47,4 @@ def no_pictures(request, monkeypatch):
 
 @pytest.fixture
 def report():
-    """Asked for by a test that wants the pictures of a run drawn."""
+    """For a test that needs the pictures of a run drawn."""

@@ -1,6 +1,7 @@
 """The command line as its users meet it: six commands, their files, their tables and their JSON."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import sensibert
-from sensibert import recipe
+from sensibert import Options, Schedule, TrimConfig, recipe
+from sensibert.core.settings import settings_of
+from sensibert.data import PRESETS, TASKS
 from sensibert.models import layout_of
 from tests import runs
 from tests.runs import RESULT_KEYS, command, tree
@@ -55,7 +58,7 @@ def chain(here):
     """The six commands one after the other, each with --json: name -> Finished."""
     scores, plan = here / "scores.safetensors", here / "plan.safetensors"
     data = ("--train-file", here / "train.csv", "--samples", 32)
-    asked = {
+    requested = {
         "finetune": (*finetune_arguments(here, here / "tuned"), "--method", "baseline"),
         "analyze": ("analyze", "--model", here / "tuned", "--output", scores, *data),
         "plan": ("plan", "--sensitivity", scores, "--budget", "40%flops", "--step", 4, "--output", plan),
@@ -63,7 +66,7 @@ def chain(here):
         "eval": ("eval", here / "small", "--validation-file", here / "dev.csv"),
         "inspect": ("inspect", here / "small"),
     }
-    return {name: command(*arguments, "--json") for name, arguments in asked.items()}
+    return {name: command(*arguments, "--json") for name, arguments in requested.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -86,11 +89,11 @@ def test_one_name_means_one_thing_in_all_commands(chain):
 
 
 def test_the_small_folder_is_what_the_commands_say(chain, here):
-    model, told = AutoModelForSequenceClassification.from_pretrained(here / "small"), chain["inspect"].json
+    model, shown = AutoModelForSequenceClassification.from_pretrained(here / "small"), chain["inspect"].json
     layout = layout_of(model)
-    assert (layout.encoder_params, layout.total_params) == (told["encoder_params_after"], told["total_params_after"])
+    assert (layout.encoder_params, layout.total_params) == (shown["encoder_params_after"], shown["total_params_after"])
     kept = {site.name: site.units for site in layout.sites}
-    for row in told["layers"]:
+    for row in shown["layers"]:
         assert (row["heads"], row["ffn"]) == tuple(kept[f"layer.{row['layer']}.{kind}"] for kind in ("head", "ffn"))
         assert (row["heads_of"], row["ffn_of"]) == (4, 64)
 
@@ -100,8 +103,8 @@ def test_finetune_prints_what_it_writes_and_eval_finds_the_same(chain, here):
     assert json.loads((here / "tuned" / "result.json").read_text()) == printed
     again = command("eval", here / "tuned", "--validation-file", here / "dev.csv", "--json").json
     assert again["metrics"] == printed["metrics"]
-    told = command("inspect", here / "tuned", "--json").json
-    assert {name: told[name] for name in RESULT_KEYS - {"model", "output"}} == {
+    shown = command("inspect", here / "tuned", "--json").json
+    assert {name: shown[name] for name in RESULT_KEYS - {"model", "output"}} == {
         name: printed[name] for name in RESULT_KEYS - {"model", "output"}
     }
 
@@ -130,8 +133,8 @@ def test_every_task_is_guessed_tuned_trimmed_and_scored_alike(here, tmp_path, wr
     for role, seed in (("train", 1), ("dev", 2)):
         write(tmp_path / f"{role}.{suffix}", rows=24, seed=seed)
     (tmp_path / "model").symlink_to(here / "model")
-    asked = finetune_arguments(tmp_path, tmp_path / "out", f"train.{suffix}", f"dev.{suffix}", steps=3)
-    done = command(*asked, "--max-length", 48, "--json")
+    requested = finetune_arguments(tmp_path, tmp_path / "out", f"train.{suffix}", f"dev.{suffix}", steps=3)
+    done = command(*requested, "--max-length", 48, "--json")
     assert (done.code, done.err) == (0, "")
     result = done.json
     assert set(result["metrics"]) == set(result["metrics_at_cut"]) == metrics
@@ -146,11 +149,11 @@ def test_a_config_gives_defaults_and_the_command_line_wins(here, tmp_path):
     file = tmp_path / "recipe.yaml"
     settings = {"model": str(here / "model"), "train-file": str(here / "train.csv"), "budget": "40%flops", "json": True}
     file.write_text(yaml.safe_dump({**settings, "learning_rate": "2e-5", "epochs": 7, "schedule": "cubic"}))
-    asked = ("finetune", "--config", file, "--output", tmp_path / "out", "--dry-run")
-    told = command(*asked, "--epochs", 2).json
-    assert (told["budget"], told["learning_rate"], told["schedule"]) == ("40%flops", 2e-5, "cubic")
-    assert told["epochs"] == 2
-    assert command(*asked[:-1], "--epochs", 1, "--budget", "50%params", "--dry-run").json["budget"] == "50%params"
+    requested = ("finetune", "--config", file, "--output", tmp_path / "out", "--dry-run")
+    shown = command(*requested, "--epochs", 2).json
+    assert (shown["budget"], shown["learning_rate"], shown["schedule"]) == ("40%flops", 2e-5, "cubic")
+    assert shown["epochs"] == 2
+    assert command(*requested[:-1], "--epochs", 1, "--budget", "50%params", "--dry-run").json["budget"] == "50%params"
 
 
 def test_every_command_reads_a_config(chain, here, tmp_path):
@@ -158,8 +161,8 @@ def test_every_command_reads_a_config(chain, here, tmp_path):
     file.write_text(yaml.safe_dump({"folder": str(here / "small"), "json": True}))
     assert command("inspect", "--config", file).json == chain["inspect"].json
     file.write_text(yaml.safe_dump({"sensitivity": str(here / "scores.safetensors"), "dry_run": True, "step": 4}))
-    told = command("plan", "--config", file, "--budget", "40%flops", "--json").json
-    assert told == {**chain["plan"].json, "output": None}
+    shown = command("plan", "--config", file, "--budget", "40%flops", "--json").json
+    assert shown == {**chain["plan"].json, "output": None}
 
 
 def test_the_recipe_of_a_run_is_a_config_that_repeats_it(chain, here, tmp_path):
@@ -172,18 +175,18 @@ def test_the_recipe_of_a_run_is_a_config_that_repeats_it(chain, here, tmp_path):
 
 
 def test_the_recipe_of_a_run_serves_the_other_commands_too(chain, here):
-    told = command("eval", "--config", here / "tuned" / "recipe.json", here / "tuned", "--json").json
-    assert (told["model"], told["metrics"]) == (str(here / "tuned"), chain["finetune"].json["metrics"])
+    shown = command("eval", "--config", here / "tuned" / "recipe.json", here / "tuned", "--json").json
+    assert (shown["model"], shown["metrics"]) == (str(here / "tuned"), chain["finetune"].json["metrics"])
 
 
 def test_a_dry_run_tells_and_writes_nothing(chain, here):
     before = tree(here)
-    told = command(*finetune_arguments(here, here / "new" / "out"), "--budget", "9Kparams", "--dry-run", "--json")
-    assert (told.code, told.json["limit"], told.json["family"]) == (0, 9000, "bert")
+    shown = command(*finetune_arguments(here, here / "new" / "out"), "--budget", "9Kparams", "--dry-run", "--json")
+    assert (shown.code, shown.json["limit"], shown.json["family"]) == (0, 9000, "bert")
     names = ("task", "train_rows", "validation_rows", "encoder_params_before")
-    assert [told.json[name] for name in names] == ["text-classification", 64, 24, 17088]
+    assert [shown.json[name] for name in names] == ["text-classification", 64, 24, 17088]
     run = chain["finetune"].json
-    assert told.json["total_params_before"] == run["total_params_before"]  # with the head that the run would give it
+    assert shown.json["total_params_before"] == run["total_params_before"]  # with the head that the run would give it
     planned = command("plan", "--sensitivity", here / "scores.safetensors", "--dry-run", "--json")
     assert (planned.code, planned.json["output"]) == (0, None)
     trimmed = command(
@@ -192,6 +195,12 @@ def test_a_dry_run_tells_and_writes_nothing(chain, here):
     )
     assert (trimmed.code, trimmed.json) == (0, {**chain["trim"].json, "output": None})
     assert tree(here) == before
+
+
+def test_a_dry_run_of_the_baseline_names_no_cut(here, tmp_path):
+    done = command(*finetune_arguments(here, tmp_path / "out"), "--method", "baseline", "--dry-run", "--json")
+    assert [done.json[name] for name in ("schedule", "cut_after", "limit", "budget")] == [None] * 4
+    assert "cut" not in done.out.rpartition("{")[0]
 
 
 def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
@@ -208,8 +217,8 @@ def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
 
 
 def test_scores_without_data_need_none(chain, here, tmp_path):
-    asked = ("analyze", "--model", here / "tuned", "--method", "magnitude", "--output", tmp_path / "m.safetensors")
-    done = command(*asked, "--json")
+    requested = ("analyze", "--model", here / "tuned", "--method", "magnitude", "--output", tmp_path / "m.safetensors")
+    done = command(*requested, "--json")
     assert (done.code, done.json["samples"], done.json["tensors"]) == (0, 0, {})
     assert "magnitude reads no data" in done.out
     assert command("plan", "--sensitivity", tmp_path / "m.safetensors", "--step", 4, "--dry-run").code == 0
@@ -221,6 +230,22 @@ def test_help_shows_an_example(name):
         done = command(name, flag)
         assert (done.code, done.err) == (0, "")
         assert f"  sensibert {name} " in done.out
+
+
+def test_the_help_of_task_names_every_task_and_preset():
+    """The table of tasks needs torch, and the help must not: so this text is a copy."""
+    text = settings_of(Options)["task"].metadata["help"]
+    assert text == f"{', '.join(TASKS)}, or a preset: {', '.join(PRESETS)}."
+
+
+def test_every_help_text_is_a_sentence_that_needs_no_other():
+    for kind in (Options, TrimConfig, Schedule):
+        for name, setting in settings_of(kind).items():
+            text = setting.metadata["help"]
+            assert text.endswith(".") and not re.search(r"\b[Tt]he same,|\ba (row|step|batch) at most", text), (
+                name,
+                text,
+            )
 
 
 def test_without_arguments_there_is_help():

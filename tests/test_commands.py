@@ -26,7 +26,7 @@ from tests.helpers import tiny_model
 def test_the_task_of_a_model_is_told_by_its_head(head, labels, task):
     model = tiny_model(head=head, num_labels=labels)
     assert steps._task_of(model, Options("m")) == task
-    assert steps._task_of(model, Options("m", task="squad")) == "squad"  # what was asked for comes first
+    assert steps._task_of(model, Options("m", task="squad")) == "squad"  # what was requested comes first
     model.config.sensibert = {"task": "noted"}
     assert steps._task_of(model, Options("m")) == "noted"
 
@@ -60,9 +60,9 @@ def test_a_preset_scores_on_its_own_validation_data(tuned, monkeypatch):
 
 
 def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tuned):
-    asked = {"validation_file": str(tuned / "dev.csv")}
-    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **asked))
-    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **asked))
+    requested = {"validation_file": str(tuned / "dev.csv")}
+    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **requested))
+    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **requested))
     assert exact["task"] == mixed["task"] == "text-classification"
     assert (
         0 < exact["metrics"]["accuracy"] < 1 and abs(exact["metrics"]["accuracy"] - mixed["metrics"]["accuracy"]) < 0.3
@@ -77,16 +77,16 @@ def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, mon
     monkeypatch.setattr(
         steps, "encode", lambda options, *rest: seen.append(options.max_length) or encode(options, *rest)
     )
-    asked = {"validation_file": str(tuned / "dev.csv")}
+    requested = {"validation_file": str(tuned / "dev.csv")}
     for folder, more in ((tmp_path / "noted", {}), (tmp_path / "noted", {"max_length": 7}), (tuned / "tuned", {})):
-        steps.evaluate_folder(Options(str(folder), **asked, **more))
+        steps.evaluate_folder(Options(str(folder), **requested, **more))
     assert seen == [5, 7, None]
 
 
 def test_a_folder_without_a_run_is_inspected_and_a_damaged_result_is_named(tuned):
-    told = steps.inspect_folder(str(tuned / "tuned"))
-    assert told["encoder_params_before"] == told["encoder_params_after"] == 17088
-    assert told["method"] is None and told["metrics"] is None and len(told["layers"]) == 2
+    shown = steps.inspect_folder(str(tuned / "tuned"))
+    assert shown["encoder_params_before"] == shown["encoder_params_after"] == 17088
+    assert shown["method"] is None and shown["metrics"] is None and len(shown["layers"]) == 2
     (tuned / "tuned" / "result.json").write_text("{")
     with pytest.raises(SensibertError, match="result.json: cannot be read"):
         steps.inspect_folder(str(tuned / "tuned"))

@@ -71,10 +71,10 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
     assert masks_of(masked).grid == plan.grid
     batch = tiny_batch(vocab_size=base_of(stock).config.vocab_size)
     torch.testing.assert_close(stock(**batch).logits, masked(**batch).logits)
-    told = command("inspect", tmp_path / "out", "--json")
-    assert told.json["encoder_params_after"] == left and told.json["grid"] == "element"
-    assert sum(row["of"] - row["kept"] for row in told.json["tensors"]) == dense - left
-    assert "encoder.layer.0.attention.self.query.weight" in told.out
+    shown = command("inspect", tmp_path / "out", "--json")
+    assert shown.json["encoder_params_after"] == left and shown.json["grid"] == "element"
+    assert sum(row["of"] - row["kept"] for row in shown.json["tensors"]) == dense - left
+    assert "encoder.layer.0.attention.self.query.weight" in shown.out
     scored = command("eval", tmp_path / "out", "--validation-file", here / "dev.csv", "--json").json
     assert scored["encoder_params_after"] == left and scored["metrics"] == result["metrics"]
 
@@ -82,8 +82,8 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
 @pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random"])
 def test_every_method_and_allocation_meets_the_budget_within_a_block(here, tmp_path, method):
     allocation = "uniform" if method in ("saliency", "random") else "global"
-    asked = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
-    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    requested = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
+    result = finetune_and_trim(options(here, tmp_path / "out", **requested))
     room = int(0.4 * result["encoder_params_before"]) - result["encoder_params_after"]
     assert 0 <= room < 64 and result["grid"] == "block8"
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == (
@@ -98,8 +98,8 @@ def test_flops_of_blocks_are_those_a_kernel_cannot_skip(here, tmp_path):
 
 
 def test_gradient_accumulation_and_bf16_leave_the_zeros_alone(here, tmp_path):
-    asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
-    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    requested = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
+    result = finetune_and_trim(options(here, tmp_path / "out", **requested))
     gone = result["encoder_params_before"] - result["encoder_params_after"]
     assert result["steps"] == 5
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == gone > 0
@@ -116,9 +116,9 @@ class Killed(BaseException):
 )
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, step, precision, monkeypatch):
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    asked = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
-    asked["precision"] = precision
-    finetune_and_trim(options(here, tmp_path / "whole", **asked))
+    requested = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
+    requested["precision"] = precision
+    finetune_and_trim(options(here, tmp_path / "whole", **requested))
     step_end = TrimCallback.on_step_end
 
     def dies(self, args, state, control, **kwargs):
@@ -128,10 +128,10 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, st
 
     monkeypatch.setattr(TrimCallback, "on_step_end", dies)
     with pytest.raises(Killed):
-        finetune_and_trim(options(here, tmp_path / "broken", **asked))
+        finetune_and_trim(options(here, tmp_path / "broken", **requested))
     monkeypatch.setattr(TrimCallback, "on_step_end", step_end)
     assert (tmp_path / "broken.partial" / f"checkpoint-{step}" / "structure.safetensors").exists()
-    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **asked))
+    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **requested))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     plan = Plan.load(tmp_path / "broken" / "plan.safetensors")
@@ -148,14 +148,14 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
     planned = command("plan", "--sensitivity", scores, "--budget", "50%params", "--output", plan, "--json")
     assert (planned.code, planned.json["grid"]) == (0, "block8"), planned.err
     cut = command("trim", "--model", tuned, "--plan", plan, "--output", small, "--json")
-    told = command("inspect", small, "--json").json
+    shown = command("inspect", small, "--json").json
     for name in ("encoder_params_after", "total_params_after", "flops_after", "grid"):
-        assert planned.json[name] == cut.json[name] == told[name], name
-    assert zeros(small, Plan.load(plan)) == told["encoder_params_before"] - told["encoder_params_after"]
+        assert planned.json[name] == cut.json[name] == shown[name], name
+    assert zeros(small, Plan.load(plan)) == shown["encoder_params_before"] - shown["encoder_params_after"]
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         (("--grid", "rows"), "grid is 'rows', want one of unit, element, block64 (or another block<size>)"),
         (("--grid", "block0"), "grid is 'block0', want one of unit"),
@@ -170,11 +170,11 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
         (("--grid", "element", "--budget", "3params"), "cannot be trimmed; the smallest reachable budget is"),
     ],
 )
-def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, changed, said):
+def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, changed, message):
     before = tree(tmp_path)
     files = ("--train-file", here / "train.csv", "--model", here / "model", "--output", tmp_path / "out")
     done = command("finetune", *files, *changed)
-    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
     assert tree(tmp_path) == before
 
 

@@ -120,7 +120,7 @@ def test_no_modules_import_one_another():
 
 
 @pytest.mark.parametrize(
-    "file, text, said",
+    "file, text, message",
     [
         ("ops/x.py", "def f():\n    from ..nn import layer", r"ops.x imports nn, which stands above it"),
         ("core/artifacts.py", "import sensibert.ops", "core.artifacts imports ops"),
@@ -135,7 +135,7 @@ def test_no_modules_import_one_another():
         ("optim/x.py", "from sensibert.core.cost import params\nfrom sensibert.ops.x import y", None),
     ],
 )
-def test_a_broken_rule_is_named(file, text, said, tmp_path):
+def test_a_broken_rule_is_named(file, text, message, tmp_path):
     package = tmp_path / "sensibert"
     for name in [file, "core/__init__.py", "nn/__init__.py", "models/__init__.py", "ops/x.py"]:
         (package / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def test_a_broken_rule_is_named(file, text, said, tmp_path):
     if file == "cli.py":
         assert found and "attic, which has no place" in found, found
         return
-    assert found is None if said is None else found and re.search(said, found), found
+    assert found is None if message is None else found and re.search(message, found), found
 
 
 def test_a_circle_is_found():

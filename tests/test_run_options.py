@@ -73,7 +73,7 @@ def test_precision_is_a_dtype():
 
 
 @pytest.mark.parametrize(
-    "asked, wanted",
+    "requested, wanted",
     [
         ({"task": "sst2"}, [("nyu-mll/glue:sst2", "train"), ("nyu-mll/glue:sst2", "validation")]),
         ({"task": "mnli"}, [("nyu-mll/glue:mnli", "train"), ("nyu-mll/glue:mnli", "validation_matched")]),
@@ -82,10 +82,13 @@ def test_precision_is_a_dtype():
         ({"train_file": "a/b", "validation_file": "a/b"}, [("a/b", "train"), ("a/b", "validation")]),
     ],
 )
-def test_files_come_before_presets_and_hub_names_get_their_split(asked, wanted, monkeypatch):
+def test_files_come_before_presets_and_hub_names_get_their_split(requested, wanted, monkeypatch):
     seen = []
     monkeypatch.setattr(sources, "load_examples", lambda source, split: seen.append((source, split)) or "rows")
-    train, validation = sources.training_examples(options(**asked)), sources.validation_examples(options(**asked))
+    train, validation = (
+        sources.training_examples(options(**requested)),
+        sources.validation_examples(options(**requested)),
+    )
     assert seen == wanted and train == "rows" and (validation is None) == (len(wanted) == 1)
 
 

@@ -59,7 +59,9 @@ class TrimConfig:
     weights by least squares at each cut; None: with `obs` and `layer-obs`. schedule: `Schedule`. SensibertError names
     the first invalid setting."""
 
-    budget: str = setting("50%params", "Upper bound: 50%params, 30%flops, 5.3Mparams or 1.2Gflops.")
+    budget: str = setting(
+        "50%params", "Upper bound on the encoder's size: 50%params, 30%flops, 5.3Mparams or 1.2Gflops."
+    )
     method: str | None = setting(
         None,
         f"Statistic that scores units: {', '.join(STATISTICS)}; {BASELINE} does not trim.",
@@ -75,26 +77,26 @@ class TrimConfig:
                          SCOPES)  # fmt: skip
     allocation: str = setting(
         "global",
-        "global: one threshold. uniform: the same fraction of every layer. exact: dynamic programming.",
+        "How the budget is divided among the layers. global: one threshold. uniform: the same fraction of every layer. "
+        "exact: dynamic programming.",
         TRIMMING,
         ALLOCATIONS,
         was="policy",
     )
     width_multiple: int | None = setting(
-        None, "FFN widths become multiples of it.", TRIMMING, bound=POSITIVE, was="step",
+        None, "FFN widths become multiples of this number.", TRIMMING, bound=POSITIVE, was="step",
         show_default="64, small models 32",
     )  # fmt: skip
-    flops_length: int = setting(128, "Tokens per sequence, for FLOPs.", TRIMMING, bound=POSITIVE)
-    samples: int = setting(1024, "Maximum number of samples that the analysis reads.", TRIMMING, bound=POSITIVE)
+    flops_length: int = setting(128, "Tokens per sequence when FLOPs are counted.", TRIMMING, bound=POSITIVE)
+    samples: int = setting(
+        1024, "Maximum number of training samples that the analysis reads.", TRIMMING, bound=POSITIVE
+    )
     micro_batch: int = setting(
-        4,
-        "Samples per micro-batch of the analysis.",
-        TRIMMING,
-        bound=POSITIVE,
+        4, "Samples per micro-batch of the analysis; gradients are squared per micro-batch.", TRIMMING, bound=POSITIVE
     )
     compensate: bool | None = setting(
         None,
-        "Adjust the kept weights by least squares at each cut.",
+        "At each cut, adjust the kept weights by least squares to make up for the removed ones.",
         TRIMMING,
         show_default="with obs and layer-obs",
     )
@@ -193,6 +195,7 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
             continue
         name = former.get(given, given)
         if name in current:
-            raise SensibertError(f"{name} is given twice, as {given} too: want it once")
+            other = next(old for old, new in former.items() if new == name)
+            raise SensibertError(f"{name} is given twice, as {other} (its former name) too: want it once")
         current[name] = value
     return current

@@ -30,21 +30,37 @@ class Schedule:
     SensibertError names an invalid value."""
 
     shape: str = setting(
-        "oneshot", "Trim at once, or in several cuts along a cubic.", SCHEDULE, SHAPES, flag="schedule"
+        "oneshot",
+        "oneshot: trim in one cut. cubic: in several cuts, large ones first.",
+        SCHEDULE,
+        SHAPES,
+        flag="schedule",
     )
     trim_start: float = setting(
         1 / 3, "Fraction of the steps before the first cut.", SCHEDULE, bound=FRACTION, was="warm_share",
         show_default="1/3",
     )  # fmt: skip
     trim_duration: float = setting(
-        0.2, "Fraction of the steps over which the cubic trims.", SCHEDULE, bound=FRACTION, was="trim_share"
+        0.2,
+        "Fraction of the steps from the first to the last cut of a cubic schedule.",
+        SCHEDULE,
+        bound=FRACTION,
+        was="trim_share",
     )
-    milestones: int = setting(6, "Number of cuts of the cubic.", SCHEDULE, bound=AT_LEAST_ONE)
+    milestones: int = setting(6, "Number of cuts of a cubic schedule.", SCHEDULE, bound=AT_LEAST_ONE)
     warmup_ratio: float = setting(
-        0.06, "Fraction of the steps of learning-rate warm-up.", SCHEDULE, bound=FRACTION, was="warmup"
+        0.06,
+        "Fraction of the steps in which the learning rate rises at the start.",
+        SCHEDULE,
+        bound=FRACTION,
+        was="warmup",
     )
     rewarm_ratio: float = setting(
-        0.03, "Warm-up after the last cut, as for --warmup-ratio.", RECOVERY, bound=FRACTION, was="rewarm"
+        0.03,
+        "Fraction of the steps in which the learning rate rises again after the last cut.",
+        RECOVERY,
+        bound=FRACTION,
+        was="rewarm",
     )
     recovery: str | None = setting(
         None,
@@ -56,11 +72,11 @@ class Schedule:
         show_default="continue for question answering, otherwise rewarm",
     )
     recover_peak: float | None = setting(
-        None, "Peak learning rate after the last cut, as a multiple of --learning-rate.", RECOVERY, bound=POSITIVE,
+        None, "Highest learning rate after the last cut, as a multiple of --learning-rate.", RECOVERY, bound=POSITIVE,
         show_default="from --recovery",
     )  # fmt: skip
     recover_dropout: float | None = setting(
-        None, "Dropout after the last cut.", RECOVERY, bound=FRACTION, show_default="from --recovery"
+        None, "Dropout probability after the last cut.", RECOVERY, bound=FRACTION, show_default="from --recovery"
     )
     freeze_embeddings: bool | None = setting(
         None, "Freeze the embeddings after the last cut.", RECOVERY, show_default="below a 50 % budget"

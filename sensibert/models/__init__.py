@@ -1,6 +1,6 @@
 """Reads a transformers model (family, layout, structure), and makes a trimmed one reloadable."""
 
-from .eval_mode import bare_copy, eval_mode, require_finite
+from .eval_mode import eval_mode, require_finite
 from .families import Axis, Family, base_type, families
 from .layout_of import layout_of, sites
 from .modules import base_of, embeddings_of, family_of, layers
@@ -8,7 +8,6 @@ from .modules import base_of, embeddings_of, family_of, layers
 __all__ = [
     "Axis",
     "Family",
-    "bare_copy",
     "base_of",
     "base_type",
     "layout_of",

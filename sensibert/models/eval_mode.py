@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -47,13 +46,6 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
     finally:
         for module in training:  # one by one: a frozen part may be in eval mode on purpose
             module.training = True
-
-
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without the mixed-precision wrapper around `forward`, which would call the original model."""
-    copied = copy.deepcopy(model)
-    vars(copied).pop("forward", None)
-    return copied
 
 
 def require_finite(loss: Tensor, samples: int) -> None:

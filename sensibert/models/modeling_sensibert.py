@@ -121,14 +121,6 @@ class _Trimmed:
         return {f: t for f, t in super()._get_files_timestamps(folder).items() if f not in (STRUCTURE_FILE, CODE_FILE)}
 
 
-def register_models(config):
-    """Let the Auto classes and `pipeline` know the model classes that go with a config of class SensibertXConfig."""
-    for auto, path in getattr(config, "auto_map", {}).items():
-        head = path.rpartition(".")[2]  # a folder may name more heads than this version of transformers has
-        if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
-            getattr(transformers, auto).register(type(config), __getattr__(head), exist_ok=True)
-
-
 def _made(name, stock):
     if not issubclass(stock, transformers.PreTrainedConfig):
         config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
@@ -140,7 +132,10 @@ def _made(name, stock):
 
     def post_init(self, **kwargs):  # the first config of a type registers its models with the Auto classes
         stock.__post_init__(self, **kwargs)
-        register_models(self)
+        for auto, path in getattr(self, "auto_map", {}).items():
+            head = path.rpartition(".")[2]  # a folder may name more heads than this version of transformers has
+            if auto.startswith("AutoModel") and hasattr(transformers, auto) and hasattr(transformers, head[9:]):
+                getattr(transformers, auto).register(type(self), __getattr__(head), exist_ok=True)
 
     members = {"model_type": f"sensibert_{stock.model_type}", "__post_init__": post_init}
     return type(name, (stock,), {"__module__": __name__, **members})

@@ -115,8 +115,16 @@ def _own_config(
         "kept_heads": [heads.tolist() for heads in kept["head"]],
         "table": _table(family, stack[0]),
     }
-    code.register_models(own)
+    _register(own)
     return own
+
+
+def _register(own: transformers.PreTrainedConfig) -> None:
+    """Let `pipeline` and the Auto classes know the model classes of this config, as loading its folder would."""
+    for auto, path in own.auto_map.items():
+        if auto != "AutoConfig":
+            known = getattr(transformers.models.auto.modeling_auto, auto)
+            known.register(type(own), getattr(code, path.rpartition(".")[2]), exist_ok=True)
 
 
 def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.artifacts import Plan, Sensitivity
+from ..core.config import BASELINE
+from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
-
-BASELINE = ("baseline", "dense")  # the method of an untrimmed run, now and in results written before
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """What a run was and what it ended with, as text: sizes before and after, scores at the cut and at the end.
 
     result: the content of result.json."""
-    baseline = result["method"] in BASELINE
+    baseline = FORMER_METHODS.get(result["method"], result["method"]) == BASELINE
     made_by = "baseline (not trimmed)" if baseline else f"{result['budget']} by {result['method']}"
     sizes: list[tuple[object, ...]] = []
     for label, name in (("encoder parameters", "encoder_params"), ("all parameters", "total_params")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from ..core.text import share
 from ..models import base_of, family_of, modeling_sensibert, sites
 from ..models.modules import attribute
 
@@ -18,7 +19,7 @@ tags: [sensibert, pruned]
 
 | | this model | base model |
 |---|---|---|
-| encoder parameters | {encoder:,} | {base_encoder:,} ({share:.1%} left) |
+| encoder parameters | {encoder:,} | {base_encoder:,} ({left} left) |
 | all parameters | {total:,} | {base_total:,} |
 | heads by layer | {heads} | {base_heads} |
 | FFN neurons by layer | {ffn} | {base_ffn} |
@@ -62,7 +63,7 @@ def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
         version=entry["sensibert_version"],
         encoder=entry["encoder_params"],
         base_encoder=base_encoder,
-        share=entry["encoder_params"] / base_encoder,
+        left=share(entry["encoder_params"], base_encoder),
         total=sum(p.numel() for p in view.parameters()),
         base_total=sum(p.numel() for p in base.parameters()),
         heads=_numbers(entry["heads"]),

@@ -206,15 +206,15 @@ def test_the_whole_model_is_a_budget_too():
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         ({"allocation": "greedy"}, "allocation is 'greedy', want one of global, uniform, exact"),
         ({"width_multiple": 0}, "width_multiple is 0, want at least 1"),
     ],
 )
-def test_bad_arguments_are_named(arguments, said):
+def test_bad_arguments_are_named(arguments, message):
     sensitivity = make(("ffn", 4, 1), scores=[[1.0] * 4])
-    with pytest.raises(SensibertError, match=said):
+    with pytest.raises(SensibertError, match=message):
         allocate(**({"sensitivity": sensitivity, "budget": Budget.parse("50%params")} | arguments))
 
 

@@ -79,7 +79,14 @@ def test_json_that_is_no_config_is_refused_in_words():
         ("{", "the text is not JSON"),
         ("[]", "the JSON holds a list, want an object of settings"),
         ('{"budgt": "50%params"}', "budgt is no setting of a trim, want some of allocation, budget"),
-        ('{"policy": "global", "allocation": "global"}', "allocation is given twice, as allocation too"),
+        (
+            '{"policy": "global", "allocation": "global"}',
+            r"allocation is given twice, as policy \(its former name\) too",
+        ),
+        (
+            '{"allocation": "global", "policy": "global"}',
+            r"allocation is given twice, as policy \(its former name\) too",
+        ),
     ):
         with pytest.raises(SensibertError, match=message):
             TrimConfig.from_json(text)

@@ -77,9 +77,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
 
 
 def test_tsv_quotes_are_text_when_a_line_is_not_well_quoted(tmp_path):
-    path = write(tmp_path, "x.tsv", 'sentence\tlabel\n"good" he said\t1\n"never closed\t0\nand "this"\t1\n')
+    path = write(tmp_path, "x.tsv", 'sentence\tlabel\n"good" he message\t1\n"never closed\t0\nand "this"\t1\n')
     columns = load_examples(path).columns
-    assert columns == {"sentence": ['"good" he said', '"never closed', 'and "this"'], "label": ["1", "0", "1"]}
+    assert columns == {"sentence": ['"good" he message', '"never closed', 'and "this"'], "label": ["1", "0", "1"]}
 
 
 def test_tsv_quotes_are_quotes_when_every_line_is_well_quoted(tmp_path):

@@ -121,7 +121,7 @@ def test_snippets_that_are_not_run_are_few():
 
 
 @pytest.mark.parametrize(
-    "words, fails, said",
+    "words, fails, message",
     [
         (["make", "demo"], False, None),
         (["make", "coffee"], False, "coffee is no target"),
@@ -133,9 +133,9 @@ def test_snippets_that_are_not_run_are_few():
         (["sensibert", "--version"], True, "exit code 0"),
     ],
 )
-def test_a_wrong_command_is_told(words, fails, said, here):
+def test_a_wrong_command_fails_in_words(words, fails, message, here):
     wrong = complaint(words, fails)
-    assert wrong is None if said is None else said in wrong
+    assert wrong is None if message is None else message in wrong
 
 
 def test_commands_are_split_like_a_shell_splits_them():

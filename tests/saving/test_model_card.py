@@ -16,6 +16,6 @@ def test_the_card_tells_sizes_origin_and_both_ways_of_loading(tmp_path):
     assert "# small" in card and "BertForQuestionAnswering" in card and "AutoModelForQuestionAnswering" in card
     assert "import sensibert" in card and 'from_pretrained("small", trust_remote_code=True)' in card
     share = after.encoder_params / before.encoder_params
-    assert f"| {after.encoder_params:,} | {before.encoder_params:,} ({share:.1%} left) |" in card
+    assert f"| {after.encoder_params:,} | {before.encoder_params:,} ({100 * share:.1f} % left) |" in card
     assert f"| {after.total_params:,} | {before.total_params:,} |" in card
     assert "Budget: 50%params. Method: random." in card, "info goes before what the plan says, which fills in the rest"

@@ -60,7 +60,7 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage, message",
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors has 3 bytes, want 7"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has 0 bytes, want 7"),
@@ -68,10 +68,10 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
         (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
     ],
 )
-def test_damage_is_noticed(tmp_path, model, damage, said):
+def test_damage_is_noticed(tmp_path, model, damage, message):
     checkpoint = sealed(tmp_path, 5, model)
     damage(checkpoint)
-    with pytest.raises(SensibertError, match=said):
+    with pytest.raises(SensibertError, match=message):
         check_checkpoint(checkpoint)
 
 
@@ -127,20 +127,20 @@ def test_what_is_in_the_way_is_named(tmp_path):
     check_output(tmp_path / "full", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "full")
     (tmp_path / "a_file").write_text("kept")
-    for taken, said in (("link", "is a link, want"), ("a_file", "is a file, want")):
-        with pytest.raises(SensibertError, match=said):
+    for taken, message in (("link", "is a link, want"), ("a_file", "is a file, want")):
+        with pytest.raises(SensibertError, match=message):
             check_output(tmp_path / taken, overwrite=True)
     with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
         check_output(tmp_path / "full", overwrite=False)
     check_file(tmp_path / "new", overwrite=False)
     check_file(tmp_path / "full" / "file", overwrite=True)
-    for path, said in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):
-        with pytest.raises(SensibertError, match=said):
+    for path, message in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):
+        with pytest.raises(SensibertError, match=message):
             check_file(tmp_path / path, overwrite=False)
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (OSError(28, "No space left on device"), r"out \(No space left on device\)"),
         (SafetensorError("I/O error: File too large (os error 27)"), "File too large"),
@@ -148,8 +148,8 @@ def test_what_is_in_the_way_is_named(tmp_path):
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "PytorchStreamWriter"),
     ],
 )
-def test_refusals_of_the_system_become_one_kind_of_error(error, said):
-    with pytest.raises(SensibertError, match=f"output: cannot write .*{said}.*; then this"):
+def test_refusals_of_the_system_become_one_kind_of_error(error, message):
+    with pytest.raises(SensibertError, match=f"output: cannot write .*{message}.*; then this"):
         with writing("out", "; then this"):
             raise error
 

@@ -73,13 +73,13 @@ def test_a_teacher_of_something_else_is_refused(tmp_path):
     assert (
         load_teacher(*teacher_of(tmp_path / "two", ["good", "bad"])) is not None
     )  # it does not say what its classes are
-    for folder, names, task, said in (
+    for folder, names, task, message in (
         ("two", ["a", "b", "c"], "text-classification", "with 2 outputs, want a model .* text-classification with 3"),
         ("two", ["a", "b"], "token-classification", "is a BertForSequenceClassification .* token-classification"),
         ("bare", ["a", "b"], "text-classification", "is a BertModel with 2 outputs, want a model fine-tuned"),
         ("named", ["a", "b"], "text-classification", "has the classes yes, no, want a, b"),
     ):
-        with pytest.raises(SensibertError, match=said):
+        with pytest.raises(SensibertError, match=message):
             load_teacher(*teacher_of(tmp_path / folder, names, task))
 
 

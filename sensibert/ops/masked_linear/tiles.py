@@ -18,8 +18,7 @@ define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor offsets, Tensor entries, Tensor order, int tile_cols, "
     "bool by_columns) -> Tensor",
 )
-BAND = 64  # output features that are kept or dropped together; input features per step
-TILE_COLS = (192, 256)
+BAND = 64  # output features that are kept or dropped together, and input features of a step
 
 
 class TileList(NamedTuple):
