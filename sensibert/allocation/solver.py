@@ -1,6 +1,6 @@
 """Budgets with several levels per group: dynamic programming over buckets of cost (a multiple-choice knapsack).
 
-For value curves that do not add up, and for measured costs: a latency table has steps that no multiplier can follow.
+For value curves that are not concave and costs with steps, where one multiplier does not find the optimum.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..core.errors import SensibertError
 def solve_budget(
     costs: Sequence[Sequence[float]], values: Sequence[Sequence[float]], capacity: float, buckets: int = 8192
 ) -> list[int]:
-    """One level per group, so that the sum of costs[g][level] is at most capacity and that of values[g][level] is
-    largest.
+    """One level per group that maximizes the sum of values[g][level] while the sum of costs[g][level] is at most
+    capacity.
 
-    Costs are rounded up to a multiple of capacity / buckets, so the budget is never exceeded; what rounding leaves over
-    is then spent on the best raises that still fit. Integer costs with capacity <= buckets are exact. Ties go to the
-    lower cost and the lower level. SensibertError if no choice fits; ValueError for arguments that do not."""
+    Costs are rounded up to a multiple of capacity / buckets, so capacity is never exceeded. The capacity that rounding
+    leaves unused is spent on the largest gains that fit. Integer costs with capacity <= buckets are exact. Ties go to
+    the lower cost and the lower level. SensibertError if no choice fits; ValueError for arguments that do not."""
     _check(costs, values, capacity, buckets)
     exact = capacity <= buckets and all(float(c).is_integer() for group in costs for c in group)
     limit = int(capacity) if exact else buckets
     unit = 1.0 if exact or capacity == 0 else capacity / buckets
 
-    def rounded(cost: float) -> int:  # beyond the capacity: one bucket too many, however far beyond
+    def rounded(cost: float) -> int:  # limit + 1 for every cost above capacity
         return min(math.ceil(cost / unit), limit) if cost <= capacity else limit + 1
 
     levels = _solve_levels(
@@ -67,7 +67,7 @@ def _solve_levels(costs: list[list[int]], values: list[list[float]], capacity: i
 
 
 def _raise_what_fits(costs, values, capacity: float, levels: list[int]) -> list[int]:
-    """Spend what rounding left over: take the largest gain that fits until none does."""
+    """Spend the capacity that rounding left unused: take the largest gain that fits, until none does."""
     while True:
         left = capacity - sum(group[level] for group, level in zip(costs, levels))
         gains = [

@@ -1,4 +1,4 @@
-"""Files or data sets of the hub -> features, collator, head settings and metrics of a task."""
+"""Files, or data sets on the hub -> features, collator, head settings and metrics of a task."""
 
 from .answers import Answer, best_answers
 from .batching import Collator, micro_batches

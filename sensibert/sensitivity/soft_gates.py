@@ -19,8 +19,8 @@ GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the 
 def soft_gate_scores(
     model: nn.Module, layout: Layout, batches: Iterable[Batch], loss: Loss, seed: int, autocast
 ) -> tuple[dict[str, Tensor], int]:
-    """Site -> |m_j| [units] after a short run of Adam on the gates alone, minimizing loss + penalty * mean |m|; and the
-    number of samples."""
+    """(site -> |m_j| [units], number of samples). Adam minimizes loss + penalty * mean |m| over the gates only, in a
+    short run."""
     base, device = base_of(model), next(model.parameters()).device
     gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in layout.sites}
     handles = []
@@ -33,7 +33,7 @@ def soft_gate_scores(
         handles.append(consumer.register_forward_pre_hook(gated))
     used = [gate for gate in gates.values() if gate.numel()]
     if not used:
-        raise SensibertError("analyze: the model has no unit to score, want one that is not trimmed to nothing")
+        raise SensibertError("analyze: the model has no unit to score, want one with heads or FFN neurons")
     optimizer = torch.optim.Adam(used, lr=GATE_RATE)
     generator, samples = torch.Generator().manual_seed(seed), 0
     try:
