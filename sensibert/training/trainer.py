@@ -27,11 +27,11 @@ from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
-# Batches are padded to a multiple of this many tokens on a GPU, and for a trimmed model also in bf16 on a CPU. The layers
-# of a trimmed model have different widths, so every new length brings many new matrix shapes, and cuBLAS and oneDNN take
-# longer to prepare those than the padding costs. On a CPU, with MiniLM at half and new lengths only, a step takes 0.80 of
-# the time (`bench/bench_step.py`). An untrimmed model has few shapes, and fp32 needs no preparation. squad has 178
-# lengths in 331 batches of 32 rows, but only 38 multiples of 8.
+# Batches are padded to a multiple of this many tokens on a GPU, and for a trimmed model also in bf16 on a CPU. Layers
+# of a trimmed model have different widths, so every new length brings many new matrix shapes, and cuBLAS and oneDNN
+# take longer to prepare those than the padding costs. On a CPU, with MiniLM at half and new lengths only, a step takes
+# 0.80 of the time (`bench/bench_step.py`). An untrimmed model has few shapes, and fp32 needs no preparation. squad has
+# 178 lengths in 331 batches of 32 rows, but only 38 multiples of 8.
 MULTIPLE = 8
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # MaskedAdamW is used in their place
 
