@@ -42,9 +42,9 @@ class Timing(NamedTuple):
 
 
 def measure(function: Callable, rotation: Sequence[tuple]) -> Timing:
-    """function(*arguments), with the next arguments of the rotation at each call. Give at least twice L2 in all."""
+    """Time function(*arguments) with the next arguments of the rotation at each call. They should exceed twice L2."""
     for arguments in rotation:
-        function(*arguments)  # allocations and compilation are not what is asked for
+        function(*arguments)  # allocates and compiles, which is not measured
     times, calls, begin = [], 0, time.perf_counter()
     host = host_us(function, rotation[0], calls=2)
     while (spent := time.perf_counter() - begin) < WARM_UP_S + MEASURE_S and len(times) < MOST_CALLS or len(times) < 2:
@@ -63,7 +63,7 @@ def _one(function: Callable, arguments: tuple, host: float = 50.0) -> float:
         return 1e6 * (time.perf_counter() - begin)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(3_000 * host + 100_000))  # launches queue up: what is timed is the GPU, not the host
+    torch.cuda._sleep(int(3_000 * host + 100_000))  # launches queue up, so that the GPU is timed, not the host
     begin.record()
     function(*arguments)
     end.record()
@@ -75,10 +75,10 @@ Call = tuple[Callable, Sequence[tuple]]  # a function and the rotation of its ar
 
 
 def captured_us(calls: dict[str, Call], least_us: float, rounds: int = 11) -> dict[str, float]:
-    """Median microseconds of each (function, rotation) on the GPU alone: replays of CUDA graphs, taken in turn.
+    """Median microseconds of each (function, rotation) on the GPU alone: replays of CUDA graphs, alternately.
 
-    A graph holds each call of the rotation, again and again until it should last `least_us`, so that the launch of the
-    graph itself does not count. Memory for results is the graph's own, as it is an allocator's."""
+    A graph repeats the calls of the rotation until it takes about `least_us`, so that its own launch does not count.
+    Memory for results belongs to the graph."""
     graphs = {name: _capture(function, rotation, least_us) for name, (function, rotation) in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -97,7 +97,7 @@ def _capture(function: Callable, rotation: Sequence[tuple], least_us: float) -> 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for arguments in rotation:  # whatever a first call looks up, compiles or remembers
+        for arguments in rotation:  # the first call compiles and fills caches
             function(*arguments)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(1_000_000)
@@ -140,7 +140,7 @@ def timed(benchmark, function: Callable, rotation: Sequence[tuple]) -> Timing:
 
 
 def copy_us(num_bytes: int) -> float:
-    """A device copy that moves num_bytes in all, half read and half written: the limit of what memory allows."""
+    """A device copy that moves num_bytes, half read and half written: the limit that memory sets."""
     count = max(num_bytes // 8, 1)
     return measure(
         torch.Tensor.copy_, [(torch.empty(count, device=DEVICE), torch.randn(count, device=DEVICE))] * 2
@@ -149,11 +149,11 @@ def copy_us(num_bytes: int) -> float:
 
 @cache
 def machine() -> dict[str, str]:
-    """Where a row comes from. SENSIBERT_COMMIT names the commit of a tree that came without its .git."""
+    """Device, versions and commit of a row. SENSIBERT_COMMIT names the commit of a tree without .git."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{_cpu_name()} x {torch.get_num_threads()}"
     command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    commit = os.environ.get("SENSIBERT_COMMIT") or found or "unknown"
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("SENSIBERT_COMMIT") or commit or "unknown"
     return {"device": name, "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()}
 
 

@@ -1,6 +1,6 @@
-"""Rows of bench/results, read and summed up; needs the standard library only. As a script: condense the masked matmul.
+"""Reads and summarizes rows of bench/results; needs the standard library only. As a script: condense the masked matmul.
 
-python bench/_rows.py    rewrites bench_masked_linear.jsonl: what test_layer appended becomes medians
+python bench/_rows.py    rewrites bench_masked_linear.jsonl: rows appended by test_layer become medians
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MASKED = "bench_masked_linear"
-# What runs must share to be compared. The machine too: a GPU draws other dropout.
+# Settings that runs must share to be compared. The machine too: dropout is different on a GPU.
 SETTING = ("epochs", "learning_rate", "train_rows", "max_steps", "precision", "accelerator")
 RECOVERING = ("recovery", "freeze_embeddings")  # of all methods but the untrimmed one
 SETTING += RECOVERING
 KEY = ("task", "budget", "method", "seed", *SETTING, "override")
-# Beside which rivals the masked matmul is remembered, and in which pass; beside dense and the ideal it always is.
+# (pass, rival) whose medians are kept, besides those against dense and the ideal.
 _RIVALS = {("step", "F.linear(x, W*M)"), ("fwd", "2:4 of torch"), ("scores", "without")}
 
 
@@ -26,33 +26,33 @@ def read(path: Path) -> list[dict]:
 
 
 def identity(row: dict) -> tuple:
-    """What makes a run that run. Rows from before an entry of KEY existed have its default."""
+    """The values of KEY that identify a run. Rows without an entry have its default."""
     return tuple(json.dumps(row.get(name), sort_keys=True) for name in KEY)
 
 
 def control(row: dict, runs: list[dict]) -> float | None:
     """The score in percent of the untrimmed run with the same seed and setting."""
     dense = {"budget": "100%params", "method": "dense", "override": None, **dict.fromkeys(RECOVERING)}
-    wanted = identity({**row, **dense})
-    return next((100 * other["score"] for other in runs if identity(other) == wanted), None)
+    key = identity({**row, **dense})
+    return next((100 * other["score"] for other in runs if identity(other) == key), None)
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """A row a (task, budget, method): mean and standard deviation over seeds, beside the untrimmed run's mean.
+    """One row per (task, budget, method): mean and standard deviation over seeds, and the untrimmed runs' mean.
 
-    A run that has an entry `excluded`, which says why, stays out."""
+    Runs with an entry `excluded` (the reason) are left out."""
     groups: dict[tuple, list[dict]] = {}
     runs = [row for row in runs if "excluded" not in row]
     for row in runs:
         groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
     rows = []
-    for (task, budget, method, *setting), found in groups.items():
-        controls = [control(row, runs) for row in found]  # the same seeds, or none
+    for (task, budget, method, *setting), group in groups.items():
+        controls = [control(row, runs) for row in group]  # the same seeds, or none
         dense = statistics.mean(controls) if None not in controls else None
-        scores, last = [100 * row["score"] for row in found], found[-1]
-        seconds = [row["seconds"]["total"] for row in found if "seconds" in row]  # taken out of runs that were paused
+        scores, last = [100 * row["score"] for row in group], group[-1]
+        seconds = [row["seconds"]["total"] for row in group if "seconds" in row]  # paused runs have none
         shared = {"bench": "bench_accuracy", "case": f"{task} {budget} {method}"}
-        more = {"seeds": len(found), **{k: v for k, v in zip(SETTING, setting, strict=True) if v is not None}}
+        more = {"seeds": len(group), **{k: v for k, v in zip(SETTING, setting, strict=True) if v is not None}}
         more |= {name: last[name] for name in ("steps", "dense_steps", "encoder_params_after") if name in last}
         more["encoder_share"] = round(last["encoder_params_after"] / last["encoder_params_before"], 4)
         more |= {name: last[name] for name in ("device", "torch", "commit", "date")}
@@ -64,7 +64,7 @@ def summarize(runs: list[dict]) -> list[dict]:
             {**shared, "metric": "score", "value": round(score, 2), "std": spread, "unit": "%", **rival, **more}
         )
         rows.append({**shared, "metric": "retention", "value": ratio, "unit": "share", **rival, **more})
-        if len(seconds) == len(found):
+        if len(seconds) == len(group):
             rows.append(
                 {**shared, "metric": "seconds", "value": round(statistics.mean(seconds), 1), "unit": "s", **more}
             )
@@ -73,9 +73,9 @@ def summarize(runs: list[dict]) -> list[dict]:
 
 def condense(rows: Iterable[dict]) -> list[dict]:
     """Of the masked matmul: on a GPU medians over layers and numbers of tokens, with `least`, `most` and `cases`;
-    on a CPU those of whole steps with half the weight kept. Other rows, and medians, pass as they are.
+    on a CPU only rows of complete steps with half the weight kept. Other rows, and medians, are not changed.
 
-    A median is of the value; beside a rival, of the ratio. Give the newest row of a case only."""
+    Medians are of the value, or with a rival of the ratio. Pass only the newest row of each case."""
     passed: list[dict] = []
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -91,13 +91,13 @@ def condense(rows: Iterable[dict]) -> list[dict]:
                 groups.setdefault((case, metric, rival, row["device"]), []).append(row)
             elif (part[-1], rival) in _RIVALS:
                 groups.setdefault((case, "speedup", rival, row["device"]), []).append(row)
-    return passed + [_median(*key, found) for key, found in groups.items()]
+    return passed + [_median(*key, group) for key, group in groups.items()]
 
 
-def _median(case: str, metric: str, rival: str | None, device: str, found: list[dict]) -> dict:
-    values = [row["ratio"] if metric == "speedup" else row["value"] for row in found]
-    rivals = [row["rival_value"] for row in found] if metric == "host_us" else []
-    row = {**found[-1], "case": case, "metric": metric, "rival": rival, "device": device, "ratio": None}
+def _median(case: str, metric: str, rival: str | None, device: str, group: list[dict]) -> dict:
+    values = [row["ratio"] if metric == "speedup" else row["value"] for row in group]
+    rivals = [row["rival_value"] for row in group] if metric == "host_us" else []
+    row = {**group[-1], "case": case, "metric": metric, "rival": rival, "device": device, "ratio": None}
     row |= {"value": statistics.median(values), "unit": "us" if metric == "host_us" else "1"}
     row |= {"rival_value": statistics.median(rivals) if rivals else None}
     return row | {"least": min(values), "most": max(values), "cases": len(values)}

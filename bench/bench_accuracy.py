@@ -6,11 +6,11 @@
     ... --override recover_peak=1 --override schedule=cubic    # an ablation: `ours` with these options
     ... --train-rows 20000 --max-steps 500                   # a part of a large set; the rows say so
 
-DATA holds a folder a task with train and validation files. Each finished run is a line of results/bench_accuracy_runs.
-jsonl (with --override of bench_accuracy_ablation.jsonl); a run that is there already is not made again, so an
-interrupted bench is simply started again, and processes with other seeds or tasks may run side by side. Runs of one
-seed share their dense warm-up: the first run that trims leaves its last dense step behind and the others, dense too, go
-on from there (bit for bit what separate runs would do; their `seconds` include it). `ours` is the default recipe;
+DATA has one folder per task, with train and validation files. Each finished run is a line of
+results/bench_accuracy_runs. jsonl (with --override of bench_accuracy_ablation.jsonl). Runs with a line are skipped, so
+start an interrupted bench again; processes with other seeds or tasks may run at the same time. Runs of one seed share
+their untrimmed warm-up: the first run that trims saves its last step before the cut, and the others continue from it
+(with the same bits as separate runs; their `seconds` include the warm-up). `ours` is the default recipe;
 `dense` is the control with the same steps; the rivals are those of rivals.py.
 """
 
@@ -73,14 +73,14 @@ def parse_override(text: str) -> tuple[str, object]:
 
 
 def data_files(folder: Path) -> tuple[Path, Path]:
-    found = [sorted(folder.glob(f"{split}.*")) for split in ("train", "validation")]
-    if not all(found):
+    files = [sorted(folder.glob(f"{split}.*")) for split in ("train", "validation")]
+    if not all(files):
         raise SystemExit(f"{folder}: want train.* and validation.*")
-    return found[0][0], found[1][0]
+    return files[0][0], files[1][0]
 
 
 def subset(train: Path, rows: int, folder: Path) -> Path:
-    """`rows` rows of a csv or jsonl file, drawn once and for all, in their order, as a file in folder."""
+    """Write `rows` fixed random rows of a csv or jsonl file, in their order, to a file in folder."""
     columns = load_examples(str(train)).columns
     total = len(next(iter(columns.values())))
     if not 0 < rows <= total:
@@ -97,8 +97,8 @@ def subset(train: Path, rows: int, folder: Path) -> Path:
     return path
 
 
-def question(arguments: argparse.Namespace, budget: str, method: str, seed: int) -> dict:
-    """The KEY entries of a run, as they go into its row; what was left at its default stays out."""
+def run_key(arguments: argparse.Namespace, budget: str, method: str, seed: int) -> dict:
+    """The KEY entries of a run, for its row, without those that have their default."""
     row = {"task": arguments.task, "budget": budget, "method": method, "seed": seed}
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     optional = ("train_rows", "max_steps", "override", *(RECOVERING if method != "dense" else ()))
@@ -108,24 +108,24 @@ def question(arguments: argparse.Namespace, budget: str, method: str, seed: int)
 
 
 def before_the_cut(override: dict) -> dict:
-    """What of an override, or of a question, the warm-up depends on."""
+    """The entries of an override, or of a run key, that the warm-up depends on."""
     later = AFTER_THE_CUT | (TEACHING if override.get("teacher", SNAPSHOT) == SNAPSHOT else set())
     return {name: value for name, value in override.items() if name not in later}
 
 
-def folder_name(asked: dict, override: dict, *more: str) -> str:
-    setting = {name: asked[name] for name in SETTING if name in asked} | override
-    parts = (asked["task"], asked["seed"], *(f"{name}={value}" for name, value in sorted(setting.items())), *more)
+def folder_name(key: dict, override: dict, *more: str) -> str:
+    setting = {name: key[name] for name in SETTING if name in key} | override
+    parts = (key["task"], key["seed"], *(f"{name}={value}" for name, value in sorted(setting.items())), *more)
     return "-".join(map(str, parts)).replace("/", "_")
 
 
-def options_of(asked: dict, **usual) -> Options:
+def options_of(key: dict, **usual) -> Options:
     """The Options of a run."""
-    method = asked["method"]
-    settings = {"method": "dense"} if method == "dense" else {"budget": asked["budget"], **OURS.get(method, {})}
-    settings |= {"compensate": False} if method in RIVALS else {}  # theirs is the choice of units, not what follows
-    settings |= asked.get("override", {})
-    settings |= {name: asked[name] for name in ("seed", *SETTING) if name in asked}
+    method = key["method"]
+    settings = {"method": "dense"} if method == "dense" else {"budget": key["budget"], **OURS.get(method, {})}
+    settings |= {"compensate": False} if method in RIVALS else {}  # rivals only choose the units
+    settings |= key.get("override", {})
+    settings |= {name: key[name] for name in ("seed", *SETTING) if name in key}
     settings = {name: value for name, value in settings.items() if name not in ("train_rows", "accelerator")}
     return Options.from_settings({"resume": True, "overwrite": True, "quiet": True, **usual, **settings})
 
@@ -141,23 +141,23 @@ def dense_steps(options: Options, result: dict) -> float:
     return round(total, 1)
 
 
-def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
-    """One run, from the shared warm-up of its seed if there is one; the first run of a seed leaves it behind."""
-    method, override = asked["method"], asked.get("override", {})
-    train, validation = data_files(Path(arguments.data) / asked["task"])
-    if "train_rows" in asked:
-        train = subset(train, asked["train_rows"], work)
-    warm = work / folder_name(before_the_cut(asked), before_the_cut(override), "warm")
-    output = work / folder_name(asked, override, asked["budget"], method)
+def run(arguments: argparse.Namespace, key: dict, work: Path) -> dict:
+    """One run. It starts from the shared warm-up of its seed, or saves it if there is none."""
+    method, override = key["method"], key.get("override", {})
+    train, validation = data_files(Path(arguments.data) / key["task"])
+    if "train_rows" in key:
+        train = subset(train, key["train_rows"], work)
+    warm = work / folder_name(before_the_cut(key), before_the_cut(override), "warm")
+    output = work / folder_name(key, override, key["budget"], method)
     trims, branch, rival = method != "dense", warm.exists(), RIVALS[method]() if method in RIVALS else None
     partial = partial_folder(output)
     if isinstance(rival, Layers):
-        shutil.rmtree(partial, ignore_errors=True)  # a checkpoint of its own would have the dropped layers back
+        shutil.rmtree(partial, ignore_errors=True)  # its own checkpoint would contain the dropped layers
     if branch and not any(partial.glob("checkpoint-*")):
         shutil.copytree(warm, partial, dirs_exist_ok=True)
     first = trims and not branch
     options = options_of(
-        asked,
+        key,
         model=arguments.model,
         output=str(output),
         train_file=str(train),
@@ -179,11 +179,11 @@ def run(arguments: argparse.Namespace, asked: dict, work: Path) -> dict:
     facts = {"metric": metric, "score": scored["metrics"][metric], **{name: result[name] for name in kept}}
     facts["dense_steps"] = dense_steps(options, result)
     shutil.rmtree(output)
-    return {**asked, **facts, **machine()}
+    return {**key, **facts, **machine()}
 
 
 def ablation(row: dict, runs: list[dict]) -> dict:
-    """One run with --override as a line of its own, beside the dense run of the same seed."""
+    """The row of one run with --override, compared with the dense run of the same seed."""
     dense, value = control(row, runs), 100 * row["score"]
     changed = "".join(f", {name} {setting}" for name, setting in sorted(row["override"].items()))
     shared = {"bench": "bench_accuracy_ablation", "case": f"{row['task']} {row['budget']} ours{changed}"}
@@ -205,13 +205,13 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision, help="scores are always in fp32")
-    parser.add_argument("--recovery", choices=RECOVERIES, help="of all methods; else what the task wants")
+    parser.add_argument("--recovery", choices=RECOVERIES, help="of all methods; default: that of the task")
     parser.add_argument(
         "--freeze-embeddings",
         action=argparse.BooleanOptionalAction,
-        help="after the cut, of all methods; else where less than half is left",
+        help="after the cut, for all methods; default: below a 50 %% budget",
     )
-    parser.add_argument("--train-rows", type=int, help="train on so many rows, the same ones in every run")
+    parser.add_argument("--train-rows", type=int, help="train on this many rows, the same in every run")
     parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])
     parser.add_argument("--work", default="/tmp/bench_accuracy", help="folder for the runs' files")
     arguments = parser.parse_args()
@@ -225,10 +225,10 @@ def main() -> None:
         cases = [(budget, m) for budget in arguments.budgets for m in methods if m != "dense"]
         cases += [("100%params", "dense")] if "dense" in methods else []  # last: from the warm-up of the others
         for budget, method in cases:
-            asked = question(arguments, budget, method, seed)
-            if any(identity(row) == identity(asked) for row in read(RUNS) + read(ABLATION)):
+            key = run_key(arguments, budget, method, seed)
+            if any(identity(row) == identity(key) for row in read(RUNS) + read(ABLATION)):
                 continue
-            row = run(arguments, asked, work)
+            row = run(arguments, key, work)
             if arguments.override:
                 append(ABLATION, ablation(row, read(RUNS)))
             else:

@@ -1,11 +1,11 @@
-"""What does a whole run cost beside dense fine-tuning with the same steps? Warm-up, analysis, cut, recovery, saving.
+"""How much time does a complete run take, compared with dense fine-tuning for the same number of steps?
 
     python bench/bench_cost.py --model MODEL --train-file F [--epochs 1] [--budgets 50%params 30%params]
     ... --model FOLDER --name bert-base --batch-size 128     # the row calls the model NAME
 
-Processor seconds (user and system) of `sensibert finetune` as a process, start to end, less those of a run of one step:
-importing, reading and saving cost the same either way. They hold on a busy machine too, where the clock on the wall
-does not. On a GPU the wall is what counts, and both are recorded.
+A run is warm-up, analysis, cut, recovery and saving. Measured are processor seconds (user and system) of the process
+`sensibert finetune`, minus those of a run of one step, since importing, reading and saving take the same time in both.
+Unlike wall time they do not depend on other processes. On a GPU wall time matters, so both are recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sensibert.run_options import PRECISIONS, Options
 
 
 def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
-    """Processor and wall seconds of one run; prints where the run itself says they went."""
+    """Processor and wall seconds of one run. Prints the seconds of its phases."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
         command += ["--train-file", arguments.train_file, "--output", str(Path(scratch) / "out")]

@@ -43,7 +43,7 @@ if not ON_GPU:
 
 
 def keep_of(grid: Grid, N: int, K: int, density: float) -> torch.Tensor:
-    """Exactly the wanted share of blocks, at random places."""
+    """A keep mask with exactly this fraction of blocks, at random positions."""
     shape = grid.shape(N, K)
     count = shape[0] * shape[1]
     ranks = torch.rand(count, device=DEVICE).argsort().argsort()
@@ -92,7 +92,7 @@ def plain(part, x, w, b, dy):
 
 
 def compacted(x, w, b, dy, kept):
-    """The layer and its data with empty rows and columns gone."""
+    """The layer and its data without empty rows and columns."""
     rows = torch.arange(len(w), device=DEVICE) if kept.rows is None else kept.rows
     cols = torch.arange(w.shape[1], device=DEVICE) if kept.cols is None else kept.cols
     return x[:, cols], w[rows][:, cols], b[rows], dy[:, rows]

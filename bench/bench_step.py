@@ -1,14 +1,13 @@
-"""What does a training step of a trimmed model cost beside a dense one, on batches of one length and of ever new ones?
+"""How long does a training step of a trimmed model take, compared with a dense one, for equal and for new lengths?
 
     python bench/bench_step.py [--model FOLDER --name NAME] [--precision bf16] [--batch 32] [--longest 384] [--steps 48]
 
-Forward, back and AdamW, as in a run; without a model BERT-base with random weights. Every layer is cut to a width of
-its own, half of the units in all, so that a length brings matrix products of as many shapes as there are layers: what
-a library looks up, loads or plans for a new one is paid then. Each measurement is a process of its own that has taken
-three steps of another length; the time, on a CPU that of the processor, is the mean over the steps, first times and
-all.
+Forward, back and AdamW, as in a run; without a model BERT-base with random weights. Every layer is cut to a
+different width, half of the units in total, so each new length brings as many matrix shapes as there are layers, and
+libraries prepare each of them. Each measurement is a separate process, after three steps of another length. The time
+(processor time on a CPU) is the mean over all steps, first ones included.
 
-one: all steps at the mean length. new: a length of its own each step. eights: those, on to the next multiple of 8.
+one: all steps have the mean length. new: every step has a new length. eights: the same, padded to multiples of 8.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def tapered(model: torch.nn.Module) -> Plan:
 
 
 def lengths(regime: str, longest: int, steps: int) -> list[int]:
-    """Of the same mean, but for what the multiples add."""
+    """One length per step. All regimes have the same mean, except for the padding of `eights`."""
     drawn = random.Random(0).sample(range(longest // 2, longest + 1), steps)
     if regime == "one":
         return [round(statistics.mean(drawn))] * steps
@@ -79,7 +78,7 @@ def measure(queue, config, arguments: argparse.Namespace, trimmed: bool, regime:
     for _ in range(3):
         step(arguments.longest // 4)
     wait()
-    clock = time.perf_counter if device.type == "cuda" else time.process_time  # which holds on a busy machine too
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # not affected by other processes
     begin = clock()
     for length in lengths(regime, arguments.longest, arguments.steps):
         step(length)

@@ -1,4 +1,4 @@
-"""Does a trimmed folder keep its promises? Budget, parameters, FLOPs, and the same logits in both ways of loading.
+"""Is a trimmed folder correct? Checks budget, parameters, FLOPs, and equal logits for both ways of loading.
 
     python bench/check_folder.py FOLDER...
 
@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-import sensibert  # noqa: F401 (teaches transformers the folder)
+import sensibert  # noqa: F401 (registers the classes of trimmed folders)
 from sensibert.core.budget import Budget
 from sensibert.models import base_of, family_of
 from sensibert.models.modules import attribute
@@ -33,10 +33,10 @@ batch, out, auto, folder, *trust = sys.argv[1:]
 model = getattr(transformers, auto).from_pretrained(folder, **({"trust_remote_code": True} if trust else {})).eval()
 assert (sys.modules["sensibert"] is None) == bool(trust)
 with torch.no_grad():
-    found = model(**torch.load(batch))
-torch.save([found[k] for k in found if k.endswith("logits")], out)
+    outputs = model(**torch.load(batch))
+torch.save([outputs[k] for k in outputs if k.endswith("logits")], out)
 """
-WITHOUT = "import sys; sys.modules['sensibert'] = None"  # any import of it fails
+WITHOUT = "import sys; sys.modules['sensibert'] = None"  # makes imports of sensibert fail
 
 
 def reload(folder: Path, auto: str, batch: Path, out: Path, trust: bool) -> list[torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Does a killed run end where an unbroken one does? Kills `sensibert finetune` at random moments and compares weights.
+"""Does a killed and resumed run give the weights of an uninterrupted one? Kills `sensibert finetune` at random moments
+and compares weights.
 
 python bench/check_resume.py --model MODEL --train-file F [--kills 3] [--steps 40] [--delay 3]
-    ... --budget 30%params --precision bf16      # embeddings stand still behind so deep a cut, batches are padded on
+    ... --budget 30%params --precision bf16      # with frozen embeddings and padded batches
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def command(arguments: argparse.Namespace, output: Path, *more: str) -> list[str
 
 
 def newest(output: Path) -> int:
-    """The step of a run's newest checkpoint, whole or not; 0 before the first."""
-    found = Path(f"{output}.partial").glob("checkpoint-*")
-    return max((int(path.name.rpartition("-")[2]) for path in found), default=0)
+    """The step of a run's newest checkpoint, complete or not; 0 before the first."""
+    checkpoints = Path(f"{output}.partial").glob("checkpoint-*")
+    return max((int(path.name.rpartition("-")[2]) for path in checkpoints), default=0)
 
 
 def main() -> None:
@@ -46,16 +47,16 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=3, help="at most so many seconds after a checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
+    generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         subprocess.run(command(arguments, whole), check=True, stdout=subprocess.DEVNULL)
         for number in range(arguments.kills):
-            wanted = newest(broken) + chance.randint(1, max(1, arguments.steps // (arguments.kills + 1)))
+            target = newest(broken) + generator.randint(1, max(1, arguments.steps // (arguments.kills + 1)))
             victim = subprocess.Popen(command(arguments, broken, "--resume"), stdout=subprocess.DEVNULL)
-            while newest(broken) < wanted and victim.poll() is None:
+            while newest(broken) < target and victim.poll() is None:
                 time.sleep(0.05)
-            time.sleep(chance.uniform(0, arguments.delay))  # between two checkpoints, or while one is being written
+            time.sleep(generator.uniform(0, arguments.delay))  # between two checkpoints, or while one is being written
             if victim.poll() is not None:
                 raise SystemExit("the run ended before it was killed: more --steps or a smaller --delay")
             victim.kill()

@@ -1,4 +1,4 @@
-"""The tensors of BERT, as the kernels meet them: name, shape, and the grid that its trimmable axis asks for."""
+"""The parameters of BERT: name, shape, and the grid of the trimmable axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensibert.core.grid import Grid
 class Parameter(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    grid: Grid  # one block a head or neuron; tensors that are not trimmed are one block
+    grid: Grid  # one block per head or neuron; parameters that are not trimmed are one block
 
 
 def bert(hidden: int, layers: int, ffn: int, vocab: int = 30522, head_dim: int = 64) -> list[Parameter]:
@@ -51,7 +51,7 @@ MODELS = {"bert-base": bert(768, 12, 3072), "bert-large": bert(1024, 24, 4096)}
 
 
 def encoder(model: str) -> list[Parameter]:
-    """The weights and biases of the layers: what a budget counts. 85 M values for BERT-base."""
+    """The weights and biases of the layers, which a budget counts. 85 M values for BERT-base."""
     return [p for p in MODELS[model] if p.name.startswith("layer.")]
 
 

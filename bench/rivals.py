@@ -1,18 +1,18 @@
-"""What people would use instead of ours: each rival says which units stay, and nothing else differs.
+"""Rivals: each chooses which units are kept; everything else is the same as for ours.
 
-A rival is asked once, with the dense model of the cut step, the same micro-batches as our analysis and the same budget.
-Its answer is a plan; trimming, recovery, steps and learning rates are those of `recipe`.
+A rival is called once, with the untrimmed model at the cut, the micro-batches of our analysis and the same budget. It
+returns a plan. Trimming, recovery, steps and learning rates are those of `recipe`.
 
 uniform          our statistic, the same share of every site (`--allocation uniform`)
-layers           the lowest layers stay whole, the upper ones go (Sajjad et al., arXiv 2004.03844)
+layers           keeps the lowest layers and drops the upper ones (Sajjad et al., arXiv 2004.03844)
 torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency graph, its group importance with its own
-                 normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; searched
-                 is the ratio that lands at or just below the budget. Taylor importance from gradients of the given
-                 labels, summed over all samples, as its examples do it.
+                 normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; the
+                 ratio is searched so that the result is at or just below the budget. Taylor importance from gradients
+                 of the given labels, summed over all samples, as its examples do it.
 torch-pruning-magnitude   the same with its group L2 norm, as its BERT example does it
 
-Widths are rounded, and what that frees is filled again, as for ours; the kept units take over nothing (`compensate`).
-Torch-Pruning itself never removes a whole sub-layer: one that would lose its last unit stays whole.
+Widths are rounded, and the freed budget is spent, as for ours; kept units do not compensate. Torch-Pruning never
+removes a complete sub-layer: one that would lose its last unit keeps all units.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sensibert.models.modules import attribute
 from sensibert.saving.folder import load
 
 Batches = Iterable[Mapping[str, Tensor]]
-COARSE, FINE = 16, 8  # ratios tried one after the other, then halvings of the last stretch
+COARSE, FINE = 16, 8  # ratios tried in order, then bisections of the last interval
 
 
 class Layers:
@@ -67,7 +67,7 @@ class Layers:
 
     @staticmethod
     def _spent(layout: Layout, kept: int, depth: int, budget: Budget) -> int:
-        """Of the dense cost, the share of the layers that stay: all layers of an encoder are alike."""
+        """The cost with `kept` of `depth` layers; all layers of an encoder have the same cost."""
         whole = {site.name: site.units for site in layout.sites}
         dense, rest = spent(layout, whole, budget), 0
         if budget.scope == "model":
@@ -111,13 +111,13 @@ class TorchPruning:
                 module.training = True
 
     def _search(self, tp, model: nn.Module, layout: Layout, scorer, budget: Budget) -> Plan:
-        asked = Asked(tp, model, layout, scorer)
+        pruner = Simulated(tp, model, layout, scorer)
         allowed = limit(layout, budget)
 
         def fits(ratio: float) -> bool:
-            return spent(layout, asked.counts(ratio), budget) <= allowed
+            return spent(layout, pruner.counts(ratio), budget) <= allowed
 
-        # Not halving from the start: where a sub-layer would vanish and stays whole, more pruning gives a larger model.
+        # No bisection at first: a sub-layer that would vanish keeps all units, so more pruning may give a larger model.
         high = next((n / COARSE for n in range(1, COARSE + 1) if fits(n / COARSE)), None)
         if high is None:
             raise SensibertError(f"torch-pruning: no ratio meets {budget} (it never removes a whole sub-layer)")
@@ -125,22 +125,22 @@ class TorchPruning:
         for _ in range(FINE):
             ratio = (low + high) / 2
             low, high = (low, ratio) if fits(ratio) else (ratio, high)
-        counts, step = asked.counts(high), self.step or default_width_multiple(layout.hidden)
+        counts, step = pruner.counts(high), self.step or default_width_multiple(layout.hidden)
         for site in layout.sites:
             if site.kind == "ffn" and counts[site.name] < site.units:
                 counts[site.name] = max(site.minimum, counts[site.name] // step * step)
-        order = {name: imp.argsort(descending=True, stable=True) for name, imp in asked.importance.items()}
-        while True:  # what the rounding freed goes to the best that was dropped, as for ours
-            room, found = allowed - spent(layout, counts, budget), []
+        order = {name: imp.argsort(descending=True, stable=True) for name, imp in pruner.importance.items()}
+        while True:  # spend the budget that rounding freed on the best dropped units, as for ours
+            room, options = allowed - spent(layout, counts, budget), []
             for site in layout.sites:
                 count = counts[site.name]
                 size = min(1 if site.kind == "head" else step - count % step, site.units - count)
                 if size and size * unit_cost(site, budget) <= room:
                     best = order[site.name][count : count + size]
-                    found.append((float(asked.importance[site.name][best].mean()), site.name, size))
-            if not found:
+                    options.append((float(pruner.importance[site.name][best].mean()), site.name, size))
+            if not options:
                 break
-            _, name, size = max(found)
+            _, name, size = max(options)
             counts[name] += size
         keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in layout.sites}
         for name, count in counts.items():
@@ -156,8 +156,8 @@ def _accumulate_gradients(model: nn.Module, batches: Batches) -> None:
             model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
 
 
-class Asked:
-    """Torch-Pruning's pruner over the heads and FFN channels of a layout. It is asked what it would do, never run."""
+class Simulated:
+    """Torch-Pruning's pruner over the heads and FFN channels of a layout. Reports what it would prune; never prunes."""
 
     def __init__(self, tp, model: nn.Module, layout: Layout, scorer):
         self.layout, self.heads, roots = layout, {}, set()
@@ -193,15 +193,15 @@ class Asked:
 
     def _site(self, group) -> tuple[Site, Member]:
         root = group[0].dep
-        found = self.owner.get((root.target.module, 0 if self.pruner.DG.is_out_channel_pruning_fn(root.handler) else 1))
-        if found is None:
+        entry = self.owner.get((root.target.module, 0 if self.pruner.DG.is_out_channel_pruning_fn(root.handler) else 1))
+        if entry is None:
             raise SensibertError(f"torch-pruning: it wants to prune {root.target.name}, which is no site of the layout")
-        return found
+        return entry
 
     def counts(self, ratio: float) -> dict[str, int]:
         """Units it would leave of every site at this pruning ratio."""
         self.pruner.current_step, self.pruner.num_heads = 0, dict(self.heads)
-        self.pruner.out_channel_groups.update(self.heads)  # asking changes both
+        self.pruner.out_channel_groups.update(self.heads)  # step() changes both
         self.pruner.per_step_pruning_ratio = self.pruner.per_step_head_pruning_ratio = [0.0, ratio]
         counts = counts_of(self.layout)
         for group in self.pruner.step(interactive=True):

@@ -202,7 +202,7 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
         ({"text-column": "words"}, "'words'"),
         ({"max-length": 1}, "max_length"),
         ({"distil": 2}, "distil is 2"),
-        ({"teacher": "snapshot", "method": "baseline"}, "method baseline never cuts"),
+        ({"teacher": "snapshot", "method": "baseline"}, "method baseline does not trim"),
         ({"teacher": "average"}, "teacher is 'average', which was removed"),
         ({"search": 3}, "--search was removed: want it left out"),
         (

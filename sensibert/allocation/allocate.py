@@ -1,9 +1,9 @@
 """Sensitivity and budget -> plan. Pure: no model, no GPU; ties break by (site, unit).
 
-Keep a unit while its score per cost is above one global multiplier, i.e. take units in falling score / cost until
-the budget is spent. Then round FFN widths down to a multiple of `width_multiple` (heads are whole anyway), and spend
-what that freed on the best of the dropped units, one head or one multiple of neurons at a time, never above the budget.
-`exact` solves the same including the rounding, by dynamic programming.
+Keep a unit while its score per cost is above one global multiplier: take units in descending order of score / cost
+until the budget is spent. Then round FFN widths down to a multiple of `width_multiple`, and spend the freed budget on
+the best dropped units, one head or one multiple of neurons at a time. `exact` includes the rounding, by dynamic
+programming.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..core.layout import Layout, Site
 from .blocks import allocate_blocks
 from .solver import solve_budget
 
-# A gate value or a random number says nothing about cost: these scores are not divided by it.
+# These scores are not divided by cost: gate values and random numbers do not depend on it.
 RANKED_BY_SCORE = ("soft_gates", "random")
-BEYOND_ALL = 1e100  # an infinite score, where scores are added
-# (site, count, size) -> how much the next `size` units of a site that keeps its best `count` are wanted
+BEYOND_ALL = 1e100  # stands for an infinite score in sums of scores
+# (site, count, size) -> priority of the next `size` units of a site that keeps its best `count`
 Worth = Callable[[Site, int, int], float]
 
 
 def default_width_multiple(hidden: int) -> int:
-    """Multiple that FFN widths are rounded to: 64 suits tensor cores, below a hidden size of 768 it costs too much."""
+    """The default of width_multiple: 64 suits tensor cores, but is too coarse below a hidden size of 768."""
     return 64 if hidden >= 768 else 32
 
 
@@ -54,7 +54,7 @@ def _threshold(layout: Layout, ranks: dict[str, Tensor], budget: Budget, room: i
 
 
 def _uniform(layout: Layout, budget: Budget, allowed: int) -> dict[str, int]:
-    """The same share of every site, the largest that fits."""
+    """The largest fraction of units, the same for every site, that fits the budget."""
     low, high = 0.0, 1.0
     for _ in range(50):
         share = (low + high) / 2
@@ -64,7 +64,7 @@ def _uniform(layout: Layout, budget: Budget, allowed: int) -> dict[str, int]:
 
 
 def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed: int, multiple: int) -> dict[str, int]:
-    """The rounded counts whose kept scores sum to the most, up to the resolution of `solve_budget`."""
+    """The rounded counts with the largest sum of kept scores, up to the resolution of `solve_budget`."""
     none = spent(layout, {site.name: 0 for site in layout.sites}, budget)
     levels, costs, values = [], [], []
     for site in layout.sites:
@@ -105,7 +105,7 @@ def _fill(
 
 
 def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
-    """Site -> fp64 [units] on the CPU, what the units are compared by: score per cost."""
+    """Site -> fp64 [units] on the CPU: score per cost, by which units are compared."""
     ranks = {}
     for site in sensitivity.layout.sites:
         score = sensitivity.scores.get(site.name, torch.empty(0)).to("cpu", torch.float64)  # a few thousand numbers
@@ -120,12 +120,12 @@ def allocate(
 ) -> Plan:
     """Choose the units that survive a budget.
 
-    budget: an upper bound, also as text ("50%params"); the plan is below it by less than the cheapest head or multiple
-    of neurons that was dropped. width_multiple: FFN widths become multiples of it; 1: no rounding; None: 64, below a
-    hidden size of 768 32. allocation: `global` (one threshold for all sites), `uniform` (the same fraction of every
-    site; scores rank inside a site) or `exact` (the largest sum of kept scores at widths that are rounded already).
-    A sensitivity of blocks of a grid gives a plan of blocks, which are not rounded.
-    SensibertError for a budget below what cannot be trimmed, and names an argument that does not fit."""
+    budget: an upper bound, also as text ("50%params"). The plan is below it by less than the lowest cost of a dropped
+    head or multiple of neurons. width_multiple: FFN widths become multiples of it; 1: no rounding; None: 64, or 32
+    below a hidden size of 768. allocation: `global` (one threshold for all sites), `uniform` (the same fraction of
+    every site, units are compared within a site) or `exact` (the largest sum of kept scores among rounded widths). A
+    sensitivity of blocks gives a plan of blocks, without rounding. SensibertError for a budget below the cost of what
+    cannot be trimmed, or for an argument that does not fit."""
     layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
     if allocation not in ALLOCATIONS:
         raise SensibertError(f"allocate: allocation is {allocation!r}, want one of {', '.join(ALLOCATIONS)}")

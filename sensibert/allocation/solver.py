@@ -1,6 +1,6 @@
 """Budgets with several levels per group: dynamic programming over buckets of cost (a multiple-choice knapsack).
 
-For value curves that do not add up, and for measured costs: a latency table has steps that no multiplier can follow.
+For value curves that are not concave and costs with steps, where one multiplier does not find the optimum.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ def solve_budget(costs: Groups, values: Groups, capacity: float, buckets: int = 
     """One level per group, so that the sum of costs[g][level] is at most capacity and that of values[g][level] is
     largest.
 
-    Costs are rounded up to a multiple of capacity / buckets, so the budget is never exceeded; what rounding leaves over
-    is then spent on the best raises that still fit. Integer costs with capacity <= buckets are exact. Ties go to the
-    lower cost and the lower level. SensibertError if no choice fits; ValueError for arguments that do not."""
+    Costs are rounded up to a multiple of capacity / buckets, so capacity is never exceeded. The capacity that rounding
+    leaves unused is spent on the largest gains that fit. Integer costs with capacity <= buckets are exact. Ties go to
+    the lower cost and the lower level. SensibertError if no choice fits; ValueError for arguments that do not."""
     _check(costs, values, capacity, buckets)
     exact = capacity <= buckets and all(float(c).is_integer() for group in costs for c in group)
     limit = int(capacity) if exact else buckets
     unit = 1.0 if exact or capacity == 0 else capacity / buckets
 
-    def rounded(cost: float) -> int:  # beyond the capacity: one bucket too many, however far beyond
+    def rounded(cost: float) -> int:  # limit + 1 for every cost above capacity
         return min(math.ceil(cost / unit), limit) if cost <= capacity else limit + 1
 
     levels = _solve_levels(

@@ -31,9 +31,9 @@ def best_answers(
 ) -> list[list[Answer]]:
     """Start and end logits [windows, tokens] -> for every context up to n_best answers, the best first.
 
-    A span begins and ends inside the context of one window and has at most max_answer_tokens. Over all windows of a
-    context spans are ordered by start + end logit, ties by window. null_answers: the text '' is a candidate too, with
-    the lowest score that the first token (CLS) has in any window, as in SQuAD 2.0."""
+    A span lies inside the context of one window and has at most max_answer_tokens. The spans of all windows of a
+    context are ordered by start + end logit, ties by window. null_answers: the text '' is a candidate too; its score is
+    the lowest of the first tokens (CLS) of all windows, as in SQuAD 2.0."""
     candidates: list[list[Answer]] = [[] for _ in windows.contexts]
     null_score = [np.inf] * len(windows.contexts)
     for i, row in enumerate(windows.example):

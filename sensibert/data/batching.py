@@ -17,8 +17,8 @@ from .encode import IGNORED
 class Collator:
     """Items -> a batch of int64 or float32 tensors, padded on the right to the longest item.
 
-    pad_to_multiple_of: pad further, to the next multiple, but not beyond max_length, where the model may have no
-    positions. Labels are padded with -100, everything but input_ids and labels with 0."""
+    pad_to_multiple_of: pad to the next multiple, but not beyond max_length, where the model may have no positions.
+    Labels are padded with -100, everything but input_ids and labels with 0."""
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, max_length: int | None = None) -> None:
         self.pad_to_multiple_of, self.max_length = pad_to_multiple_of, max_length
@@ -54,8 +54,8 @@ class Collator:
 def micro_batches(
     data: Rows, collator: Callable[[list], dict], samples: int, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of `size` of `samples` random rows, drawn without replacement; the longest rows first, which saves
-    padding."""
+    """Batches of `size` rows from `samples` random rows, drawn without replacement and sorted by length, the longest
+    first, to save padding."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
     for begin in range(0, len(order), size):

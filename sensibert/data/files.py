@@ -1,4 +1,4 @@
-"""Local files or data sets of the hub -> columns of values. Strings such as 'NA' stay strings."""
+"""Local files, or data sets on the hub -> columns of values. Strings such as 'NA' are not converted."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Examples:
 def load_examples(source: str, split: str | None = None) -> Examples:
     """Read a csv, tsv, jsonl, json or parquet file (each also with .gz), or the data set `name` or `name:config`.
 
-    split: of a data set of the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
-    names the file and the line."""
+    split: of a data set on the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
+    names the file and line."""
     path = Path(source)
     parts = path.name.lower().split(".")[1:]
     suffix = parts[-2] if len(parts) > 1 and parts[-1] == "gz" else "".join(parts[-1:])
@@ -92,7 +92,7 @@ def _table(rows: list[tuple[int, list[str]]], name: str) -> dict[str, list]:
 
 
 def _read_csv(data: bytes, name: str) -> dict[str, list]:
-    """Strict, so that a quote that is never closed is an error and does not absorb the rows after it."""
+    """Strict: an unclosed quote is an error and does not absorb the rows after it."""
     reader = csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True)
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # long contexts are allowed
     rows, line = [], 1
@@ -109,7 +109,7 @@ def _read_csv(data: bytes, name: str) -> dict[str, list]:
 
 
 def _read_tsv(data: bytes, name: str) -> dict[str, list]:
-    """Quotes have their meaning of csv if every line is well formed by itself; otherwise they are text, as in GLUE."""
+    """Quotes are parsed as in csv if every line is well formed; otherwise they are plain text, as in GLUE."""
     lines = [(i, line.rstrip("\r")) for i, line in enumerate(_decode(data, name).split("\n"), 1)]
     lines = [(i, line) for i, line in lines if line]
     plain = [(i, line.split("\t")) for i, line in lines]

@@ -36,8 +36,8 @@ class Column:
     def of(cls, examples: Examples, name: str) -> Column:
         """The column of that name; SensibertError names the existing ones."""
         if name not in examples.columns:
-            seen = ", ".join(repr(c) for c in examples.columns)
-            raise SensibertError(f"{examples.name}: no column '{name}', the columns are {seen}")
+            existing = ", ".join(repr(c) for c in examples.columns)
+            raise SensibertError(f"{examples.name}: no column '{name}', the columns are {existing}")
         return cls(examples.name, name, examples.columns[name])
 
     def error(self, row: int | None, text: str) -> SensibertError:
@@ -129,8 +129,8 @@ def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
     outside = next((cell for cell in cells if integers and not 0 <= int(cell[1]) < len(integers)), None)
     if outside is not None:
         listed = ", ".join(str(i) for i in integers[:8]) + (", ..." if len(integers) > 8 else "")
-        wanted = f"the {len(integers)} integers are {listed}: want 0 to n-1 without gaps, or names"
-        raise column.error(outside[0], f"is {show(outside[1])}; {wanted} (to predict numbers: task regression)")
+        rule = f"the {len(integers)} integers are {listed}: want 0 to n-1 without gaps, or names"
+        raise column.error(outside[0], f"is {show(outside[1])}; {rule} (to predict numbers: task regression)")
     return [str(name) for name in classes]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
-    """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without a correct one)."""
+    """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without true positives)."""
     metrics = {"accuracy": float(np.mean(predicted == wanted))}
     if num_labels == 2:
         hits = int(np.sum((predicted == 1) & (wanted == 1)))
@@ -37,13 +37,13 @@ def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) ->
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and articles, single spaces: the rule of the SQuAD evaluation script."""
+    """Lower case, no punctuation, no articles, single spaces: as in the SQuAD evaluation script."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def answer_f1(text: str, gold: str) -> float:
-    """F1 over the multisets of normalized words; if one side has none, 1 if both have none (SQuAD 2.0)."""
+    """F1 over the multisets of normalized words. If a side has no words: 1 if both have none, else 0 (SQuAD 2.0)."""
     words, gold_words = normalize_answer(text).split(), normalize_answer(gold).split()
     if not words or not gold_words:
         return float(words == gold_words)
@@ -51,7 +51,7 @@ def answer_f1(text: str, gold: str) -> float:
 
 
 def tagging_metrics(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Tags of every sentence -> f1, precision and recall of whole entities, as in conlleval and seqeval; accuracy of
+    """Tags of every sentence -> f1, precision and recall of entities, as in conlleval and seqeval, and accuracy of
     tags."""
     hits = num_predicted = num_wanted = 0
     for tags, gold_tags in zip(predicted, wanted):

@@ -25,9 +25,9 @@ Logits = Sequence[np.ndarray]  # of one output, or of start and end
 
 
 def guess_task(examples: Examples, text_column: str | None = None, label_column: str | None = None) -> str:
-    """The name of the task that the columns suggest, and for a single label its values.
+    """Guess the task from the columns, and for single labels from their values.
 
-    SensibertError if there is no label column, or the labels may be classes as well as numbers."""
+    SensibertError if there is no label column, or if the labels may be classes or numbers."""
     columns = examples.columns
     chosen = set((text_column or "").split(",")) | {label_column}
     if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
@@ -43,8 +43,8 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
         return "text-classification"
     if all(float(value).is_integer() for value in column.values):
         row, value = labels.first_number(column, column.filled())
-        wanted = "want a task (regression to predict numbers), or classes written as integers"
-        raise column.error(row, f"is {labels.show(value)}, and all labels are whole numbers: {wanted}")
+        want = "want a task (regression to predict numbers), or classes written as integers"
+        raise column.error(row, f"is {labels.show(value)}, and all labels are whole numbers: {want}")
     return "regression"
 
 
@@ -101,7 +101,7 @@ class TaskData:
 
     @classmethod
     def outlined(cls, task_name: str, train: Examples, text_column: str | None, label_column: str | None) -> TaskData:
-        """The task and the labels alone, which a model's head depends on: nothing is encoded."""
+        """Only the task and the labels, which determine a model's head. Nothing is encoded."""
         task = get_task(task_name)
         names = _names(task, train, _columns(task, train, text_column, label_column)[1], None)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
@@ -220,7 +220,7 @@ def _outputs(task: Task, names: list[str]) -> int:
 
 
 def _names(task: Task, examples: Examples, label: str, given: list[str] | None) -> list[str]:
-    """The classes: those given, those of the hub, or those in the label column; [] without classes."""
+    """The classes: given ones, else those of the hub, else those in the label column; [] for tasks without classes."""
     if task.name in ("regression", "question-answering"):
         return []
     if given is None:

@@ -11,7 +11,7 @@ from ..core.errors import SensibertError
 class Task:
     """A kind of task: its columns, its model head and its defaults.
 
-    input_columns, label_columns: the first of them that the data have are used. recovery: the default of
+    input_columns, label_columns: alternatives; the first that the data have are used. recovery: the default of
     `Schedule.recovery` for the task, chosen by the results in docs/method.md."""
 
     name: str

@@ -115,9 +115,7 @@ def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
     family, base = family_of(model), base_of(model)
     encoder_prefix, encoder, rest = family.encoder + ".", Flops(), Flops()
     sequence_head = type(model).__name__.endswith(SEQUENCE_HEADS)
-    if (
-        getattr(model.config, "classifier_pooling", "") == "late"
-    ):  # EuroBERT classifies every token, then takes the mean
+    if getattr(model.config, "classifier_pooling", "") == "late":  # EuroBERT averages over classified tokens
         sequence_head = False
     prefix = next((name + "." for name, module in model.named_modules() if module is base and name), "")
     for name, module in model.named_modules():

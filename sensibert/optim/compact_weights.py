@@ -68,9 +68,7 @@ class CompactWeights:
             self._followed.remove(entry)
             optimizer.set_working_copy(entry.weight, None)
         for entry in self._followed:
-            if (
-                optimizer.state[entry.weight].get("keep") is not entry.layer.keep
-            ):  # the layer has another buffer, or a state was loaded
+            if optimizer.state[entry.weight].get("keep") is not entry.layer.keep:  # new buffer, or loaded state
                 optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
         stale = [entry for entry in self._followed if entry.stale]
         with torch.inference_mode(False):  # the matrices are used after the call
@@ -83,9 +81,7 @@ class CompactWeights:
             assert entry.compact is not None  # made by before_step
             # Without a gradient, neither the parameter nor its matrix was written.
             if entry.weight.grad is not None and optimizer.working_copy(entry.weight) is entry.compact.matrix:
-                entry.compact.versions.numpy()[:] = (
-                    entry.versions
-                )  # through numpy, which does not change the version of `versions`
+                entry.compact.versions.numpy()[:] = entry.versions  # numpy does not change its version
 
 
 def _gather(optimizer: Optimizer, entries: list[_Followed]) -> None:

@@ -104,7 +104,7 @@ def _state_index(optimizer: torch.optim.Optimizer, name: str, value: Tensor, old
             return {0: index[dim]} if dim in index else {}
     raise ValueError(
         f"slice_state: {type(optimizer).__name__} keeps {name} {tuple(value.shape)} for a parameter "
-        f"{tuple(old.shape)}, want a state in the shape of the parameter (quantized states cannot be cut)"
+        f"{tuple(old.shape)}, want a state that can be cut (not quantized)"
     )
 
 

@@ -22,11 +22,11 @@ LOWEST_RISE = 1e-4  # where the logarithmic axis of curves.png begins
 def write_report(
     folder: str | Path, result: Mapping[str, Any], sensitivity: Sensitivity | None, plan: Plan | None
 ) -> list[Path]:
-    """Write a report into `folder`, which is made if it is missing; returns its files, sorted.
+    """Write a report into `folder`, which is created if needed. Returns its files, sorted.
 
-    Always summary.txt (`result` is the content of result.json); with a plan kept.png; with a ranking of tensors
-    ranking.csv and sensitivity.png; with predicted curves (method obs) curves.csv and curves.png. Without matplotlib
-    the summary says that there are no pictures."""
+    result: the content of result.json, for summary.txt. With a plan: kept.png. With a ranking of tensors: ranking.csv
+    and sensitivity.png. With predicted curves (method obs): curves.csv and curves.png. Without matplotlib there are no
+    pictures, and the summary says so."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = [summary(result)]

@@ -12,7 +12,7 @@ from ..core.text import share, table
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """What a run was and what it ended with, as text: sizes before and after, scores at the cut and at the end.
+    """The summary of a run as text: sizes before and after, scores at the cut and at the end.
 
     result: the content of result.json."""
     baseline = FORMER_METHODS.get(result["method"], result["method"]) == BASELINE
@@ -35,12 +35,12 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _at_cut(result: Mapping[str, Any]) -> dict[str, float]:
-    """Scores just before trimming; results written before call them metrics_dense."""
+    """Scores just before trimming; their name up to version 0.1 was metrics_dense."""
     return result.get("metrics_at_cut") or result.get("metrics_dense") or {}
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:
-    """The `most` most sensitive tensors as a table."""
+    """A table of the `most` most sensitive tensors."""
     rows = [(rank, name, value, units) for rank, name, value, _, units in ranking_rows(sensitivity)[:most]]
     return table(("rank", "tensor", "mean |w g|", "units"), rows, left=(1,))
 
@@ -51,7 +51,7 @@ RANKING_HEADER = ("rank", "tensor", "mean_abs_w_grad", "units_kept", "units")
 def ranking_rows(sensitivity: Sensitivity, plan: Plan | None = None) -> list[tuple[int, str, str, int, int]]:
     """Rows under RANKING_HEADER, the most sensitive tensor first; without a plan all units count as kept.
 
-    The units are heads or neurons, or with a grid the blocks of the tensor."""
+    Units are heads or neurons, or with a grid the blocks of the tensor."""
     layout = sensitivity.layout if plan is None else plan.layout
     owner = {m.parameter: site.name for site in layout.sites for m in site.members}
     units = {site.name: site.units for site in layout.sites}

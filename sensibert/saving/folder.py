@@ -1,7 +1,7 @@
-"""Model -> folder with a model card, in the layout of choice, whole or not at all; and folder -> model.
+"""Model -> folder with a model card, written atomically, and folder -> model.
 
-A new folder is written beside its target and renamed. Into a folder that already holds something, files move one by
-one, config.json last: without it nothing loads.
+A new folder is written next to its target and renamed. If the target is not empty, files are moved into it one by one,
+config.json last: without it the folder cannot be loaded.
 """
 
 from __future__ import annotations
@@ -35,17 +35,25 @@ from .model_card import CODE, card
 CONFIG, CARD = "config.json", "README.md"
 REPORTS = ("result.json", "recipe.json")  # written by `finetune`
 DENSE = "dense"  # subfolder of layout="both"
-SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads", "table")  # not for info to change
+SHAPES = (
+    "format",
+    "base_model_type",
+    "head_dim",
+    "heads",
+    "ffn",
+    "kept_heads",
+    "table",
+)  # `info` does not override them
 
 
 def _shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock model of the base sizes, without values."""
+    """The stock model with the sizes of the base model, on the meta device."""
     with torch.device("meta"):
         return stock_class(model)._from_config(stock_config(model.config))
 
 
 def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
-    """A stock model of the original sizes that computes the same, with zeros in place of what was cut."""
+    """A stock model of the original sizes that computes the same, with zeros in place of removed weights."""
     structure, made, wide = structure_of(model), _shapes(model), {}
     narrow = dict(base_of(model).named_parameters())
     for site in sites(made):
@@ -66,7 +74,7 @@ def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
-    """A view that shares the model's modules and has a config of its own, with more in the entry `sensibert`."""
+    """A shallow copy that shares the model's modules. Its own config has more facts in the entry `sensibert`."""
     layout, view = layout_of(model), copy.copy(model)
     origin = {"budget": None, "method": None} | model.config.sensibert
     counted = {"digest": layout.digest, "encoder_params": layout.encoder_params, "sensibert_version": version()}
@@ -81,7 +89,12 @@ def _place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
-    for old in (CONFIG, STRUCTURE, CODE, *REPORTS):  # of an earlier export; without a config.json nothing loads
+    for old in (
+        CONFIG,
+        STRUCTURE,
+        CODE,
+        *REPORTS,
+    ):  # of an earlier export; without config.json the folder cannot be loaded
         (path / old).unlink(missing_ok=True)
     if (path / DENSE / CONFIG).exists():
         shutil.rmtree(path / DENSE)
@@ -90,15 +103,15 @@ def _place(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A new empty folder that becomes `path` (or moves into it) on success, and leaves nothing behind on an error."""
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A context with a new empty folder. On success it becomes `path` or moves into it; on an error it is deleted."""
     anchor = next(parent for parent in path.parents if parent.exists())
     temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
-            file.chmod(0o644)  # safetensors writes for its owner alone
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
         _place(temporary, path)
     except (OSError, SafetensorError) as error:
         raise SensibertError(f"export: cannot write {path} ({error})") from None
@@ -136,11 +149,11 @@ def export(
     """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; return the path.
 
     `model.save_pretrained` does that too; export adds the tokenizer, a model card and facts, and writes atomically.
-    layout: "trimmed" (as small as the model is), "dense" (a stock model of the original sizes with zeros in place of
-    what was cut: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). A
-    model that was never trimmed is written as it is; one masked by a grid as a stock model with zeros, with its masks
-    in structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: files of the same
-    names are replaced, others stay. SensibertError if the path is taken or cannot be written."""
+    layout: "trimmed" (the sizes of the model), "dense" (a stock model of the original sizes with zeros in place of
+    removed weights: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). An
+    untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
+    structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace files of the
+    same names; others are kept. SensibertError if the path is not empty or cannot be written."""
     path, info = Path(path).expanduser().resolve(), info or {}
     _check(model, path, layout, overwrite, info)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
@@ -151,7 +164,7 @@ def export(
         parts[""] = _view(model, info) if trimmed else model
     if trimmed and layout != "trimmed":
         parts[DENSE if parts else ""] = zero_filled(model)
-    with _whole(path) as folder:
+    with _new_folder(path) as folder:
         for part, made in parts.items():
             made.save_pretrained(folder / part)
             if tokenizer is not None:
@@ -164,8 +177,8 @@ def export(
 
 
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Model (in eval mode, with its head and masks) and tokenizer (None without one) of a folder. SensibertError if it
-    cannot be loaded."""
+    """Load (model, tokenizer) of a folder: the model in eval mode, with its head and masks; the tokenizer may be None.
+    SensibertError if the folder cannot be loaded."""
     try:
         name = (AutoConfig.from_pretrained(path).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
@@ -184,6 +197,6 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
 
 
 def load_structure(path: str | Path) -> dict[str, Tensor] | Masks:
-    """Site name -> indices of the kept units in the original model (int64, ascending), of a trimmed folder; the masks
-    of a folder masked by a grid. SensibertError if there is no such file."""
+    """Read the structure of a trimmed folder: site name -> indices of the kept units in the original model (int64,
+    ascending). For a folder masked by a grid: its masks. SensibertError if there is no such file."""
     return read_structure(Path(path) / STRUCTURE)

@@ -9,7 +9,7 @@ from ..core.errors import SensibertError
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:
-    """SensibertError if the folder `output` cannot be written: a file or link is there, or it is not empty."""
+    """SensibertError if the folder `output` cannot be written: it is a file or link, or is not empty."""
     output = Path(output)
     if not output.name:
         raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
@@ -22,9 +22,9 @@ def check_output(output: str | Path, overwrite: bool) -> None:
 
 def check_apart(output: str | Path, **inputs: str | None) -> None:
     """SensibertError if replacing `output` would delete an input of the run, or the working folder."""
-    place = Path(output).resolve()
+    target = Path(output).resolve()
     for name, given in {**inputs, "working folder": "."}.items():
-        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(place):
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(target):
             raise SensibertError(f"output: {output} holds the {name} of this run ({given}), want another folder")
 
 

@@ -1,10 +1,10 @@
 """Model and micro-batches -> Sensitivity: one score for every unit that can be removed.
 
 With a gate m_j = 1 on the activation of unit j, dL/dm_j is the sum of W * dL/dW over the block of the consuming weight
-that reads the unit (its columns). So one call of `block_sensitivity` on weights and gradients gives every gate gradient
-g_j. Summed over micro-batches:
+that reads the unit (its columns). One call of `block_sensitivity` on weights and gradients computes every gate gradient
+g_j. The scores, summed over micro-batches:
 
-    obs        rise of the loss as units are removed one after the other and the others compensate (kfac_obs.py)
+    obs        rise of the loss as units are removed one by one and the remaining ones compensate (kfac_obs.py)
     layer-obs  the same for the squared error of each layer's output: needs no labels
     fisher     g_j^2, with labels sampled from the model's own prediction, so it does not vanish with the loss
     taylor     |g_j|, with the given labels
@@ -44,7 +44,7 @@ def _removal_scores(
         columns = unit_columns(site)
         costs = removal_costs(linear.weight, of_site, linear.bias, columns)
         scores[site.name] = costs.float().to(linear.weight.device)
-        if predict:  # otherwise the costs are not those of the loss
+        if predict:  # the costs of layer-obs do not measure the loss
             curves[site.name] = predicted_curve(linear, of_site, costs, columns)
     return scores, curves
 
@@ -59,16 +59,16 @@ def analyze(
     grid: Grid | None = None,
     factors: Mapping[str, FisherFactors] | None = None,
 ) -> Sensitivity:
-    """Score every unit of a transformers model; weights, gradients, mode and random state stay as they are.
+    """Score every unit of a transformers model. Weights, gradients, mode and random state are not changed.
 
-    batches: dicts of tensors as the model takes them, 1 to 8 samples each (gradients are squared a micro-batch at a
-    time); not read by `magnitude` and `random`. method: one of the statistics above; None: `obs`, with a grid `fisher`.
-    sampled_loss: (outputs, batch, generator) -> scalar loss with labels drawn from the prediction, for `obs` and
-    `fisher`. autocast: dtype of a mixed-precision forward pass. grid: score the blocks of every weight instead of
-    units; blocks that are masked already score -inf. factors: for `obs` and `layer-obs`, if they were collected before
-    (`collect_factors`). Scores are fp32 on the model's device, summed over the samples: one [units] tensor a site, or
-    with a grid one [blocks of rows, blocks of columns] tensor a weight.
-    SensibertError for an unknown method, no data, or a loss that is not finite."""
+    batches: dicts of tensors, the inputs of the model, with 1 to 8 samples each (the gradient of each micro-batch is
+    squared); not read by `magnitude` and `random`. method: one of the statistics above; None: `obs`, with a grid
+    `fisher`. sampled_loss: (outputs, batch, generator) -> scalar loss with labels drawn from the prediction, for `obs`
+    and `fisher`. autocast: dtype of a mixed-precision forward pass. grid: score the blocks of every weight instead of
+    units; masked blocks score -inf. factors: for `obs` and `layer-obs`, if `collect_factors` was already called. Scores
+    are fp32 on the model's device, summed over the samples: one [units] tensor per site, or with a grid one [blocks of
+    rows, blocks of columns] tensor per weight. SensibertError for an unknown method, no data, or a loss that is not
+    finite."""
     method = ("obs" if grid is None else "fisher") if method is None else FORMER_METHODS.get(method, method)
     if method not in STATISTICS:
         raise SensibertError(f"analyze: method is {method!r}, want one of {', '.join(STATISTICS)}")

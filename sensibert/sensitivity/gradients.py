@@ -1,4 +1,4 @@
-"""Scores from gradients: one reduction of weight and gradient over every block, a micro-batch at a time."""
+"""Scores from gradients: one reduction of weight and gradient over every block, for each micro-batch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
 
 
 class ScoredBlocks(NamedTuple):
-    """A parameter whose blocks are scored, and the owner of the score: a site (its units), or the parameter itself."""
+    """A parameter whose blocks are scored. The scores belong to the owner: a site, or the parameter itself."""
 
     owner: str
     parameter: str
     grid: Grid
     dim: int = 0
-    parts: int = 1  # sections along dim, each with one block a unit
+    parts: int = 1  # sections along dim, each with one block per unit
     shape: tuple[int, ...] = (-1,)  # of the owner's scores
 
     def sections(self, parameter: Tensor) -> list[Tensor]:
@@ -56,7 +56,7 @@ def reduce_blocks(
     statistic: Statistic,
     out: list[Tensor] | None,
 ) -> list[Tensor]:
-    """One op call over all weights; out holds one tensor per section, as its grid cuts it."""
+    """One op call for all weights. out: one tensor per section, in the shape of its grid."""
     parts, part_grads, grids = [], [], []
     for number, block in enumerate(blocks):
         sections = block.sections(weights[number])
@@ -67,12 +67,12 @@ def reduce_blocks(
 
 
 def collect_scores(blocks: list[ScoredBlocks], out: list[Tensor]) -> dict[str, Tensor]:
-    """Sum the sections and members of each owner: name -> fp32 [units], or as the grid cuts the weight."""
+    """Sum the sections and members of each owner: name -> fp32 [units], or [block rows, block columns]."""
     scores: dict[str, Tensor] = {}
-    rest = iter(out)
+    parts = iter(out)
     for block in blocks:
         for _ in range(block.parts):
-            part = next(rest).float().reshape(block.shape)
+            part = next(parts).float().reshape(block.shape)
             scores[block.owner] = scores[block.owner] + part if block.owner in scores else part
     return scores
 
@@ -101,7 +101,7 @@ def gradient_scores(
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
                 value = loss(model(**batch), batch, generator)
-                # Asking for these gradients alone skips the embeddings and leaves every .grad as it is.
+                # Computes no gradients of embeddings, and does not change any .grad.
                 grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
                 require_finite(value, samples)
                 out = reduce_blocks(blocks, [w.detach() for w in weights], list(grads), statistic, out)

@@ -6,12 +6,12 @@ from the model's prediction, and a_t = |delta_t|^2, the loss rises with a change
     1/2 tr(G dW C dW^T),   C = sum_t a_t (h_t - m)(h_t - m)^T,   G = sum_t delta_t delta_t^T / sum_t a_t
 
 (m: the mean of h weighted by a_t, which b absorbs; the factors are those of one step of the power iteration for the
-nearest Kronecker product). Removing the units D while the others compensate in the best way costs, with H = C^-1,
+nearest Kronecker product). Removing the units D, with optimal compensation by the remaining ones, costs, with H = C^-1,
 
     1/2 tr(G W_D (H_DD)^-1 W_D^T),   and   W' = W - W_D (H_DD)^-1 H_D
 
-During training the loss also has a slope, with the labels of the data. Its predicted rise (`predicted_curve`) adds up
-the slope and the curvature along that change of the weights, and the squared gradients, sample n by sample, of a gate
+During training the loss also has a slope, with the labels of the data. Its predicted rise (`predicted_curve`) is the
+sum of the slope and the curvature along that change of the weights, and of the squared gradients per sample n of a gate
 m_j on each dropped unit, without compensation:
 
     tr((dL/dW - dL/db m^T)^T (W' - W))  +  1/2 tr(G W_D (H_DD)^-1 W_D^T)  +  1/2 sum over n and j in D of (dL_n/dm_j)^2
@@ -43,21 +43,21 @@ from ..models import base_of, eval_mode, require_finite
 from ..models.modules import attribute
 from .gradients import Loss
 
-DAMP = 1e-2  # added to C: this share of its mean diagonal
-# The same where weights are changed. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
-# 30 %), but the weights grow by a tenth only, not by a half or threefold, which training continues from.
+DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
+# The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
+# 30 %), but weights grow only by a tenth, not by half or threefold, which is a better start for training.
 DAMP_WEIGHTS = 1.0
-ROUND = 32  # each round removes one in 32 of the units that are left
-POINTS = 4  # of a predicted curve, besides its origin; each needs a least-squares solution
-STEP_UP = 1 + 1e-6  # a unit that is removed later has a larger score, in fp32 too
+ROUND = 32  # each round removes one in 32 of the remaining units
+POINTS = 4  # of a predicted curve, without its origin; each needs a least-squares solution
+STEP_UP = 1 + 1e-6  # units removed later have larger scores, in fp32 too
 
 
 class FisherFactors:
-    """Sums over tokens at one consuming weight: of a, a h, a h h^T and delta delta^T. samples: rows seen.
+    """Sums over tokens at one consuming weight: of a, a h, a h h^T and delta delta^T. samples: number of rows.
 
-    With labels in the batches, also of delta and delta h^T, the gradients of bias and weight; and over samples, of the
-    squared gradient of a gate on each unit (the statistic `fisher`, one sample at a time).
-    fp32, or fp64 for fp64 weights. The largest sum is K x K: 38 MB for an FFN layer of BERT-base."""
+    With labels in the batches also the sums of delta and delta h^T, the gradients of bias and weight. Over samples: the
+    squared gradient of a gate on each unit (the statistic `fisher` with one sample per micro-batch). fp32, or fp64 for
+    fp64 weights. The largest sum is K x K: 38 MB for an FFN layer of BERT-base."""
 
     def __init__(
         self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units: int = 0
@@ -69,8 +69,8 @@ class FisherFactors:
         )
 
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
-        """h [..., K] and the gradients of the loss at the output, [..., N], of the same tokens: delta with drawn
-        labels, given with the labels of the batch."""
+        """Add tokens: h [..., K], and the gradients of the loss at the output [..., N]: delta with drawn labels, given
+        with the labels of the batch."""
         h, delta = (t.flatten(0, -2).to(self.second.dtype) for t in (h, delta))
         if given is not None:
             given = given.flatten(0, -2).to(self.second.dtype)
@@ -81,14 +81,14 @@ class FisherFactors:
         self.output.addmm_(delta.T, delta)
 
     def add_gates(self, h: Tensor, delta: Tensor, weight: Tensor, columns: Tensor) -> None:
-        """h [B, ..., K] and delta [B, ..., N] of B samples; weight [N, K], columns [units, span]. If the samples are
-        not separated ([tokens, K]), the gradient of all is squared: the same on average, since drawn labels cancel."""
+        """Add B samples: h [B, ..., K], delta [B, ..., N]; weight [N, K], columns [units, span]. If samples are not
+        separated ([tokens, K]), the gradient of their sum is squared: its mean is the same, since labels are drawn."""
         h, delta = (t.flatten(1, -2) if t.dim() > 2 else t[None] for t in (h, delta))
         gate = (h * (delta.to(weight.dtype) @ weight)).sum(1)[:, columns.to(h.device)].sum(-1)
         self.gates += gate.to(self.gates.dtype).square().sum(0)
 
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
-        """h [..., K]; every token with mask [...] 1 counts the same, and so does every output (G is the identity)."""
+        """Add tokens h [..., K] whose mask [...] is 1, with equal weights for all tokens and outputs (G = I)."""
         a = mask.flatten()[:, None].to(self.second.dtype)
         self._add(h.flatten(0, -2).to(self.second.dtype), a)
         self.output.diagonal().add_(a.sum())
@@ -125,25 +125,25 @@ def collect_factors(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
-    """Name of each consuming weight -> its factors. One forward and one backward pass a batch, or two backward passes
-    if the batch has labels. The model stays as it is.
+    """Name of each consuming weight -> its factors. One forward and one backward pass per batch, or two backward passes
+    if the batch has labels. The model is not changed.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
-    passes only, and every token counts the same (a_t = 1, G = I). SensibertError for no data, or a loss that is not
+    passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, or a loss that is not
     finite."""
-    found: dict[str, FisherFactors] = {}
+    collected: dict[str, FisherFactors] = {}
     handles, samples = [], 0
-    seen: list[Seen] = []
-    sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a layer used again has sites again
+    calls: list[Call] = []
+    sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
     for name, site in sites.items():
         linear = consumer(model, name)
         like = linear.weight
-        found[name] = FisherFactors(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
+        collected[name] = FisherFactors(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
 
         def watch(module: nn.Linear, args: tuple[Tensor], out: Tensor, site: Site = site) -> Tensor:
             if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
                 out.requires_grad_()
-            seen.append(Seen(site, module.weight.detach(), args[0].detach(), out))
+            calls.append(Call(site, module.weight.detach(), args[0].detach(), out))
             return out
 
         handles.append(linear.register_forward_hook(watch))
@@ -156,26 +156,26 @@ def collect_factors(
                 if sampled_loss is None:
                     with torch.no_grad():
                         model(**batch)
-                    _add_evenly(found, seen, batch.get("attention_mask"))
+                    _add_evenly(collected, calls, batch.get("attention_mask"))
                 else:
                     outputs = model(**batch)
                     drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
                     require_finite(drawn, samples)
-                    _add_gradients(found, seen, drawn * rows, None if given is None else given * rows)
-                seen.clear()
+                    _add_gradients(collected, calls, drawn * rows, None if given is None else given * rows)
+                calls.clear()
                 samples += rows
     finally:
         for handle in handles:
             handle.remove()
     if not samples:
         raise SensibertError("analyze: batches is empty, want at least one micro-batch")
-    for factors in found.values():
+    for factors in collected.values():
         factors.samples = samples
-    return found
+    return collected
 
 
-class Seen(NamedTuple):
-    """A consumer in a forward pass: y = W h + b."""
+class Call(NamedTuple):
+    """A call of a consumer in a forward pass: y = W h + b."""
 
     site: Site
     weight: Tensor  # [N, K]
@@ -183,32 +183,33 @@ class Seen(NamedTuple):
     y: Tensor  # [..., N]
 
 
-def _add_gradients(found: Mapping[str, FisherFactors], seen: list[Seen], drawn: Tensor, given: Tensor | None) -> None:
-    places = [one.y for one in seen]
-    grad = partial(torch.autograd.grad, inputs=places, allow_unused=True, materialize_grads=True)
+def _add_gradients(
+    collected: Mapping[str, FisherFactors], calls: list[Call], drawn: Tensor, given: Tensor | None
+) -> None:
+    grad = partial(torch.autograd.grad, inputs=[call.y for call in calls], allow_unused=True, materialize_grads=True)
     slopes = repeat(None) if given is None else grad(given, retain_graph=True)
-    for one, delta, slope in zip(seen, grad(drawn), slopes):
-        factors = found[one.site.consumer.parameter]
-        factors.add(one.h, delta, slope)
-        factors.add_gates(one.h, delta, one.weight, unit_columns(one.site))
+    for call, delta, slope in zip(calls, grad(drawn), slopes):
+        factors = collected[call.site.consumer.parameter]
+        factors.add(call.h, delta, slope)
+        factors.add_gates(call.h, delta, call.weight, unit_columns(call.site))
 
 
-def _add_evenly(found: Mapping[str, FisherFactors], seen: list[Seen], mask: Tensor | None) -> None:
-    for one in seen:
-        if mask is None or mask.numel() * one.h.shape[-1] != one.h.numel():  # some models remove the padding
-            weights = torch.ones(one.h.shape[:-1], device=one.h.device)
+def _add_evenly(collected: Mapping[str, FisherFactors], calls: list[Call], mask: Tensor | None) -> None:
+    for call in calls:
+        if mask is None or mask.numel() * call.h.shape[-1] != call.h.numel():  # some models remove the padding
+            weights = torch.ones(call.h.shape[:-1], device=call.h.device)
         else:
             weights = mask
-        found[one.site.consumer.parameter].add_evenly(one.h, weights)
+        collected[call.site.consumer.parameter].add_evenly(call.h, weights)
 
 
 @torch.no_grad()
 def removal_costs(weight: Tensor, factors: FisherFactors, bias: Tensor | None, columns: Tensor) -> Tensor:
-    """Rise of the loss over all samples as units are removed one after the other, the cheapest first: fp64 [units].
+    """Rise of the summed loss as units are removed one by one, the lowest cost first: fp64 [units].
 
-    weight [N, K]; columns [units, span]: the columns of each unit. Units are removed in rounds; after each round the
-    others compensate, so a unit that replaces removed ones becomes more expensive. Costs never fall along the order of
-    removal (a unit that became cheaper has the cost of the one before), so a threshold on them respects that order."""
+    weight [N, K]; columns [units, span]: the columns of each unit. Units are removed in rounds. After each round the
+    remaining units compensate, so those that replace removed ones get a higher cost. Costs never decrease in the order
+    of removal (a lower cost is raised to that of the unit before), so a threshold on costs respects that order."""
     if not factors.weight > 0:  # the loss does not depend on this output
         return torch.zeros(len(columns), dtype=torch.float64)
     _, covariance = factors.inner(bias, DAMP)
@@ -216,31 +217,32 @@ def removal_costs(weight: Tensor, factors: FisherFactors, bias: Tensor | None, c
     inverse, (units, span) = _inverse(covariance), columns.shape
     order = columns.flatten().to(left.device)
     left, inverse = left[:, order], inverse[order][:, order]
-    alive, costs, floor = torch.arange(units), torch.zeros(units, dtype=torch.float64), 0.0
-    while len(alive):
+    remaining, costs, lowest = torch.arange(units), torch.zeros(units, dtype=torch.float64), 0.0
+    while len(remaining):
         if span == 1:
             rise = 0.5 * (left.square().sum(0) / inverse.diagonal()).cpu()
         else:
-            blocks = inverse.view(len(alive), span, len(alive), span).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            mine = left.view(len(left), len(alive), span).transpose(0, 1)  # [alive, N, span]
-            rise = 0.5 * (torch.linalg.solve(blocks, mine, left=False) * mine).sum((1, 2)).cpu()
-        size = max(1, len(alive) // ROUND)
-        going = torch.argsort(rise, stable=True)[:size]
-        for unit in going.tolist():
-            floor = max(float(rise[unit]), floor * STEP_UP)
-            costs[alive[unit]] = floor
-        stays = torch.ones(len(alive), dtype=torch.bool)
-        stays[going] = False
-        out, rest = (mask.repeat_interleave(span).nonzero()[:, 0].to(left.device) for mask in (~stays, stays))
-        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, rest])  # (H_DD)^-1 H_D
-        left = left[:, rest] - left[:, out] @ share
-        inverse = inverse[rest][:, rest] - inverse[rest][:, out] @ share
-        alive = alive[stays]
+            blocks = inverse.view(len(remaining), span, len(remaining), span).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            of_unit = left.view(len(left), len(remaining), span).transpose(0, 1)  # [remaining, N, span]
+            rise = 0.5 * (torch.linalg.solve(blocks, of_unit, left=False) * of_unit).sum((1, 2)).cpu()
+        size = max(1, len(remaining) // ROUND)
+        removed = torch.argsort(rise, stable=True)[:size]
+        for unit in removed.tolist():
+            lowest = max(float(rise[unit]), lowest * STEP_UP)
+            costs[remaining[unit]] = lowest
+        kept = torch.ones(len(remaining), dtype=torch.bool)
+        kept[removed] = False
+        D, S = (mask.repeat_interleave(span).nonzero()[:, 0].to(left.device) for mask in (~kept, kept))
+        share = torch.linalg.solve(inverse[D][:, D], inverse[D][:, S])  # (H_DD)^-1 H_D
+        left = left[:, S] - left[:, D] @ share
+        inverse = inverse[S][:, S] - inverse[S][:, D] @ share
+        remaining = remaining[kept]
     return costs
 
 
 def _root(gram: Tensor) -> Tensor:
-    """A matrix R with R^T R = gram, symmetric and positive semidefinite. A spectrum takes ten times as long."""
+    """A matrix R with R^T R = gram, for a symmetric positive semidefinite gram. Cholesky is ten times as fast as
+    eigh."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     if not failed:
         return factor.T
@@ -249,7 +251,7 @@ def _root(gram: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """Of a symmetric matrix, positive definite but for rounding."""
+    """Inverse of a symmetric matrix that is positive definite up to rounding."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
 
@@ -259,7 +261,8 @@ def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
     return torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])
 
 
-def _others(kept: Tensor, width: int) -> Tensor:
+def _complement(kept: Tensor, width: int) -> Tensor:
+    """bool [width], False at the kept positions."""
     drop = torch.ones(width, dtype=torch.bool, device=kept.device)
     drop[kept] = False
     return drop
@@ -267,12 +270,12 @@ def _others(kept: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, damp: float = DAMP_WEIGHTS) -> None:
-    """Set the kept columns and the bias, in place, to the best values once the other columns are removed.
+    """Set the kept columns and the bias, in place, to the least-squares solution without the other columns.
 
     W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the solution above, written with C. kept: column numbers [n].
-    The other columns are left as they are."""
+    The other columns are not changed."""
     mean, covariance = factors.inner(linear.bias, damp)
-    drop = _others(kept.to(mean.device), len(mean))
+    drop = _complement(kept.to(mean.device), len(mean))
     old, shift = linear.weight[:, drop].double(), mean[drop]
     if len(kept):
         share = _share(covariance, kept, drop)
@@ -286,10 +289,10 @@ def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, 
 def predicted_curve(
     linear: nn.Linear, factors: FisherFactors, costs: Tensor, columns: Tensor
 ) -> list[tuple[int, float]]:
-    """[(units removed, predicted rise of the mean loss)], at 0 and at every POINTS-th of the units, when they are
-    removed in the order of their costs and the others compensate.
+    """[(units removed, predicted rise of the mean loss)] at 0 and at POINTS equal steps, when units are removed in the
+    order of their costs and the remaining ones compensate.
 
-    costs: `removal_costs` [units]; columns [units, span]. The slope needs factors that were collected with labels."""
+    costs: `removal_costs` [units]; columns [units, span]. The slope needs factors collected with labels."""
     if not factors.weight > 0:  # the loss does not depend on this output
         return [(0, 0.0), (len(costs), 0.0)]
     mean, covariance = factors.inner(linear.bias, DAMP_WEIGHTS)
@@ -300,7 +303,7 @@ def predicted_curve(
         if gone == curve[-1][0]:
             continue
         kept = columns[order[gone:]].flatten().sort().values.to(mean.device)
-        drop = _others(kept, len(mean))
+        drop = _complement(kept, len(mean))
         rise = costs[order[:gone]].sum().item() + 0.5 * factors.gates.cpu()[order[:gone]].sum().item()
         rise -= (slope[:, drop] * weight[:, drop]).sum().item()
         if len(kept):

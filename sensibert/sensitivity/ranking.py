@@ -24,8 +24,8 @@ def rank_tensors(
     """Parameter name -> mean |w * g| of every trimmable weight matrix, the most sensitive first.
 
     The mean is over elements and micro-batches; g is the gradient of a micro-batch's mean loss. To first order |w * g|
-    is the change of the loss if that weight alone is set to 0, and the mean does not favour large tensors. Arguments as
-    for `analyze`; without sampled_loss the labels of the batches are used."""
+    is the change of the loss if only that weight is set to 0. The mean does not favour large tensors. Arguments as for
+    `analyze`; without sampled_loss the labels of the batches are used."""
     layout, state = layout_of(model), dict(base_of(model).named_parameters())
     names = {m.parameter for site in layout.sites for m in site.members if state[m.parameter].dim() == 2}
     used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]

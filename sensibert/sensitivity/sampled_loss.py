@@ -1,4 +1,4 @@
-"""The loss with labels drawn from the model's own prediction: its squared gradients estimate the Fisher information."""
+"""The loss with labels drawn from the model's prediction: its squared gradients estimate the Fisher information."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.errors import SensibertError
 
 
 def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Scalar loss of a model output with labels sampled from it; their shapes decide the kind.
+    """Scalar loss of a model output with labels drawn from it. Its kind depends on the shapes:
 
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
@@ -40,7 +40,8 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
 
 
 def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """logits [M, C]. Drawn by an exponential race: multinomial raises on NaN, here the loss is NaN and can be named."""
+    """logits [M, C]. Labels are drawn by an exponential race: multinomial raises on NaN, but here the loss becomes NaN,
+    which the caller reports."""
     race = _draw(logits, generator, torch.Tensor.exponential_)
     labels = (logits.detach().softmax(-1) / race).argmax(-1)
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)

@@ -24,8 +24,8 @@ def soft_gate_scores(
     seed: int,
     autocast: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Site -> |m_j| [units] after a short run of Adam on the gates alone, minimizing loss + penalty * mean |m|; and the
-    number of samples."""
+    """(site -> |m_j| [units], number of samples). Adam minimizes loss + penalty * mean |m| over the gates only, in a
+    short run."""
     device = next(model.parameters()).device
     gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in layout.sites}
     handles = []
@@ -39,7 +39,7 @@ def soft_gate_scores(
         handles.append(consumer(model, site.consumer.parameter).register_forward_pre_hook(gated))
     used = [gate for gate in gates.values() if gate.numel()]
     if not used:
-        raise SensibertError("analyze: the model has no unit to score, want one that is not trimmed to nothing")
+        raise SensibertError("analyze: the model has no unit to score, want one with heads or FFN neurons")
     optimizer = torch.optim.Adam(used, lr=GATE_RATE)
     generator, samples = torch.Generator().manual_seed(seed), 0
     try:

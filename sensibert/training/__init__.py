@@ -1,4 +1,4 @@
-"""The training loop around the trim."""
+"""The training loop."""
 
 from .trainer import TrimTrainer, finetune, predict
 

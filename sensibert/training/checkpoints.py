@@ -1,4 +1,4 @@
-"""Checkpoints that are known to be complete, and the folder that holds them until the run is finished."""
+"""Checkpoints with a manifest, which shows that they are complete, and the folder of an unfinished run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
-# Arguments of a Trainer that the weights of a step depend on, as far as they are numbers or words.
+# Arguments of a Trainer (numbers and texts) that the weights at a step depend on.
 LEARNS_BY = (
     *("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1"),
     *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed"),
@@ -31,7 +31,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
-    """Add the structure of the model and the memory of the run to a checkpoint; last of all, mark it as complete."""
+    """Add the structure of the model and the memory of the run to a checkpoint, then mark it as complete."""
     folder = Path(checkpoint)
     if is_trimmed(model) or masks_of(model) is not None:
         save_structure(model, folder / STRUCTURE)
@@ -45,19 +45,19 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     """SensibertError if the folder is not a complete checkpoint of a sensibert run."""
     folder = Path(checkpoint)
     try:
-        wanted = json.loads((folder / MANIFEST).read_text())
+        sizes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         raise SensibertError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or unreadable)") from None
-    found = _files(folder)
-    for name, size in wanted.items():
-        if found.get(name) != size:
-            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {found.get(name, 0)} bytes, want {size}")
+    actual = _files(folder)
+    for name, size in sizes.items():
+        if actual.get(name) != size:
+            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {actual.get(name, 0)} bytes, want {size}")
 
 
 def learns_by(arguments: TrainingArguments) -> dict[str, object]:
     """The arguments named in LEARNS_BY, as JSON values."""
-    found = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
-    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
+    values = {"batch_size": arguments.train_batch_size, **{name: getattr(arguments, name) for name in LEARNS_BY}}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
 
 
 def refuse_trimmed_weights(model: nn.Module, weights: Mapping[str, Tensor], prefix: str = "", *_: object) -> None:
@@ -83,12 +83,12 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>`, newest first, complete or not."""
-    found = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
-    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)]
+    by_step = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
+    return [by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True)]
 
 
 def _sealed(folder: str | Path) -> list[Path]:
-    """Without those whose writing was interrupted: they have no manifest."""
+    """Checkpoints with a manifest. Writing of the others was interrupted."""
     return [checkpoint for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).exists()]
 
 
@@ -108,16 +108,16 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def partial_folder(output: str | Path) -> Path:
-    """The folder of a run until it is finished: checkpoints, teacher. `output` appears when the run is complete."""
+    """The folder of an unfinished run, with checkpoints and teacher. `output` appears when the run is complete."""
     output = Path(output)
     return output.with_name(output.name + ".partial")
 
 
 @contextmanager
 def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
-    """(the run's folder, the checkpoint to resume from). SensibertError if an unfinished run is in the way.
+    """(the run's folder, the checkpoint to resume from). SensibertError if there is an unfinished run.
 
-    A run that fails leaves its complete checkpoints and nothing else; without any, it leaves nothing."""
+    A failed run leaves only its complete checkpoints, or nothing if it has none."""
     partial = partial_folder(output)
     checkpoint = None
     if resume:

@@ -1,4 +1,4 @@
-"""Distillation: the loss against a teacher, given or the run's own snapshot at the cut."""
+"""Distillation: the loss against a teacher, which is a given model or the run's snapshot at the cut."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Distillation:
     temperature: float = 2.0
 
     def mix(self, loss: Tensor, outputs: Mapping, target: Mapping, inputs: Mapping) -> Tensor:
-        """inputs: the batch. Of tokens, those that have a label count."""
+        """The mixed loss. inputs: the batch; in token tasks only tokens with a label count."""
         labels = inputs.get("labels")
         counted = None if labels is None else labels != -100
         return (1 - self.weight) * loss + self.weight * distillation_loss(outputs, target, self.temperature, counted)

@@ -1,4 +1,4 @@
-"""What is different after the last cut: dropout and frozen embeddings, and how it is put back at the end."""
+"""Settings after the last cut (dropout, frozen embeddings), which are restored at the end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from ..models import embeddings_of
 
 
 class Recovery:
-    """Applies a schedule's dropout and frozen embeddings to a model, and restores what they were."""
+    """Applies a schedule's dropout and frozen embeddings to a model, and restores the former values."""
 
     def __init__(self) -> None:
         self._before: list[tuple[object, str, object]] = []  # (owner, attribute, former value)
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, left: float) -> None:
-        """left: fraction of the encoder's cost that is left. The optimizer forgets the moments of frozen embeddings."""
+        """left: fraction of the encoder's cost that is left. The moments of frozen embeddings are deleted from the
+        optimizer."""
         p = schedule.dropout()
         for module in model.modules() if p is not None else ():
             name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"  # a number in ModernBERT
@@ -25,7 +26,7 @@ class Recovery:
         if schedule.freezes(left):
             for weight in embeddings_of(model).parameters():
                 self._set(weight, "requires_grad", False)
-                optimizer.state.pop(weight, None)  # half of the memory of MiniLM's AdamW
+                optimizer.state.pop(weight, None)  # saves half of the optimizer's memory for MiniLM
 
     def end(self) -> None:
         for owner, name, value in self._before:

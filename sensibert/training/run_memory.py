@@ -1,4 +1,4 @@
-"""What a run must not forget when it is resumed; written into every checkpoint."""
+"""The state of a run, besides the Trainer's, that a resumed run needs; saved in every checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunMemory:
     _clock: float = field(default_factory=time.perf_counter)
 
     def restart_clock(self, clock: float | None = None) -> None:
-        """Count from now, or from that reading of time.perf_counter()."""
+        """Count from now, or from `clock`, a value of time.perf_counter()."""
         self._clock = time.perf_counter() if clock is None else clock
 
     def spend(self, phase: str) -> None:
@@ -36,19 +36,19 @@ class RunMemory:
         self._clock = now
 
     def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
-        """For the checkpoint's file, with the settings that its weights depend on."""
+        """The content of the checkpoint's file. settings: those that its weights depend on."""
         return {"settings": dict(settings), "metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
-        """Take over what a checkpoint's file says; returns its settings, under today's names."""
-        kept = json.loads((checkpoint / MEMORY).read_text())
-        self.metrics_at_cut = kept.get("metrics_at_cut", kept.get("metrics_dense"))
-        self.seconds = kept["seconds"]
-        return current_settings(kept.get("settings", {}))
+        """Read a checkpoint's file. Returns its settings under today's names."""
+        content = json.loads((checkpoint / MEMORY).read_text())
+        self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
+        self.seconds = content["seconds"]
+        return current_settings(content.get("settings", {}))
 
 
 def current_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings of a checkpoint under today's names and spellings, without retired ones that change nothing."""
+    """Settings of a checkpoint under today's names and spellings, without removed ones that change nothing."""
     former = former_names(TrimConfig, Schedule)
     fields = {**settings_of(TrimConfig), **settings_of(Schedule)}
     current = {}

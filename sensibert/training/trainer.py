@@ -1,8 +1,8 @@
 """Model and data -> fine-tuned model: a thin layer over transformers.Trainer.
 
-It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, a loss
-that is checked at every step, and checkpoints that say when they are complete and carry the structure. Trimming itself
-is done between the steps, by a callback.
+It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, a check
+of the loss at every step, and checkpoints with a manifest and the model's structure. A callback trims the model between
+two steps.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
-# Batches are padded to a multiple of this many tokens on a GPU, and in bf16 on a CPU once the model is trimmed: its
-# layers have different widths, so every new length brings many new matrix shapes, and preparing those in cuBLAS and
-# oneDNN costs more than the padding. On a CPU, with MiniLM at half and every length new, a step takes 0.80 of the time
-# (`bench/bench_step.py`); an untrimmed model has few shapes, and fp32 prepares nothing. squad has 178 lengths in 331
-# batches of 32 rows, or 38 multiples of 8.
+# Batches are padded to a multiple of this many tokens on a GPU, and for a trimmed model also in bf16 on a CPU. Layers
+# of a trimmed model have different widths, so every new length brings many new matrix shapes, and cuBLAS and oneDNN
+# take longer to prepare those than the padding costs. On a CPU, with MiniLM at half and new lengths only, a step takes
+# 0.80 of the time (`bench/bench_step.py`). An untrimmed model has few shapes, and fp32 needs no preparation. squad has
+# 178 lengths in 331 batches of 32 rows, but only 38 multiples of 8.
 MULTIPLE = 8
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # MaskedAdamW is used in their place
 
 
 class LengthSampler(Sampler[int]):
-    """Batches of similar length. The order depends on seed and epoch alone, so a resumed run sees the same."""
+    """Batches of similar length. The order depends on seed and epoch alone, so a resumed run has the same."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
@@ -73,7 +73,7 @@ class TrimTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # Some heads divide by the number of items if they get it, others do not: Trainer divides by the steps.
+        # Some heads divide by the number of items if they get it, others do not. Here Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
@@ -86,7 +86,7 @@ class TrimTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         assert self.optimizer is not None  # there are gradients to clip
         optimizer = unwrapped(self.optimizer)
-        if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # whose gradients are still to be unscaled
+        if not isinstance(optimizer, MaskedAdamW) or self.args.fp16:  # fp16: gradients are not unscaled yet
             return super()._clip_grad_norm(model)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         return optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
@@ -153,13 +153,13 @@ class TrimTrainer(Trainer):
                 callback.resume_from(resume_from_checkpoint)
         structure = Path(resume_from_checkpoint) / STRUCTURE
         if structure.exists():
-            cutters = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
-            if not cutters:
+            restructure = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
+            if not restructure:
                 raise SensibertError(
                     f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to "
                     "trim this one"
                 )
-            cutters[0](self.model if model is None else model, read_structure(structure))
+            restructure[0](self.model if model is None else model, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -190,7 +190,7 @@ def finetune(
 ) -> TrimTrainer:
     """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
 
-    callbacks: may trim the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
+    callbacks: they may trim the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
     SensibertError for a loss that is not finite or a damaged checkpoint."""
     want_one_process(arguments)
     trainer = TrimTrainer(
@@ -220,7 +220,8 @@ def predict(
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """Logits in the order of `data`, computed in batches of similar length, so that little is padded.
 
-    [n, C]; of tokens [n, S, C]; of answers (start [n, S], end [n, S]). What follows a row's own tokens is -100."""
+    Shapes: [n, C]; for tokens [n, S, C]; for answers (start [n, S], end [n, S]). Padding after a row's tokens is
+    -100."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
@@ -247,7 +248,7 @@ def predict(
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of different length are padded with -100 at the end of their first axis."""
+    """Stack rows of different length, padded with -100 at the end of their first axis."""
     longest = max(len(row) for row in rows)
     pad = [(0, 0)] * (rows[0].ndim - 1)
     return np.stack([np.pad(row, [(0, longest - len(row)), *pad], constant_values=-100) for row in rows])

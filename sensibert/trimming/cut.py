@@ -1,4 +1,4 @@
-"""What a trim changes: the tensors, gathered in one launch, and a list of callables that undoes everything."""
+"""The changes of a trim: tensors, gathered in one launch, and a list of callables that undo all changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..optim.state import Index, state_cuts, swap, take_kept
 
 
 class Undo(list):
-    """Callables that put back what was changed, newest last."""
+    """Callables that restore what was changed, the newest last."""
 
     def run(self) -> None:
         while self:
@@ -33,18 +33,18 @@ def assign(owner: nn.Module, name: str, value: object, undo: Undo) -> None:
 
 @dataclass(eq=False)
 class Cut:
-    """A parameter to cut, who owns it, and the positions to keep of each axis; what it becomes is gathered later."""
+    """A parameter to cut, its owner, and the positions to keep along each axis. `gather` fills in `new` and `state`."""
 
     owner: nn.Linear
     name: str
     old: nn.Parameter
     index: dict[int, Tensor] = field(default_factory=dict)
     new: nn.Parameter | None = None
-    state: dict[str, Tensor] | None = None  # of the optimizer that holds it
+    state: dict[str, Tensor] | None = None  # the new optimizer state, if an optimizer has the parameter
 
 
 def cuts_of(model: nn.Module, plan: UnitPlan) -> list[Cut]:
-    """What the plan cuts, parameter by parameter; members of a site share one index tensor where they can."""
+    """The cuts of a plan, one per parameter. Members of a site share index tensors where possible."""
     base = base_of(model)
     cuts: dict[str, Cut] = {}
     indices: dict[tuple, Tensor] = {}
@@ -62,9 +62,9 @@ def cuts_of(model: nn.Module, plan: UnitPlan) -> list[Cut]:
 
 
 def gather(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill in what the parameters, their gradients and their optimizer state become: one launch for all of them.
+    """Compute the new parameters, gradients and optimizer state of all cuts, in one launch.
 
-    Parameters that the optimizer does not hold (frozen ones) stay out of it; SensibertError if it holds none."""
+    Parameters that the optimizer does not have (frozen ones) get no state. SensibertError if it has none of them."""
     held: set[int] = set()
     if optimizer is not None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -98,7 +98,7 @@ def put(cut: Cut, undo: Undo) -> None:
 
 
 def hand_over(cuts: list[Cut], optimizer: torch.optim.Optimizer | None) -> None:
-    """The optimizer holds the new parameters and their state; cannot fail once they are gathered."""
+    """Replace the parameters and their state in the optimizer. Cannot fail after `gather`."""
     for cut in cuts:
         if cut.state is not None:
             assert optimizer is not None and cut.new is not None  # filled in by `gather`, with this optimizer

@@ -56,9 +56,9 @@ def probe(model: nn.Module) -> Tensor:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The rounding error to allow for a whole encoder, relative to its largest output.
+    """The rounding error allowed for an encoder, relative to its largest output.
 
-    In fp32, 24 wide layers reach 5e-6; a small DeBERTa with wrongly laid out heads is off by only 2e-5 to 4e-5."""
+    In fp32, 24 wide layers reach 5e-6. A small DeBERTa with stale head counts differs by only 2e-5 to 4e-5."""
     if dtype == torch.float64:
         return 1e-6  # some families round to fp32 inside
     if dtype == torch.float32:
@@ -68,7 +68,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def check_same(model: nn.Module, expected: Tensor) -> None:
     """SensibertError unless the trimmed model computes what the masked one did."""
-    advice = "the model is left as it was. Is its table in sensibert/models/families/ complete?"
+    advice = "the model was restored. Is its table in sensibert/models/families/ complete?"
     family = family_of(model).model_type
     try:
         result = probe(model)

@@ -1,7 +1,7 @@
 """Model and plan -> smaller model: heads and FFN neurons are removed from the tensors.
 
-Every trim checks itself: one batch goes through the encoder with the dropped units silenced and through the trimmed
-one, and if they differ the model is put back as it was.
+Every trim checks itself: it runs one batch through the encoder with the dropped units masked, and through the trimmed
+encoder. If the outputs differ, the model is restored.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _mask_again(layer: MaskedLinear) -> Callable[[], None]:
 
 
 def _refuse(model: nn.Module, plan: Plan) -> None:
-    """SensibertError if the plan is of another model, or leaves less than the family's code can do without."""
+    """SensibertError if the plan is of another model, or keeps fewer units than the family's code requires."""
     layout = layout_of(model)
     if (layout.family, layout.sites) != (plan.layout.family, plan.layout.sites):
         raise SensibertError(
@@ -87,14 +87,14 @@ def trim(
 ) -> nn.Module:
     """Remove the plan's dropped units from the tensors of a transformers model, in place, and return it.
 
-    The model takes the class SensibertX in the place of transformers' X, and a new config: `save_pretrained` then
-    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. Trim the model
-    with its head, not its base model alone: a head does not notice what happens inside.
-    A plan of blocks (with a grid) cuts nothing: it masks the weights, and keeps what it drops at 0 (`mask_blocks`).
+    The class of the model changes from transformers' X to SensibertX, and it gets a new config: `save_pretrained` then
+    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. Pass the model
+    with its head: if only its base model is trimmed, the model with the head keeps its stock class and config.
+    A plan of blocks removes nothing: dropped weights are set to 0 and masked (`mask_blocks`).
 
-    optimizer: its parameters and their state are cut along. copy_model: leave `model` alone and trim a copy. check:
-    compare the hidden states of masked and trimmed model on one batch. SensibertError if the plan is of another model,
-    the model is wrapped (DataParallel, torch.compile), or the check fails; the model is then as it was before."""
+    optimizer: its parameters and their state are trimmed too. copy_model: trim a copy and do not change `model`. check:
+    compare the hidden states of the masked and the trimmed model on one batch. SensibertError if the plan is of another
+    model, the model is wrapped (DataParallel, torch.compile), or the check fails; the model is then unchanged."""
     _refuse(model, plan)
     if copy_model and optimizer is not None:
         raise SensibertError("trim: copy_model cuts a copy, which no optimizer holds: want optimizer=None")
@@ -145,14 +145,14 @@ def _trim(
 
 
 def restructure(model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn.Module:
-    """Cut a model to the shapes of a stored structure (kept units of the original model), or mask it, in place; return
-    it. Its weights can then be loaded. SensibertError if the structure is of another model."""
+    """Trim a model to a saved structure (kept units of the original model), or mask it, in place; return it. Saved
+    weights can be loaded afterwards. SensibertError if the structure is of another model."""
     if isinstance(structure, Masks):
         set_masks(model, structure)
         return model
-    have, layout = structure_of(model), layout_of(model)
-    missing = [name for name in have if name not in structure or not torch.isin(structure[name], have[name]).all()]
-    if missing or len(structure) != len(have):
+    current, layout = structure_of(model), layout_of(model)
+    missing = [n for n in current if n not in structure or not torch.isin(structure[n], current[n]).all()]
+    if missing or len(structure) != len(current):
         raise SensibertError(f"structure: does not fit this {layout.family} model (at {(missing or ['its sites'])[0]})")
-    keep = {name: torch.isin(have[name], structure[name]) for name in have}
+    keep = {name: torch.isin(current[name], structure[name]) for name in current}
     return _trim(model, UnitPlan(layout, keep, Budget(1.0, "params", True), "structure"), None, False, {})
