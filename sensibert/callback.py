@@ -25,7 +25,7 @@ from .decide import Choose, decide
 from .models import base_of, layout_of, sites
 from .models.masks import cost_of, masks_of
 from .models.reloadable import stock_class
-from .models.structure import is_trimmed, structure_of
+from .models.structure import STRUCTURE, is_trimmed, read_structure, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
@@ -156,6 +156,10 @@ class TrimCallback(TrainerCallback):
                 self._remember(checkpoint)
             if self._made_with:
                 want_same(checkpoint, self._made_with, self._settings(args, state))
+            if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
+                restructure(
+                    model, read_structure(checkpoint / STRUCTURE)
+                )  # masks: a plain Trainer loads the zeros only
         self._checkpoint = self._made_with = None  # the next training of this callback is another one
         if any(step <= state.global_step for step in self.cuts):
             _follow(optimizer, model, args)
