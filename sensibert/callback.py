@@ -27,7 +27,7 @@ from .decide import Choose, decide
 from .models import base_of, layout_of, sites
 from .models.masks import cost_of, masks_of
 from .models.reloadable import stock_class
-from .models.structure import is_trimmed, structure_of
+from .models.structure import STRUCTURE, is_trimmed, read_structure, structure_of
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
@@ -168,6 +168,8 @@ class TrimCallback(TrainerCallback):
                 self._remember(checkpoint)
             if self._made_with:
                 want_same(checkpoint, self._made_with, self._settings(args, state))
+            if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
+                restructure(model, read_structure(checkpoint / STRUCTURE))  # a plain Trainer loads zeros, not masks
         self._checkpoint = self._made_with = None  # a later train() is another run
         if any(step <= state.global_step for step in self.cuts):
             _follow(optimizer, model, args)

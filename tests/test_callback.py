@@ -25,6 +25,7 @@ from sensibert.core.schedule import Schedule
 from sensibert.data.files import load_examples
 from sensibert.data.task_data import TaskData
 from sensibert.models import embeddings_of, layout_of
+from sensibert.optim import optimizer_cls_and_kwargs
 from sensibert.training.trainer import TrimTrainer
 from tests import runs
 from tests.helpers import tiny_model
@@ -166,6 +167,21 @@ def test_a_plain_trainer_says_why_it_cannot_load_the_checkpoint_of_a_trimmed_mod
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # from before the cut, at step 4
     assert all(torch.equal(kept[name], value) for name, value in again.model.state_dict().items())
     assert not again.model._load_state_dict_pre_hooks  # the hook is gone
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "masked"])
+def test_a_plain_trainer_that_resumes_a_run_on_a_grid_gets_its_masks_back(here, tmp_path, optimizer):
+    def run(checkpoint=None):
+        callback = TrimCallback(TrimConfig(grid="block8", method="magnitude"))
+        trainer = own_trainer(here, tmp_path, callback, save_steps=6, save_strategy="steps")
+        if optimizer == "masked":
+            trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(trainer.args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.model, callback.whole_plan(trainer.model)
+
+    (whole, plan), (resumed, again) = run(), run(str(tmp_path / "checkpoint-6"))
+    assert plan == again and plan.params < plan.layout.encoder_params
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 class Stream(IterableDataset):

@@ -26,7 +26,10 @@ def family_of(model: nn.Module) -> Family:
         inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise SensibertError(f"model: is wrapped in {type(model).__name__}, want the model inside it (model.{inside})")
     config = getattr(model, "config", None)
-    model_type = base_type(getattr(config, "model_type", type(model).__name__))
+    if not hasattr(config, "model_type"):
+        name, kinds = type(model).__name__, ", ".join(sorted(families()))
+        raise SensibertError(f"model: {name} is not a transformers model, want one of a supported family: {kinds}")
+    model_type = base_type(config.model_type)
     if model_type not in families():
         raise SensibertError(unsupported(model_type))
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):

@@ -16,11 +16,16 @@ def test_the_documented_families_are_there():
     assert documented | {"deberta-v2", "mpnet"} <= families().keys()
 
 
+def test_a_module_that_is_no_transformers_model_is_called_that():
+    with pytest.raises(SensibertError, match="model: Linear is not a transformers model, want one of .*: albert, bert"):
+        layout_of(nn.Linear(2, 2))
+
+
 def test_an_unknown_family_is_refused_with_those_supported_and_how_to_add_one():
     with pytest.raises(SensibertError) as caught:
-        layout_of(nn.Linear(2, 2))
+        layout_of(tiny_model("gpt2", "", n_head=4, n_layer=1, n_embd=32))
     message = str(caught.value)
-    assert message.startswith("model: family 'Linear' is not supported") and "\n" not in message
+    assert message.startswith("model: family 'gpt2' is not supported") and "\n" not in message
     assert "sensibert/models/families/ (see CONTRIBUTING)" in message and all(name in message for name in families())
 
 

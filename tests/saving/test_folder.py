@@ -374,7 +374,7 @@ class TheirHead(transformers.BertForSequenceClassification):
     [
         (tiny_model, {"layout": "sparse"}, "layout is 'sparse', want one of trimmed, dense, both"),
         (lambda: TheirHead(tiny_config()), {}, "TheirHead is not a class of transformers"),
-        (lambda: torch.nn.Linear(2, 2), {}, "family 'Linear' is not supported|Linear is not a transformers model"),
+        (lambda: torch.nn.Linear(2, 2), {}, "Linear is not a transformers model"),
         (lambda: sensibert.replace(tiny_model()), {}, "layers are masked"),
         (trimmed, {"info": {"budget": Budget.parse("50%params")}}, "info does not fit into a JSON file"),
     ],
