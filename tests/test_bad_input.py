@@ -36,8 +36,8 @@ def here(tmp_path_factory):
         runs.model_folder(folder / name, head="SequenceClassification", seed=seed, num_labels=2)
         scores = folder / f"{name}.safetensors"
         assert command("analyze", "--model", folder / name, "--method", "random", "--output", scores).code == 0
-    asked = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
-    assert command(*asked).code == 0
+    request = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
+    assert command(*request).code == 0
     return folder
 
 
@@ -50,38 +50,38 @@ def untouched(*folders):
         assert tree(folder) == then
 
 
-def refused(said: str, *arguments) -> str:
-    """Run a command that must be refused in one line that matches `said`; returns the line."""
+def refused(message: str, *arguments) -> str:
+    """Run a command that must be refused in one line that matches `message`; returns the line."""
     done = command(*arguments)
     lines = done.err.splitlines()
     assert done.code == 2, done
     assert len(lines) == 1 and lines[0].startswith("sensibert: error: ") and "Traceback" not in done.out, done
-    assert re.search(said, lines[0]), lines[0]
+    assert re.search(message, lines[0]), lines[0]
     return lines[0]
 
 
 def finetune_arguments(here, output, **changed):
-    asked = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
-    asked |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
-    given = {name: value for name, value in asked.items() if value is not None}
+    request = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
+    request |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
+    given = {name: value for name, value in request.items() if value is not None}
     return ["finetune", *(part for name, value in given.items() for part in (f"--{name}", value))]
 
 
 def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
-    for kind, said in (
+    for kind, message in (
         ("gpt2", r"family 'gpt2' is not supported, want one of albert, bert, .*CONTRIBUTING"),
         ("zz", "zz"),
     ):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
         with untouched(here, tmp_path):
-            refused(said, *finetune_arguments(here, tmp_path / "out", model=tmp_path / kind))
-            refused(said, "inspect", tmp_path / kind)
-            refused(said, "analyze", "--model", tmp_path / kind, "--method", "magnitude", "--output", tmp_path / "s")
+            refused(message, *finetune_arguments(here, tmp_path / "out", model=tmp_path / kind))
+            refused(message, "inspect", tmp_path / kind)
+            refused(message, "analyze", "--model", tmp_path / kind, "--method", "magnitude", "--output", tmp_path / "s")
 
 
 @pytest.mark.parametrize(
-    "budget, said",
+    "budget, message",
     [
         ("0%params", r"outside \(0 %, 100 %\]"),
         ("120%params", r"outside \(0 %, 100 %\]"),
@@ -92,40 +92,40 @@ def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
         ("8ms", "is not a budget"),
     ],
 )
-def test_a_budget_that_is_none(here, tmp_path, budget, said):
+def test_a_budget_that_is_none(here, tmp_path, budget, message):
     with untouched(here, tmp_path):
-        refused(said, *finetune_arguments(here, tmp_path / "out", budget=budget))
+        refused(message, *finetune_arguments(here, tmp_path / "out", budget=budget))
         scores = here / "tuned.safetensors"
-        refused(said, "plan", "--sensitivity", scores, "--budget", budget, "--output", tmp_path / "plan")
+        refused(message, "plan", "--sensitivity", scores, "--budget", budget, "--output", tmp_path / "plan")
 
 
 def test_a_budget_above_the_dense_model_would_trim_nothing(here, tmp_path):
-    said = "500Kparams, and the encoder has 17,088 params: nothing would be trimmed, want less"
-    asked = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
+    message = "500Kparams, and the encoder has 17,088 params: nothing would be trimmed, want less"
+    request = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
     for more in ((), ("--dry-run",)):
-        refused(said, *asked, *more)
-    refused(said, "plan", "--sensitivity", here / "tuned.safetensors", "--budget", "500Kparams", "--dry-run")
+        refused(message, *request, *more)
+    refused(message, "plan", "--sensitivity", here / "tuned.safetensors", "--budget", "500Kparams", "--dry-run")
 
 
 @pytest.mark.parametrize("budget, scope", [("1%params", "encoder"), ("0.01%flops", "model")])
 def test_a_budget_below_the_rest_names_the_smallest_and_that_one_works(here, tmp_path, budget, scope):
     counted = ("--scope", scope, "--step", 4, "--dry-run", "--budget")
-    asked = ("plan", "--sensitivity", here / "other.safetensors", *counted)
+    request = ("plan", "--sensitivity", here / "other.safetensors", *counted)
     with untouched(here, tmp_path):
-        line = refused("the smallest reachable budget is", *asked, budget)
+        line = refused("the smallest reachable budget is", *request, budget)
         refused("the smallest reachable budget is", *finetune_arguments(here, tmp_path / "out"), *counted, budget)
         absolute, percent = re.search(r"budget is (\d+\w+) \(([\d.]+) %\)", line).groups()
         kind = budget.partition("%")[2]
         for reachable in (absolute, f"{percent}%{kind}"):
-            assert command(*asked, reachable).code == 0, reachable
+            assert command(*request, reachable).code == 0, reachable
         done = command(*finetune_arguments(here, tmp_path / "out"), *counted, absolute)
         assert done.code == 0, done
 
 
-def test_a_process_of_its_own_says_one_line_too(here, tmp_path):
+def test_a_separate_process_prints_one_line_too(here, tmp_path):
     """Bars, warnings and imports would all go to standard error; the model has been read by then."""
-    asked = map(str, finetune_arguments(here, tmp_path / "out", budget="1%params"))
-    done = subprocess.run([sys.executable, "-m", "sensibert", *asked, "--dry-run"], capture_output=True, text=True)
+    request = map(str, finetune_arguments(here, tmp_path / "out", budget="1%params"))
+    done = subprocess.run([sys.executable, "-m", "sensibert", *request, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch("sensibert: error: budget: .* the smallest reachable budget is .*\n", done.stderr), done.stderr
 
@@ -148,11 +148,11 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_data_is_named_by_file_row_and_column(here, tmp_path, case):
-    content, said = BAD_FILES[case]
+    content, message = BAD_FILES[case]
     (tmp_path / "bad.csv").write_bytes(content)
     with untouched(here, tmp_path):
         line = refused(
-            said, *finetune_arguments(here, tmp_path / "deep" / "out", **{"train-file": tmp_path / "bad.csv"})
+            message, *finetune_arguments(here, tmp_path / "deep" / "out", **{"train-file": tmp_path / "bad.csv"})
         )
         assert "bad.csv" in line
 
@@ -167,21 +167,21 @@ def test_a_missing_file_is_named(here, tmp_path):
         refused("gone.*: not a readable sensibert sensitivity", "plan", "--sensitivity", gone, "--dry-run")
         refused("validation_file is missing", "eval", here / "tuned")
         refused("train_file is missing", "analyze", "--model", here / "tuned", "--output", tmp_path / "s")
-        said = "gone is no folder, and cannot be loaded from the hub"
-        refused(said, *finetune_arguments(here, tmp_path / "out", model=tmp_path / "gone"))
-        refused(said, "inspect", tmp_path / "gone")
+        message = "gone is no folder, and cannot be loaded from the hub"
+        refused(message, *finetune_arguments(here, tmp_path / "out", model=tmp_path / "gone"))
+        refused(message, "inspect", tmp_path / "gone")
 
 
 def test_a_validation_label_that_training_never_had(here, tmp_path):
     (tmp_path / "dev.csv").write_text("sentence,label\ngood,1\nbad,2\n")
     with untouched(here, tmp_path):
-        said = r"dev.csv: row 2, column 'label' is '2' \(str\), want one of the 2 classes"
-        refused(said, *finetune_arguments(here, tmp_path / "out", **{"validation-file": tmp_path / "dev.csv"}))
+        message = r"dev.csv: row 2, column 'label' is '2' \(str\), want one of the 2 classes"
+        refused(message, *finetune_arguments(here, tmp_path / "out", **{"validation-file": tmp_path / "dev.csv"}))
         refused(r"row 2, column 'label'", "eval", here / "tuned", "--validation-file", tmp_path / "dev.csv")
 
 
 @pytest.mark.parametrize(
-    "changed, said",
+    "changed, message",
     [
         ({"method": "best"}, "method is 'best', want one of obs"),
         ({"layout": "tall"}, "layout is 'tall', want one of trimmed"),
@@ -214,15 +214,15 @@ def test_a_validation_label_that_training_never_had(here, tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_a_setting_out_of_range_is_named_before_any_work(here, tmp_path, changed, said):
+def test_a_setting_out_of_range_is_named_before_any_work(here, tmp_path, changed, message):
     with untouched(here, tmp_path):
-        refused(said, *finetune_arguments(here, **{"output": tmp_path / "out"} | changed))
+        refused(message, *finetune_arguments(here, **{"output": tmp_path / "out"} | changed))
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(here, tmp_path):
     with untouched(here, tmp_path):
-        asked = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
-        refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *asked)
+        request = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
+        refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *request)
 
 
 def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path):
@@ -231,8 +231,8 @@ def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path)
     weights["classifier.weight"][:] = float("nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     with untouched(tmp_path):
-        asked = ("analyze", "--model", tmp_path / "nan", "--train-file", here / "train.csv")
-        refused("the loss after 0 samples is nan", *asked, "--output", tmp_path / "s")
+        request = ("analyze", "--model", tmp_path / "nan", "--train-file", here / "train.csv")
+        refused("the loss after 0 samples is nan", *request, "--output", tmp_path / "s")
         refused("predictions are NaN", "eval", tmp_path / "nan", "--validation-file", here / "dev.csv")
 
 
@@ -260,15 +260,15 @@ def test_a_model_without_the_head_or_with_another(here, tmp_path):
 def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(here / "train.csv", tmp_path / "data" / "train.csv")
-    asked = {"train-file": tmp_path / "data" / "train.csv"}
+    request = {"train-file": tmp_path / "data" / "train.csv"}
     monkeypatch.chdir(tmp_path / "data")
     (tmp_path / "elsewhere").mkdir()
-    for place, said in (
+    for place, message in (
         (tmp_path / "data", "holds the train_file of this run"),
         (here / "model", "holds the model of this run"),
         ("..", "holds the .* of this run"),
     ):
-        refused(said, *finetune_arguments(here, place, **asked), "--overwrite")
+        refused(message, *finetune_arguments(here, place, **request), "--overwrite")
     assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
     monkeypatch.chdir(tmp_path / "elsewhere")
     refused("holds the working folder of this run", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
@@ -318,8 +318,8 @@ def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
     (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
     with untouched(here, tmp_path):
         refused("holds an unfinished run, want --resume or --overwrite", *finetune_arguments(here, tmp_path / "out"))
-        said = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
-        refused(said, *finetune_arguments(here, tmp_path / "out"), "--resume")
+        message = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
+        refused(message, *finetune_arguments(here, tmp_path / "out"), "--resume")
         (checkpoint / "sensibert_manifest.json").write_text("{")
         refused("not a complete checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
         (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
@@ -370,22 +370,24 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    asked = finetune_arguments(here, tmp_path / "out")
+    request = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_report", full)
-        said = r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
-        refused(said, *asked)
+        message = (
+            r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
+        )
+        refused(message, *request)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-3"]
-    done = command(*asked, "--resume", "--json")
+    done = command(*request, "--resume", "--json")
     assert done.code == 0 and done.json["steps"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_config_that_cannot_be_meant(here, tmp_path):
     file = tmp_path / "recipe.yaml"
-    asked = [*finetune_arguments(here, tmp_path / "out"), "--config", file]
-    for content, said in (
+    request = [*finetune_arguments(here, tmp_path / "out"), "--config", file]
+    for content, message in (
         ("budget: [50%params", "config: cannot read .*recipe.yaml .*line 1"),
         ("- budget\n- 50%params", "holds a list, want a mapping of option names"),
         ("just words", "holds a str, want a mapping"),
@@ -395,11 +397,11 @@ def test_a_config_that_cannot_be_meant(here, tmp_path):
     ):
         file.write_text(content)
         with untouched(here, tmp_path):
-            refused(said, *asked)
+            refused(message, *request)
     file.write_text("dry_run: true")  # analyze has none, and would write
     refused("names 'dry_run'", "analyze", "--model", here / "model", "--output", tmp_path / "scores", "--config", file)
     assert not (tmp_path / "scores").exists()
-    refused("config: cannot read .*No such file", *asked[:-1], tmp_path / "gone.yaml")
+    refused("config: cannot read .*No such file", *request[:-1], tmp_path / "gone.yaml")
 
 
 @pytest.mark.parametrize("name", ["finetune", "analyze", "plan", "trim", "eval", "inspect"])

@@ -89,14 +89,17 @@ def test_the_checkpoint_that_counts_is_the_one_that_is_loaded(here, tmp_path):
     train(tmp_path / "a")
     train(tmp_path / "b", seed=9)
     train(tmp_path / "dense", method="baseline")
-    for source, said in (("b", "b.checkpoint-6 has seed 9, and this run 42"), ("dense", "checkpoint-6 has cuts none")):
-        with pytest.raises(SensibertError, match=said):
+    for source, message in (
+        ("b", "b.checkpoint-6 has seed 9, and this run 42"),
+        ("dense", "checkpoint-6 has cuts none"),
+    ):
+        with pytest.raises(SensibertError, match=message):
             train(tmp_path / "new", tmp_path / source)
     resumed = train(tmp_path / "b", tmp_path / "a")
     assert resumed.train().global_step == 12  # once more from the beginning: what it went on from is forgotten
 
 
-def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
+def test_a_callback_that_is_added_after_the_cut_is_refused(here, tmp_path):
     trainer = own_trainer(here, tmp_path, TrimCallback(config()), TrimTrainer, save_steps=6)
     trainer.train()
     other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
@@ -115,13 +118,13 @@ class Stream(IterableDataset):
 def test_trainers_in_which_trimming_cannot_work_are_refused_before_the_first_step(here, tmp_path, monkeypatch):
     frozen = AutoModelForSequenceClassification.from_pretrained(here / "model", num_labels=2)
     frozen.bert.encoder.requires_grad_(False)
-    for said, more in (
+    for message, more in (
         ("every trimmable parameter has requires_grad=False", {"model": frozen}),
         ("train_dataset is an IterableDataset, want one with a length", {"data": Stream()}),
         ("TheirHead is not a class of transformers", {"model": TheirHead(frozen.config)}),
     ):
         trainer = own_trainer(here, tmp_path, TrimCallback(config()), **more)
-        with pytest.raises(SensibertError, match=said):
+        with pytest.raises(SensibertError, match=message):
             trainer.train()
         assert trainer.state.global_step == 0
     trainer = own_trainer(here, tmp_path, TrimCallback(config()))
@@ -135,7 +138,7 @@ class TheirHead(BertForSequenceClassification):
 
 
 @pytest.mark.parametrize(
-    "asked, said",
+    "request, message",
     [
         ({"method": "fischer"}, "method is 'fischer', want one of"),
         ({"allocation": "globl"}, "allocation is 'globl', want one of"),
@@ -147,9 +150,9 @@ class TheirHead(BertForSequenceClassification):
         ),
     ],
 )
-def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(asked, said):
-    with pytest.raises(SensibertError, match=said):
-        TrimCallback(TrimConfig(**asked))
+def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(request, message):
+    with pytest.raises(SensibertError, match=message):
+        TrimCallback(TrimConfig(**request))
 
 
 def test_a_callback_takes_a_grid_by_its_name(here, tmp_path):
@@ -187,11 +190,11 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
 
 
 @pytest.mark.parametrize(
-    "budget, asked, frozen",
+    "budget, request, frozen",
     [("40%params", None, True), ("50%params", None, False), ("60%params", True, True), ("40%params", False, False)],
 )
-def test_after_a_deep_cut_the_embeddings_are_frozen(here, tmp_path, budget, asked, frozen):
-    tables, schedule = [], Schedule(freeze_embeddings=asked)
+def test_after_a_deep_cut_the_embeddings_are_frozen(here, tmp_path, budget, request, frozen):
+    tables, schedule = [], Schedule(freeze_embeddings=request)
     callback = TrimCallback(config(budget, method="magnitude", schedule=schedule))
     trainer = own_trainer(here, tmp_path, callback, max_steps=6)
     table = embeddings_of(trainer.model).word_embeddings.weight

@@ -48,21 +48,21 @@ def tuned(tmp_path_factory):
 
 
 def test_a_preset_scores_on_its_own_validation_data(tuned, monkeypatch):
-    seen, read = [], load_examples
+    calls, read = [], load_examples
 
     def local(source, split):
-        seen.append((source, split))
+        calls.append((source, split))
         return read(str(tuned / "dev.csv"))
 
     monkeypatch.setattr(sources, "load_examples", local)
     result = steps.evaluate_folder(Options(str(tuned / "tuned"), task="sst2"))
-    assert seen == [("nyu-mll/glue:sst2", "validation")] and set(result["metrics"]) == {"accuracy", "f1"}
+    assert calls == [("nyu-mll/glue:sst2", "validation")] and set(result["metrics"]) == {"accuracy", "f1"}
 
 
 def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tuned):
-    asked = {"validation_file": str(tuned / "dev.csv")}
-    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **asked))
-    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **asked))
+    request = {"validation_file": str(tuned / "dev.csv")}
+    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **request))
+    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **request))
     assert exact["task"] == mixed["task"] == "text-classification"
     assert (
         0 < exact["metrics"]["accuracy"] < 1 and abs(exact["metrics"]["accuracy"] - mixed["metrics"]["accuracy"]) < 0.3
@@ -73,14 +73,14 @@ def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, mon
     shutil.copytree(tuned / "tuned", tmp_path / "noted")
     config = json.loads((tmp_path / "noted" / "config.json").read_text())
     (tmp_path / "noted" / "config.json").write_text(json.dumps(config | {"sensibert": {"max_length": 5}}))
-    seen, encode = [], steps.encode
+    calls, encode = [], steps.encode
     monkeypatch.setattr(
-        steps, "encode", lambda options, *rest: seen.append(options.max_length) or encode(options, *rest)
+        steps, "encode", lambda options, *rest: calls.append(options.max_length) or encode(options, *rest)
     )
-    asked = {"validation_file": str(tuned / "dev.csv")}
+    request = {"validation_file": str(tuned / "dev.csv")}
     for folder, more in ((tmp_path / "noted", {}), (tmp_path / "noted", {"max_length": 7}), (tuned / "tuned", {})):
-        steps.evaluate_folder(Options(str(folder), **asked, **more))
-    assert seen == [5, 7, None]
+        steps.evaluate_folder(Options(str(folder), **request, **more))
+    assert calls == [5, 7, None]
 
 
 def test_a_folder_without_a_run_is_inspected_and_a_damaged_result_is_named(tuned):

@@ -38,12 +38,12 @@ def options(here, output, **changed) -> Options:
 
 def zeros(folder, plan: Plan) -> int:
     """Weights that are 0 in the file; every dropped one must be among them."""
-    found, state = 0, load_file(folder / "model.safetensors")
+    actual, state = 0, load_file(folder / "model.safetensors")
     for name, keep in plan.keep.items():
         weight = state[f"bert.{name}"]
         assert (weight[~plan.grid.expand(keep, *weight.shape)] == 0).all()
-        found += int((weight == 0).sum())
-    return found
+        actual += int((weight == 0).sum())
+    return actual
 
 
 def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_path, report):
@@ -82,8 +82,8 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
 @pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random"])
 def test_every_method_and_allocation_meets_the_budget_within_a_block(here, tmp_path, method):
     allocation = "uniform" if method in ("saliency", "random") else "global"
-    asked = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
-    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    request = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
+    result = finetune_and_trim(options(here, tmp_path / "out", **request))
     room = int(0.4 * result["encoder_params_before"]) - result["encoder_params_after"]
     assert 0 <= room < 64 and result["grid"] == "block8"
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == (
@@ -98,8 +98,8 @@ def test_flops_of_blocks_are_those_a_kernel_cannot_skip(here, tmp_path):
 
 
 def test_gradient_accumulation_and_bf16_leave_the_zeros_alone(here, tmp_path):
-    asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
-    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    request = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
+    result = finetune_and_trim(options(here, tmp_path / "out", **request))
     gone = result["encoder_params_before"] - result["encoder_params_after"]
     assert result["steps"] == 5
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == gone > 0
@@ -112,8 +112,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(("kind", "grid", "step"), [("oneshot", "element", 6), ("cubic", "block8", 4)])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, step, monkeypatch):
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    asked = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
-    finetune_and_trim(options(here, tmp_path / "whole", **asked))
+    request = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
+    finetune_and_trim(options(here, tmp_path / "whole", **request))
     step_end = TrimCallback.on_step_end
 
     def dies(self, args, state, control, **kwargs):
@@ -123,10 +123,10 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, st
 
     monkeypatch.setattr(TrimCallback, "on_step_end", dies)
     with pytest.raises(Killed):
-        finetune_and_trim(options(here, tmp_path / "broken", **asked))
+        finetune_and_trim(options(here, tmp_path / "broken", **request))
     monkeypatch.setattr(TrimCallback, "on_step_end", step_end)
     assert (tmp_path / "broken.partial" / f"checkpoint-{step}" / "structure.safetensors").exists()
-    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **asked))
+    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **request))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     plan = Plan.load(tmp_path / "broken" / "plan.safetensors")
@@ -138,8 +138,8 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
     tuned = runs.model_folder(tmp_path / "tuned", head="SequenceClassification")
     scores, plan, small = tmp_path / "scores.safetensors", tmp_path / "plan.safetensors", tmp_path / "small"
     data = ("--train-file", here / "train.csv", "--samples", 16)
-    found = command("analyze", "--model", tuned, "--output", scores, "--grid", "block8", *data, "--json")
-    assert (found.code, found.json["grid"]) == (0, "block8"), found.err
+    actual = command("analyze", "--model", tuned, "--output", scores, "--grid", "block8", *data, "--json")
+    assert (actual.code, actual.json["grid"]) == (0, "block8"), actual.err
     planned = command("plan", "--sensitivity", scores, "--budget", "50%params", "--output", plan, "--json")
     assert (planned.code, planned.json["grid"]) == (0, "block8"), planned.err
     cut = command("trim", "--model", tuned, "--plan", plan, "--output", small, "--json")
@@ -165,11 +165,11 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
         (("--grid", "element", "--budget", "3params"), "cannot be trimmed; the smallest reachable budget is"),
     ],
 )
-def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, changed, said):
+def test_what_a_grid_cannot_do_is_one_line_and_leaves_nothing(here, tmp_path, changed, message):
     before = tree(tmp_path)
     files = ("--train-file", here / "train.csv", "--model", here / "model", "--output", tmp_path / "out")
     done = command("finetune", *files, *changed)
-    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
     assert tree(tmp_path) == before
 
 

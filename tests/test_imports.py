@@ -45,11 +45,11 @@ def module_of(path: Path, package: Path = PACKAGE) -> str:
 
 def imports(path: Path, package: Path = PACKAGE) -> set[str]:
     """Every module of the package that a file imports anywhere in it, inside functions too, as in module_of."""
-    module, found = module_of(path, package).split("."), set()
+    module, actual = module_of(path, package).split("."), set()
     here = module if path.name == "__init__.py" else module[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("sensibert").lstrip(".") for alias in node.names if is_ours(alias.name)}
+            actual |= {alias.name.removeprefix("sensibert").lstrip(".") for alias in node.names if is_ours(alias.name)}
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [node.module])]).strip(".")
@@ -60,8 +60,8 @@ def imports(path: Path, package: Path = PACKAGE) -> set[str]:
             for alias in node.names:  # `from sensibert.core import cost` names a module, `... import Grid` does not
                 name = f"{base}.{alias.name}".strip(".")
                 path_of = package / name.replace(".", "/")
-                found.add(name if path_of.is_dir() or path_of.with_suffix(".py").exists() else base)
-    return found
+                actual.add(name if path_of.is_dir() or path_of.with_suffix(".py").exists() else base)
+    return actual
 
 
 def is_ours(name: str) -> bool:
@@ -97,12 +97,12 @@ def circle(graph: dict[str, set[str]]) -> list[str] | None:
         if module in done:
             return None
         for target in sorted(graph.get(module, ())):
-            if found := visit(target, [*path, module]):
-                return found
+            if actual := visit(target, [*path, module]):
+                return actual
         done.add(module)
         return None
 
-    return next((found for module in sorted(graph) if (found := visit(module, []))), None)
+    return next((actual for module in sorted(graph) if (actual := visit(module, []))), None)
 
 
 def arrows() -> dict[str, set[str]]:
@@ -120,7 +120,7 @@ def test_no_modules_import_one_another():
 
 
 @pytest.mark.parametrize(
-    "file, text, said",
+    "file, text, message",
     [
         ("ops/x.py", "def f():\n    from ..nn import layer", r"ops.x imports nn, which stands above it"),
         ("core/artifacts.py", "import sensibert.ops", "core.artifacts imports ops"),
@@ -135,17 +135,17 @@ def test_no_modules_import_one_another():
         ("optim/x.py", "from sensibert.core.cost import params\nfrom sensibert.ops.x import y", None),
     ],
 )
-def test_a_broken_rule_is_named(file, text, said, tmp_path):
+def test_a_broken_rule_is_named(file, text, message, tmp_path):
     package = tmp_path / "sensibert"
     for name in [file, "core/__init__.py", "nn/__init__.py", "models/__init__.py", "ops/x.py"]:
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
     (package / file).write_text(text)
-    found = complaint(package / file, package)
+    actual = complaint(package / file, package)
     if file == "cli.py":
-        assert found and "attic, which has no place" in found, found
+        assert actual and "attic, which has no place" in actual, actual
         return
-    assert found is None if said is None else found and re.search(said, found), found
+    assert actual is None if message is None else actual and re.search(message, actual), actual
 
 
 def test_a_circle_is_found():

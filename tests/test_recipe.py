@@ -42,7 +42,7 @@ def options(here, output, **changed) -> Options:
     return Options.from_settings({"model": str(here / "model"), "output": str(output), **files, **usual, **changed})
 
 
-def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, report):
+def test_a_run_meets_the_budget_learns_and_writes_correct_files(here, tmp_path, report):
     result = finetune_and_trim(options(here, tmp_path / "out", epochs=4))
     assert set(result) == RESULT_KEYS
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
@@ -75,27 +75,27 @@ def test_other_budgets_are_met_from_below(here, tmp_path, budget):
     result = finetune_and_trim(options(here, tmp_path / "out", budget=budget, max_steps=3))
     flops = result["flops_after"] / result["flops_before"]
     params = result["encoder_params_after"]
-    wanted = {"30%flops": flops <= 0.3, "9Kparams": params <= 9000, "70%params": params <= 0.7 * 17088}
-    assert wanted[budget]
+    expected = {"30%flops": flops <= 0.3, "9Kparams": params <= 9000, "70%params": params <= 0.7 * 17088}
+    assert expected[budget]
 
 
 def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path):
-    seen = []
+    calls = []
 
     class Watch(TrimCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             super().on_step_end(args, state, control, model=model, **kwargs)
-            seen.append(layout_of(model).encoder_params)
+            calls.append(layout_of(model).encoder_params)
 
     original, recipe.TrimCallback = recipe.TrimCallback, Watch
     try:
         result = finetune_and_trim(options(here, tmp_path / "out", schedule="cubic", milestones=3, epochs=1))
     finally:
         recipe.TrimCallback = original
-    assert len(set(seen)) == 4 and seen == sorted(seen, reverse=True)  # dense and three cuts
-    assert seen[-1] == result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
+    assert len(set(calls)) == 4 and calls == sorted(calls, reverse=True)  # dense and three cuts
+    assert calls[-1] == result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
     plan = Plan.load(tmp_path / "out" / "plan.safetensors")
-    assert plan.layout.encoder_params == result["encoder_params_before"]  # told in units of the dense model
+    assert plan.layout.encoder_params == result["encoder_params_before"]  # in units of the dense model
     assert plan.params == result["encoder_params_after"]
 
 
@@ -118,7 +118,7 @@ def short(kind="oneshot", **changed) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(here, tmp_path_factory):
-    """kind of run -> folder of the unbroken run, made when first asked for."""
+    """kind of run -> folder of the unbroken run, made on first use."""
     made = {}
 
     def run(kind):
@@ -131,16 +131,16 @@ def whole(here, tmp_path_factory):
 
 
 def test_a_plan_may_come_from_elsewhere(here, tmp_path):
-    asked = []
+    request = []
 
     def first_units(model, batches, budget) -> Plan:
         layout = layout_of(model)
-        asked.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
+        request.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
         keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
         return UnitPlan(layout, keep, budget, "first")
 
     finetune_and_trim(options(here, tmp_path / "out", max_steps=3), first_units)
-    assert asked == [(4, True)]
+    assert request == [(4, True)]
     plan = Plan.load(tmp_path / "out" / "plan.safetensors")
     assert all(plan.kept(site.name).tolist() == list(range(site.units // 4)) for site in plan.layout.sites)
 
@@ -171,12 +171,12 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, k
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use a CUDA context")
 def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, whole):
     """Three times SIGKILL, each a little later in what is left of the run."""
-    asked, partial = short(save_steps=1), tmp_path / "killed.partial"
+    request, partial = short(save_steps=1), tmp_path / "killed.partial"
     for number in (1, 4, 7):
         victim = os.fork()
         if victim == 0:  # forked: it need not import everything once more
             with contextlib.suppress(BaseException):
-                finetune_and_trim(options(here, tmp_path / "killed", resume=True, **asked))
+                finetune_and_trim(options(here, tmp_path / "killed", resume=True, **request))
             os._exit(1)
         deadline = time.monotonic() + 120
         while not (partial / f"checkpoint-{number}").exists() and time.monotonic() < deadline:
@@ -185,14 +185,14 @@ def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, wh
         os.kill(victim, signal.SIGKILL)
         _, status = os.waitpid(victim, 0)
         assert os.WIFSIGNALED(status) and not (tmp_path / "killed").exists()
-    result = finetune_and_trim(options(here, tmp_path / "killed", resume=True, **asked))
+    result = finetune_and_trim(options(here, tmp_path / "killed", resume=True, **request))
     assert result["steps"] == 10
     assert same_weights(whole("oneshot"), tmp_path / "killed")
 
 
 def test_runs_can_branch_from_the_last_step_before_the_cut(here, tmp_path):
-    asked = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
-    finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **asked))
+    request = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
+    finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **request))
     (saved,) = (tmp_path / "first.partial").glob("checkpoint-2")
     other = {"budget": "30%params", "method": "magnitude", "max_steps": 9}
     finetune_and_trim(options(here, tmp_path / "alone", **other))
@@ -202,14 +202,14 @@ def test_runs_can_branch_from_the_last_step_before_the_cut(here, tmp_path):
     assert same_weights(tmp_path / "alone", tmp_path / "branch")
 
 
-def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
+def test_later_checkpoints_do_not_delete_the_one_before_the_cut(here, tmp_path):
     finetune_and_trim(options(here, tmp_path / "out", **short(epochs=3, save_before_cut=True, keep_checkpoints=True)))
-    found = {int(path.name.rpartition("-")[2]) for path in (tmp_path / "out.partial").glob("checkpoint-*")}
-    assert {4, 14} <= found  # the cut comes after step 5 of 15
+    actual = {int(path.name.rpartition("-")[2]) for path in (tmp_path / "out.partial").glob("checkpoint-*")}
+    assert {4, 14} <= actual  # the cut comes after step 5 of 15
 
 
 @pytest.mark.parametrize(
-    "asked, said",
+    "request, message",
     [
         ({"seed": 5}, "has seed 0, and this run 5: want the same settings"),
         ({"batch_size": 8}, "has batch_size 16, and this run 8"),
@@ -230,24 +230,24 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )
-def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path, asked, said):
+def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path, request, message):
     here, run = begun
     shutil.copytree(run, tmp_path / "out.partial")
     shutil.rmtree(tmp_path / "out.partial" / "checkpoint-6")
     usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    if said is None:  # in other words the same
-        assert finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | asked))["steps"] == 6
+    if message is None:  # in other words the same
+        assert finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | request))["steps"] == 6
         return
-    with pytest.raises(SensibertError, match=said):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | asked))
+    with pytest.raises(SensibertError, match=message):
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | request))
     assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3"}
 
 
 def test_flops_are_counted_at_the_length_of_the_checkpoint(here, tmp_path):
     usual = {"save_steps": 3, "keep_checkpoints": True, "overwrite": True, "max_steps": 6, "budget": "50%flops"}
     finetune_and_trim(options(here, tmp_path / "out", **usual))
-    said = "has budget 50%flops of the encoder at 128 tokens, and this run 50%flops of the encoder at 8 tokens"
-    with pytest.raises(SensibertError, match=said):
+    message = "has budget 50%flops of the encoder at 128 tokens, and this run 50%flops of the encoder at 8 tokens"
+    with pytest.raises(SensibertError, match=message):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, flops_length=8, **usual))
 
 
@@ -301,43 +301,43 @@ def test_what_a_grid_has_masked_is_no_model_to_start_from(here, tmp_path):
 
 def test_rows_longer_than_the_model_are_refused(here, tmp_path):
     folder = runs.model_folder(tmp_path / "short", max_position_embeddings=8)
-    asked = replace(options(here, tmp_path / "out"), model=folder)
+    request = replace(options(here, tmp_path / "out"), model=folder)
     with pytest.raises(
         SensibertError, match="max_length: a row has 10 tokens, want at most 8, the positions of the model"
     ):
-        finetune_and_trim(asked)
-    assert finetune_and_trim(replace(asked, max_length=8, max_steps=3))["steps"] == 3
+        finetune_and_trim(request)
+    assert finetune_and_trim(replace(request, max_length=8, max_steps=3))["steps"] == 3
 
 
 def test_few_samples_still_give_one_to_every_cut(here, tmp_path):
-    asked = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
-    finetune_and_trim(asked)
+    request = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
+    finetune_and_trim(request)
     assert Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").samples == 1
 
 
 def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
-    asked = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    request = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    first = finetune_and_trim(options(here, tmp_path / "out", **request))
     newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (6, 3))
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     os.truncate(newest / "model.safetensors", 100)
-    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
+    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
     assert older.exists() and again["metrics"] == first["metrics"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         os.truncate(checkpoint / "optimizer.pt", 10)
     with pytest.raises(SensibertError, match="truncated checkpoint, optimizer.pt has 10 bytes, want"):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
 
 
 def test_an_optimizer_file_that_is_not_truncated_but_damaged_is_named(here, tmp_path):
-    asked = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", **asked))
+    request = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    finetune_and_trim(options(here, tmp_path / "out", **request))
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         file = checkpoint / "optimizer.pt"
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(SensibertError, match="checkpoint-6: its optimizer or schedule cannot be loaded"):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **asked))
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
 
 
 def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
@@ -385,9 +385,9 @@ def test_how_far_the_rate_of_a_continued_schedule_rises_follows_from_the_budget(
 
     monkeypatch.setattr(recipe, "finetune", stop)
     third = layout_of(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
-    asked = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
+    request = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
     with pytest.raises(KeyboardInterrupt):
-        finetune_and_trim(options(here, tmp_path / "out", **asked))
+        finetune_and_trim(options(here, tmp_path / "out", **request))
     assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)
 
 
@@ -398,6 +398,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp
 
 
 def test_gradient_accumulation_and_bf16_run(here, tmp_path):
-    asked = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
-    result = finetune_and_trim(options(here, tmp_path / "out", **asked))
+    request = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
+    result = finetune_and_trim(options(here, tmp_path / "out", **request))
     assert result["steps"] == 5 and result["encoder_params_after"] < result["encoder_params_before"]

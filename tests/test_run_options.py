@@ -24,15 +24,15 @@ def options(**changed) -> Options:
 def test_a_preset_brings_its_settings_and_the_command_line_wins(name):
     preset = PRESETS[name]
     options(task=name).want_train_data()  # needs no file
-    found = options(task=name).resolved()
+    actual = options(task=name).resolved()
     for setting in ("epochs", "learning_rate", "batch_size", "max_length"):
-        assert getattr(found, setting) == getattr(preset, setting), setting
+        assert getattr(actual, setting) == getattr(preset, setting), setting
     assert options(task=name, learning_rate=1.0).resolved().learning_rate == 1.0
 
 
 def test_without_a_preset_there_are_usual_settings():
-    found = options(train_file="t.csv", task="regression").resolved()
-    assert (found.epochs, found.learning_rate, found.batch_size, found.max_length) == (3, 1e-4, 32, None)
+    actual = options(train_file="t.csv", task="regression").resolved()
+    assert (actual.epochs, actual.learning_rate, actual.batch_size, actual.max_length) == (3, 1e-4, 32, None)
 
 
 def test_the_settings_are_the_words_of_the_command_line():
@@ -73,7 +73,7 @@ def test_precision_is_a_dtype():
 
 
 @pytest.mark.parametrize(
-    "asked, wanted",
+    "request, expected",
     [
         ({"task": "sst2"}, [("nyu-mll/glue:sst2", "train"), ("nyu-mll/glue:sst2", "validation")]),
         ({"task": "mnli"}, [("nyu-mll/glue:mnli", "train"), ("nyu-mll/glue:mnli", "validation_matched")]),
@@ -82,11 +82,11 @@ def test_precision_is_a_dtype():
         ({"train_file": "a/b", "validation_file": "a/b"}, [("a/b", "train"), ("a/b", "validation")]),
     ],
 )
-def test_files_come_before_presets_and_hub_names_get_their_split(asked, wanted, monkeypatch):
-    seen = []
-    monkeypatch.setattr(sources, "load_examples", lambda source, split: seen.append((source, split)) or "rows")
-    train, validation = sources.training_examples(options(**asked)), sources.validation_examples(options(**asked))
-    assert seen == wanted and train == "rows" and (validation is None) == (len(wanted) == 1)
+def test_files_come_before_presets_and_hub_names_get_their_split(request, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sources, "load_examples", lambda source, split: calls.append((source, split)) or "rows")
+    train, validation = sources.training_examples(options(**request)), sources.validation_examples(options(**request))
+    assert calls == expected and train == "rows" and (validation is None) == (len(expected) == 1)
 
 
 def test_a_missing_training_file_is_named():

@@ -69,17 +69,17 @@ def test_what_torch_pruning_is_asked_is_what_it_does(importance):
 
     model = layer_model(2, **SIZES)
     _accumulate_gradients(model, batches())
-    asked = Asked(tp, model, layout_of(model), getattr(tp.importance, importance)())
-    counts = asked.counts(0.6)
-    assert asked.counts(0.3) != counts and asked.counts(0.6) == counts  # asking leaves no trace
+    request = Asked(tp, model, layout_of(model), getattr(tp.importance, importance)())
+    counts = request.counts(0.6)
+    assert request.counts(0.3) != counts and request.counts(0.6) == counts  # asking leaves no trace
     assert sum(counts[f"layer.{n}.head"] for n in (0, 1)) == 6  # int(16 * 0.4), whichever layers they are in
-    asked.pruner.current_step, asked.pruner.num_heads = 0, dict(asked.heads)
-    asked.pruner.out_channel_groups.update(asked.heads)
-    asked.pruner.per_step_pruning_ratio = asked.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
+    request.pruner.current_step, request.pruner.num_heads = 0, dict(request.heads)
+    request.pruner.out_channel_groups.update(request.heads)
+    request.pruner.per_step_pruning_ratio = request.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
     weights = [layer.intermediate.dense.weight.detach().clone() for layer in model.bert.encoder.layer]
-    asked.pruner.step()
+    request.pruner.step()
     for number, (layer, weight) in enumerate(zip(model.bert.encoder.layer, weights, strict=True)):
         assert layer.intermediate.dense.out_features == counts[f"layer.{number}.ffn"]
         assert layer.attention.output.dense.in_features == 4 * counts[f"layer.{number}.head"]
-        best = asked.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
+        best = request.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
         assert torch.equal(layer.intermediate.dense.weight, weight[best.sort().values])

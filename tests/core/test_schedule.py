@@ -105,7 +105,7 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
 
 
 @pytest.mark.parametrize(
-    "changed, said",
+    "changed, message",
     [
         ({"shape": "square"}, "schedule is 'square', want one of oneshot, cubic"),
         ({"trim_start": 1.0}, r"trim_start is 1.0, want a fraction in \[0, 1\)"),
@@ -118,6 +118,6 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
         ({"recover_dropout": 1.0}, "recover_dropout is 1.0, want a fraction"),
     ],
 )
-def test_impossible_schedules_are_refused_in_words(changed, said):
-    with pytest.raises(SensibertError, match=said):
+def test_impossible_schedules_are_refused_in_words(changed, message):
+    with pytest.raises(SensibertError, match=message):
         Schedule(**changed)

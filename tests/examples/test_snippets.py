@@ -57,8 +57,8 @@ def complaint(words: list[str], fails: bool) -> str | None:
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         return None if rest[0] in targets else f"{rest[0]} is no target of the Makefile"
     if program == "pip":
-        wanted = set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", rest[-1]))))
-        return f"no extra {wanted - extras()}" if tomllib and wanted - extras() else None
+        expected = set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", rest[-1]))))
+        return f"no extra {expected - extras()}" if tomllib and expected - extras() else None
     if program == "python":
         return None if (ROOT / rest[0]).exists() else f"there is no {rest[0]}"
     return f"{program} is no command that is run or checked here: mark the snippet, or teach this test"
@@ -121,7 +121,7 @@ def test_snippets_that_are_not_run_are_few():
 
 
 @pytest.mark.parametrize(
-    "words, fails, said",
+    "words, fails, message",
     [
         (["make", "demo"], False, None),
         (["make", "coffee"], False, "coffee is no target"),
@@ -133,9 +133,9 @@ def test_snippets_that_are_not_run_are_few():
         (["sensibert", "--version"], True, "exit code 0"),
     ],
 )
-def test_a_wrong_command_is_told(words, fails, said, here):
+def test_a_wrong_command_is_told(words, fails, message, here):
     wrong = complaint(words, fails)
-    assert wrong is None if said is None else said in wrong
+    assert wrong is None if message is None else message in wrong
 
 
 def test_commands_are_split_like_a_shell_splits_them():

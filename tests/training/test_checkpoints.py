@@ -43,7 +43,7 @@ def sealed(folder, step, model):
     return checkpoint
 
 
-def test_a_sealed_checkpoint_is_whole_and_remembers(tmp_path, model):
+def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path, model):
     checkpoint = sealed(tmp_path, 3, model)
     check_checkpoint(checkpoint)
     assert json.loads((checkpoint / MEMORY).read_text())["seconds"] == {"warm": 1.5}
@@ -60,7 +60,7 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage, message",
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors has 3 bytes, want 7"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has 0 bytes, want 7"),
@@ -68,14 +68,14 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
         (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
     ],
 )
-def test_damage_is_noticed(tmp_path, model, damage, said):
+def test_damage_is_noticed(tmp_path, model, damage, message):
     checkpoint = sealed(tmp_path, 5, model)
     damage(checkpoint)
-    with pytest.raises(SensibertError, match=said):
+    with pytest.raises(SensibertError, match=message):
         check_checkpoint(checkpoint)
 
 
-def test_the_newest_whole_checkpoint_is_found_by_its_number(tmp_path, model):
+def test_the_newest_complete_checkpoint_is_found_by_its_number(tmp_path, model):
     assert latest_checkpoint(tmp_path) is None
     nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
     (tmp_path / "checkpoint-best").mkdir()  # somebody else's
@@ -103,7 +103,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_a_run_that_fails_later_keeps_its_whole_checkpoints_and_resumes(tmp_path, model):
+def test_a_run_that_fails_later_keeps_its_complete_checkpoints_and_resumes(tmp_path, model):
     with pytest.raises(KeyError):
         with workspace(tmp_path / "out", resume=False, overwrite=False) as (folder, _):
             saved = sealed(folder, 2, model)
@@ -127,20 +127,20 @@ def test_what_is_in_the_way_is_named(tmp_path):
     check_output(tmp_path / "full", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "full")
     (tmp_path / "a_file").write_text("kept")
-    for taken, said in (("link", "is a link, want"), ("a_file", "is a file, want")):
-        with pytest.raises(SensibertError, match=said):
+    for taken, message in (("link", "is a link, want"), ("a_file", "is a file, want")):
+        with pytest.raises(SensibertError, match=message):
             check_output(tmp_path / taken, overwrite=True)
     with pytest.raises(SensibertError, match="not empty, want a new folder or --overwrite"):
         check_output(tmp_path / "full", overwrite=False)
     check_file(tmp_path / "new", overwrite=False)
     check_file(tmp_path / "full" / "file", overwrite=True)
-    for path, said in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):
-        with pytest.raises(SensibertError, match=said):
+    for path, message in (("full", "is a folder"), ("full/file", "exists"), ("no/file", "there is no folder")):
+        with pytest.raises(SensibertError, match=message):
             check_file(tmp_path / path, overwrite=False)
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (OSError(28, "No space left on device"), r"out \(No space left on device\)"),
         (SafetensorError("I/O error: File too large (os error 27)"), "File too large"),
@@ -148,15 +148,15 @@ def test_what_is_in_the_way_is_named(tmp_path):
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "PytorchStreamWriter"),
     ],
 )
-def test_refusals_of_the_system_become_one_kind_of_error(error, said):
-    with pytest.raises(SensibertError, match=f"output: cannot write .*{said}.*; then this"):
+def test_refusals_of_the_system_become_one_kind_of_error(error, message):
+    with pytest.raises(SensibertError, match=f"output: cannot write .*{message}.*; then this"):
         with writing("out", "; then this"):
             raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), SensibertError("budget: no"), KeyError("x")])
 def test_other_errors_pass_as_they_are(error):
-    with pytest.raises(type(error)) as seen:
+    with pytest.raises(type(error)) as calls:
         with writing("out"):
             raise error
-    assert seen.value is error
+    assert calls.value is error
