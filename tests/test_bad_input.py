@@ -36,8 +36,8 @@ def here(tmp_path_factory):
         runs.model_folder(folder / name, head="SequenceClassification", seed=seed, num_labels=2)
         scores = folder / f"{name}.safetensors"
         assert command("analyze", "--model", folder / name, "--method", "random", "--output", scores).code == 0
-    request = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
-    assert command(*request).code == 0
+    options = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
+    assert command(*options).code == 0
     return folder
 
 
@@ -61,9 +61,9 @@ def refused(message: str, *arguments) -> str:
 
 
 def finetune_arguments(here, output, **changed):
-    request = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
-    request |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
-    given = {name: value for name, value in request.items() if value is not None}
+    options = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
+    options |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
+    given = {name: value for name, value in options.items() if value is not None}
     return ["finetune", *(part for name, value in given.items() for part in (f"--{name}", value))]
 
 
@@ -101,31 +101,31 @@ def test_a_budget_that_is_none(here, tmp_path, budget, message):
 
 def test_a_budget_above_the_dense_model_would_trim_nothing(here, tmp_path):
     message = "500Kparams, and the encoder has 17,088 params: nothing would be trimmed, want less"
-    request = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
+    options = finetune_arguments(here, tmp_path / "out", budget="500Kparams")
     for more in ((), ("--dry-run",)):
-        refused(message, *request, *more)
+        refused(message, *options, *more)
     refused(message, "plan", "--sensitivity", here / "tuned.safetensors", "--budget", "500Kparams", "--dry-run")
 
 
 @pytest.mark.parametrize("budget, scope", [("1%params", "encoder"), ("0.01%flops", "model")])
 def test_a_budget_below_the_rest_names_the_smallest_and_that_one_works(here, tmp_path, budget, scope):
     counted = ("--scope", scope, "--step", 4, "--dry-run", "--budget")
-    request = ("plan", "--sensitivity", here / "other.safetensors", *counted)
+    options = ("plan", "--sensitivity", here / "other.safetensors", *counted)
     with untouched(here, tmp_path):
-        line = refused("the smallest reachable budget is", *request, budget)
+        line = refused("the smallest reachable budget is", *options, budget)
         refused("the smallest reachable budget is", *finetune_arguments(here, tmp_path / "out"), *counted, budget)
         absolute, percent = re.search(r"budget is (\d+\w+) \(([\d.]+) %\)", line).groups()
         kind = budget.partition("%")[2]
         for reachable in (absolute, f"{percent}%{kind}"):
-            assert command(*request, reachable).code == 0, reachable
+            assert command(*options, reachable).code == 0, reachable
         done = command(*finetune_arguments(here, tmp_path / "out"), *counted, absolute)
         assert done.code == 0, done
 
 
 def test_a_separate_process_prints_one_line_too(here, tmp_path):
     """Bars, warnings and imports would all go to standard error; the model has been read by then."""
-    request = map(str, finetune_arguments(here, tmp_path / "out", budget="1%params"))
-    done = subprocess.run([sys.executable, "-m", "sensibert", *request, "--dry-run"], capture_output=True, text=True)
+    options = map(str, finetune_arguments(here, tmp_path / "out", budget="1%params"))
+    done = subprocess.run([sys.executable, "-m", "sensibert", *options, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch("sensibert: error: budget: .* the smallest reachable budget is .*\n", done.stderr), done.stderr
 
@@ -221,8 +221,8 @@ def test_a_setting_out_of_range_is_named_before_any_work(here, tmp_path, changed
 
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(here, tmp_path):
     with untouched(here, tmp_path):
-        request = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
-        refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *request)
+        options = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
+        refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *options)
 
 
 def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path):
@@ -231,8 +231,8 @@ def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path)
     weights["classifier.weight"][:] = float("nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     with untouched(tmp_path):
-        request = ("analyze", "--model", tmp_path / "nan", "--train-file", here / "train.csv")
-        refused("the loss after 0 samples is nan", *request, "--output", tmp_path / "s")
+        options = ("analyze", "--model", tmp_path / "nan", "--train-file", here / "train.csv")
+        refused("the loss after 0 samples is nan", *options, "--output", tmp_path / "s")
         refused("predictions are NaN", "eval", tmp_path / "nan", "--validation-file", here / "dev.csv")
 
 
@@ -260,7 +260,7 @@ def test_a_model_without_the_head_or_with_another(here, tmp_path):
 def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(here / "train.csv", tmp_path / "data" / "train.csv")
-    request = {"train-file": tmp_path / "data" / "train.csv"}
+    options = {"train-file": tmp_path / "data" / "train.csv"}
     monkeypatch.chdir(tmp_path / "data")
     (tmp_path / "elsewhere").mkdir()
     for place, message in (
@@ -268,7 +268,7 @@ def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatc
         (here / "model", "holds the model of this run"),
         ("..", "holds the .* of this run"),
     ):
-        refused(message, *finetune_arguments(here, place, **request), "--overwrite")
+        refused(message, *finetune_arguments(here, place, **options), "--overwrite")
     assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
     monkeypatch.chdir(tmp_path / "elsewhere")
     refused("holds the working folder of this run", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
@@ -370,23 +370,23 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    request = finetune_arguments(here, tmp_path / "out")
+    options = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_report", full)
         message = (
             r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
         )
-        refused(message, *request)
+        refused(message, *options)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-3"]
-    done = command(*request, "--resume", "--json")
+    done = command(*options, "--resume", "--json")
     assert done.code == 0 and done.json["steps"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_config_that_cannot_be_meant(here, tmp_path):
     file = tmp_path / "recipe.yaml"
-    request = [*finetune_arguments(here, tmp_path / "out"), "--config", file]
+    options = [*finetune_arguments(here, tmp_path / "out"), "--config", file]
     for content, message in (
         ("budget: [50%params", "config: cannot read .*recipe.yaml .*line 1"),
         ("- budget\n- 50%params", "holds a list, want a mapping of option names"),
@@ -397,11 +397,11 @@ def test_a_config_that_cannot_be_meant(here, tmp_path):
     ):
         file.write_text(content)
         with untouched(here, tmp_path):
-            refused(message, *request)
+            refused(message, *options)
     file.write_text("dry_run: true")  # analyze has none, and would write
     refused("names 'dry_run'", "analyze", "--model", here / "model", "--output", tmp_path / "scores", "--config", file)
     assert not (tmp_path / "scores").exists()
-    refused("config: cannot read .*No such file", *request[:-1], tmp_path / "gone.yaml")
+    refused("config: cannot read .*No such file", *options[:-1], tmp_path / "gone.yaml")
 
 
 @pytest.mark.parametrize("name", ["finetune", "analyze", "plan", "trim", "eval", "inspect"])

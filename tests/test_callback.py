@@ -138,7 +138,7 @@ class TheirHead(BertForSequenceClassification):
 
 
 @pytest.mark.parametrize(
-    "request, message",
+    "options, message",
     [
         ({"method": "fischer"}, "method is 'fischer', want one of"),
         ({"allocation": "globl"}, "allocation is 'globl', want one of"),
@@ -150,9 +150,9 @@ class TheirHead(BertForSequenceClassification):
         ),
     ],
 )
-def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(request, message):
+def test_a_callback_that_could_only_fail_at_the_cut_fails_when_it_is_made(options, message):
     with pytest.raises(SensibertError, match=message):
-        TrimCallback(TrimConfig(**request))
+        TrimCallback(TrimConfig(**options))
 
 
 def test_a_callback_takes_a_grid_by_its_name(here, tmp_path):
@@ -190,11 +190,11 @@ def test_recovery_finds_the_dropout_that_is_only_a_number():
 
 
 @pytest.mark.parametrize(
-    "budget, request, frozen",
+    "budget, options, frozen",
     [("40%params", None, True), ("50%params", None, False), ("60%params", True, True), ("40%params", False, False)],
 )
-def test_after_a_deep_cut_the_embeddings_are_frozen(here, tmp_path, budget, request, frozen):
-    tables, schedule = [], Schedule(freeze_embeddings=request)
+def test_after_a_deep_cut_the_embeddings_are_frozen(here, tmp_path, budget, options, frozen):
+    tables, schedule = [], Schedule(freeze_embeddings=options)
     callback = TrimCallback(config(budget, method="magnitude", schedule=schedule))
     trainer = own_trainer(here, tmp_path, callback, max_steps=6)
     table = embeddings_of(trainer.model).word_embeddings.weight

@@ -55,7 +55,7 @@ def chain(here):
     """The six commands one after the other, each with --json: name -> Finished."""
     scores, plan = here / "scores.safetensors", here / "plan.safetensors"
     data = ("--train-file", here / "train.csv", "--samples", 32)
-    request = {
+    options = {
         "finetune": (*finetune_arguments(here, here / "tuned"), "--method", "baseline"),
         "analyze": ("analyze", "--model", here / "tuned", "--output", scores, *data),
         "plan": ("plan", "--sensitivity", scores, "--budget", "40%flops", "--step", 4, "--output", plan),
@@ -63,7 +63,7 @@ def chain(here):
         "eval": ("eval", here / "small", "--validation-file", here / "dev.csv"),
         "inspect": ("inspect", here / "small"),
     }
-    return {name: command(*arguments, "--json") for name, arguments in request.items()}
+    return {name: command(*arguments, "--json") for name, arguments in options.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -130,8 +130,8 @@ def test_every_task_is_guessed_tuned_trimmed_and_scored_alike(here, tmp_path, wr
     for role, seed in (("train", 1), ("dev", 2)):
         write(tmp_path / f"{role}.{suffix}", rows=24, seed=seed)
     (tmp_path / "model").symlink_to(here / "model")
-    request = finetune_arguments(tmp_path, tmp_path / "out", f"train.{suffix}", f"dev.{suffix}", steps=3)
-    done = command(*request, "--max-length", 48, "--json")
+    options = finetune_arguments(tmp_path, tmp_path / "out", f"train.{suffix}", f"dev.{suffix}", steps=3)
+    done = command(*options, "--max-length", 48, "--json")
     assert (done.code, done.err) == (0, "")
     result = done.json
     assert set(result["metrics"]) == set(result["metrics_at_cut"]) == metrics
@@ -146,11 +146,11 @@ def test_a_config_gives_defaults_and_the_command_line_wins(here, tmp_path):
     file = tmp_path / "recipe.yaml"
     settings = {"model": str(here / "model"), "train-file": str(here / "train.csv"), "budget": "40%flops", "json": True}
     file.write_text(yaml.safe_dump({**settings, "learning_rate": "2e-5", "epochs": 7, "schedule": "cubic"}))
-    request = ("finetune", "--config", file, "--output", tmp_path / "out", "--dry-run")
-    told = command(*request, "--epochs", 2).json
+    options = ("finetune", "--config", file, "--output", tmp_path / "out", "--dry-run")
+    told = command(*options, "--epochs", 2).json
     assert (told["budget"], told["learning_rate"], told["schedule"]) == ("40%flops", 2e-5, "cubic")
     assert told["epochs"] == 2
-    assert command(*request[:-1], "--epochs", 1, "--budget", "50%params", "--dry-run").json["budget"] == "50%params"
+    assert command(*options[:-1], "--epochs", 1, "--budget", "50%params", "--dry-run").json["budget"] == "50%params"
 
 
 def test_every_command_reads_a_config(chain, here, tmp_path):
@@ -208,8 +208,8 @@ def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
 
 
 def test_scores_without_data_need_none(chain, here, tmp_path):
-    request = ("analyze", "--model", here / "tuned", "--method", "magnitude", "--output", tmp_path / "m.safetensors")
-    done = command(*request, "--json")
+    options = ("analyze", "--model", here / "tuned", "--method", "magnitude", "--output", tmp_path / "m.safetensors")
+    done = command(*options, "--json")
     assert (done.code, done.json["samples"], done.json["tensors"]) == (0, 0, {})
     assert "magnitude reads no data" in done.out
     assert command("plan", "--sensitivity", tmp_path / "m.safetensors", "--step", 4, "--dry-run").code == 0

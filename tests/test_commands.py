@@ -60,9 +60,9 @@ def test_a_preset_scores_on_its_own_validation_data(tuned, monkeypatch):
 
 
 def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tuned):
-    request = {"validation_file": str(tuned / "dev.csv")}
-    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **request))
-    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **request))
+    requested = {"validation_file": str(tuned / "dev.csv")}
+    exact = steps.evaluate_folder(Options(str(tuned / "tuned"), **requested))
+    mixed = steps.evaluate_folder(Options(str(tuned / "tuned"), precision="bf16", **requested))
     assert exact["task"] == mixed["task"] == "text-classification"
     assert (
         0 < exact["metrics"]["accuracy"] < 1 and abs(exact["metrics"]["accuracy"] - mixed["metrics"]["accuracy"]) < 0.3
@@ -77,9 +77,9 @@ def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, mon
     monkeypatch.setattr(
         steps, "encode", lambda options, *rest: calls.append(options.max_length) or encode(options, *rest)
     )
-    request = {"validation_file": str(tuned / "dev.csv")}
+    requested = {"validation_file": str(tuned / "dev.csv")}
     for folder, more in ((tmp_path / "noted", {}), (tmp_path / "noted", {"max_length": 7}), (tuned / "tuned", {})):
-        steps.evaluate_folder(Options(str(folder), **request, **more))
+        steps.evaluate_folder(Options(str(folder), **requested, **more))
     assert calls == [5, 7, None]
 
 

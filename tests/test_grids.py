@@ -82,8 +82,8 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
 @pytest.mark.parametrize("method", ["taylor", "saliency", "magnitude", "random"])
 def test_every_method_and_allocation_meets_the_budget_within_a_block(here, tmp_path, method):
     allocation = "uniform" if method in ("saliency", "random") else "global"
-    request = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
-    result = finetune_and_trim(options(here, tmp_path / "out", **request))
+    requested = {"grid": "block8", "method": method, "allocation": allocation, "max_steps": 4, "budget": "40%params"}
+    result = finetune_and_trim(options(here, tmp_path / "out", **requested))
     room = int(0.4 * result["encoder_params_before"]) - result["encoder_params_after"]
     assert 0 <= room < 64 and result["grid"] == "block8"
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == (
@@ -98,8 +98,8 @@ def test_flops_of_blocks_are_those_a_kernel_cannot_skip(here, tmp_path):
 
 
 def test_gradient_accumulation_and_bf16_leave_the_zeros_alone(here, tmp_path):
-    request = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
-    result = finetune_and_trim(options(here, tmp_path / "out", **request))
+    requested = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1, "grid": "block8", "weight_decay": 0.3}
+    result = finetune_and_trim(options(here, tmp_path / "out", **requested))
     gone = result["encoder_params_before"] - result["encoder_params_after"]
     assert result["steps"] == 5
     assert zeros(tmp_path / "out", Plan.load(tmp_path / "out" / "plan.safetensors")) == gone > 0
@@ -112,8 +112,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(("kind", "grid", "step"), [("oneshot", "element", 6), ("cubic", "block8", 4)])
 def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, step, monkeypatch):
     """Two epochs of five steps, cut after step 3 (cubic: 3 and 5), a checkpoint at every second step."""
-    request = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
-    finetune_and_trim(options(here, tmp_path / "whole", **request))
+    requested = {"batch_size": 32, "save_steps": 2, "schedule": kind, "milestones": 2, "grid": grid}
+    finetune_and_trim(options(here, tmp_path / "whole", **requested))
     step_end = TrimCallback.on_step_end
 
     def dies(self, args, state, control, **kwargs):
@@ -123,10 +123,10 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, kind, grid, st
 
     monkeypatch.setattr(TrimCallback, "on_step_end", dies)
     with pytest.raises(Killed):
-        finetune_and_trim(options(here, tmp_path / "broken", **request))
+        finetune_and_trim(options(here, tmp_path / "broken", **requested))
     monkeypatch.setattr(TrimCallback, "on_step_end", step_end)
     assert (tmp_path / "broken.partial" / f"checkpoint-{step}" / "structure.safetensors").exists()
-    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **request))
+    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **requested))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     plan = Plan.load(tmp_path / "broken" / "plan.safetensors")

@@ -41,9 +41,9 @@ def here(tmp_path_factory):
 
 def calls_of(here, output, grid) -> dict[str, int]:
     files = ("--train-file", here / "train.csv", "--model", here / "model", "--output", output)
-    request = ("--grid", grid, "--max-steps", 6, "--batch-size", 8, "--precision", "bf16")
+    options = ("--grid", grid, "--max-steps", 6, "--batch-size", 8, "--precision", "bf16")
     with Calls() as calls:
-        done = command("finetune", *files, *request)
+        done = command("finetune", *files, *options)
     assert done.code == 0, done.err
     return calls.counts
 

@@ -131,16 +131,16 @@ def whole(here, tmp_path_factory):
 
 
 def test_a_plan_may_come_from_elsewhere(here, tmp_path):
-    request = []
+    requested = []
 
     def first_units(model, batches, budget) -> Plan:
         layout = layout_of(model)
-        request.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
+        requested.append((len(next(iter(batches))["input_ids"]), budget.value <= layout.encoder_params / 2))
         keep = {site.name: torch.arange(site.units) < site.units // 4 for site in layout.sites}
         return UnitPlan(layout, keep, budget, "first")
 
     finetune_and_trim(options(here, tmp_path / "out", max_steps=3), first_units)
-    assert request == [(4, True)]
+    assert requested == [(4, True)]
     plan = Plan.load(tmp_path / "out" / "plan.safetensors")
     assert all(plan.kept(site.name).tolist() == list(range(site.units // 4)) for site in plan.layout.sites)
 
@@ -171,12 +171,12 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, k
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use a CUDA context")
 def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, whole):
     """Three times SIGKILL, each a little later in what is left of the run."""
-    request, partial = short(save_steps=1), tmp_path / "killed.partial"
+    requested, partial = short(save_steps=1), tmp_path / "killed.partial"
     for number in (1, 4, 7):
         victim = os.fork()
         if victim == 0:  # forked: it need not import everything once more
             with contextlib.suppress(BaseException):
-                finetune_and_trim(options(here, tmp_path / "killed", resume=True, **request))
+                finetune_and_trim(options(here, tmp_path / "killed", resume=True, **requested))
             os._exit(1)
         deadline = time.monotonic() + 120
         while not (partial / f"checkpoint-{number}").exists() and time.monotonic() < deadline:
@@ -185,14 +185,14 @@ def test_runs_killed_by_the_system_resume_to_the_same_weights(here, tmp_path, wh
         os.kill(victim, signal.SIGKILL)
         _, status = os.waitpid(victim, 0)
         assert os.WIFSIGNALED(status) and not (tmp_path / "killed").exists()
-    result = finetune_and_trim(options(here, tmp_path / "killed", resume=True, **request))
+    result = finetune_and_trim(options(here, tmp_path / "killed", resume=True, **requested))
     assert result["steps"] == 10
     assert same_weights(whole("oneshot"), tmp_path / "killed")
 
 
 def test_runs_can_branch_from_the_last_step_before_the_cut(here, tmp_path):
-    request = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
-    finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **request))
+    requested = {"save_before_cut": True, "keep_checkpoints": True, "save_steps": 100}
+    finetune_and_trim(options(here, tmp_path / "first", max_steps=9, **requested))
     (saved,) = (tmp_path / "first.partial").glob("checkpoint-2")
     other = {"budget": "30%params", "method": "magnitude", "max_steps": 9}
     finetune_and_trim(options(here, tmp_path / "alone", **other))
@@ -209,7 +209,7 @@ def test_later_checkpoints_do_not_delete_the_one_before_the_cut(here, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "request, message",
+    "requested, message",
     [
         ({"seed": 5}, "has seed 0, and this run 5: want the same settings"),
         ({"batch_size": 8}, "has batch_size 16, and this run 8"),
@@ -230,16 +230,16 @@ def test_later_checkpoints_do_not_delete_the_one_before_the_cut(here, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )
-def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path, request, message):
+def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path, requested, message):
     here, run = begun
     shutil.copytree(run, tmp_path / "out.partial")
     shutil.rmtree(tmp_path / "out.partial" / "checkpoint-6")
     usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
     if message is None:  # in other words the same
-        assert finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | request))["steps"] == 6
+        assert finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | requested))["steps"] == 6
         return
     with pytest.raises(SensibertError, match=message):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | request))
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | requested))
     assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3"}
 
 
@@ -301,43 +301,43 @@ def test_what_a_grid_has_masked_is_no_model_to_start_from(here, tmp_path):
 
 def test_rows_longer_than_the_model_are_refused(here, tmp_path):
     folder = runs.model_folder(tmp_path / "short", max_position_embeddings=8)
-    request = replace(options(here, tmp_path / "out"), model=folder)
+    requested = replace(options(here, tmp_path / "out"), model=folder)
     with pytest.raises(
         SensibertError, match="max_length: a row has 10 tokens, want at most 8, the positions of the model"
     ):
-        finetune_and_trim(request)
-    assert finetune_and_trim(replace(request, max_length=8, max_steps=3))["steps"] == 3
+        finetune_and_trim(requested)
+    assert finetune_and_trim(replace(requested, max_length=8, max_steps=3))["steps"] == 3
 
 
 def test_few_samples_still_give_one_to_every_cut(here, tmp_path):
-    request = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
-    finetune_and_trim(request)
+    requested = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
+    finetune_and_trim(requested)
     assert Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").samples == 1
 
 
 def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
-    request = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **request))
+    requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
     newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (6, 3))
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     os.truncate(newest / "model.safetensors", 100)
-    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
+    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
     assert older.exists() and again["metrics"] == first["metrics"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         os.truncate(checkpoint / "optimizer.pt", 10)
     with pytest.raises(SensibertError, match="truncated checkpoint, optimizer.pt has 10 bytes, want"):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
 
 
 def test_an_optimizer_file_that_is_not_truncated_but_damaged_is_named(here, tmp_path):
-    request = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", **request))
+    requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    finetune_and_trim(options(here, tmp_path / "out", **requested))
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         file = checkpoint / "optimizer.pt"
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(SensibertError, match="checkpoint-6: its optimizer or schedule cannot be loaded"):
-        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **request))
+        finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
 
 
 def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
@@ -385,9 +385,9 @@ def test_how_far_the_rate_of_a_continued_schedule_rises_follows_from_the_budget(
 
     monkeypatch.setattr(recipe, "finetune", stop)
     third = layout_of(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
-    request = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
+    requested = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
     with pytest.raises(KeyboardInterrupt):
-        finetune_and_trim(options(here, tmp_path / "out", **request))
+        finetune_and_trim(options(here, tmp_path / "out", **requested))
     assert max(rates[0](step, 300) for step in range(100, 300)) == pytest.approx(peak, abs=0.01)
 
 
@@ -398,6 +398,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_no_result(here, tmp
 
 
 def test_gradient_accumulation_and_bf16_run(here, tmp_path):
-    request = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
-    result = finetune_and_trim(options(here, tmp_path / "out", **request))
+    requested = {"gradient_accumulation": 2, "precision": "bf16", "epochs": 1}
+    result = finetune_and_trim(options(here, tmp_path / "out", **requested))
     assert result["steps"] == 5 and result["encoder_params_after"] < result["encoder_params_before"]

@@ -58,7 +58,7 @@ def test_the_recipe_of_an_earlier_version_is_read():
         ({"teacher": "average"}, "teacher is 'average', which was removed"),
         ({"colour": "red"}, "colour is no setting of a run, want some of allocation, "),
         ({"policy": "uniform", "allocation": "global"}, "allocation is given twice"),
-        ({"teacher": "snapshot", "method": "dense"}, "method baseline never cuts"),
+        ({"teacher": "snapshot", "method": "dense"}, "method baseline does not trim"),
         ({"seed": 2.5}, "seed is 2.5, want a whole number"),
         ({"resume": "yes"}, "resume is 'yes', want true or false"),
     ],
@@ -73,7 +73,7 @@ def test_precision_is_a_dtype():
 
 
 @pytest.mark.parametrize(
-    "request, expected",
+    "requested, expected",
     [
         ({"task": "sst2"}, [("nyu-mll/glue:sst2", "train"), ("nyu-mll/glue:sst2", "validation")]),
         ({"task": "mnli"}, [("nyu-mll/glue:mnli", "train"), ("nyu-mll/glue:mnli", "validation_matched")]),
@@ -82,10 +82,13 @@ def test_precision_is_a_dtype():
         ({"train_file": "a/b", "validation_file": "a/b"}, [("a/b", "train"), ("a/b", "validation")]),
     ],
 )
-def test_files_come_before_presets_and_hub_names_get_their_split(request, expected, monkeypatch):
+def test_files_come_before_presets_and_hub_names_get_their_split(requested, expected, monkeypatch):
     calls = []
     monkeypatch.setattr(sources, "load_examples", lambda source, split: calls.append((source, split)) or "rows")
-    train, validation = sources.training_examples(options(**request)), sources.validation_examples(options(**request))
+    train, validation = (
+        sources.training_examples(options(**requested)),
+        sources.validation_examples(options(**requested)),
+    )
     assert calls == expected and train == "rows" and (validation is None) == (len(expected) == 1)
 
 

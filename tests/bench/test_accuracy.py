@@ -55,15 +55,15 @@ def test_an_ablation_is_a_row_of_its_own_and_not_in_the_summary(here, monkeypatc
     more = ("--train-rows", 48, "--max-steps", 3)
     start(here, monkeypatch, "--methods", "dense", *more)
     summary = bench.RUNS.read_text()
-    request = ("--override", "recover_peak=1", "--override", "policy=uniform", *more)
-    start(here, monkeypatch, *request)
+    requested = ("--override", "recover_peak=1", "--override", "policy=uniform", *more)
+    start(here, monkeypatch, *requested)
     (row,) = bench.read(bench.ABLATION)
     assert row["case"] == "toy 50%params ours, allocation uniform, recover_peak 1" and bench.RUNS.read_text() == summary
     assert row["override"] == {"recover_peak": 1, "allocation": "uniform"}
     assert (row["train_rows"], row["steps"]) == (48, 3)
     assert row["rival"] == "dense" and row["value"] == pytest.approx(row["ratio"] * row["rival_value"], abs=0.02)
     monkeypatch.setattr(bench, "run", None)
-    start(here, monkeypatch, *request)
+    start(here, monkeypatch, *requested)
 
 
 def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
@@ -71,9 +71,9 @@ def test_a_run_in_another_precision_is_another_run(here, monkeypatch):
     full, half = start(here, monkeypatch, "--methods", "dense", "--precision", "bf16")
     assert "precision" not in full and half["precision"] == "bf16"
     assert bench.identity(full) != bench.identity(half)
-    request = {name: half[name] for name in KEY if name in half}
-    assert bench.options_of(request, model="", output="").precision == "bf16"
-    assert bench.folder_name(request, {}) != bench.folder_name({**request, "precision": "fp32"}, {})
+    requested = {name: half[name] for name in KEY if name in half}
+    assert bench.options_of(requested, model="", output="").precision == "bf16"
+    assert bench.folder_name(requested, {}) != bench.folder_name({**requested, "precision": "fp32"}, {})
 
 
 def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_dense_run(here, monkeypatch):
@@ -81,8 +81,8 @@ def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_d
     usual, dense, kept = start(here, monkeypatch, "--methods", "dense", "ours", "--recovery", "continue")
     assert "recovery" not in usual and "recovery" not in dense and kept["recovery"] == "continue"
     assert len(list((here / "work").iterdir())) == 1  # the warm-up
-    request = {name: kept[name] for name in KEY if name in kept}
-    assert bench.options_of(request, model="", output="").trim.schedule.recovery == "continue"
+    requested = {name: kept[name] for name in KEY if name in kept}
+    assert bench.options_of(requested, model="", output="").trim.schedule.recovery == "continue"
     scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     controls = {row.get("recovery"): row["rival_value"] for row in scores}
     assert controls == {None: 100 * dense["score"], "continue": 100 * dense["score"]}
@@ -93,9 +93,9 @@ def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_de
     *_, learns = start(here, monkeypatch, "--methods", "ours", "dense", "--no-freeze-embeddings")
     *_, frozen = start(here, monkeypatch, "--methods", "ours", "--freeze-embeddings")
     assert "freeze_embeddings" not in usual | dense and len(bench.read(bench.RUNS)) == 4
-    for row, request in ((learns, False), (frozen, True)):
+    for row, requested in ((learns, False), (frozen, True)):
         expected = {name: row[name] for name in KEY if name in row}
-        assert bench.options_of(expected, model="", output="").trim.schedule.freeze_embeddings is request
+        assert bench.options_of(expected, model="", output="").trim.schedule.freeze_embeddings is requested
     scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     assert {row.get("freeze_embeddings") for row in scores} == {None, False, True}
     assert {row["rival_value"] for row in scores} == {100 * dense["score"]}
@@ -119,9 +119,9 @@ def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
 def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatch):
     """Its own checkpoints would bring the dropped layers back."""
     (whole,) = start(here, monkeypatch, "--methods", "layers")
-    request = {name: whole[name] for name in KEY if name in whole}
-    partial = partial_folder(here / "work" / bench.folder_name(request, {}, "50%params", "layers"))
-    shutil.copytree(here / "work" / bench.folder_name(request, {}, "warm"), partial)
+    requested = {name: whole[name] for name in KEY if name in whole}
+    partial = partial_folder(here / "work" / bench.folder_name(requested, {}, "50%params", "layers"))
+    shutil.copytree(here / "work" / bench.folder_name(requested, {}, "warm"), partial)
     bench.RUNS.unlink()
     (again,) = start(here, monkeypatch, "--methods", "layers")
     assert again["score"] == whole["score"] and not partial.exists()
@@ -157,10 +157,10 @@ def test_a_subset_is_always_the_same_and_no_larger_than_the_set(tmp_path):
 
 def test_the_cost_counts_each_step_by_what_is_left_of_the_model():
     result = {"steps": 12, "flops_before": 100, "flops_after": 50}
-    request = {"method": "ours", "budget": "50%params"}
+    requested = {"method": "ours", "budget": "50%params"}
 
     def cost(**more):
-        return bench.dense_steps(bench.options_of(request | more, model="", output=""), result)
+        return bench.dense_steps(bench.options_of(requested | more, model="", output=""), result)
 
     assert cost(method="dense") == 12
     assert cost() == 4 + 8 * 0.5

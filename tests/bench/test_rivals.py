@@ -65,21 +65,21 @@ def test_torch_pruning_lands_just_below_the_budget_and_leaves_the_model_alone(im
 @pytest.mark.parametrize("importance", ["GroupTaylorImportance", "GroupMagnitudeImportance"])
 def test_what_torch_pruning_is_asked_is_what_it_does(importance):
     tp = pytest.importorskip("torch_pruning")
-    from rivals import Asked, _accumulate_gradients
+    from rivals import Simulated, _accumulate_gradients
 
     model = layer_model(2, **SIZES)
     _accumulate_gradients(model, batches())
-    request = Asked(tp, model, layout_of(model), getattr(tp.importance, importance)())
-    counts = request.counts(0.6)
-    assert request.counts(0.3) != counts and request.counts(0.6) == counts  # asking leaves no trace
+    pruner = Simulated(tp, model, layout_of(model), getattr(tp.importance, importance)())
+    counts = pruner.counts(0.6)
+    assert pruner.counts(0.3) != counts and options.counts(0.6) == counts  # asking leaves no trace
     assert sum(counts[f"layer.{n}.head"] for n in (0, 1)) == 6  # int(16 * 0.4), whichever layers they are in
-    request.pruner.current_step, request.pruner.num_heads = 0, dict(request.heads)
-    request.pruner.out_channel_groups.update(request.heads)
-    request.pruner.per_step_pruning_ratio = request.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
+    options.pruner.current_step, options.pruner.num_heads = 0, dict(options.heads)
+    options.pruner.out_channel_groups.update(options.heads)
+    options.pruner.per_step_pruning_ratio = options.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
     weights = [layer.intermediate.dense.weight.detach().clone() for layer in model.bert.encoder.layer]
-    request.pruner.step()
+    options.pruner.step()
     for number, (layer, weight) in enumerate(zip(model.bert.encoder.layer, weights, strict=True)):
         assert layer.intermediate.dense.out_features == counts[f"layer.{number}.ffn"]
         assert layer.attention.output.dense.in_features == 4 * counts[f"layer.{number}.head"]
-        best = request.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
+        best = pruner.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
         assert torch.equal(layer.intermediate.dense.weight, weight[best.sort().values])

@@ -81,7 +81,7 @@ def test_encoder_parameters_leave_out_embeddings_pooler_and_head():
     assert layout_of(tied).total_params == sum(p.numel() for p in tied.parameters()), "shared tensors count once"
 
 
-def test_only_the_digest_differs_between_models_of_the_same_shapes():
+def test_the_digest_depends_on_weights_and_shapes_only():
     model = tiny_model(seed=1)
     digest = layout_of(model).digest
     assert digest == layout_of(tiny_model(seed=1).train()).digest == layout_of(tiny_model(seed=1).double()).digest

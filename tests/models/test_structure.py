@@ -58,7 +58,7 @@ def test_only_the_kept_heads_go_in_and_a_second_cut_narrows(call):
     assert torch.equal(call(attention, bias), bias)
 
 
-def test_an_empty_structure_is_saved_and_loaded():
+def test_without_a_position_bias_the_hook_changes_nothing():
     attention = Attention()
     PickHeads.attach(attention, torch.tensor([0]))
     assert attention(0) is None and attention(0, None, None) is None and attention(0, position_bias=None) is None
