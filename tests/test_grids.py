@@ -150,7 +150,7 @@ def test_the_verbs_speak_of_grids_from_file_to_file(here, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         (("--grid", "rows"), "grid is 'rows', want one of unit, element, block64 (or another block<size>)"),
         (("--grid", "block0"), "grid is 'block0', want one of unit"),
