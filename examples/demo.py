@@ -1,4 +1,4 @@
-"""Fine-tune a real BERT on a CPU in a few minutes, trim its encoder to half on the way, compare, reload.
+"""Fine-tune a real BERT on a CPU in a few minutes, trim its encoder to half meanwhile, compare, reload.
 
 `make demo` runs it. The model is all-MiniLM-L6-v2 from the `demo` extra, the task is examples/docstrings.py. Nothing is
 downloaded. All files go into one folder, by default runs/demo.
@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-import sensibert  # noqa: F401  (lets the Auto classes load a trimmed folder)
+import sensibert  # noqa: F401  (lets the Auto classes load trimmed folders)
 from sensibert.report.tables import table
 
 MAX_LENGTH, BATCH = 32, 32
@@ -46,7 +46,7 @@ def packaged_model() -> str:
 
 
 def latencies_ms(models: list, batch: int, length: int, repeats: int) -> list[float]:
-    """Median milliseconds of a forward pass of each model; they take turns, so that a busy moment slows all of them."""
+    """Median milliseconds of a forward pass of each model; they alternate, so that other processes slow all of them."""
     ids = torch.randint(models[0].config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     seconds = [[] for _ in models]
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def compare(base: str, result: dict) -> list[tuple[str, str, str, str]]:
 
 
 def classify(folder: str, validation: str) -> None:
-    """Use the saved folder as its users do. Runs in a process of its own, which knows nothing of the training run."""
+    """Use the saved folder as its users do. Runs in a new process, without state of the training run."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 

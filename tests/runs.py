@@ -29,13 +29,13 @@ def model_folder(folder: Path, model_type: str = "bert", head: str = "", **confi
 def sentences(rows: int, seed: int = 0) -> list[tuple[str, int]]:
     """One telling word among others; the label is what it tells."""
     rng = random.Random(seed)
-    found = []
+    actual = []
     for _ in range(rows):
         label = rng.randint(0, 1)
         words = rng.choices(REST, k=rng.randint(2, 7))
         words.insert(rng.randint(0, len(words)), rng.choice((BAD, GOOD)[label]))
-        found.append((" ".join(words), label))
-    return found
+        actual.append((" ".join(words), label))
+    return actual
 
 
 def sentence_file(path: Path, rows: int = 96, seed: int = 0, header=("sentence", "label")) -> str:
@@ -135,5 +135,5 @@ def command(*arguments: object) -> Finished:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file below a folder with its content (None for folders): what nobody may have touched."""
-    found = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in found}
+    actual = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in actual}

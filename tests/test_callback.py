@@ -108,7 +108,7 @@ def test_a_callback_that_comes_after_the_cut_says_so(here, tmp_path):
     other = own_trainer(here, tmp_path, TrainerCallback(), TrimTrainer)
     other.add_callback(TrimCallback(config()))
     with pytest.raises(
-        SensibertError, match="it was added after the model was trimmed, want it in the Trainer's callbacks="
+        SensibertError, match="it was added after the model was trimmed, want it among the Trainer's callbacks="
     ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import sensibert
 from sensibert import Options, Schedule, TrimConfig, recipe
 from sensibert.core.settings import settings_of
-from sensibert.data import PRESETS, TASKS
+from sensibert.data.tasks import PRESETS, TASKS
 from sensibert.models import layout_of
 from tests import runs
 from tests.runs import RESULT_KEYS, command, tree

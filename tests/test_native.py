@@ -30,7 +30,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def test_a_build_says_what_it_is(tmp_path, monkeypatch):
+def test_a_build_reports_its_version_and_architectures(tmp_path, monkeypatch):
     """csrc/torch/module.cpp alone: all of `_C` but the kernels."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -100,7 +100,7 @@ print(ops.block_sensitivity([w], [w], Grid.tensor())[0].item())
     ]
 
 
-def test_the_status_says_why_a_module_could_not_be_loaded(tmp_path):
+def test_the_status_has_the_reason_why_a_module_could_not_be_loaded(tmp_path):
     package = tmp_path / "sensibert"
     shutil.copytree(ROOT / "sensibert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_C.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
@@ -117,6 +117,6 @@ def test_a_gpu_without_kernels_is_warned_of_once(gpus):
     assert done.returncode == 0 and done.stderr.count("native kernels: none") == gpus, done.stderr
 
 
-def test_without_nvcc_the_kernel_check_says_so(tmp_path):
+def test_without_nvcc_the_kernel_check_reports_it(tmp_path):
     done = python("csrc/check_kernels.py", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
     assert done.returncode == 0 and "nvcc is not here" in done.stdout

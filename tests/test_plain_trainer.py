@@ -45,8 +45,8 @@ def test_what_it_saves_reloads_bit_for_bit_in_a_fresh_process(trained, trust_rem
     assert layout_of(model).encoder_params <= 0.5 * layout_of(tiny_model()).encoder_params
     auto, folders = "AutoModelForSequenceClassification", {"small": here / "small", "last": here / "run/checkpoint-12"}
     given = {name: (auto, folder, tiny_batch()) for name, folder in folders.items()}
-    found = fresh.outputs_of(given, trust_remote_code, tmp_path)
-    assert found.keys() == folders.keys() and all(torch.equal(value, logits(model)) for value in found.values())
+    actual = fresh.outputs_of(given, trust_remote_code, tmp_path)
+    assert actual.keys() == folders.keys() and all(torch.equal(value, logits(model)) for value in actual.values())
 
 
 def test_checkpoints_from_before_the_cut_are_stock_models_and_later_ones_trimmed(trained):
@@ -56,7 +56,7 @@ def test_checkpoints_from_before_the_cut_are_stock_models_and_later_ones_trimmed
     assert type(after) is type(model) and layout_of(after).sites == layout_of(model).sites
 
 
-def test_training_goes_on_from_the_folder_and_the_model_can_be_trimmed_again(trained, tmp_path):
+def test_training_continues_from_the_folder_and_the_model_can_be_trimmed_again(trained, tmp_path):
     here, _ = trained
     model = AutoModelForSequenceClassification.from_pretrained(here / "small")
     first, before = layout_of(model), logits(model)
@@ -95,8 +95,8 @@ def test_the_best_model_is_the_best_from_after_the_cut(scores, best, tmp_path):
     )
     trainer.train()
     assert layout_of(model).encoder_params < layout_of(tiny_model()).encoder_params
-    wanted = tmp_path / f"run/checkpoint-{best}"
-    assert trainer.state.best_model_checkpoint == str(wanted) and trainer.state.best_metric == max(scores[1:])
-    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(wanted)), logits(model))
+    expected = tmp_path / f"run/checkpoint-{best}"
+    assert trainer.state.best_model_checkpoint == str(expected) and trainer.state.best_metric == max(scores[1:])
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(expected)), logits(model))
     trainer.save_model(str(tmp_path / "small"))
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")), logits(model))

@@ -5,8 +5,8 @@
 //     . . . . . .    ->     x 0 x x             All columns kept: a quad is one read. Else four reads, ascending and
 //     x . o x . x                               close together, so that a warp still finds them in few sectors.
 //
-// Cost: what is kept is read once and written once, + 1 byte an element for the holes (o). All entries ride in the
-// launch's parameters: nothing to upload, fit for a CUDA graph.
+// Cost: what is kept is read once and written once, + 1 byte an element for the holes (o). All entries are launch
+// parameters: nothing is uploaded, so CUDA graphs work.
 #include "gather_kept.h"
 
 namespace sensibert {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void gather_tile(const Entry& e, uint32_t row0, uint3
 __global__ void __launch_bounds__(kThreads) gather_kept_kernel(const __grid_constant__ Args args) {
     for (uint32_t tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
         int entry = 0;
-        for (int above = args.num_entries; above - entry > 1;) {  // the last whose first tile is not beyond this one
+        for (int above = args.num_entries; above - entry > 1;) {  // the last one that starts at or before this tile
             const int middle = (entry + above) / 2;
             (args.entries[middle].first_tile <= tile ? entry : above) = middle;
         }
@@ -128,7 +128,7 @@ cudaError_t launch_gather_kept(const GatherTensor* tensors, int64_t num_tensors,
     for (int64_t t = 0; t < num_tensors; ++t) {
         const GatherTensor& g = tensors[t];
         if (g.N >= kMaxAxis || g.K >= kMaxAxis || g.n >= kMaxAxis || g.k >= kMaxAxis) return cudaErrorInvalidValue;
-        if (g.n == 0 || g.k == 0) continue;  // an empty index may lie nowhere
+        if (g.n == 0 || g.k == 0) continue;  // an empty index may have no storage
         if ((!g.rows && g.n != g.N) || (!g.cols && g.k != g.K)) return cudaErrorInvalidValue;
     }
     Args args{};

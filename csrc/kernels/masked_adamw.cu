@@ -16,7 +16,7 @@
 //
 // Small N or K: the tile is flatter or narrower. No mask, score, map: one row of N*K, so only the last quad is short.
 // Cost: 28 bytes an fp32 element (read w, g, m, v, write w, m, v), + 2 for the working copy, + 1 / block for keep; 12 (+ 2)
-// where a quad is dropped. All tensor entries ride in the launch's parameters: nothing to upload, fit for a CUDA graph.
+// where a quad is dropped. All tensor entries are launch parameters: nothing is uploaded, so CUDA graphs work.
 #include "masked_adamw.h"
 
 #include <cmath>
@@ -121,7 +121,7 @@ __device__ __forceinline__ void write_score(const Args& args, float* score, floa
     if (args.finish == Finish::kSquare) total *= total;
     if (args.finish == Finish::kAbs) total = fabsf(total);
     *score =
-        args.scale * total + (args.decay != 0.f ? args.decay * *score : 0.f);  // decay 0 starts anew, even from NaN
+        args.scale * total + (args.decay != 0.f ? args.decay * *score : 0.f);  // decay 0 ignores the old value
 }
 
 struct Rates {
@@ -295,7 +295,7 @@ __device__ void reduce_tile(const Args& args, const Entry& e, const Extra& x, ui
 __global__ void __launch_bounds__(kThreads, 4) masked_adamw_kernel(const __grid_constant__ Args args) {
     __shared__ __align__(16) float terms[kTile];
     int entry = 0;
-    for (int above = args.num_entries; above - entry > 1;) {  // the last whose first tile is not beyond this one
+    for (int above = args.num_entries; above - entry > 1;) {  // the last one that starts at or before this tile
         const int middle = (entry + above) / 2;
         (args.entries[middle].first_tile <= blockIdx.x ? entry : above) = middle;
     }
@@ -378,7 +378,7 @@ Planned plan(const AdamWTensor& t) {
     if (rows == 0 || cols == 0) return p;
     const bool mapped = t.copy && (t.row_map || t.col_map), blocks = t.keep || t.score || mapped;
     if (!blocks) cols *= rows, rows = 1;
-    if (cols == 1) {  // a vector lies better along the columns; its blocks turn with it
+    if (cols == 1) {  // a vector is processed as a row; its blocks are transposed too
         std::swap(rows, cols);
         keep_cols = keep_rows, keep_rows = 1;
         score_cols = score_rows, score_rows = 1;
@@ -434,7 +434,7 @@ Settings settings_of(const AdamWGroup& g) {
             float(std::log(g.beta1)), float(std::log(g.beta2)), float(g.eps),       float(g.weight_decay)};
 }
 
-// The position of `settings` in the table, where it is put if it is new; -1: the table is full.
+// The position of `settings` in the table, where it is added if it is new; -1: the table is full.
 int place_settings(Args& args, const Settings& settings) {
     for (int i = 0; i < args.num_settings; ++i)
         if (memcmp(&args.settings[i], &settings, sizeof settings) == 0) return i;

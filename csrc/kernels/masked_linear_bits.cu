@@ -1,4 +1,4 @@
-// sm_90a only. tests/native runs it too, on a CPU that plays wgmma, TMA and barriers.
+// sm_90a only. tests/native runs it on a CPU that emulates wgmma, TMA and barriers.
 //
 // y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep one bit a weight; with kByColumns W is [K, N] and y = x (W * keep),
 // which is dx of the former. W lies dense in memory and is no operand of wgmma from shared memory: it passes through

@@ -1,4 +1,4 @@
-// sm_90a only. tests/native runs it too, on a CPU that plays wgmma, TMA and barriers.
+// sm_90a only. tests/native runs it on a CPU that emulates wgmma, TMA and barriers.
 //
 // dW [N, K] = (dY [M, N]^T X [M, K]) * keep, keep in blocks of 64 x 64. A product of a warpgroup is 64 rows of dW high,
 // so it takes one row of blocks, and of that row up to four kept blocks, wherever they lie: dropped ones cost nothing,
@@ -11,8 +11,8 @@
 //   warpgroups 1,2  a row of blocks each, one wgmma a k16 as wide as its bands (both operands lie by depth), one step
 //                   in flight; then rounding and out
 //
-// With several chunks each leaves its partial sums in scratch, and whoever comes last adds them up, first chunk first:
-// nobody waits, and neither the order of arrival nor the number of blocks changes a bit.
+// With several chunks, each writes its partial sums to scratch, and the last to finish adds them up in the order of the
+// chunks: no block waits, and the result does not depend on the order of arrival or the number of blocks.
 // Cost: 2 * 64 * 64 * 32 a block and step, at 4096 FLOP a clock and SM: 512 clocks a step of eight; 4 KB a band from
 // L2, that is 48 bytes a clock where all is kept (as much as a dense tile of 128 x 256), about 60 where random halves
 // are, which L2 may not give. A chunk: 128 KB to scratch and back.
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             multiply<T, 3>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
         else if (width == 2)
             multiply<T, 2>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
-        else  // without a block of its own it multiplies one of the other's, for nothing: it must give stages back
+        else  // without a block it multiplies one of the other's and drops the result: it has to release stages
             multiply<T, 1>(acc, shared, full, empty, at, num_steps, dy_box, x_box);
         if (width == 0 || (p.num_chunks > 1 && !add_chunks(acc, p, item, width, consumer, last))) continue;
         write_blocks(acc, dw, p, item, consumer);

@@ -1,5 +1,5 @@
-// What Hopper offers to a matmul, in small words: barriers that count bytes, box copies (TMA), asynchronous matrix
-// products (wgmma). One PTX instruction a function. Under test, tests/native/hopper_on_cpu.h plays the same words.
+// The features of Hopper that a matmul uses: barriers that count bytes, box copies (TMA), asynchronous matrix
+// products (wgmma). One PTX instruction a function. In tests, tests/native/hopper_on_cpu.h emulates them.
 #pragma once
 #include "element.h"
 
@@ -255,7 +255,7 @@ cudaError_t allow_shared_bytes(Kernel* kernel, size_t num_bytes) {
 }  // namespace sensibert::hopper
 #endif
 
-// ---- What both machines read the same way.
+// ---- Shared by the GPU and its emulation.
 namespace sensibert::hopper {
 
 constexpr int kAtom = 1024;  // bytes after which the 128-byte swizzle repeats: alignment of every swizzled box

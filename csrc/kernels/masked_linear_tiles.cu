@@ -1,4 +1,4 @@
-// sm_90a only. tests/native runs it too, on a CPU that plays wgmma, TMA and barriers.
+// sm_90a only. tests/native runs it on a CPU that emulates wgmma, TMA and barriers.
 //
 // y [M, N] = x [M, K] (W [N, K] * keep)^T + bias, keep in blocks of 64 x 64; with kByColumns W is [K, N] and
 // y = x (W * keep), which is dx of the former. W lies dense in memory; what keep drops is neither loaded nor
@@ -11,7 +11,7 @@
 //                   memory while the ring fills for the next tile
 //
 // The bias is added where the result is packed: added to the accumulators first, ptxas serializes the wgmmas (C7511).
-// Narrow wgmmas exist at kCols = 192 only: beside 128 accumulators ptxas serializes every wgmma of the kernel (C7511),
+// Narrow wgmmas exist at kCols = 192 only: with 128 accumulators ptxas serializes every wgmma of the kernel (C7511),
 // as it does when narrow ones overlap in more than one way, or share one wait. At 256 a dropped band of a step that is
 // needed at all arrives as zeros (no traffic) and is multiplied: right, and faster where whole steps drop.
 // Cost: 2 * 128 * 64 * 64 a band, at 4096 FLOP a clock and SM; 16 KB of x and 8 KB a band from L2 a step.

@@ -11,7 +11,7 @@
 //   split   reads all, writes keep for keys above and below the window, counts them, lists the values inside
 //   first   where the guess was wrong or its window too full: reads all, counts them by the upper 13 bits of the key
 //   next..  counts the next 13 bits of the listed values (a percent of all); of all scores while there is no list, and
-//           lists as soon as a list can hold them: data without luck costs time, never the answer
+//           lists as soon as a list can hold them: unfavourable data cost time, not correctness
 //   apply   sets keep for listed values at or above the k-th; without a list, writes keep for all
 // Cost: with a right guess 4 or 2 bytes read and 1 written a score; each further pass over all, one more read.
 #include "select_threshold.h"
@@ -19,7 +19,7 @@
 #include <algorithm>
 
 #ifndef SENSIBERT_SELECT_THREADS
-#define SENSIBERT_SELECT_THREADS 512  // fewer in tests: the CPU machine plays them one after another
+#define SENSIBERT_SELECT_THREADS 512  // fewer in tests: the CPU machine runs them in sequence
 #endif
 
 namespace sensibert {
@@ -191,7 +191,7 @@ __device__ void add_counts(const Work& w, const unsigned* hist) {
 struct List {
     Count* entries;
     int64_t room;
-    unsigned* size;  // in shared memory; counts what finds no room too
+    unsigned* size;  // in shared memory; also counts values that do not fit
 
     __device__ __forceinline__ void append(Count rest) const {
         const unsigned slot = atomicAdd(size, 1u);
@@ -463,7 +463,7 @@ cudaError_t plan(const SelectProblem& p, char* scratch, Work* work, int* num_blo
         at += (count * sizeof *pointer + 15) / 16 * 16;
     };
     take(w.state, 1);
-    take(w.hist, kBins);  // right behind the state: cleared with it
+    take(w.hist, kBins);  // directly after the state, so that both are cleared together
     take(w.num_listed, *num_blocks);
     take(w.list, *num_blocks * w.region);
     take(w.rows, w.num_rows);

@@ -1,4 +1,4 @@
-// Columns of activations: the kept ones gathered, or put back in their places with something else between them.
+// Columns of activations: the kept ones gathered, or spread to their positions with fill values between them.
 //
 //   x [M, K]   a b c d e f    index 0 2 3 5       out [M, k]   a c d f       A block owns a span of columns of out and
 //              g h i j k l                                     g i j l       walks down the rows. A thread owns 16 bytes

@@ -12,8 +12,8 @@ namespace {
 
 constexpr const char* kOp = "masked_linear_bits";
 
-// A matrix of bytes as TMA reads it, like aligned_rows. pack() of bits.py makes them so; the bits of
-// select_threshold lie so where K is a multiple of 128.
+// A matrix of bytes as TMA reads it, like aligned_rows. pack() of bits.py makes such rows; the bits of
+// select_threshold are like that where K is a multiple of 128.
 Tensor aligned_bits(const Tensor& t) {
     const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
     if (aligned && t.stride(1) == 1 && t.stride(0) % 16 == 0 && t.stride(0) >= t.size(1)) return t;

@@ -26,7 +26,7 @@ def family_of(model: nn.Module) -> Family:
         inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise SensibertError(f"model: is wrapped in {type(model).__name__}, want the model inside it (model.{inside})")
     config = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
+    if config is None or not hasattr(config, "model_type"):
         name, kinds = type(model).__name__, ", ".join(sorted(families()))
         raise SensibertError(f"model: {name} is not a transformers model, want one of a supported family: {kinds}")
     model_type = base_type(config.model_type)

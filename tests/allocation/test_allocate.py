@@ -27,10 +27,10 @@ def make_site(number: int, kind: str, units: int, cost: int, minimum: int = 0) -
 
 def make(*sites: tuple, scores: list[list[float]], statistic: str = "fisher", hidden: int = 32) -> Sensitivity:
     """sites: (kind, units, parameters a unit[, minimum])."""
-    found = tuple(make_site(number, *site) for number, site in enumerate(sites))
-    whole = REST + sum(site.units * site.params for site in found)
-    layout = Layout("bert", "", found, hidden, whole, whole + 1000, Flops(REST), Flops(REST, sequence=5))
-    return Sensitivity(layout, {s.name: torch.tensor(v) for s, v in zip(found, scores, strict=True)}, statistic)
+    actual = tuple(make_site(number, *site) for number, site in enumerate(sites))
+    whole = REST + sum(site.units * site.params for site in actual)
+    layout = Layout("bert", "", actual, hidden, whole, whole + 1000, Flops(REST), Flops(REST, sequence=5))
+    return Sensitivity(layout, {s.name: torch.tensor(v) for s, v in zip(actual, scores, strict=True)}, statistic)
 
 
 def kept(plan: Plan) -> list[list[int]]:
@@ -106,7 +106,7 @@ def test_units_are_taken_by_score_per_cost():
     ]
 
 
-def test_what_the_next_best_unit_leaves_free_goes_to_cheaper_ones():
+def test_budget_that_the_next_best_unit_exceeds_is_spent_on_smaller_ones():
     sensitivity = make(("head", 2, 10), ("ffn", 3, 1), scores=[[90.0, 80.0], [1.0, 2.0, 3.0]])
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 12}params"), width_multiple=1)) == [[0], [1, 2]]
 
@@ -130,7 +130,7 @@ def test_nan_is_worth_less_than_anything():
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 4}params"), width_multiple=1)) == [[0, 1, 3], [1]]
 
 
-def test_a_whole_sublayer_can_go():
+def test_a_complete_sublayer_can_be_removed():
     sensitivity = make(("head", 4, 10), ("ffn", 8, 5), scores=[[0.0] * 4, [1.0] * 8])
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 40}params"), width_multiple=1)) == [[], list(range(8))]
 
@@ -140,7 +140,7 @@ def test_a_family_keeps_its_minimum_and_its_best_unit():
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 50}params"), width_multiple=1)) == [[1], list(range(8))]
 
 
-def test_widths_become_multiples_of_the_step_and_full_layers_stay_full():
+def test_widths_become_multiples_of_width_multiple_and_full_layers_are_not_rounded():
     sensitivity = make(("ffn", 10, 1), ("ffn", 10, 1), scores=[[9.0] * 10, [8.0 - i for i in range(10)]])
     widths = [len(units) for units in kept(allocate(sensitivity, Budget.parse(f"{REST + 17}params"), width_multiple=4))]
     assert widths == [10, 4]
@@ -166,7 +166,7 @@ def test_flops_and_parameters_can_choose_differently():
     assert kept(allocate(sensitivity, Budget.parse(f"{4 * REST + 150}flops", length=4), width_multiple=1)) == [[0], []]
 
 
-def test_the_scope_says_what_is_counted():
+def test_the_scope_decides_what_is_counted():
     sensitivity = make(("ffn", 10, 10), scores=[[1.0] * 10])
     assert allocate(sensitivity, Budget.parse("60params"), width_multiple=1).params == 60
     plan = allocate(sensitivity, Budget.parse("1060params", "model"), width_multiple=1)

@@ -38,7 +38,7 @@ def kept(plan: BlockPlan) -> list[list[int]]:
     return [plan.keep[w.parameter].flatten().nonzero().flatten().tolist() for w in plan.layout.weights]
 
 
-def test_exactly_what_the_budget_pays_for_stays():
+def test_exactly_the_blocks_that_the_budget_allows_are_kept():
     scored = make((4, 8), (6, 3), grid=Grid.element())
     plan = allocate(scored, Budget.parse("50%params"))  # 30 of 60, of which 10 cannot be masked
     scores = torch.cat([score.flatten() for score in scored.scores.values()])

@@ -60,7 +60,7 @@ def test_no_groups_and_no_capacity():
     assert solve_budget([[0.0, 0.5]], [[0.0, 1.0]], 0.0) == [0]
 
 
-def test_an_impossible_budget_says_what_would_do():
+def test_the_error_for_an_impossible_budget_names_a_possible_one():
     with pytest.raises(SensibertError, match=r"the capacity is 4, want at least 5, the sum of the lowest costs"):
         solve_budget([[2, 3], [3, 9]], [[0.0, 1.0], [0.0, 1.0]], 4)
 

@@ -36,11 +36,11 @@ def one_by_one():
 def test_gate_gradients_of_a_batch_are_those_of_its_samples_alone(model):
     """analyze gets at them through the weight gradients, one sample at a time."""
     layout = layout_of(model)
-    found = bench.gate_gradients(model, layout, batches(), sampled=False)
+    actual = bench.gate_gradients(model, layout, batches(), sampled=False)
     shipped = analyze(model, one_by_one(), "taylor").scores
     for site in layout.sites:
-        assert found[site.name].shape == (6, site.units)
-        torch.testing.assert_close(found[site.name].abs().sum(0), shipped[site.name], rtol=1e-4, atol=1e-7)
+        assert actual[site.name].shape == (6, site.units)
+        torch.testing.assert_close(actual[site.name].abs().sum(0), shipped[site.name], rtol=1e-4, atol=1e-7)
 
 
 def test_sampled_labels_are_those_of_the_seed_and_differ_from_the_given(model):
@@ -78,27 +78,27 @@ def test_units_that_cancel_are_worth_nothing_together():
 def test_each_site_loses_its_lowest_units_and_the_measurement_is_the_masked_models(model):
     layout = layout_of(model)
     scores = {site.name: torch.arange(site.units, 0, -1).float() for site in layout.sites}
-    wanted = bench.drops(layout, scores)
-    assert [(drop.site, len(drop.units)) for drop in wanted[:5]] == [
+    expected = bench.drops(layout, scores)
+    assert [(drop.site, len(drop.units)) for drop in expected[:5]] == [
         *(("layer.0.head", count) for count in (1, 2, 3, 4)),
         ("layer.0.ffn", 16),
     ]
-    assert wanted[1].units.tolist() == [3, 2]
-    above = next(drop for drop in wanted if drop.site == "layer.1.head" and drop.share == 0.5)
-    found = bench.measured(model, layout, [above, wanted[1]], batches()).mean(1).tolist()
+    assert expected[1].units.tolist() == [3, 2]
+    above = next(drop for drop in expected if drop.site == "layer.1.head" and drop.share == 0.5)
+    actual = bench.measured(model, layout, [above, expected[1]], batches()).mean(1).tolist()
     before = float(bench.losses_of(model, batches()).mean())
     with torch.no_grad():
         weight = model.bert.encoder.layer[1].attention.output.dense.weight
         old = weight.clone()
         weight[:, 16:] = 0
-        assert found[0] == pytest.approx(float(bench.losses_of(model, batches()).mean()) - before, abs=1e-6)
+        assert actual[0] == pytest.approx(float(bench.losses_of(model, batches()).mean()) - before, abs=1e-6)
         weight.copy_(old)
         model.bert.encoder.layer[0].attention.output.dense.weight[:, 16:] = 0
         after = sum(
             float(F.cross_entropy(model(**{k: v for k, v in b.items() if k != "labels"}).logits, b["labels"]))
             for b in batches()
         )
-    assert found[1] == pytest.approx(after / 2 - before, abs=1e-6)
+    assert actual[1] == pytest.approx(after / 2 - before, abs=1e-6)
 
 
 def test_with_moments_the_kept_units_take_over_for_as_long_as_it_takes(model):
@@ -124,8 +124,12 @@ def test_all_predictors_become_rows_and_the_best_is_drawn_beside_ours(tmp_path, 
     drop = [bench.Drop("s", kind, share, torch.arange(2)) for kind in ("head", "ffn") for share in bench.SHARES]
     by_row = torch.arange(8.0)[:, None] + torch.tensor([0.0, 1.0, 5.0, 9.0])
     place = {id(one): float(number) for number, one in enumerate(drop)}
-    found = {"fisher": lambda drop: drop.share, "worse": lambda drop: -drop.share, "best": lambda drop: place[id(drop)]}
-    bench.report("toy seed 1", drop, by_row, found)
+    actual = {
+        "fisher": lambda drop: drop.share,
+        "worse": lambda drop: -drop.share,
+        "best": lambda drop: place[id(drop)],
+    }
+    bench.report("toy seed 1", drop, by_row, actual)
     assert rows["toy seed 1 best"] == rows["toy seed 1 measured on the other half of the rows"] == pytest.approx(1)
     assert rows["toy seed 1 worse"] == -rows["toy seed 1 fisher"] < 0
     assert (tmp_path / "bench_rank_toy_seed_1.png").stat().st_size > 1000

@@ -63,23 +63,23 @@ def test_torch_pruning_lands_just_below_the_budget_and_leaves_the_model_alone(im
 
 
 @pytest.mark.parametrize("importance", ["GroupTaylorImportance", "GroupMagnitudeImportance"])
-def test_what_torch_pruning_is_asked_is_what_it_does(importance):
+def test_simulated_counts_are_those_of_a_pruning_step(importance):
     tp = pytest.importorskip("torch_pruning")
-    from rivals import Asked, _accumulate_gradients
+    from rivals import Simulated, _accumulate_gradients
 
     model = layer_model(2, **SIZES)
     _accumulate_gradients(model, batches())
-    asked = Asked(tp, model, layout_of(model), getattr(tp.importance, importance)())
-    counts = asked.counts(0.6)
-    assert asked.counts(0.3) != counts and asked.counts(0.6) == counts  # asking leaves no trace
+    pruner = Simulated(tp, model, layout_of(model), getattr(tp.importance, importance)())
+    counts = pruner.counts(0.6)
+    assert pruner.counts(0.3) != counts and pruner.counts(0.6) == counts  # counts() changes no state
     assert sum(counts[f"layer.{n}.head"] for n in (0, 1)) == 6  # int(16 * 0.4), whichever layers they are in
-    asked.pruner.current_step, asked.pruner.num_heads = 0, dict(asked.heads)
-    asked.pruner.out_channel_groups.update(asked.heads)
-    asked.pruner.per_step_pruning_ratio = asked.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
+    pruner.pruner.current_step, pruner.pruner.num_heads = 0, dict(pruner.heads)
+    pruner.pruner.out_channel_groups.update(pruner.heads)
+    pruner.pruner.per_step_pruning_ratio = pruner.pruner.per_step_head_pruning_ratio = [0.0, 0.6]
     weights = [layer.intermediate.dense.weight.detach().clone() for layer in model.bert.encoder.layer]
-    asked.pruner.step()
+    pruner.pruner.step()
     for number, (layer, weight) in enumerate(zip(model.bert.encoder.layer, weights, strict=True)):
         assert layer.intermediate.dense.out_features == counts[f"layer.{number}.ffn"]
         assert layer.attention.output.dense.in_features == 4 * counts[f"layer.{number}.head"]
-        best = asked.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
+        best = pruner.importance[f"layer.{number}.ffn"].argsort(descending=True)[: counts[f"layer.{number}.ffn"]]
         assert torch.equal(layer.intermediate.dense.weight, weight[best.sort().values])

@@ -95,7 +95,7 @@ def gold(text: str, nth: int = 0) -> list[tuple[str, int]]:
 def test_every_answer_inside_a_window_maps_back_to_the_exact_text(make, stride):
     answers = [gold("anna", 3), gold("acme works", 1)]
     windows = encode_questions(QUESTIONS, [CONTEXT] * 2, answers, make(), 40, stride)
-    seen = set()
+    calls = set()
     for i, row in enumerate(windows.example):
         item, spans = windows[i], windows.window_spans(i)
         inside = spans[spans[:, 0] >= 0]
@@ -103,10 +103,10 @@ def test_every_answer_inside_a_window_maps_back_to_the_exact_text(make, stride):
         if inside[0, 0] <= start and start + len(text) <= inside[-1, 1]:
             assert CONTEXT[spans[first, 0] : spans[last, 1]] == text
             assert spans[first, 0] == start
-            seen.add(int(row))
+            calls.add(int(row))
         else:
             assert (first, last) == (0, 0)
-    assert seen == {0, 1}
+    assert calls == {0, 1}
 
 
 def test_windows_cover_the_context_and_share_the_stride():

@@ -15,9 +15,9 @@ from sensibert.data.metrics import (
 
 
 def test_two_classes_give_accuracy_and_the_f1_of_class_one():
-    predicted, wanted = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
+    predicted, expected = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
     # class 1: 2 hits, 3 predicted, 3 there
-    assert classification_metrics(predicted, wanted, 2) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
+    assert classification_metrics(predicted, expected, 2) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
 
 
 def test_f1_is_zero_where_class_one_never_hits():
@@ -88,11 +88,11 @@ def test_entities_are_read_as_conlleval_reads_them(tags, spans):
     assert entities(tags.split()) == spans
 
 
-def test_tagging_scores_whole_entities_of_the_right_type():
-    wanted = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
+def test_tagging_scores_complete_entities_of_the_right_type():
+    expected = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
     predicted = [["B-PER", "I-PER", "O", "B-ORG"], ["B-LOC", "B-ORG"]]
     # 4 predicted, 3 wanted, 2 correct
-    metrics = tagging_metrics(predicted, wanted)
+    metrics = tagging_metrics(predicted, expected)
     assert metrics == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 4 / 6})
 
 

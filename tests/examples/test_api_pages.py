@@ -32,7 +32,7 @@ def test_every_entry_is_a_name_of_the_package():
             assert hasattr(importlib.import_module(module), attribute), name
 
 
-def test_shapes_and_products_are_no_markup_and_code_stays_code(docstrings):
+def test_shapes_and_products_are_not_markup_and_code_is_unchanged(docstrings):
     text = docstrings.markdown("x [N, K] [M] times w*g, sum |w*g|; see `a[0]_b` or a_b.", set())
     assert text == r"x \[N, K\] \[M\] times w\*g, sum \|w\*g\|; see `a[0]_b` or a\_b."
 

@@ -88,7 +88,7 @@ def test_names_and_aliases_are_masked(docstrings, text):
     assert not docstrings.GIVE_AWAYS.search(masked)
 
 
-def test_words_that_only_look_like_a_name_stay(docstrings):
+def test_words_that_only_look_like_a_name_are_kept(docstrings):
     text = "The transformer block: input, output, update, and the stop of the pipeline"
     assert docstrings.mask(text) == text
 

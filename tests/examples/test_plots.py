@@ -35,12 +35,12 @@ def test_points_stand_at_the_true_share_and_only_scores_of_parameter_budgets_cou
         score("qnli 50%params ours", 60, ratio=0.7, train_rows=100),
         score("sst2 50%params ours", 60, ratio=None),
     ]
-    found = plots.curves(rows)
-    assert found["mrpc"] == {
+    actual = plots.curves(rows)
+    assert actual["mrpc"] == {
         "ours": [pytest.approx((29.91, 90, 0.0)), pytest.approx((49.8, 96, 0.6))],
         "layers": [pytest.approx((33.33, 80, 0.0))],
     }
-    assert found["qnli (100 rows)"] == {"ours": [pytest.approx((50.0, 70, 0.0))]} and len(found) == 2
+    assert actual["qnli (100 rows)"] == {"ours": [pytest.approx((50.0, 70, 0.0))]} and len(actual) == 2
 
 
 def test_runs_of_all_places_are_one_point_and_another_recovery_or_a_masked_grid_is_none(plots):
@@ -87,12 +87,12 @@ def test_the_mean_of_three_methods_is_over_tasks_of_which_none_makes_up_for_anot
         score("qnli 50%params random", 80, ratio=0.7, encoder_share=0.5),
         score("qnli 50%flops ours", 80, ratio=0.7, encoder_share=0.5),
     ]
-    found = plots.means(rows)
-    assert found.keys() == {"ours", "torch-pruning"} and found["torch-pruning"] == [pytest.approx((50, 70, 1))]
-    assert found["ours"] == [pytest.approx((30, 80, 1)), pytest.approx((49, 95, 2))]
+    actual = plots.means(rows)
+    assert actual.keys() == {"ours", "torch-pruning"} and actual["torch-pruning"] == [pytest.approx((50, 70, 1))]
+    assert actual["ours"] == [pytest.approx((30, 80, 1)), pytest.approx((49, 95, 2))]
 
 
-def test_the_picture_of_means_has_a_line_a_method_and_says_where_tasks_are_missing(plots, tmp_path, monkeypatch):
+def test_the_picture_of_means_has_a_line_per_method_and_marks_missing_tasks(plots, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []

@@ -94,7 +94,7 @@ def test_the_readme_compares_scores_at_half_and_the_share_kept_at_every_budget(t
     ]
 
 
-def test_grids_stand_beside_ours_at_their_budgets_and_nowhere_else(tables, tmp_path):
+def test_grids_are_compared_with_ours_at_their_budgets_only(tables, tmp_path):
     rows = tables.load(
         write(
             tmp_path,
@@ -151,8 +151,8 @@ def test_the_cost_of_ours_is_told_in_dense_steps(tables, tmp_path):
             row("bench_accuracy", "mrpc 50%params random", 80, "score", steps=300, dense_steps=190),
         )
     )
-    wanted = ["| 50%params | 0.67 - 0.70 | 2 |", "| 30%params | 0.50 - 0.50 | 1 |"]
-    assert tables.cost(rows).splitlines()[2:] == wanted
+    expected = ["| 50%params | 0.67 - 0.70 | 2 |", "| 30%params | 0.50 - 0.50 | 1 |"]
+    assert tables.cost(rows).splitlines()[2:] == expected
 
 
 def test_runs_on_a_gpu_stand_in_for_longer_ones_on_a_cpu_and_budgets_come_largest_first(tables, tmp_path):
@@ -170,7 +170,7 @@ def test_runs_on_a_gpu_stand_in_for_longer_ones_on_a_cpu_and_budgets_come_larges
     ]
 
 
-def test_another_recovery_has_lines_of_its_own_beside_the_same_dense_run(tables, tmp_path):
+def test_another_recovery_has_separate_lines_with_the_same_dense_run(tables, tmp_path):
     lifted = {"recovery": "lifted", "ratio": 0.9, "accelerator": "cuda"}
     rows = tables.load(
         write(
@@ -193,7 +193,7 @@ def test_another_recovery_has_lines_of_its_own_beside_the_same_dense_run(tables,
     ]
 
 
-def test_runs_of_a_cpu_stand_beside_those_of_the_gpu_and_what_stays_is_the_mean_of_all(tables, tmp_path):
+def test_cpu_runs_are_listed_with_gpu_runs_and_the_share_kept_is_the_mean_of_all(tables, tmp_path):
     gpu, cpu = {"steps": 100, "accelerator": "cuda"}, {"steps": 100}
     rows = tables.load(
         write(
@@ -235,7 +235,7 @@ def test_the_masked_matmul_is_told_by_median_and_range(tables, tmp_path):
     ]
 
 
-def test_an_ablation_stands_beside_the_default_and_the_dense_run_of_its_own_seeds(tables, tmp_path):
+def test_an_ablation_is_compared_with_the_default_and_dense_runs_of_its_seeds(tables, tmp_path):
     half, changed = {"epochs": 3.0, "precision": "bf16"}, "mrpc 50%params ours, step 8"
     rows = [
         row("bench_accuracy", "mrpc 50%params ours", 80, "score", epochs=3.0),
@@ -290,6 +290,6 @@ def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
     assert "| masked_adamw | bert-base | 2,000 us | fused AdamW 0.5 · loop 3 | cpu |" in text
 
 
-def test_a_table_without_rows_says_so(tables, tmp_path):
+def test_a_table_without_rows_has_a_note(tables, tmp_path):
     text = tables.fill(README, tables.load(tmp_path))
     assert text.count(tables.NOTHING) == 2 and "old" not in text and text.endswith("after")

@@ -68,9 +68,9 @@ def shelf(tmp_path_factory):
 @pytest.mark.parametrize("trust_remote_code", [False, True])
 def test_every_family_and_head_reloads_bit_for_bit_in_a_fresh_process(shelf, trust_remote_code, tmp_path):
     _, folders, expected = shelf
-    found = fresh.outputs_of(folders, trust_remote_code, tmp_path)
-    assert found.keys() == expected.keys() and len(found) > 50
-    assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []
+    actual = fresh.outputs_of(folders, trust_remote_code, tmp_path)
+    assert actual.keys() == expected.keys() and len(actual) > 50
+    assert [name for name, value in actual.items() if not torch.equal(value, expected[name])] == []
 
 
 @pytest.mark.parametrize("family, overrides", CASES)
@@ -105,15 +105,15 @@ def test_it_still_records_hidden_states_and_finds_its_loss(family, overrides):
     again = type(model)(copy.deepcopy(model.config)).eval()  # as a reload builds it
     again.load_state_dict(model.state_dict())
     for made in (model, again):
-        found = made(**batch)
-        assert made.loss_type == "ForSequenceClassification" and torch.equal(found.loss, expected.loss)
-        assert len(found.hidden_states) == len(expected.hidden_states) > 2
-        assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True))
+        actual = made(**batch)
+        assert made.loss_type == "ForSequenceClassification" and torch.equal(actual.loss, expected.loss)
+        assert len(actual.hidden_states) == len(expected.hidden_states) > 2
+        assert all(torch.equal(a, b) for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True))
         inner = base_of(made)(**tiny_batch(), output_hidden_states=True)
         assert len(inner.hidden_states) == len(expected.hidden_states)
 
 
-def test_the_entry_says_how_it_was_cut_and_a_second_trim_updates_it(tmp_path):
+def test_the_entry_has_budget_and_method_and_a_second_trim_updates_it(tmp_path):
     model = trimmed()
     first_entry, units = model.config.sensibert, structure_of(model)
     assert first_entry["heads"] == [len(units[f"layer.{n}.head"]) for n in (0, 1)] and first_entry["method"] == "random"
@@ -265,7 +265,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
-def test_all_that_a_reload_needs_goes_to_the_hub(push, hub, tmp_path):
+def test_all_files_that_a_reload_needs_are_uploaded_to_the_hub(push, hub, tmp_path):
     for seed in (0, 1):  # the second time nothing of the first one may be taken for unchanged
         model = trimmed(seed=seed)
         if push == "push_to_hub":

@@ -30,11 +30,11 @@ def test_the_structure_is_handed_out_as_a_copy():
 
 def test_the_structure_survives_a_file(tmp_path):
     model = tiny_model()
-    wanted = {"layer.0.head": torch.tensor([1, 3]), "layer.0.ffn": torch.tensor([], dtype=torch.int64)}
-    model.base_model.sensibert_structure = dict(wanted)
+    expected = {"layer.0.head": torch.tensor([1, 3]), "layer.0.ffn": torch.tensor([], dtype=torch.int64)}
+    model.base_model.sensibert_structure = dict(expected)
     save_structure(model, tmp_path / "file")
-    found = read_structure(tmp_path / "file")
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = read_structure(tmp_path / "file")
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-1])
     with pytest.raises(SensibertError, match="file: not a readable structure file"):
         read_structure(tmp_path / "file")
@@ -58,7 +58,7 @@ def test_only_the_kept_heads_go_in_and_a_second_cut_narrows(call):
     assert torch.equal(call(attention, bias), bias)
 
 
-def test_no_positions_stay_no_positions():
+def test_without_a_position_bias_the_hook_changes_nothing():
     attention = Attention()
     PickHeads.attach(attention, torch.tensor([0]))
     assert attention(0) is None and attention(0, None, None) is None and attention(0, position_bias=None) is None

@@ -29,7 +29,7 @@ def entry(shape, rows: bool, cols: bool, bits: bool, dtype=torch.float32, device
     return torch.randn(shape).to(device, dtype), r, c, bits_of(n, k, device) if bits else None
 
 
-def wanted(weight, rows, cols, bits, dtype):
+def expected(weight, rows, cols, bits, dtype):
     """By plain indexing, in the weight's dtype, then one rounding."""
     w = weight if rows is None else weight[rows]
     w = (w if cols is None else w[:, cols]).to(dtype)
@@ -46,14 +46,14 @@ def entries(dtype, device, shapes=SHAPES):
 def test_every_combination_is_what_indexing_gives(dtype, to, device):
     some = entries(dtype, device)
     for ours, given in zip(gather_kept(*zip(*some), dtype=to), some, strict=True):
-        want = wanted(*given, to)
+        want = expected(*given, to)
         assert ours.dtype == to and ours.is_contiguous() and torch.equal(ours, want)
 
 
 def test_weights_of_many_dtypes_in_one_call_keep_theirs(device):
     some = [entry((35, 52), True, True, True, dtype, device) for dtype in DTYPES]
     for ours, given in zip(gather_kept(*zip(*some)), some, strict=True):
-        assert torch.equal(ours, wanted(*given, given[0].dtype))
+        assert torch.equal(ours, expected(*given, given[0].dtype))
 
 
 @pytest.mark.parametrize("grid", [Grid.row(), Grid.columns(4), Grid.block(16, 16), Grid.element()], ids=str)
@@ -67,7 +67,7 @@ def test_it_takes_what_a_keep_grid_leaves(grid, device):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_a_hole_or_a_dropped_row_held_does_not_matter(poison, device):
     weight, rows, cols, bits = entry((35, 52), True, True, True, device=device)
-    want = wanted(weight, rows, cols, bits, torch.bfloat16)
+    want = expected(weight, rows, cols, bits, torch.bfloat16)
     holes = torch.ones_like(weight, dtype=torch.bool)
     holes[rows[:, None], cols] = bits == 0
     (ours,) = gather_kept([weight.masked_fill(holes, poison)], [rows], [cols], [bits], dtype=torch.bfloat16)
@@ -154,7 +154,7 @@ def test_a_whole_model_on_the_gpu_is_indexed_right_and_captured():
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     some = [entry(shape, rows, not rows, False, device="cuda") for shape in shapes * 24 for rows in (True, False)]
     out = gather_kept(*zip(*some), dtype=torch.bfloat16)
-    assert all(torch.equal(o, wanted(*given, torch.bfloat16)) for o, given in zip(out, some, strict=True))
+    assert all(torch.equal(o, expected(*given, torch.bfloat16)) for o, given in zip(out, some, strict=True))
     for weight, *_ in some:
         weight.neg_()
     graph = torch.cuda.CUDAGraph()
@@ -162,4 +162,4 @@ def test_a_whole_model_on_the_gpu_is_indexed_right_and_captured():
     with torch.cuda.graph(graph):
         gather_kept(*zip(*some), out=out)
     graph.replay()
-    assert all(torch.equal(o, wanted(*given, torch.bfloat16)) for o, given in zip(out, some, strict=True))
+    assert all(torch.equal(o, expected(*given, torch.bfloat16)) for o, given in zip(out, some, strict=True))

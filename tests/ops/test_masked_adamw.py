@@ -65,11 +65,11 @@ def test_double_precision_on_a_gpu_is_the_formula_in_double_precision():
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups = state = make_state(torch.float64)
     lr = lr.double()
     exact = formula(*state[:5], lr, groups, **SETTINGS)
-    for t, (wanted, i) in enumerate(zip(exact, groups)):
+    for t, (expected, i) in enumerate(zip(exact, groups)):
         ours = params[t], exp_avgs[t], exp_avg_sqs[t]
         settings = *SETTINGS["betas"][i], SETTINGS["eps"][i], SETTINGS["weight_decay"][i]
         _adamw_in_double(params[t], grads[t], *ours[1:], steps[t], lr[i], *settings)
-        torch.testing.assert_close(ours, wanted, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(ours, expected, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -81,8 +81,8 @@ def test_dropped_weights_and_moments_are_zero_and_the_rest_is_as_without_masks(g
     masked_adamw(*plain, **SETTINGS)
     for which in (0, 2, 3):
         for t, (keep, _) in keeps.items():
-            wanted = torch.where(expanded(keep, grid, plain[which][t]), plain[which][t], 0)
-            assert torch.equal(state[which][t], wanted), (which, t)
+            expected = torch.where(expanded(keep, grid, plain[which][t]), plain[which][t], 0)
+            assert torch.equal(state[which][t], expected), (which, t)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -98,8 +98,8 @@ def test_what_a_dropped_element_held_does_not_matter(poison, device):
         masked_adamw(*tensors, **SETTINGS, keeps=keeps, scores=score, reduce="grad_square")
     assert torch.equal(scores[0][0][0], scores[1][0][0])
     for which in (0, 2, 3):
-        for ours, wanted in zip(state[which], clean[which]):
-            assert torch.equal(ours, wanted)
+        for ours, expected in zip(state[which], clean[which]):
+            assert torch.equal(ours, expected)
 
 
 def test_zero_eps_leaves_no_nan_in_dropped_elements():
@@ -124,7 +124,7 @@ def test_the_working_copy_is_the_new_masked_weight_in_bf16(dtype, device, poison
 def test_a_compact_working_copy_is_what_the_maps_leave_of_the_full_one(mapped, dtype, device, poisoned_empty):
     shapes = [(35, 52), (6,), (3, 2, 3), (16, 8), (8, 16), (5, 1)]
     state = make_state(dtype, device, shapes)
-    keeps, working_copies, maps, wanted = make_keeps(Grid.block(3, 2), state[0], device), {}, ({}, {}), {}
+    keeps, working_copies, maps, expected = make_keeps(Grid.block(3, 2), state[0], device), {}, ({}, {}), {}
     for t, param in enumerate(state[0]):
         N, K = matrix_shape(param)
         index = [torch.randperm(size, device=device)[: size - size // 3] for size in (N, K)]  # in any order
@@ -135,9 +135,9 @@ def test_a_compact_working_copy_is_what_the_maps_leave_of_the_full_one(mapped, d
         n, k = len(index[0]) if t in maps[0] else N, len(index[1]) if t in maps[1] else K
         working_copies[t] = torch.empty(n, k, dtype=torch.bfloat16, device=device)
         rows = index[0] if t in maps[0] else torch.arange(N, device=device)
-        wanted[t] = rows, index[1] if t in maps[1] else torch.arange(K, device=device)
+        expected[t] = rows, index[1] if t in maps[1] else torch.arange(K, device=device)
     masked_adamw(*state, **SETTINGS, keeps=keeps, working_copies=working_copies, row_maps=maps[0], col_maps=maps[1])
-    for t, (rows, cols) in wanted.items():
+    for t, (rows, cols) in expected.items():
         full = state[0][t].view(matrix_shape(state[0][t])).bfloat16()
         assert torch.equal(working_copies[t], full[rows][:, cols]), t
 
@@ -161,7 +161,7 @@ def test_the_score_is_the_sensitivity_of_survivors_before_the_step(grid, reduce,
     scored = [t for t, shape in enumerate(SHAPES) if len(shape) in (1, 2)]
     start = [torch.rand(grid.shape(*matrix_shape(state[0][t])), device=device) for t in scored]
     survivors = lambda tensors, t: torch.where(expanded(*keeps[t], tensors[t]), tensors[t], 0)  # noqa: E731
-    wanted = block_sensitivity(
+    expected = block_sensitivity(
         [survivors(state[0], t) for t in scored], [survivors(state[1], t) * 0.5 for t in scored],
         grid, reduce, finish, out=[s.clone() for s in start], decay=0.75, scale=2.0,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_the_score_is_the_sensitivity_of_survivors_before_the_step(grid, reduce,
     scores = {t: (s, grid) for t, s in zip(scored, start)}
     extras = {"reduce": reduce, "finish": finish, "decay": 0.75, "scale": 2.0}
     masked_adamw(*state, **SETTINGS, grad_factor=half, keeps=keeps, scores=scores, **extras)
-    for ours, theirs in zip(start, wanted):
+    for ours, theirs in zip(start, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

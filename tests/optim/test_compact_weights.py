@@ -115,7 +115,7 @@ def test_forward_and_input_gradient_read_the_matrix_and_not_the_weight():
 
 
 @pytest.mark.parametrize("path, grid", [("tiles", Grid.block(64, 64)), ("bits", Grid.element())])
-def test_kernels_that_apply_the_masks_get_the_cast_weight_if_it_is_whole(path, grid, monkeypatch):
+def test_kernels_that_apply_masks_get_the_compact_weight_only_at_full_size(path, grid, monkeypatch):
     monkeypatch.setattr(paths, "resolve", lambda problem: paths.Choice(path, "as if on sm_90"))
     x = torch.randn(5, 128, requires_grad=True)
     for whole in (True, False):

@@ -116,13 +116,13 @@ def test_the_working_copy_and_the_score_are_written_every_step(device):
     working_copy, score = torch.empty(6, 4, dtype=torch.bfloat16, device=device), torch.zeros(6, 1, device=device)
     optimizer.set_working_copy(weight, working_copy)
     optimizer.track({weight: (score, Grid.row())}, reduce="signed", finish="square")
-    wanted = torch.zeros(6, 1, device=device)
+    expected = torch.zeros(6, 1, device=device)
     for i in range(3):
         before = weight.detach().clone()
         train(optimizer, 1, seed=i)
-        block_sensitivity([before], [weight.grad], Grid.row(), "signed", "square", out=[wanted])
+        block_sensitivity([before], [weight.grad], Grid.row(), "signed", "square", out=[expected])
         assert torch.equal(working_copy, weight.bfloat16())
-    torch.testing.assert_close(score, wanted)
+    torch.testing.assert_close(score, expected)
     compact, rows = torch.empty(2, 4, dtype=torch.bfloat16, device=device), torch.tensor([1, 4], device=device)
     optimizer.set_working_copy(weight, compact, index_map(rows, 6))
     assert optimizer.working_copy(weight) is compact
@@ -132,11 +132,11 @@ def test_the_working_copy_and_the_score_are_written_every_step(device):
     optimizer.set_working_copy(weight, None)
     train(optimizer, 1)
     assert not torch.equal(working_copy, weight.bfloat16())
-    torch.testing.assert_close(score, wanted)
+    torch.testing.assert_close(score, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_training_goes_on_from_a_saved_state_as_if_unbroken(dtype, tmp_path):
+def test_training_from_a_saved_state_equals_uninterrupted_training(dtype, tmp_path):
     def start():
         params = make_params(dtype)
         optimizer = MaskedAdamW(in_two_groups(params), **SETTINGS)

@@ -38,7 +38,7 @@ def test_a_sliced_parameter_trains_on_like_the_rows_and_columns_it_keeps(kind, w
     torch.testing.assert_close(new, whole.detach()[rows][:, cols], rtol=1e-6, atol=1e-7)
 
 
-def test_a_mask_is_sliced_with_its_parameter_and_goes_when_it_drops_nothing():
+def test_a_mask_is_sliced_with_its_parameter_and_removed_if_it_drops_nothing():
     weight, bias = make_params()[:2]
     optimizer = MaskedAdamW([weight, bias])
     optimizer.set_keep(weight, torch.tensor([[True, False], [True, True]]), Grid.block(3, 3))  # ragged: 3 + 3 by 3 + 1
@@ -73,8 +73,8 @@ def test_the_factors_of_adafactor_are_sliced_with_their_rows_and_columns(kind):
     (of_rows, of_cols), rows, cols = factors(weight), torch.tensor([4, 0, 1]), torch.tensor([3, 1])
     new = nn.Parameter(weight.detach()[rows][:, cols].clone())
     slice_state(optimizer, weight, new, {0: rows, 1: cols})
-    for factor, wanted in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
-        assert torch.equal(factor, wanted)
+    for factor, expected in zip(factors(new), (of_rows[rows], of_cols[cols]), strict=True):
+        assert torch.equal(factor, expected)
     train(optimizer, 1)
 
 

@@ -19,16 +19,16 @@ def test_every_shape_and_dtype_is_taken(dtype):
         (vector, {0: torch.tensor([], dtype=torch.int64)}),
         (deep, {0: ROWS, 2: torch.tensor([2])}),
     ]
-    wanted = [matrix[ROWS][:, COLS], matrix.T[:, ROWS], matrix, vector[ROWS], vector[:0], deep[ROWS][:, :, [2]]]
-    for found, want in zip(take_kept(requests), wanted, strict=True):
-        assert found.dtype == dtype and torch.equal(found, want)
+    expected = [matrix[ROWS][:, COLS], matrix.T[:, ROWS], matrix, vector[ROWS], vector[:0], deep[ROWS][:, :, [2]]]
+    for actual, want in zip(take_kept(requests), expected, strict=True):
+        assert actual.dtype == dtype and torch.equal(actual, want)
 
 
 def test_mixed_dtypes_and_nan_survive_as_they_are():
     first, second = torch.full((6, 4), torch.nan), torch.full((6,), -torch.inf, dtype=torch.bfloat16)
-    found = take_kept([(first, {1: COLS}), (second, {0: ROWS})])
-    assert found[0].isnan().all() and found[0].shape == (6, 2)
-    assert found[1].dtype == torch.bfloat16 and found[1].isneginf().all()
+    actual = take_kept([(first, {1: COLS}), (second, {0: ROWS})])
+    assert actual[0].isnan().all() and actual[0].shape == (6, 2)
+    assert actual[1].dtype == torch.bfloat16 and actual[1].isneginf().all()
 
 
 def test_a_position_outside_its_axis_is_an_error():

@@ -63,7 +63,7 @@ def test_a_report_of_a_run_without_ranking_or_plan(tmp_path):
     assert [p.name for p in write_report(tmp_path / "bare", RESULT, None, None)] == ["summary.txt"]
 
 
-def test_without_matplotlib_the_summary_says_so(tmp_path, layout, monkeypatch):
+def test_without_matplotlib_the_summary_reports_it(tmp_path, layout, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     files = write_report(tmp_path, RESULT, ranked(layout), unit_plan(layout))
     assert {file.name for file in files} == {"summary.txt", "ranking.csv"}

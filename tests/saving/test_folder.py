@@ -55,16 +55,16 @@ def tiny_tokenizer():
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     """A trimmed classifier of every family and its zero-filled twin: family -> (folder, logits before it was saved)."""
-    found, folder = {}, tmp_path_factory.mktemp("shelf")
+    actual, folder = {}, tmp_path_factory.mktemp("shelf")
     for family in FAMILIES:
         model = trimmed(family)
         tokenizer = tiny_tokenizer() if family == "bert" else None
         path = export(
             model, folder / family, tokenizer, layout="both", info={"method": "random", "budget": "50%params"}
         )
-        found[family] = (path, output(model))
-        torch.save(found[family][1], folder / f"{family}.pt")
-    return found
+        actual[family] = (path, output(model))
+        torch.save(actual[family][1], folder / f"{family}.pt")
+    return actual
 
 
 ELSEWHERE = """
@@ -174,7 +174,7 @@ def test_facts_about_the_run_cannot_change_the_shapes_and_heads_of_newer_version
     assert torch.equal(output(again), output(model)) and again.config.sensibert["seed"] == 3
 
 
-def test_the_config_says_how_it_was_cut_and_keeps_the_base_sizes(shelf):
+def test_the_config_has_budget_and_method_and_keeps_the_base_sizes(shelf):
     path, _ = shelf["bert"]
     config, structure = json.loads((path / "config.json").read_text()), load_structure(path)
     entry = config["sensibert"]
@@ -211,14 +211,14 @@ def test_every_head_of_the_family_loads_from_one_folder(shelf):
     path, _ = shelf["bert"]
     heads = json.loads((path / "config.json").read_text())["auto_map"]
     assert {"AutoModel", "AutoModelForMaskedLM", "AutoModelForQuestionAnswering"} < heads.keys()
-    wanted = output(base_of(AutoClassifier.from_pretrained(path)))
+    expected = output(base_of(AutoClassifier.from_pretrained(path)))
     for auto in heads.keys() - {"AutoConfig"}:
         model = getattr(transformers, auto).from_pretrained(path, ignore_mismatched_sizes=True)  # of the head
-        assert torch.equal(output(base_of(model)), wanted), auto
+        assert torch.equal(output(base_of(model)), expected), auto
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "modernbert", "mpnet"])
-def test_tied_weights_are_stored_once_and_stay_tied(family, tmp_path):
+def test_tied_weights_are_stored_once_and_are_tied_after_loading(family, tmp_path):
     model = trimmed(family, "MaskedLM")
     logits = output(model)
     again, _ = load(export(model, tmp_path / "m", layout="both"))
@@ -231,7 +231,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(family, tmp_path):
     assert keys[0] == keys[1]
 
 
-def test_bfloat16_stays_bfloat16(tmp_path):
+def test_bfloat16_is_saved_and_loaded_as_bfloat16(tmp_path):
     model = trimmed().bfloat16()
     again, _ = load(export(model, tmp_path / "m"))
     assert again.dtype == torch.bfloat16 and torch.equal(output(again), output(model))

@@ -6,7 +6,7 @@ from tests.helpers import tiny_model
 from tests.plans import random_plan
 
 
-def test_the_card_tells_sizes_origin_and_both_ways_of_loading(tmp_path):
+def test_the_card_has_sizes_origin_and_both_ways_of_loading(tmp_path):
     model = tiny_model(head="QuestionAnswering")
     before = layout_of(model)
     trim(model, random_plan(before))

@@ -38,10 +38,10 @@ def train(model, folder) -> None:
 def test_a_trimmed_folder_loads_in_a_fresh_process(trust_remote_code, tmp_path):
     """With its own old modeling file where sensibert is missing."""
     given = {"unit": ("AutoModelForSequenceClassification", OLD / "unit", tiny_batch())}
-    found = fresh.outputs_of(given, trust_remote_code, tmp_path)["unit"]
-    torch.testing.assert_close(found, logits(AutoModelForSequenceClassification.from_pretrained(OLD / "unit")))
+    actual = fresh.outputs_of(given, trust_remote_code, tmp_path)["unit"]
+    torch.testing.assert_close(actual, logits(AutoModelForSequenceClassification.from_pretrained(OLD / "unit")))
     entry = json.loads((OLD / "unit" / "config.json").read_text())["sensibert"]
-    assert entry["sensibert_version"] == "0.1.0" and found.isfinite().all()
+    assert entry["sensibert_version"] == "0.1.0" and actual.isfinite().all()
 
 
 def test_it_trains_on_is_trimmed_again_saved_and_reloaded(tmp_path):
@@ -96,11 +96,11 @@ def test_a_folder_masked_by_a_grid_loads_with_its_masks(tmp_path):
     model, tokenizer = load(OLD / "element")
     masks = masks_of(model)
     assert str(masks.grid) == "element" and tokenizer is not None and not is_trimmed(model)
-    wanted = load_structure(OLD / "element")
-    assert masks.keep.keys() == wanted.keep.keys()
+    expected = load_structure(OLD / "element")
+    assert masks.keep.keys() == expected.keep.keys()
     for name, keep in masks.keep.items():
         weight = model.get_parameter(f"bert.{name}")
-        assert torch.equal(keep, wanted.keep[name]) and (weight[~keep] == 0).all() and not keep.all()
+        assert torch.equal(keep, expected.keep[name]) and (weight[~keep] == 0).all() and not keep.all()
     stock = AutoModelForSequenceClassification.from_pretrained(OLD / "element")
     torch.testing.assert_close(logits(model), logits(stock))
     again, _ = load(export(model, tmp_path / "again"))

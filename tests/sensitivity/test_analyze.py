@@ -42,15 +42,15 @@ def gate_gradients(model, loss, seed=0):
         consumer = attribute(base_of(model), site.consumer.parameter.removesuffix(".weight"))
         gate = gates[site.name].repeat_interleave(site.consumer.span)
         handles.append(consumer.register_forward_pre_hook(lambda _, args, gate=gate: (args[0] * gate, *args[1:])))
-    found = []
+    actual = []
     for batch in batches():
         grads = torch.autograd.grad(
             loss(model(**batch), batch, generator), list(gates.values()), retain_graph=True, allow_unused=True
         )
-        found.append(dict(zip(gates, grads, strict=True)))
+        actual.append(dict(zip(gates, grads, strict=True)))
     for handle in handles:
         handle.remove()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +69,7 @@ def test_fisher_and_taylor_are_those_of_explicit_gates(family):
 
 def sums_over_members(model, values):
     """values: parameter name -> tensor; their sum over every member of each unit."""
-    found = {}
+    actual = {}
     for site in layout_of(model).sites:
         of_unit = [
             sum(
@@ -78,8 +78,8 @@ def sums_over_members(model, values):
             )
             for j in range(site.units)
         ]
-        found[site.name] = torch.stack(of_unit)
-    return found
+        actual[site.name] = torch.stack(of_unit)
+    return actual
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,22 +96,22 @@ def test_saliency_and_magnitude_are_sums_over_all_members(family):
     squares = {name: p.detach().square() for name, p in parameters.items()}
     for statistic, values in (("saliency", saliency), ("magnitude", squares)):
         scores = analyze(model, batches(), statistic).scores
-        for name, wanted in sums_over_members(model, values).items():
-            torch.testing.assert_close(scores[name].double(), wanted, rtol=1e-5, atol=0)
+        for name, expected in sums_over_members(model, values).items():
+            torch.testing.assert_close(scores[name].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_tensors_are_ranked_by_their_mean_product(model):
-    wanted = {}
+    expected = {}
     for site in layout_of(model).sites:
-        wanted |= {m.parameter: 0.0 for m in site.members if m.parameter.endswith("weight")}
+        expected |= {m.parameter: 0.0 for m in site.members if m.parameter.endswith("weight")}
     parameters = dict(base_of(model).named_parameters())
     for batch in batches():
-        grads = torch.autograd.grad(model(**batch).loss, [parameters[name] for name in wanted])
-        for name, grad in zip(wanted, grads, strict=True):
-            wanted[name] += float((parameters[name] * grad).abs().mean().detach()) / 3
-    found = rank_tensors(model, batches())
-    assert list(found) == sorted(found, key=lambda name: -found[name])
-    assert found == pytest.approx(wanted, rel=1e-4)
+        grads = torch.autograd.grad(model(**batch).loss, [parameters[name] for name in expected])
+        for name, grad in zip(expected, grads, strict=True):
+            expected[name] += float((parameters[name] * grad).abs().mean().detach()) / 3
+    actual = rank_tensors(model, batches())
+    assert list(actual) == sorted(actual, key=lambda name: -actual[name])
+    assert actual == pytest.approx(expected, rel=1e-4)
     drawn = [rank_tensors(model, batches(), sampled_loss, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -178,8 +178,8 @@ def test_soft_gates_move_with_the_loss(model):
     grads = gate_gradients(copy.deepcopy(model).double(), given_loss)[0]
     total = sum(len(values) for values in scores.values())
     for name, gates in scores.items():
-        wanted = 1 - 0.02 * torch.sign(grads[name] + 0.5 / total)
-        torch.testing.assert_close(gates.double(), wanted, rtol=0, atol=1e-4)
+        expected = 1 - 0.02 * torch.sign(grads[name] + 0.5 / total)
+        torch.testing.assert_close(gates.double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -198,7 +198,7 @@ def test_a_layer_without_units_has_no_scores(statistic):
 
 def test_mixed_precision_changes_little(model):
     exact, mixed = (analyze(model, batches(), "taylor", autocast=dtype) for dtype in (None, torch.bfloat16))
-    a, b = (torch.cat(list(found.scores.values())) for found in (exact, mixed))
+    a, b = (torch.cat(list(actual.scores.values())) for actual in (exact, mixed))
     assert not torch.equal(a, b) and torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
 
 

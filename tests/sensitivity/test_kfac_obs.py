@@ -124,9 +124,9 @@ def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias
         clear = torch.ones(12, dtype=torch.bool)
         clear[kept] = False
         changed.weight[:, clear] = 0
-        wanted = (slope * changed(h)).sum() - before
-        wanted += costs[order[:gone]].sum() + 0.5 * factors.gates[order[:gone]].sum()
-        assert rise == pytest.approx(float(wanted) / 10)
+        expected = (slope * changed(h)).sum() - before
+        expected += costs[order[:gone]].sum() + 0.5 * factors.gates[order[:gone]].sum()
+        assert rise == pytest.approx(float(expected) / 10)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -137,22 +137,22 @@ def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(l
     def drawn(outputs, batch, generator):  # that of the library looks at the labels to know their kind
         return torch.nn.functional.cross_entropy(outputs.logits, batch["input_ids"][:, 1] % 2)
 
-    found = analyze(model, batches, "obs", drawn)
+    actual = analyze(model, batches, "obs", drawn)
     gates = analyze(model, rows(1), "fisher", drawn).scores
-    assert found.curves.keys() == found.scores.keys()
-    found.save(tmp_path / "s")
-    assert Sensitivity.load(tmp_path / "s") == found
-    site = found.layout.site("layer.1.ffn")
-    order = found.scores[site.name].argsort()
-    sums = (found.scores[site.name] + 0.5 * gates[site.name])[order].double().cumsum(0) / 6
-    predicted = [found.predicted_rise(site.name, gone) for gone in (0, 32, 64)]
+    assert actual.curves.keys() == actual.scores.keys()
+    actual.save(tmp_path / "s")
+    assert Sensitivity.load(tmp_path / "s") == actual
+    site = actual.layout.site("layer.1.ffn")
+    order = actual.scores[site.name].argsort()
+    sums = (actual.scores[site.name] + 0.5 * gates[site.name])[order].double().cumsum(0) / 6
+    predicted = [actual.predicted_rise(site.name, gone) for gone in (0, 32, 64)]
     quadratic = [0.0, float(sums[31]), float(sums[63])]
     assert (predicted == pytest.approx(quadratic, rel=1e-4, abs=0)) is not labelled
-    assert found.predicted_rise(site.name, 8) == pytest.approx(found.predicted_rise(site.name, 16) / 2)
+    assert actual.predicted_rise(site.name, 8) == pytest.approx(actual.predicted_rise(site.name, 16) / 2)
     with pytest.raises(SensibertError, match="gone is 65, want 0 to 64 units of layer.1.ffn"):
-        found.predicted_rise(site.name, 65)
+        actual.predicted_rise(site.name, 65)
     with pytest.raises(SensibertError, match="site is 'x', want the sites layer.0.head, "):
-        found.predicted_rise("x", 0)
+        actual.predicted_rise("x", 0)
     plain = analyze(model, batches, "magnitude")
     with pytest.raises(SensibertError, match="want a sensitivity of method obs"):
         plain.predicted_rise(site.name, 0)
@@ -160,38 +160,38 @@ def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(l
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_without_a_loss_every_token_counts_the_same_but_padding_does_not(masked):
-    model, seen = tiny_model(), []
+    model, calls = tiny_model(), []
     batch = tiny_batch(3, 7)
     batch["attention_mask"][1, 4:] = 0
     batch = batch if masked else {name: value for name, value in batch.items() if name != "attention_mask"}
     consumer = model.bert.encoder.layer[1].output.dense
-    handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = consumer.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
     model.eval()(**batch)
     handle.remove()
-    found = collect_factors(model, layout_of(model), [batch], None)["encoder.layer.1.output.dense.weight"]
+    actual = collect_factors(model, layout_of(model), [batch], None)["encoder.layer.1.output.dense.weight"]
     real = batch["attention_mask"].bool() if masked else torch.ones(3, 7, dtype=torch.bool)
-    h = seen[0][real].detach()
-    torch.testing.assert_close(found.second, h.T @ h)
-    torch.testing.assert_close(found.first, h.sum(0))
-    assert found.weight == len(h) and torch.equal(found.output, len(h) * torch.eye(len(found.output)))
-    assert not found.slope.any() and found.samples == 3
+    h = calls[0][real].detach()
+    torch.testing.assert_close(actual.second, h.T @ h)
+    torch.testing.assert_close(actual.first, h.sum(0))
+    assert actual.weight == len(h) and torch.equal(actual.output, len(h) * torch.eye(len(actual.output)))
+    assert not actual.slope.any() and actual.samples == 3
 
 
 def test_layer_obs_needs_neither_labels_nor_gradients():
     model = tiny_model().requires_grad_(False)
-    found = analyze(model, [tiny_batch(3, 7)], "layer-obs")
-    assert found.statistic == "layer-obs" and found.samples == 3 and not found.curves
-    assert all(score.isfinite().all() and (score > 0).any() for score in found.scores.values())
+    actual = analyze(model, [tiny_batch(3, 7)], "layer-obs")
+    assert actual.statistic == "layer-obs" and actual.samples == 3 and not actual.curves
+    assert all(score.isfinite().all() and (score > 0).any() for score in actual.scores.values())
 
 
 def test_slopes_are_the_gradients_of_weight_and_bias():
     model, whole = tiny_model().eval(), next(rows(6))
-    found = collect_factors(model, layout_of(model), rows(3), sampled_loss)
+    actual = collect_factors(model, layout_of(model), rows(3), sampled_loss)
     linear = model.bert.encoder.layer[0].output.dense
-    wanted = torch.autograd.grad(model(**whole).loss * 6, (linear.weight, linear.bias))
-    factors = found["encoder.layer.0.output.dense.weight"]
-    torch.testing.assert_close(factors.slope, wanted[0], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(factors.bias_slope, wanted[1], rtol=1e-4, atol=1e-6)
+    expected = torch.autograd.grad(model(**whole).loss * 6, (linear.weight, linear.bias))
+    factors = actual["encoder.layer.0.output.dense.weight"]
+    torch.testing.assert_close(factors.slope, expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(factors.bias_slope, expected[1], rtol=1e-4, atol=1e-6)
 
 
 def rows(size, count=6):
@@ -209,9 +209,9 @@ def test_moments_do_not_depend_on_the_size_of_a_batch(family):
     for name, factors in by_two.items():
         assert factors.samples == 6
         for field in ("weight", "first", "second", "output"):
-            wanted = getattr(all_at_once[name], field)
+            expected = getattr(all_at_once[name], field)
             torch.testing.assert_close(
-                getattr(factors, field), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
+                getattr(factors, field), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
             )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -219,11 +219,11 @@ def test_moments_do_not_depend_on_the_size_of_a_batch(family):
 
 def test_obs_scores_every_unit_and_can_be_allocated():
     model = tiny_model()
-    found = analyze(model, rows(3), "obs", sampled_loss)
-    assert found.samples == 6 and found.statistic == "obs"
-    assert all(score.isfinite().all() and (score >= 0).all() for score in found.scores.values())
-    plan = allocate(found, Budget.parse("50%params"), width_multiple=1)
-    assert plan.params <= 0.5 * found.layout.encoder_params
+    actual = analyze(model, rows(3), "obs", sampled_loss)
+    assert actual.samples == 6 and actual.statistic == "obs"
+    assert all(score.isfinite().all() and (score >= 0).all() for score in actual.scores.values())
+    plan = allocate(actual, Budget.parse("50%params"), width_multiple=1)
+    assert plan.params <= 0.5 * actual.layout.encoder_params
 
 
 def test_no_data_and_a_loss_that_is_not_finite_are_refused():

@@ -43,7 +43,7 @@ def sealed(folder, step, model):
     return checkpoint
 
 
-def test_a_sealed_checkpoint_is_whole_and_remembers(tmp_path, model):
+def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path, model):
     checkpoint = sealed(tmp_path, 3, model)
     check_checkpoint(checkpoint)
     assert json.loads((checkpoint / MEMORY).read_text())["seconds"] == {"warm": 1.5}
@@ -75,7 +75,7 @@ def test_damage_is_noticed(tmp_path, model, damage, message):
         check_checkpoint(checkpoint)
 
 
-def test_the_newest_whole_checkpoint_is_found_by_its_number(tmp_path, model):
+def test_the_newest_complete_checkpoint_is_found_by_its_number(tmp_path, model):
     assert latest_checkpoint(tmp_path) is None
     nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
     (tmp_path / "checkpoint-best").mkdir()  # somebody else's
@@ -103,7 +103,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_a_run_that_fails_later_keeps_its_whole_checkpoints_and_resumes(tmp_path, model):
+def test_a_run_that_fails_later_keeps_its_complete_checkpoints_and_resumes(tmp_path, model):
     with pytest.raises(KeyError):
         with workspace(tmp_path / "out", resume=False, overwrite=False) as (folder, _):
             saved = sealed(folder, 2, model)
@@ -156,7 +156,7 @@ def test_refusals_of_the_system_become_one_kind_of_error(error, message):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), SensibertError("budget: no"), KeyError("x")])
 def test_other_errors_pass_as_they_are(error):
-    with pytest.raises(type(error)) as seen:
+    with pytest.raises(type(error)) as calls:
         with writing("out"):
             raise error
-    assert seen.value is error
+    assert calls.value is error

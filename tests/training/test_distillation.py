@@ -32,8 +32,8 @@ def test_distillation_is_the_divergence_of_softened_predictions(shape, temperatu
 
 def test_distillation_of_answers_is_the_mean_of_both_ends_and_of_numbers_the_squared_error():
     student, teacher = ({f"{end}_logits": torch.randn(4, 7) for end in ("start", "end")} for _ in range(2))
-    wanted = sum(by_hand(student[name], teacher[name], 2.0) for name in student) / 2
-    torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), wanted, rtol=1e-5, atol=1e-7)
+    expected = sum(by_hand(student[name], teacher[name], 2.0) for name in student) / 2
+    torch.testing.assert_close(distillation_loss(student, teacher, 2.0).double(), expected, rtol=1e-5, atol=1e-7)
     a, b = torch.randn(5, 1), torch.randn(5, 1)
     torch.testing.assert_close(distillation_loss({"logits": a}, {"logits": b}, 2.0), (a - b).square().mean())
 
@@ -43,8 +43,8 @@ def test_tokens_without_a_label_teach_nothing():
     inputs = {"labels": torch.tensor([[1, 0, -100], [2, -100, -100]])}
     counted = inputs["labels"] != -100
     mixed = Distillation(1.0, 2.0).mix(torch.tensor(9.0), outputs, target, inputs)
-    wanted = by_hand(outputs["logits"][counted], target["logits"][counted], 2.0)
-    torch.testing.assert_close(mixed.double(), wanted, rtol=1e-5, atol=1e-7)
+    expected = by_hand(outputs["logits"][counted], target["logits"][counted], 2.0)
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def teacher_of(folder, label_names, task="text-classification"):
@@ -60,8 +60,8 @@ def test_a_teacher_answers_in_the_order_of_the_classes_of_the_data(tmp_path):
     with torch.no_grad():
         logits = model(**batch).logits
         for names, order in ((["yes", "no", "perhaps"], [0, 1, 2]), (["no", "perhaps", "yes"], [1, 2, 0])):
-            found = load_teacher(*teacher_of(tmp_path, names))(**batch)["logits"]
-            torch.testing.assert_close(found, logits[:, order])
+            actual = load_teacher(*teacher_of(tmp_path, names))(**batch)["logits"]
+            torch.testing.assert_close(actual, logits[:, order])
 
 
 def test_a_teacher_of_something_else_is_refused(tmp_path):

@@ -61,9 +61,9 @@ def test_the_length_sampler_is_a_permutation_told_by_seed_and_epoch():
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 def test_predictions_come_in_the_order_of_the_data(head):
     model, data = tiny_model(head=head).train(), Rows(11, labels=False)
-    found = predict(model, data, Collator(0), batch_size=4)
+    actual = predict(model, data, Collator(0), batch_size=4)
     assert model.training
-    parts = found if isinstance(found, tuple) else (found,)
+    parts = actual if isinstance(actual, tuple) else (actual,)
     assert len(parts) == (2 if head == "QuestionAnswering" else 1)
     model.eval()
     for place, row in enumerate(data):
@@ -133,8 +133,8 @@ def test_a_teacher_is_mixed_into_the_training_loss_once_there_is_one(tmp_path):
     student.train()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
     there.append(teacher)
-    wanted = 0.25 * outputs.loss + 0.75 * distillation_loss(outputs, teacher(**batch), 2.0)
-    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), wanted)
+    expected = 0.25 * outputs.loss + 0.75 * distillation_loss(outputs, teacher(**batch), 2.0)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
     student.eval()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), outputs.loss)
 
@@ -183,8 +183,8 @@ def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, b
 def test_on_a_gpu_a_whole_model_meets_them_too():
     collator = Collator(0)
     batch = collator([{"input_ids": [5] * 7, "attention_mask": [1] * 7}])
-    found = {name: _padded(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
-    assert found["cpu"] is batch and found["cuda"]["input_ids"].shape[1] == 8
+    actual = {name: _padded(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
+    assert actual["cpu"] is batch and actual["cuda"]["input_ids"].shape[1] == 8
 
 
 def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
@@ -210,9 +210,9 @@ def test_a_gpu_is_not_asked_for_plans_that_each_new_shape_would_need():
 
 @pytest.mark.parametrize("tokens, bf16, fused", [(SHORT, True, False), (SHORT + 1, True, True), (SHORT, False, True)])
 def test_attention_in_a_step_is_fused_but_for_short_rows_in_bf16(tmp_path, tokens, bf16, fused):
-    seen, model = [], tiny_model(max_position_embeddings=256)
-    base_of(model).register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    calls, model = [], tiny_model(max_position_embeddings=256)
+    base_of(model).register_forward_hook(lambda *_: calls.append(torch.backends.cuda.flash_sdp_enabled()))
 
     rows = [{"input_ids": [5] * tokens, "attention_mask": [1] * tokens, "labels": 1}] * 4
     finetune(model, rows, Collator(0), arguments(tmp_path, bf16=bf16, max_steps=1))
-    assert seen == [fused] and torch.backends.cuda.flash_sdp_enabled()
+    assert calls == [fused] and torch.backends.cuda.flash_sdp_enabled()

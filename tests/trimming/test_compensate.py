@@ -43,7 +43,7 @@ def compensated(model, plan, damp=1e-2, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_units_that_repeat_others_can_go_without_a_trace(family):
+def test_removing_duplicate_units_does_not_change_the_output(family):
     model = tiny_model(family).double()
     plan = half_plan(model)
     site = plan.layout.site(SITE)
@@ -56,26 +56,26 @@ def test_units_that_repeat_others_can_go_without_a_trace(family):
     batch = tiny_batch(3, 7, seed=9)
     expected = model(**batch).logits
     plain = trim(copy.deepcopy(model), plan)(**batch).logits
-    found = trim(compensated(model, plan, damp=1e-12), plan)(**batch).logits
+    actual = trim(compensated(model, plan, damp=1e-12), plan)(**batch).logits
     assert (plain - expected).abs().max() > 1e-6
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_the_solution_is_the_weighted_least_squares_one():
     model = tiny_model().double()
     plan = half_plan(model)
-    consumer, seen = consumer_of(model, plan), []
+    consumer, calls = consumer_of(model, plan), []
 
     def watch(module, args, out):
         out.retain_grad()
-        seen.append((args[0], out))
+        calls.append((args[0], out))
 
     handle = consumer.register_forward_hook(watch)
     for batch in batches():
         model(**batch).loss.backward()
     handle.remove()
-    h = torch.cat([h.detach().flatten(0, 1) for h, _ in seen])  # [tokens, K]
-    root = torch.cat([out.grad.flatten(0, 1).norm(dim=-1, keepdim=True) for _, out in seen])
+    h = torch.cat([h.detach().flatten(0, 1) for h, _ in calls])  # [tokens, K]
+    root = torch.cat([out.grad.flatten(0, 1).norm(dim=-1, keepdim=True) for _, out in calls])
     kept = plan.kept(SITE)
     want = torch.linalg.lstsq(
         root * torch.cat([h[:, kept], torch.ones(len(h), 1)], 1), root * consumer(h).detach()
@@ -99,7 +99,7 @@ def test_nothing_but_the_consumers_of_cut_sites_changes():
     assert changed == {name + "weight", name + "bias"}
 
 
-def test_a_sub_layer_that_goes_whole_leaves_its_mean_behind():
+def test_the_bias_gets_the_mean_of_a_removed_sub_layer():
     model = tiny_model().double()
     plan = half_plan(model)
     plan.keep[SITE][:] = False

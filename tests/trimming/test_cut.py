@@ -90,20 +90,20 @@ def test_all_that_is_gathered_is_what_index_select_gives(kind, dtype):
         step(model, optimizer)
     plan = random_plan(layout_of(model), empty=("layer.1.head",))
     before = dict(base_of(model).named_parameters())
-    wanted = {}
+    expected = {}
     for name, p in before.items():
-        found = {"": p.detach(), "grad": p.grad, **optimizer.state[p]}
+        actual = {"": p.detach(), "grad": p.grad, **optimizer.state[p]}
         square = name.endswith("weight") and p.dim() == 2 and p.shape[0] == p.shape[1]
-        for part, value in found.items():
+        for part, value in actual.items():
             if isinstance(value, torch.Tensor) and not (square and value.dim() == 1):  # of which axis is not to be seen
-                wanted[name, part] = value if value.numel() == 1 else kept_by_hand(plan, name, value.clone(), p)
+                expected[name, part] = value if value.numel() == 1 else kept_by_hand(plan, name, value.clone(), p)
     trim(model, plan, optimizer)
     after, cut = dict(base_of(model).named_parameters()), 0
-    for (name, part), value in wanted.items():
+    for (name, part), value in expected.items():
         p = after[name]
-        found = {"": p.detach(), "grad": p.grad, **optimizer.state[p]}[part]
-        assert found.dtype == value.dtype and torch.equal(found, value), (name, part)
-        cut += found.shape != (before[name].shape if found.dim() == before[name].dim() else found.shape)
+        actual = {"": p.detach(), "grad": p.grad, **optimizer.state[p]}[part]
+        assert actual.dtype == value.dtype and torch.equal(actual, value), (name, part)
+        cut += actual.shape != (before[name].shape if actual.dim() == before[name].dim() else actual.shape)
     assert cut > 20
 
 

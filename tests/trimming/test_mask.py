@@ -31,8 +31,8 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def dropped(model) -> dict[str, torch.Tensor]:
-    masks, found = masks_of(model), state(model)
-    return {name: found[name][~masks.grid.expand(keep, *found[name].shape)] for name, keep in masks.keep.items()}
+    masks, actual = masks_of(model), state(model)
+    return {name: actual[name][~masks.grid.expand(keep, *actual[name].shape)] for name, keep in masks.keep.items()}
 
 
 def plan_for(model, grid=GRIDS[0], statistic="magnitude", budget=HALF):
@@ -82,7 +82,7 @@ def test_every_statistic_meets_the_budget_within_a_block(statistic, grid):
     assert plan.params == dense - zeros
 
 
-def test_the_masked_model_is_the_whole_one_with_zeros():
+def test_the_masked_model_equals_the_untrimmed_one_with_zeros():
     model, other = tiny_model(), tiny_model()
     plan = plan_for(model, Grid(16, 16))
     trim(model, plan)
@@ -93,7 +93,7 @@ def test_the_masked_model_is_the_whole_one_with_zeros():
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "fused", "MaskedAdamW", "SGD"])
-def test_dropped_weights_stay_exactly_zero_and_the_others_learn(kind):
+def test_dropped_weights_are_exactly_zero_after_steps_and_the_others_learn(kind):
     model = tiny_model()
     make = {
         "AdamW": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.3),
@@ -125,7 +125,7 @@ def test_other_families_keep_their_zeros_too(family):
 
 
 @pytest.mark.parametrize("statistic", ["fisher", "random"])
-def test_a_second_cut_stays_inside_the_first(statistic):
+def test_a_second_cut_keeps_no_block_that_the_first_dropped(statistic):
     model = tiny_model()
     first = plan_for(model, Grid(8, 8), statistic, Budget.parse("70%params"))
     trim(model, first)
@@ -144,9 +144,9 @@ def test_masks_come_back_from_a_file_bit_by_bit(tmp_path, grid):
     model, other = tiny_model(), tiny_model()
     trim(model, plan_for(model, grid, "random"))
     save_structure(model, tmp_path / "structure.safetensors")
-    found = read_structure(tmp_path / "structure.safetensors")
-    assert isinstance(found, Masks) and found.grid == grid
-    restructure(other, found)
+    actual = read_structure(tmp_path / "structure.safetensors")
+    assert isinstance(actual, Masks) and actual.grid == grid
+    restructure(other, actual)
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(**tiny_batch()).logits, other(**tiny_batch()).logits)
     assert all(torch.equal(masks_of(other).keep[name], keep) for name, keep in masks_of(model).keep.items())

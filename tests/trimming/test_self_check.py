@@ -56,7 +56,7 @@ def test_a_wrong_table_is_caught_and_the_model_left_as_it_was(family, overrides,
     trim(model, plan, optimizer)
 
 
-def test_a_masked_model_whose_cut_fails_stays_masked(monkeypatch):
+def test_a_masked_model_whose_cut_fails_is_still_masked(monkeypatch):
     model, batch = tiny_model("deberta-v2", **DEBERTA), tiny_batch()
     plan = random_plan(layout_of(model))
     masked_by(model, plan)
@@ -65,8 +65,8 @@ def test_a_masked_model_whose_cut_fails_stays_masked(monkeypatch):
     monkeypatch.setitem(families(), "deberta-v2", bare("deberta-v2"))
     with pytest.raises(SensibertError, match="masked and trimmed deberta-v2 differ"):
         trim(model, plan)
-    found = {name: layer.keep for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
-    assert masks and found.keys() == masks.keys() and all(torch.equal(found[name], masks[name]) for name in masks)
+    actual = {name: layer.keep for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+    assert masks and actual.keys() == masks.keys() and all(torch.equal(actual[name], masks[name]) for name in masks)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(outputs(model, batch), expected)
 

@@ -26,13 +26,13 @@ KINDS = [("bert", {}), ("modernbert", {}), ("mpnet", {}), ("deberta-v2", DEBERTA
 
 def facts(model: nn.Module) -> dict[str, object]:
     """All that a cut could change: tensors by identity and value, sizes, attributes, modes, hooks."""
-    found: dict[str, object] = {name: (id(p), p.detach().clone(), p.grad) for name, p in model.named_parameters()}
+    actual: dict[str, object] = {name: (id(p), p.detach().clone(), p.grad) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, int | bool)}
-        found[f"{name}()"] = (plain, list(module._forward_pre_hooks.values()))
+        actual[f"{name}()"] = (plain, list(module._forward_pre_hooks.values()))
         own = vars(module).get("config")
-        found[f"{name} itself"] = (type(module), id(own), own and own.to_dict(), sorted(vars(module)))
-    return found | {"trimmed": is_trimmed(model)}
+        actual[f"{name} itself"] = (type(module), id(own), own and own.to_dict(), sorted(vars(module)))
+    return actual | {"trimmed": is_trimmed(model)}
 
 
 def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
@@ -70,7 +70,7 @@ def test_a_copy_leaves_the_model_alone_and_in_place_returns_it():
     assert torch.equal(outputs(model, batch), expected)
 
 
-def test_what_stays_whole_stays_the_same_tensor():
+def test_untrimmed_parameters_are_the_same_tensors():
     model = tiny_model()
     before, plan = dict(model.named_parameters()), random_plan(layout_of(model))
     plan.keep["layer.1.ffn"][:] = plan.keep["layer.1.head"][:] = True
@@ -94,7 +94,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 @pytest.mark.parametrize("family, overrides", KINDS)
-def test_training_goes_on_after_the_cut(family, overrides):
+def test_training_continues_after_the_cut(family, overrides):
     model = tiny_model(family, **overrides).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
@@ -243,7 +243,7 @@ def test_less_than_a_family_can_do_without_is_refused():
         trim(model, plan)
 
 
-def test_nan_in_a_dropped_unit_goes_with_it():
+def test_nan_in_a_dropped_unit_is_removed_with_it():
     model = tiny_model()
     plan = random_plan(layout_of(model))
     dropped = int((~plan.keep["layer.0.ffn"]).nonzero()[0])

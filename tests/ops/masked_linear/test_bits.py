@@ -62,7 +62,7 @@ def double(*shape):
 
 
 @pytest.mark.parametrize("grid", [Grid.element(), Grid.block(3, 5), Grid.row(), Grid.columns(8)], ids=str)
-def test_the_path_gives_what_the_others_give(as_on_hopper, grid):
+def test_the_path_gives_the_result_of_the_other_paths(as_on_hopper, grid):
     x, weight, bias = double(2, 5, 40), double(24, 40), double(24)
     keep = torch.rand(grid.shape(24, 40)) < 0.5
     y, want = masked_linear(x, weight, bias, keep, grid), F.linear(x, weight * grid.expand(keep, 24, 40), bias)

@@ -108,7 +108,7 @@ def test_only_kernels_of_our_own_have_to_be_measured():
         ("tiles", {"grid": Grid.columns(128)}, None),
     ],
 )
-def test_a_path_says_why_it_cannot_run(path, change, words):
+def test_a_refused_path_has_a_reason(path, change, words):
     reason = refusal(path, FFN._replace(**change), built=OWN)
     assert reason is None if words is None else re.search(words, reason)
 

@@ -41,12 +41,12 @@ def test_a_row_of_its_own_is_shared_out_evenly(num_kept, want):
 def test_each_kept_block_is_in_one_tile_and_no_row_of_a_tile_is_too_long(density):
     keep = torch.rand(7, 11) < density
     tiles, dropped = block_list(keep, BLOCKS, 448, 704)
-    seen = torch.zeros(7, 11, dtype=torch.int64)
+    calls = torch.zeros(7, 11, dtype=torch.int64)
     for i, j, only_i, both, only_j, *cols in tiles.tolist():
         assert max(only_i, only_j) + both <= TILE_BANDS and (i != j or both == 0)
         for row, of_row in ((i, cols[: only_i + both]), (j, cols[only_i : only_i + both + only_j])):
-            seen[row, of_row] += 1
-    assert torch.equal(seen, keep.long()) and torch.equal(dropped.long(), (~keep).flatten().nonzero()[:, 0])
+            calls[row, of_row] += 1
+    assert torch.equal(calls, keep.long()) and torch.equal(dropped.long(), (~keep).flatten().nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.1])
@@ -85,7 +85,7 @@ def test_the_forced_path_takes_the_op(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("kept", [0.0, 0.25, 0.8, 1.1])
 @pytest.mark.parametrize("M,N,K", [(1, 8, 8), (130, 200, 72), (4096, 3072, 768), (777, 1000, 4096), (16384, 768, 3072)])
-def test_the_kernel_computes_what_the_list_says(M, N, K, kept, dtype):
+def test_the_kernel_computes_the_blocks_of_the_list(M, N, K, kept, dtype):
     dy, x = torch.randn(M, N).to("cuda", dtype), (torch.randn(M, K) / M**0.5).to("cuda", dtype)
     keep = (torch.rand(BLOCKS.shape(N, K)) < kept).cuda()
     blocks = block_list(keep, BLOCKS, N, K)

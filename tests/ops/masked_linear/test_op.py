@@ -74,7 +74,7 @@ def test_every_path_gives_the_same(path, grid, device):
 
 @pytest.mark.parametrize("path", ["compact", "masked"])
 @pytest.mark.parametrize("grid", [Grid.row(), Grid.column(), Grid.rows(4), Grid.element(), Grid.tensor()], ids=str)
-def test_columns_are_taken_by_the_op_and_filled_up_to_whole_words(grid, path, monkeypatch):
+def test_columns_are_taken_by_the_op_and_padded_to_a_multiple_of_8(grid, path, monkeypatch):
     """As on a GPU: what take_columns fills up with 0 changes nothing, and NaN in what is dropped stays there."""
     args = make_inputs((9,), 26, 42, grid, kept=0.05 if grid == Grid.element() else 0.4)
     exact, plain = run(formula, *f64(args)), run(formula, *args)

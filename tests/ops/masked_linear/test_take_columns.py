@@ -21,7 +21,7 @@ def places(kept: torch.Tensor, width: int) -> torch.Tensor:
     return index
 
 
-def wanted(x, index, fill=None):
+def expected(x, index, fill=None):
     """Column by column, as the definition says."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     other = [zero if fill is None else fill[j] for j in range(len(index))]
@@ -40,7 +40,7 @@ def same(ours: torch.Tensor, want: torch.Tensor) -> bool:
 def test_kept_columns_are_gathered(dtype, width, device):
     x, kept = torch.randn(3, 7, width).to(device, dtype), kept_columns(width, device=device)
     for index in (kept, kept[: len(kept) // 8 * 8]):
-        assert same(take_columns(x, index), wanted(x, index))
+        assert same(take_columns(x, index), expected(x, index))
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -50,7 +50,7 @@ def test_columns_are_put_back_in_their_places(dtype, width, filled, device):
     kept = kept_columns(width, device=device)
     y, index = torch.randn(21, len(kept)).to(device, dtype), places(kept, width)
     fill = torch.randn(width).to(device, dtype) if filled else None
-    assert same(take_columns(y, index, fill), wanted(y, index, fill))
+    assert same(take_columns(y, index, fill), expected(y, index, fill))
     assert same(take_columns(take_columns(y, index, fill), kept), y)
 
 
@@ -79,7 +79,7 @@ def test_a_nan_that_is_named_keeps_its_bits(device):
 
 def test_columns_may_come_in_any_order_and_twice(device):
     x, index = torch.randn(4, 5, device=device), torch.tensor([4, 0, -1, 0, 3], dtype=torch.int32, device=device)
-    assert same(take_columns(x, index), wanted(x, index))
+    assert same(take_columns(x, index), expected(x, index))
 
 
 STRIDED = {
@@ -97,7 +97,7 @@ def test_strided_activations(how, device):
     x, kept = STRIDED[how](torch.randn(3, 6, 52).to(device, torch.float16)), kept_columns(52, device=device)[:24]
     assert same(take_columns(x, kept), x[..., kept.long()].contiguous())
     index, fill = places(kept, 104)[::2], torch.randn(104).to(device, torch.float16)[::2]
-    assert same(take_columns(x, index, fill), wanted(x, index, fill))
+    assert same(take_columns(x, index, fill), expected(x, index, fill))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_empty_sizes_and_a_single_row(shape, width, device):
         index[::2] = 1
     for fill in (None, torch.randn(width, device=device)):
         ours = take_columns(x, index, fill)
-        assert ours.shape == (*shape[:-1], width) and same(ours, wanted(x, index, fill))
+        assert ours.shape == (*shape[:-1], width) and same(ours, expected(x, index, fill))
 
 
 def test_the_result_has_no_gradient(device):

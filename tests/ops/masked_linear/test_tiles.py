@@ -72,7 +72,7 @@ def test_the_op_is_registered(by_columns):
     torch.library.opcheck(torch.ops.sensibert.masked_linear_tiles.default, (*args, *tiles, by_columns))
 
 
-def test_the_path_gives_what_the_others_give(monkeypatch):
+def test_the_path_gives_the_result_of_the_other_paths(monkeypatch):
     monkeypatch.setattr(paths, "resolve", lambda problem: paths.Choice("tiles", "as if on sm_90"))
     grid = Grid.block(64, 64)
     x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 128), (192, 128), (192,)))
@@ -98,7 +98,7 @@ needs_the_kernel = pytest.mark.skipif(
 @pytest.mark.parametrize("kept", [0.25, 0.8, 1.1])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("M,N,K", [(1, 8, 8), (130, 200, 72), (4096, 3072, 768), (777, 1000, 4096), (16384, 768, 3072)])
-def test_the_kernel_computes_what_the_list_says(M, N, K, by_columns, kept, tile_cols, dtype):
+def test_the_kernel_computes_the_blocks_of_the_list(M, N, K, by_columns, kept, tile_cols, dtype):
     grid = Grid.block(64, 64)
     x, weight, bias = torch.randn(M, K), torch.randn(N, K) / K**0.5, torch.randn(N)
     x, weight, bias = (t.to("cuda", dtype) for t in (x, weight, bias))
