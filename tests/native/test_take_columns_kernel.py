@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import DTYPES, dtype_id
-from tests.ops.masked_linear.test_take_columns import kept_columns, places, same, expected
+from tests.ops.masked_linear.test_take_columns import expected, kept_columns, places, same
 
 from .runner import BUILDS, build_binding, ops_tests_pass, python
 
