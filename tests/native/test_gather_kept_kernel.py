@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import DTYPES, dtype_id
-from tests.ops.test_gather_kept import entry, wanted
+from tests.ops.test_gather_kept import entry, expected
 
 from .runner import BUILDS, KernelFailed, build_binding, ops_tests_pass, python
 
@@ -30,7 +30,7 @@ def launch(program, some, to=torch.float32, skip=0, **env):
     results = program(*arrays, **env)
     outs = []
     for i, given in enumerate(some):
-        out, shape = results[6 * i + 5], wanted(*given, to).shape
+        out, shape = results[6 * i + 5], expected(*given, to).shape
         assert out[:skip].isnan().all(), "written before its start"
         outs.append(out[skip:].view(shape))
     return outs
@@ -38,7 +38,7 @@ def launch(program, some, to=torch.float32, skip=0, **env):
 
 def check(program, some, to=torch.float32, **options):
     for ours, given in zip(launch(program, some, to, **options), some, strict=True):
-        want = wanted(*given, to)
+        want = expected(*given, to)
         assert torch.equal(ours, want), [None if t is None else t.shape for t in given]
 
 
@@ -81,7 +81,7 @@ def test_a_nan_in_a_hole_goes_nowhere(kernel):
     holes = torch.ones_like(weight, dtype=torch.bool)
     holes[rows[:, None], cols] = bits == 0
     (ours,) = launch(kernel("gather_kept"), [(weight.masked_fill(holes, torch.nan), rows, cols, bits)])
-    assert torch.equal(ours, wanted(weight, rows, cols, bits, torch.float32))
+    assert torch.equal(ours, expected(weight, rows, cols, bits, torch.float32))
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**62)])

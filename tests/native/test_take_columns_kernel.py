@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import DTYPES, dtype_id
-from tests.ops.masked_linear.test_take_columns import kept_columns, places, same, wanted
+from tests.ops.masked_linear.test_take_columns import expected, kept_columns, places, same
 
 from .runner import BUILDS, build_binding, ops_tests_pass, python
 
@@ -39,7 +39,7 @@ def cases(M: int, width: int, dtype: torch.dtype = torch.bfloat16):
 
 def check(program, some, **options):
     for ours, given in zip(launch(program, some, **options), some, strict=True):
-        assert same(ours, wanted(*given)), (given[0].shape, given[1].shape)
+        assert same(ours, expected(*given)), (given[0].shape, given[1].shape)
 
 
 @pytest.mark.parametrize("skip", [0, 1])
