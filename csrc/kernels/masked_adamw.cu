@@ -120,8 +120,7 @@ __device__ __forceinline__ Quad score_terms(Reduce reduce, const Quad& w, const 
 __device__ __forceinline__ void write_score(const Args& args, float* score, float total) {
     if (args.finish == Finish::kSquare) total *= total;
     if (args.finish == Finish::kAbs) total = fabsf(total);
-    *score =
-        args.scale * total + (args.decay != 0.f ? args.decay * *score : 0.f);  // decay 0 ignores the old value
+    *score = args.scale * total + (args.decay != 0.f ? args.decay * *score : 0.f);  // decay 0 ignores the old value
 }
 
 struct Rates {
