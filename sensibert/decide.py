@@ -13,6 +13,7 @@ from .allocation import allocate
 from .core.artifacts import Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.config import TrimConfig
+from .core.errors import SensibertError
 from .core.statistics import STATISTICS
 from .models import layout_of
 from .sensitivity import analyze, collect_factors, rank_tensors
@@ -63,6 +64,8 @@ def decide(
             sensitivity = replace(sensitivity, tensors=rank_tensors(model, few, loss, seed, autocast))
         plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
     if config.compensate:
-        assert factors is not None and isinstance(plan, UnitPlan)  # collected above; for units
+        if not isinstance(plan, UnitPlan):
+            raise SensibertError("choose: returned a plan of blocks, and compensate is True; want compensate=False")
+        assert factors is not None  # collected above
         compensate(model, plan, factors)
     return Decision(plan, sensitivity)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import sensibert
+from sensibert import allocate, analyze
 from sensibert.callback import TrimCallback
 from sensibert.core import cost
 from sensibert.core.config import TrimConfig
@@ -25,6 +26,7 @@ from sensibert.core.schedule import Schedule
 from sensibert.data.files import load_examples
 from sensibert.data.task_data import TaskData
 from sensibert.models import embeddings_of, layout_of
+from sensibert.models.masks import masks_of
 from sensibert.optim import optimizer_cls_and_kwargs
 from sensibert.training.trainer import TrimTrainer
 from tests import runs
@@ -296,3 +298,15 @@ def test_embeddings_are_as_they_were_once_the_training_ends(learns):
     assert not table.requires_grad
     callback.on_train_end(None, TrainerState(global_step=1), None)
     assert table.requires_grad is learns
+
+
+def test_a_chosen_plan_of_blocks_is_not_compensated(here, tmp_path):
+    def choose(model, batches, budget):
+        return allocate(analyze(model, (), "magnitude", grid=Grid.element()), "50%params")
+
+    trainer = own_trainer(here, tmp_path, TrimCallback(config(), choose=choose))
+    with pytest.raises(SensibertError, match="choose: returned a plan of blocks, and compensate is True"):
+        trainer.train()
+    masked = own_trainer(here, tmp_path, TrimCallback(config(compensate=False), choose=choose))
+    masked.train()
+    assert masks_of(masked.model) is not None
