@@ -2,7 +2,7 @@
 and compares weights.
 
 python bench/check_resume.py --model MODEL --train-file F [--kills 3] [--steps 40] [--delay 3]
-    ... --budget 30%params --precision bf16      # with frozen embeddings and padded batches
+    ... --budget 30%params --precision bf16      # embeddings frozen, batches padded
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
             while newest(broken) < target and victim.poll() is None:
                 time.sleep(0.05)
             time.sleep(generator.uniform(0, arguments.delay))  # between two checkpoints, or while one is being written
-            if victim.poll() is not None:
+            if victim.poll() is not None or broken.exists():
                 raise SystemExit("the run ended before it was killed: more --steps or a smaller --delay")
             victim.kill()
             victim.wait()
