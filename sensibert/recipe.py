@@ -25,7 +25,7 @@ from .report.plots import write_report
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
-from .training.checkpoints import workspace
+from .training.checkpoints import partial_folder, workspace
 from .training.distillation import Distillation
 from .training.trainer import finetune, predict
 
@@ -63,6 +63,7 @@ def check_place(options: Options) -> None:
     check_output(options.output, options.overwrite)
     inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
     check_apart(options.output, **inputs)
+    check_apart(partial_folder(options.output), **inputs)
 
 
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
@@ -76,7 +77,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with workspace(options.output, options.resume, options.overwrite) as (folder, checkpoint):
+    with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
         return _run(options, folder, checkpoint, started, choose)
 
 
@@ -186,5 +187,3 @@ def _write_output(
         if output.exists():
             shutil.rmtree(output)
         os.replace(final, output)
-    if not options.keep_checkpoints:
-        shutil.rmtree(folder, ignore_errors=True)

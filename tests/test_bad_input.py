@@ -270,6 +270,10 @@ def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatc
     ):
         refused(message, *finetune_arguments(here, place, **requested), "--overwrite")
     assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
+    (tmp_path / "data").rename(tmp_path / "run.partial")
+    requested = {"train-file": tmp_path / "run.partial" / "train.csv"}
+    refused("run.partial holds the train_file", *finetune_arguments(here, tmp_path / "run", **requested), "--overwrite")
+    assert (tmp_path / "run.partial" / "train.csv").exists()
     monkeypatch.chdir(tmp_path / "elsewhere")
     refused("holds the working folder of this run", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
 
@@ -378,7 +382,7 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
         )
         refused(message, *requested)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
-    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-3"]
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [".sensibert-run", "checkpoint-3"]
     done = command(*requested, "--resume", "--json")
     assert done.code == 0 and done.json["steps"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -19,6 +20,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
+MARKER = ".sensibert-run"  # in the folder of an unfinished run; the process that runs in it holds its lock
 # Arguments of a Trainer (numbers and texts) that the weights at a step depend on.
 LEARNS_BY = (
     *("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1"),
@@ -113,32 +115,75 @@ def partial_folder(output: str | Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-@contextmanager
-def workspace(output: str | Path, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
-    """(the run's folder, the checkpoint to resume from). SensibertError if there is an unfinished run.
+def _is_run_folder(folder: Path) -> bool:
+    """Whether a run made the folder. Earlier versions left no marker: their checkpoints tell."""
+    return (folder / MARKER).exists() or bool(_sealed(folder))
 
-    A failed run leaves only its complete checkpoints, or nothing if it has none."""
-    partial = partial_folder(output)
-    checkpoint = None
-    if resume:
-        checkpoint = latest_checkpoint(partial)
-    elif checkpoints(partial) and not overwrite:
-        raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+
+def _clear(folder: Path) -> None:
+    """Delete what is in the folder of a run, except its marker, which is locked."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A context in which no other process runs in the folder; SensibertError if one does."""
+    lock = FileLock(folder / MARKER, timeout=0)
     try:
+        lock.acquire()
+    except Timeout:
+        raise SensibertError(f"output: another run is writing to {folder}, want another folder") from None
+    except NotImplementedError:  # a file system without locks
+        folder.joinpath(MARKER).touch()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def workspace(
+    output: str | Path, resume: bool, overwrite: bool, keep: bool = False
+) -> Iterator[tuple[Path, Path | None]]:
+    """(the run's folder, the checkpoint to resume from). The folder of a run that succeeds is deleted, unless `keep`.
+
+    A failed run leaves only its complete checkpoints, or nothing if it has none. SensibertError, with nothing changed,
+    if the folder holds an unfinished run and neither `resume` nor `overwrite` is given, if it holds anything but a run,
+    or if another process runs in it."""
+    partial = partial_folder(output)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        what = "a link" if partial.is_symlink() else "a file"
+        raise SensibertError(f"output: {partial}, the folder of the unfinished run, is {what}, want another output")
+    if partial.exists() and any(partial.iterdir()) and not _is_run_folder(partial):
+        raise SensibertError(
+            f"output: {partial} exists and is not the folder of an unfinished run, want another output"
+        )
+    checkpoint = latest_checkpoint(partial) if resume else None
+    if not resume and not overwrite and checkpoints(partial):
+        raise SensibertError(f"output: {partial} holds an unfinished run, want --resume or --overwrite")
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    with ExitStack() as stack:
         with writing(partial):
             partial.mkdir(parents=True, exist_ok=True)
-            (partial / ".probe").write_text("")
-            (partial / ".probe").unlink()
-        yield partial, checkpoint
-    except BaseException:
-        for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
-            shutil.rmtree(begun, ignore_errors=True)
-        if not checkpoints(partial):
+            stack.enter_context(_locked(partial))
+        checkpoint = latest_checkpoint(partial) if resume else None  # again: a run may have ended meanwhile
+        try:
+            if not resume:
+                with writing(partial):
+                    _clear(partial)
+            yield partial, checkpoint
+        except BaseException:
+            for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
+                shutil.rmtree(begun, ignore_errors=True)
+            if not checkpoints(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                for folder in made[1:]:
+                    if folder.is_dir() and not any(folder.iterdir()):
+                        folder.rmdir()
+            raise
+        if not keep:
             shutil.rmtree(partial, ignore_errors=True)
-            for folder in made[1:]:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        raise

@@ -1,7 +1,10 @@
 """Which checkpoints can be trusted, and what a failed run leaves behind."""
 
+import itertools
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from sensibert.models.structure import read_structure
 from sensibert.saving.output_paths import check_file, check_output
 from sensibert.training.checkpoints import (
     MANIFEST,
+    MARKER,
     MEMORY,
     STRUCTURE,
     check_checkpoint,
@@ -110,14 +114,67 @@ def test_a_run_that_fails_later_keeps_its_complete_checkpoints_and_resumes(tmp_p
             (folder / "checkpoint-4").mkdir()
             (folder / "final").mkdir()
             raise KeyError
-    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["checkpoint-2"]
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [MARKER, "checkpoint-2"]
     with pytest.raises(SensibertError, match="out.partial holds an unfinished run, want --resume or --overwrite"):
         with workspace(tmp_path / "out", resume=False, overwrite=False):
             pass
     with workspace(tmp_path / "out", resume=True, overwrite=False) as (_, checkpoint):
         assert checkpoint == saved
     with workspace(tmp_path / "out", resume=False, overwrite=True) as (folder, checkpoint):
-        assert checkpoint is None and tree(folder) == {}
+        assert checkpoint is None and tree(folder) == {MARKER: b""}
+    assert tree(tmp_path) == {}
+
+
+def test_a_folder_that_no_run_made_is_left_alone(tmp_path):
+    """`out.partial` may be somebody's: without a marker or a complete checkpoint it is refused, whatever is asked."""
+    mine = tmp_path / "out.partial"
+    (mine / "checkpoint-4").mkdir(parents=True)  # of a Trainer without sensibert
+    (mine / "checkpoint-4" / "model.safetensors").write_text("mine")
+    before = tree(tmp_path)
+    for resume, overwrite in itertools.product((False, True), repeat=2):
+        with pytest.raises(SensibertError, match="out.partial exists and is not the folder of an unfinished run"):
+            with workspace(tmp_path / "out", resume, overwrite):
+                pass
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["a link", "a file"])
+def test_a_link_or_file_in_place_of_the_folder_is_refused(tmp_path, what):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / MARKER).write_text("")
+    if what == "a link":
+        (tmp_path / "out.partial").symlink_to(tmp_path / "mine")
+    else:
+        (tmp_path / "out.partial").write_text("kept")
+    before = tree(tmp_path)
+    with pytest.raises(SensibertError, match=f"is {what}, want another output"):
+        with workspace(tmp_path / "out", resume=False, overwrite=True):
+            pass
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_a_version_without_markers_is_known_by_its_checkpoints(tmp_path, model):
+    saved = sealed(tmp_path / "out.partial", 2, model)
+    with workspace(tmp_path / "out", resume=True, overwrite=False, keep=True) as (_, checkpoint):
+        assert checkpoint == saved
+
+
+def test_a_second_run_with_the_same_output_is_refused_while_the_first_one_runs(tmp_path, model):
+    holds = "import sys; from sensibert.training.checkpoints import workspace\n"
+    holds += "with workspace(sys.argv[1], False, False): print('running', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "running\n"
+        saved = sealed(tmp_path / "out.partial", 2, model)
+        before = tree(tmp_path)
+        for resume, overwrite in ((True, False), (True, True), (False, True)):
+            with pytest.raises(SensibertError, match="another run is writing to .*out.partial, want another folder"):
+                with workspace(tmp_path / "out", resume, overwrite):
+                    pass
+        assert tree(tmp_path) == before
+        first.kill()
+    with workspace(tmp_path / "out", resume=True, overwrite=False) as (_, checkpoint):  # a killed run holds no lock
+        assert checkpoint == saved
 
 
 def test_what_is_in_the_way_is_named(tmp_path):
