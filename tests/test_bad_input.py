@@ -1,6 +1,7 @@
 """Every kind of bad input ends in exit code 2 and one line that says what to do, and leaves the disk as it was."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sensibert import recipe
+from sensibert.optim import MaskedAdamW
 from tests import runs
 from tests.runs import command, tree
 
@@ -223,6 +225,22 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_nothing(here, tmp_p
     with untouched(here, tmp_path):
         requested = finetune_arguments(here, tmp_path / "out", **{"learning-rate": 1e30, "method": "baseline"})
         refused(r"the loss is (nan|inf) at step \d+; try a smaller learning rate", *requested)
+
+
+@pytest.mark.parametrize("saves", [{}, {"save-steps": 2}], ids=["at the end", "at a saving step"])
+def test_a_last_step_that_is_not_finite_is_not_published(here, tmp_path, monkeypatch, saves):
+    step, count = MaskedAdamW.step, itertools.count(1)
+
+    def poisoned(optimizer, *args, **kwargs):
+        if next(count) == 3:
+            optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(MaskedAdamW, "step", poisoned)
+    requested = finetune_arguments(here, tmp_path / "out", **{"validation-file": None} | saves)
+    refused("has NaN or infinite values, want finite weights", *requested)
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.glob("out.partial/checkpoint-*")] == (["checkpoint-2"] if saves else [])
 
 
 def test_a_model_with_nan_weights_is_refused_by_analyze_and_eval(here, tmp_path):

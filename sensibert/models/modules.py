@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import SensibertError
 from .families import base_type, families
@@ -35,6 +35,13 @@ def family_of(model: nn.Module) -> Family:
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise SensibertError(f"model: {model_type} is configured as a decoder, want an encoder (is_decoder=False)")
     return families()[model_type]
+
+
+def want_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """SensibertError naming the first tensor with a NaN or an infinity. what: begins the message."""
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise SensibertError(f"{what}: {name} has NaN or infinite values, want finite weights")
 
 
 def base_of(model: nn.Module) -> nn.Module:

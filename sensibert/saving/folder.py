@@ -27,6 +27,7 @@ from ..core.errors import SensibertError
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
+from ..models.modules import want_finite
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
 from ..nn import MaskedLinear
@@ -132,6 +133,7 @@ def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool, inf
         raise SensibertError(
             f"export: {len(masked)} layers are masked ({masked[0]}, ...), want none: restore() them first"
         )
+    want_finite(model.named_parameters(), "export")
     if path.exists() and not path.is_dir():
         raise SensibertError(f"export: {path} is a file, want a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -16,6 +18,7 @@ from ..core.errors import SensibertError
 from ..core.files import write_atomically, writing
 from ..models import base_of, sites
 from ..models.masks import masks_of
+from ..models.modules import want_finite
 from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
@@ -33,8 +36,11 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
-    """Add the structure of the model and the memory of the run to a checkpoint, then mark it as complete."""
+    """Add the structure of the model and the memory of the run to a checkpoint, then mark it as complete.
+
+    SensibertError, and no mark, if a weight is not finite: nothing could be resumed from it."""
     folder = Path(checkpoint)
+    want_finite(model.named_parameters(), f"training: cannot go on after {folder.name}")
     if is_trimmed(model) or masks_of(model) is not None:
         save_structure(model, folder / STRUCTURE)
     text = json.dumps(memory)
@@ -44,7 +50,7 @@ def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """SensibertError if the folder is not a complete checkpoint of a sensibert run."""
+    """SensibertError if the folder is not a complete checkpoint of a sensibert run with finite weights."""
     folder = Path(checkpoint)
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
@@ -54,6 +60,12 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     for name, size in sizes.items():
         if actual.get(name) != size:
             raise SensibertError(f"{folder}: truncated checkpoint, {name} has {actual.get(name, 0)} bytes, want {size}")
+    for file in folder.glob("model*.safetensors"):
+        try:
+            with safe_open(file, "pt") as weights:
+                want_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(folder))  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise SensibertError(f"{folder}: damaged checkpoint, {file.name} cannot be read ({error})") from None
 
 
 def learns_by(arguments: TrainingArguments) -> dict[str, object]:
@@ -95,17 +107,21 @@ def _sealed(folder: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint; None if none was completed; SensibertError if all completed ones are damaged."""
-    newest: SensibertError | None = None
+    """The newest sound checkpoint; None if none was completed; SensibertError if all completed ones are damaged.
+
+    A warning tells which damaged ones were passed over, and why."""
+    damaged: list[SensibertError] = []
     for checkpoint in _sealed(folder):
         try:
             check_checkpoint(checkpoint)
         except SensibertError as error:
-            newest = newest or error
+            damaged.append(error)
         else:
+            for passed_over in damaged:
+                logging.getLogger("sensibert").warning("resume from %s: %s", checkpoint, passed_over)
             return checkpoint
-    if newest is not None:
-        raise newest
+    if damaged:
+        raise damaged[0]
     return None
 
 
@@ -170,7 +186,6 @@ def workspace(
         with writing(partial):
             partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(partial))
-        checkpoint = latest_checkpoint(partial) if resume else None  # again: a run may have ended meanwhile
         try:
             if not resume:
                 with writing(partial):

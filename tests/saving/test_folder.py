@@ -405,3 +405,12 @@ def test_a_folder_without_its_structure_is_refused(tmp_path):
     (path / "structure.safetensors").unlink()
     with pytest.raises(OSError, match=r"structure\.safetensors"):
         AutoClassifier.from_pretrained(path)
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(SensibertError, match="export: classifier.bias has NaN or infinite values"):
+        export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

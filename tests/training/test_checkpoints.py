@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 
 from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
@@ -39,12 +40,20 @@ def model():
     return tiny_model(head="")
 
 
+WEIGHTS = {"weight": torch.ones(2)}
+SIZE = len(save(WEIGHTS))
+
+
 def sealed(folder, step, model):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    save_file(WEIGHTS, checkpoint / "model.safetensors")
     seal(checkpoint, model, {"metrics_at_cut": None, "seconds": {"warm": 1.5}})
     return checkpoint
+
+
+def poison(checkpoint):
+    save_file({"weight": torch.tensor([1, float("inf")])}, checkpoint / "model.safetensors")
 
 
 def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path, model):
@@ -66,10 +75,12 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors has 3 bytes, want 7"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has 0 bytes, want 7"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 3), f"model.safetensors has 3 bytes, want {SIZE}"),
+        (lambda folder: (folder / "model.safetensors").unlink(), f"model.safetensors has 0 bytes, want {SIZE}"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not a complete checkpoint"),
         (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * SIZE), "model.safetensors cannot be read"),
+        (lambda folder: poison(folder), "weight has NaN or infinite values, want finite weights"),
     ],
 )
 def test_damage_is_noticed(tmp_path, model, damage, message):
@@ -89,6 +100,23 @@ def test_the_newest_complete_checkpoint_is_found_by_its_number(tmp_path, model):
     os.truncate(nine / "model.safetensors", 2)
     with pytest.raises(SensibertError, match="checkpoint-10: truncated"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over_and_said(tmp_path, model, caplog):
+    nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
+    poison(ten)
+    assert latest_checkpoint(tmp_path) == nine
+    assert "checkpoint-9: " in caplog.text and "checkpoint-10: weight has NaN or infinite values" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_sealed(tmp_path, value):
+    broken = tiny_model(head="")
+    with torch.no_grad():
+        broken.encoder.layer[1].output.dense.bias[3] = value
+    with pytest.raises(SensibertError, match=r"cannot go on after checkpoint-2: encoder.layer.1.output.dense.bias has"):
+        sealed(tmp_path, 2, broken)
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_whose_writing_broke_off_counts_as_none(tmp_path):
