@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from .core.errors import SensibertError
+from .core.errors import SensibertError, first_line
 from .data.files import Examples, load_examples
 from .data.task_data import TaskData
 from .data.tasks import PRESETS
@@ -71,20 +71,20 @@ def encode(
     )
 
 
-def check_family(source: str) -> None:
-    """SensibertError unless source is a model of a supported family."""
+def check_family(source: str, argument: str = "model") -> None:
+    """SensibertError, naming the argument, unless source is a model of a supported family. No code in it is run."""
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
         wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
-        raise SensibertError(f"model: {source} {wrong} ({first_line(error)})") from None
+        raise SensibertError(f"{argument}: {source} {wrong} ({first_line(error)})") from None
     if base_type(config.model_type) not in families():
-        raise SensibertError(unsupported(config.model_type))
+        raise SensibertError(unsupported(config.model_type, argument))
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
         raise SensibertError(f"model: no tokenizer in {source} ({first_line(error)})") from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers builds an empty one if files are missing
@@ -107,7 +107,8 @@ def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
     kwargs = {name: value for name, value in data.config_kwargs().items() if value is not None} if data else {}
     try:
         # Not in the dtype of the file: most updates are too small for bf16 weights and moments.
-        return (data.auto_class() if data else AutoModel).from_pretrained(source, dtype=torch.float32, **kwargs)
+        auto = data.auto_class() if data else AutoModel
+        return auto.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **kwargs)
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 
@@ -134,10 +135,6 @@ def check_room(model: PreTrainedModel, data: TaskData) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
     """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
@@ -145,7 +142,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
-    check_family(source)
+    check_family(source, "teacher")
     teacher = load(source)[0].requires_grad_(False)
     to_best_device(teacher)
     kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher)

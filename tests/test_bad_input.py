@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sensibert import recipe
+from sensibert import SensibertError, load, recipe
 from sensibert.optim import MaskedAdamW
 from tests import runs
 from tests.runs import command, tree
@@ -80,6 +80,29 @@ def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
             refused(message, *finetune_arguments(here, tmp_path / "out", model=tmp_path / kind))
             refused(message, "inspect", tmp_path / kind)
             refused(message, "analyze", "--model", tmp_path / kind, "--method", "magnitude", "--output", tmp_path / "s")
+
+
+def test_code_in_a_model_folder_is_never_run(here, tmp_path, monkeypatch):
+    """transformers would ask on standard input, where a script answers yes."""
+    monkeypatch.setattr("builtins.input", lambda *args: "yes")
+    code = "open('ran', 'w')\nfrom transformers import PreTrainedConfig as ZzConfig\n"
+    foreign = tmp_path / "foreign"
+    shutil.copytree(here / "tuned", foreign)  # with weights and a tokenizer
+    auto_map = {"AutoConfig": "code.ZzConfig", "AutoModel": "code.ZzModel"}
+    (foreign / "config.json").write_text(json.dumps({"model_type": "zz", "auto_map": auto_map}))
+    (foreign / "code.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    rows = here / "train.csv"
+    message = r"foreign cannot be read \(it needs code of its own, which sensibert does not run\)"
+    with untouched(here, tmp_path):
+        refused("model: .*" + message, *finetune_arguments(here, tmp_path / "out", model=foreign))
+        refused("teacher: .*" + message, *finetune_arguments(here, tmp_path / "out", teacher=foreign))
+        refused(message, "analyze", "--model", foreign, "--train-file", rows, "--output", tmp_path / "s")
+        refused(message, "trim", "--model", foreign, "--plan", here / "plan", "--output", tmp_path / "out")
+        refused(message, "eval", foreign, "--validation-file", rows)
+        refused(message, "inspect", foreign)
+        with pytest.raises(SensibertError, match="which sensibert does not run"):
+            load(foreign)
 
 
 @pytest.mark.parametrize(

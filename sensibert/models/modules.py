@@ -12,10 +12,10 @@ from .families import base_type, families
 from .families.family import Family
 
 
-def unsupported(model_type: str) -> str:
+def unsupported(model_type: str, argument: str = "model") -> str:
     """The error message for a model family without a table."""
     return (
-        f"model: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
+        f"{argument}: family {model_type!r} is not supported, want one of {', '.join(sorted(families()))}; "
         "a new family is one table in sensibert/models/families/ (see CONTRIBUTING)"
     )
 

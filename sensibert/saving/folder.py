@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import cached_file
 
 from ..core.config import LAYOUTS
-from ..core.errors import SensibertError
+from ..core.errors import SensibertError, first_line
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
@@ -182,7 +182,7 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
     """Load (model, tokenizer) of a folder: the model in eval mode, with its head and masks; the tokenizer may be None.
     SensibertError if the folder cannot be loaded."""
     try:
-        name = (AutoConfig.from_pretrained(path).architectures or ["no architecture"])[0]
+        name = (AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
         if model_class is None:
             raise ValueError(f"its config.json names {name}, want a model class of transformers")
@@ -192,10 +192,9 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
         if isinstance(structure, Masks):
             set_masks(model, structure)
         tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
-        return model, None if tokenized is None else AutoTokenizer.from_pretrained(path)
+        return model, None if tokenized is None else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SensibertError(f"{path}: not a model folder that can be loaded ({reason})") from None
+        raise SensibertError(f"{path}: not a model folder that can be loaded ({first_line(error)})") from None
 
 
 def load_structure(path: str | Path) -> dict[str, Tensor] | Masks:
