@@ -184,6 +184,20 @@ def _write_output(
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(final, output)
+        check_output(output, options.overwrite)  # again: it may have appeared during the run
+        _publish(final, output)
+
+
+def _publish(new: Path, output: Path) -> None:
+    """Move a folder to its final path. A folder there goes only after that, and comes back if the move fails."""
+    old = new.parent.with_name("replaced")  # in the folder of the run
+    if output.exists():
+        os.replace(output, old)
+    try:
+        os.replace(new, output)
+    except BaseException:
+        if old.exists():
+            os.replace(old, output)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
