@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from ._register import register
 from .core.version import version
 
-if (
-    TYPE_CHECKING
-):  # a function that shares its name with a module comes from there: type checkers take one for the other
+# Functions that share their name with a module come from that module: type checkers take one for the other.
+if TYPE_CHECKING:
     from .allocation.allocate import allocate
     from .callback import TrimCallback
     from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan

@@ -1,7 +1,10 @@
 """What several test files share (`from tests.helpers import ...`): the error bound, dtype names, tiny models."""
 
+import pytest
 import torch
 from torch import Tensor
+
+from sensibert.ops.masked_linear.dispatch import built
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,6 +24,12 @@ def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, factor: float = 
     mine, theirs = (float((t.double() - exact).abs().max()) for t in (ours, plain))
     floor = torch.finfo(ours.dtype).eps * float(exact.abs().max())
     assert mine <= factor * theirs + floor, f"{label}: error {mine:.3g}, plain {theirs:.3g}, rounding {floor:.3g}"
+
+
+def needs_hopper(path: str) -> pytest.MarkDecorator:
+    """Skips a test of a path of masked_linear whose kernel runs on sm_90 only."""
+    missing = path not in built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+    return pytest.mark.skipif(missing, reason="no Hopper GPU, or the kernel was not built")
 
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}

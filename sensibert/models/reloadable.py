@@ -150,10 +150,8 @@ def _auto_map(config_class: type[transformers.PreTrainedConfig]) -> dict[str, st
     classes = {"AutoConfig": f"{CODE}.{OWN}{config_class.__name__}"}
     for name in sorted(vars(auto)):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
-        if (
-            not name.startswith("AutoModel") or name == "AutoModelForCausalLM" or mapping is None
-        ):  # `not mapping` imports all
-            continue
+        if mapping is None or not name.startswith("AutoModel") or name == "AutoModelForCausalLM":
+            continue  # `not mapping`, in place of `is None`, would import every model of transformers
         if config_class in mapping:
             model_class = mapping[config_class]
             if not isinstance(model_class, tuple):

@@ -82,9 +82,8 @@ def reference(keep: list[Tensor], threshold: Tensor, num_nan: Tensor, scores: li
             out.zero_()
     else:
         cut = _kth_largest(keys, k)
-        threshold.copy_(
-            (cut ^ ((cut >> 31) & 0x7FFFFFFF)).view(torch.float32)
-        )  # the inverse of _key; NAN_KEY gives a NaN
+        inverse = cut ^ ((cut >> 31) & 0x7FFFFFFF)  # of _key; NAN_KEY gives a NaN
+        threshold.copy_(inverse.view(torch.float32))
         above = [key > cut for key in keys]
         left = k - sum(int(kept.sum()) for kept in above)  # number to keep of the scores that tie at the threshold
         for out, key, kept in zip(keep, keys, above, strict=True):

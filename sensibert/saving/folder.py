@@ -36,15 +36,8 @@ from .model_card import CODE, card
 CONFIG, CARD = "config.json", "README.md"
 REPORTS = ("result.json", "recipe.json")  # written by `finetune`
 DENSE = "dense"  # subfolder of layout="both"
-SHAPES = (
-    "format",
-    "base_model_type",
-    "head_dim",
-    "heads",
-    "ffn",
-    "kept_heads",
-    "table",
-)  # `info` does not override them
+# Entries of config.json that `info` does not override.
+SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads", "table")
 
 
 def _shapes(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,12 +83,8 @@ def _place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
-    for old in (
-        CONFIG,
-        STRUCTURE,
-        CODE,
-        *REPORTS,
-    ):  # of an earlier export; without config.json the folder cannot be loaded
+    # Those of an earlier export go first; without config.json the folder cannot be loaded.
+    for old in (CONFIG, STRUCTURE, CODE, *REPORTS):
         (path / old).unlink(missing_ok=True)
     if (path / DENSE / CONFIG).exists():
         shutil.rmtree(path / DENSE)

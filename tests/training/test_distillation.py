@@ -70,9 +70,8 @@ def test_a_teacher_of_something_else_is_refused(tmp_path):
     named = tiny_model(num_labels=2)
     named.config.id2label = {0: "yes", 1: "no"}
     named.save_pretrained(tmp_path / "named")
-    assert (
-        load_teacher(*teacher_of(tmp_path / "two", ["good", "bad"])) is not None
-    )  # it does not say what its classes are
+    unnamed = load_teacher(*teacher_of(tmp_path / "two", ["good", "bad"]))
+    assert unnamed is not None  # it does not say what its classes are
     for folder, names, task, message in (
         ("two", ["a", "b", "c"], "text-classification", "with 2 outputs, want a model .* text-classification with 3"),
         ("two", ["a", "b"], "token-classification", "is a BertForSequenceClassification .* token-classification"),

@@ -11,7 +11,7 @@ from sensibert.core.grid import Grid
 from sensibert.ops import masked_linear
 from sensibert.ops.masked_linear import dispatch as paths
 from sensibert.ops.masked_linear.bits import column_bits, pack, reference, row_bits, unpack
-from tests.helpers import assert_no_worse, dtype_id
+from tests.helpers import assert_no_worse, dtype_id, needs_hopper
 
 
 def test_bits_by_hand():
@@ -98,14 +98,8 @@ def test_bits_are_made_once_per_value_of_keep(as_on_hopper, monkeypatch):
     torch.testing.assert_close(y, F.linear(x, weight * keep))
 
 
-needs_the_kernel = pytest.mark.skipif(
-    "bits" not in paths.built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper GPU, or the kernel was not built",
-)
-
-
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("bits")
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.1])
@@ -125,7 +119,7 @@ def test_the_kernel_computes_what_the_bits_say(M, N, K, by_columns, density, dty
 
 
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("bits")
 def test_the_forced_path_reaches_the_kernel_both_ways():
     x, weight = (torch.randn(n, 768, device="cuda").bfloat16().requires_grad_() for n in (300, 768))
     keep = (torch.rand(768, 768) < 0.5).cuda()

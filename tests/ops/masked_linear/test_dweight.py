@@ -7,8 +7,8 @@ from sensibert.core.grid import Grid
 from sensibert.ops import masked_linear
 from sensibert.ops.masked_linear import dispatch as paths
 from sensibert.ops.masked_linear.dweight import TILE_BANDS, block_list, reference
-from tests.helpers import assert_no_worse, dtype_id
-from tests.ops.masked_linear.test_tiles import bools, needs_the_kernel
+from tests.helpers import assert_no_worse, dtype_id, needs_hopper
+from tests.ops.masked_linear.test_tiles import bools
 
 BLOCKS = Grid.block(64, 64)
 DWEIGHT = torch.ops.sensibert.masked_linear_tiles_dweight.default
@@ -80,7 +80,7 @@ def test_the_forced_path_takes_the_op(monkeypatch):
 
 
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("tiles")
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("kept", [0.0, 0.25, 0.8, 1.1])
@@ -99,7 +99,7 @@ def test_the_kernel_computes_the_blocks_of_the_list(M, N, K, kept, dtype):
 
 
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("tiles")
 def test_the_backward_of_the_forced_path_reaches_the_kernel():
     x, weight = torch.randn(300, 768, device="cuda").bfloat16(), torch.randn(768, 768, device="cuda").bfloat16()
     keep = (torch.rand(12, 12) < 0.5).cuda()

@@ -8,7 +8,7 @@ from sensibert.core.grid import Grid
 from sensibert.ops import masked_linear
 from sensibert.ops.masked_linear import dispatch as paths
 from sensibert.ops.masked_linear.tiles import column_tile_list, reference, tile_list
-from tests.helpers import assert_no_worse, dtype_id
+from tests.helpers import assert_no_worse, dtype_id, needs_hopper
 
 
 def bools(*rows):
@@ -84,14 +84,8 @@ def test_the_path_gives_the_result_of_the_other_paths(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
-needs_the_kernel = pytest.mark.skipif(
-    "tiles" not in paths.built() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="no Hopper GPU, or the kernel was not built",
-)
-
-
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("tiles")
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("tile_cols", [192, 256])
@@ -115,7 +109,7 @@ def test_the_kernel_computes_the_blocks_of_the_list(M, N, K, by_columns, kept, t
 
 
 @pytest.mark.gpu
-@needs_the_kernel
+@needs_hopper("tiles")
 def test_the_forced_path_reaches_the_kernel():
     grid = Grid.block(64, 64)
     x, weight = torch.randn(300, 768, device="cuda").bfloat16(), torch.randn(768, 768, device="cuda").bfloat16()
