@@ -39,7 +39,7 @@ from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
 from .run_options import Options
 from .saving.folder import export, load, zero_filled
-from .saving.output_paths import check_file, check_output
+from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.trainer import predict
 from .trimming.trim import trim
@@ -151,6 +151,7 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
     if layout not in LAYOUTS:
         raise SensibertError(f"layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
     check_output(output, overwrite)
+    check_apart(output, model=model, plan=plan)
     chosen = Plan.load(plan)
     check_family(model)
     loaded, tokenizer = load(model)

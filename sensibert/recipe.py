@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from .report.plots import write_report
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
+from .saving.publish import publish
 from .training.checkpoints import partial_folder, workspace
 from .training.distillation import Distillation
 from .training.trainer import finetune, predict
@@ -169,13 +169,14 @@ def _write_output(
     callback: TrimCallback,
     result: dict,
 ) -> None:
-    """Build the output folder next to the checkpoints, then rename it to its final path."""
+    """Build the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):
+        shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
         info = {name: result[name] for name in ("task", "method", "budget", "seed")}
         info["max_length"] = options.max_length or get_task(result["task"]).max_length
-        export(model, final, tokenizer=tokenizer, layout=options.layout, overwrite=True, info=info)
+        export(model, final, tokenizer=tokenizer, layout=options.layout, info=info)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)
@@ -184,20 +185,4 @@ def _write_output(
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
-        check_output(output, options.overwrite)  # again: it may have appeared during the run
-        _publish(final, output)
-
-
-def _publish(new: Path, output: Path) -> None:
-    """Move a folder to its final path. A folder there goes only after that, and comes back if the move fails."""
-    old = new.parent.with_name("replaced")  # in the folder of the run
-    if output.exists():
-        os.replace(output, old)
-    try:
-        os.replace(new, output)
-    except BaseException:
-        if old.exists():
-            os.replace(old, output)
-        raise
-    if old.exists():
-        shutil.rmtree(old)
+        publish(final, output, options.overwrite)

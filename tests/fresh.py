@@ -44,7 +44,7 @@ def run(code: str, *args: object, cwd: Path, isolated: bool = False) -> str:
     environment |= {} if isolated else {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *(["-I"] if isolated else []), "-c", code, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout[-500:], done.stderr[-3000:])
     return (done.stdout.strip().splitlines() or [""])[-1]
 
 

@@ -1,7 +1,8 @@
-"""Atomic writes: a file is written completely or not at all."""
+"""Atomic, durable writes: a file is written completely or not at all, and stays after a power cut."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,9 +13,38 @@ from safetensors import SafetensorError
 
 from .errors import SensibertError
 
+_CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP)
+
+
+def sync_entries(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, on systems that can do so for folders."""
+    try:
+        _fsync(folder)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder, with every file and folder in it, is on the disk."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            sync_tree(path)
+        elif path.is_file():
+            _fsync(path)
+    sync_entries(folder)
+
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Call write(temporary path in the same folder), then rename it to `path`.
+    """Call write(temporary path in the same folder), then rename it to `path`. On return the file is on the disk.
 
     SensibertError if the system refuses (no space, no permission); an existing file is then unchanged."""
     path, temporary = Path(path), None
@@ -23,7 +53,9 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         os.close(handle)
         write(temporary)
         os.chmod(temporary, 0o644)
+        _fsync(Path(temporary))
         os.replace(temporary, path)
+        sync_entries(path.parent)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -1,14 +1,9 @@
-"""Model -> folder with a model card, written atomically, and folder -> model.
-
-A new folder is written next to its target and renamed. If the target is not empty, files are moved into it one by one,
-config.json last: without it the folder cannot be loaded.
-"""
+"""Model -> folder with a model card, written atomically, and folder -> model."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -31,10 +26,10 @@ from ..models.modules import want_finite
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
 from ..nn import MaskedLinear
-from .model_card import CODE, card
+from .model_card import CARD, card
+from .output_paths import check_movable
+from .publish import publish
 
-CONFIG, CARD = "config.json", "README.md"
-REPORTS = ("result.json", "recipe.json")  # written by `finetune`
 DENSE = "dense"  # subfolder of layout="both"
 # Entries of config.json that `info` does not override.
 SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads", "table")
@@ -78,23 +73,9 @@ def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
     return view
 
 
-def _place(temporary: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not any(path.iterdir()):
-        os.replace(temporary, path)
-        return
-    # Those of an earlier export go first; without config.json the folder cannot be loaded.
-    for old in (CONFIG, STRUCTURE, CODE, *REPORTS):
-        (path / old).unlink(missing_ok=True)
-    if (path / DENSE / CONFIG).exists():
-        shutil.rmtree(path / DENSE)
-    for new in sorted(temporary.iterdir(), key=lambda new: new.name == CONFIG):
-        os.replace(new, path / new.name)
-
-
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A context with a new empty folder. On success it becomes `path` or moves into it; on an error it is deleted."""
+def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A context with a new empty folder. On success it becomes `path`; on an error it is deleted."""
     anchor = next(parent for parent in path.parents if parent.exists())
     temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
     try:
@@ -102,7 +83,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             file.chmod(0o644)  # safetensors makes files that only their owner can read
-        _place(temporary, path)
+        publish(temporary, path, overwrite)
     except (OSError, SafetensorError) as error:
         raise SensibertError(f"export: cannot write {path} ({error})") from None
     finally:
@@ -127,6 +108,7 @@ def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool, inf
         raise SensibertError(f"export: {path} is a file, want a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise SensibertError(f"export: {path} is not empty; pass overwrite=True to replace what is in it")
+    check_movable(path)
 
 
 def export(
@@ -143,8 +125,8 @@ def export(
     layout: "trimmed" (the sizes of the model), "dense" (a stock model of the original sizes with zeros in place of
     removed weights: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). An
     untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
-    structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace files of the
-    same names; others are kept. SensibertError if the path is not empty or cannot be written."""
+    structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace a model in the
+    folder; its other files are kept. SensibertError if the path is not empty or cannot be written."""
     path, info = Path(path).expanduser().resolve(), info or {}
     _check(model, path, layout, overwrite, info)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
@@ -155,7 +137,7 @@ def export(
         parts[""] = _view(model, info) if trimmed else model
     if trimmed and layout != "trimmed":
         parts[DENSE if parts else ""] = zero_filled(model)
-    with _new_folder(path) as folder:
+    with _new_folder(path, overwrite) as folder:
         for part, made in parts.items():
             made.save_pretrained(folder / part)
             if tokenizer is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
 from ..core.text import share
 from ..models import base_of, family_of, modeling_sensibert, sites
 from ..models.modules import attribute
 
-CODE = modeling_sensibert.CODE_FILE
+CARD, CODE = "README.md", modeling_sensibert.CODE_FILE
 _CARD = """---
 library_name: transformers
 tags: [sensibert, pruned]
@@ -75,3 +77,8 @@ def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
         auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
         code=CODE,
     )
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card of ours, rather than a README of somebody's own."""
+    return path.name == CARD and b"tags: [sensibert" in path.read_bytes()[:200]

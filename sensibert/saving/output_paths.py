@@ -18,6 +18,22 @@ def check_output(output: str | Path, overwrite: bool) -> None:
         raise SensibertError(f"output: {output} is {what}, want the name of a new folder, or of one to replace")
     if output.exists() and not overwrite and any(output.iterdir()):
         raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
+    check_movable(output)
+
+
+def check_movable(output: Path) -> None:
+    """SensibertError if no folder can be moved to this path."""
+    if os.path.ismount(output):
+        raise SensibertError(f"output: {output} is a mount point, want a folder inside it")
+    if aside_of(output).exists() and not output.exists():
+        raise SensibertError(
+            f"output: {aside_of(output)} is what was in {output} when a command was killed; rename or delete it first"
+        )
+
+
+def aside_of(output: Path) -> Path:
+    """Where an old folder lies while the new one is moved to its path, on systems that cannot exchange two folders."""
+    return output.with_name(f"{output.name}.replaced")
 
 
 def check_apart(output: str | Path, **inputs: str | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..core.errors import SensibertError
-from ..core.files import write_atomically, writing
+from ..core.files import sync_entries, sync_tree, write_atomically, writing
 from ..models import base_of, sites
 from ..models.masks import masks_of
 from ..models.modules import want_finite
@@ -45,6 +45,8 @@ def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
         save_structure(model, folder / STRUCTURE)
     text = json.dumps(memory)
     write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
+    sync_tree(folder)  # before the manifest: a power cut may not leave a mark on files without content
+    sync_entries(folder.parent)
     manifest = json.dumps(_files(folder))
     write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
 

@@ -325,7 +325,7 @@ def test_a_taken_folder_needs_overwrite_which_leaves_other_files_alone(tmp_path)
     assert (path / "notes.txt").read_text() == "mine"
     export(model, path, layout="dense", overwrite=True)
     assert type(load(path)[0]).__name__ == "BertForSequenceClassification"
-    assert sorted(p.name for p in path.iterdir()) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 

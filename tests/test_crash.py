@@ -1,0 +1,134 @@
+"""A run or a trim that is killed at any moment of its publishing leaves the output whole, or as it was."""
+
+import json
+
+import pytest
+
+from tests import fresh, runs
+
+# Forks at the beginning of publishing. Each child goes on and kills itself at one more call to the file system.
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+
+place, verb, existing = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "existing"
+output, partial, kept = place / "out", place / "out.partial", place / "kept"
+from sensibert import cli, commands, recipe
+from sensibert.saving import publish as publishing
+from sensibert.training.checkpoints import latest_checkpoint
+from tests.runs import tree
+
+recipe.write_report = lambda *args: None
+EVENTS = {"os." + name for name in "rename remove rmdir mkdir link chmod symlink truncate".split()} | {"shutil.rmtree"}
+
+class Calls:
+    active, made, last, names = False, 0, 10**9, []
+
+    def count(self, name):
+        if self.active:
+            self.made += 1
+            self.names.append(name)
+            if self.made > self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+calls = Calls()
+
+def watch(event, arguments):
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if event in EVENTS or writes:
+        calls.count(event)
+
+sys.addaudithook(watch)
+for module, name in ((os, "fsync"), (publishing, "_exchange")):
+    original = getattr(module, name)
+    setattr(module, name, lambda *a, _original=original, _name=name: (calls.count(_name), _original(*a))[1])
+
+def content():
+    # The header of safetensors is a dict in any order.
+    if not output.exists():
+        return None
+    files = tree(output)
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        end = 8 + int.from_bytes(files[name][:8], "little")
+        files[name] = json.loads(files[name][8:end]), files[name][end:]
+    return files
+
+def restore():
+    for path, name in ((output, "output"), (partial, "partial")):
+        shutil.rmtree(path, ignore_errors=True)
+        if (kept / name).exists():
+            shutil.copytree(kept / name, path, symlinks=True)
+    for path in place.glob(".out*"):
+        shutil.rmtree(path)
+
+def forked(original):
+    def run(*args, **options):
+        for path, name in ((output, "output"), (partial, "partial")):
+            if path.exists():
+                shutil.copytree(path, kept / name, symlinks=True)
+        before, whole, killed = content(), None, 0
+        for last in (10**9, *range(0, 10**6, 2)):  # the first child is not killed
+            child = os.fork()
+            if not child:
+                calls.last, calls.active = last, True
+                return original(*args, **options)  # and on to the end of the command
+            code = os.waitpid(child, 0)[1]
+            after = content()
+            if whole is None:
+                assert code == 0 and after != before, code
+                whole = after
+                assert not existing or whole["notes.txt"] == b"mine"
+            elif after != before and after != whole:
+                print("after", last, "calls:", {n for n in {*whole, *(after or {})} if whole.get(n) != (after or {}).get(n)})
+                os._exit(1)
+            elif after == before and partial.exists() and latest_checkpoint(partial) is None:
+                print("after", last, "calls: no checkpoint to resume from")
+                os._exit(2)
+            restore()
+            if code == 0 and last != 10**9:
+                break
+            killed += code == signal.SIGKILL
+        print(killed)
+        sys.stdout.flush()
+        os._exit(0)
+    return run
+
+if verb == "finetune":
+    recipe._write_output = forked(recipe._write_output)
+else:
+    commands.export = forked(commands.export)
+sys.argv = ["sensibert", *sys.argv[4:]]
+try:
+    cli.main()
+finally:
+    sys.stdout.flush()
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crash")
+    runs.model_folder(folder / "model")
+    runs.sentence_file(folder / "train.csv", 32, seed=1)
+    runs.model_folder(folder / "tuned", head="SequenceClassification", num_labels=2)
+    scores, plan = folder / "scores.safetensors", folder / "plan.safetensors"
+    assert runs.command("analyze", "--model", folder / "tuned", "--method", "magnitude", "--output", scores).code == 0
+    assert runs.command("plan", "--sensitivity", scores, "--width-multiple", 4, "--output", plan).code == 0
+    return folder
+
+
+@pytest.mark.parametrize("existing", ["new", "existing"])
+@pytest.mark.parametrize("verb", ["finetune", "trim"])
+def test_a_kill_at_any_call_leaves_the_output_whole_or_as_it_was(here, tmp_path, verb, existing):
+    requested = {
+        "finetune": ["--model", here / "model", "--train-file", here / "train.csv", "--max-steps", 3]
+        + ["--batch-size", 8, "--width-multiple", 4, "--save-steps", 2],
+        "trim": ["--model", here / "tuned", "--plan", here / "plan.safetensors", "--layout", "both"],
+    }[verb]
+    output = tmp_path / "out"
+    if existing == "existing":
+        runs.model_folder(output, head="SequenceClassification", seed=1, num_labels=2)
+        (output / "notes.txt").write_text("mine")
+        requested = [*requested, "--overwrite"]
+    said = fresh.run(KILLED, tmp_path, verb, existing, verb, *requested, "--output", output, cwd=tmp_path)
+    assert json.loads(said) > 5
