@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from dataclasses import replace
@@ -15,18 +16,21 @@ from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
 from .core.files import write_atomically, writing
+from .data.encode import Features
 from .data.task_data import TaskData
 from .data.tasks import get_task
 from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
 from .models.masks import cost_of
+from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .report.plots import write_report
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
-from .training.checkpoints import partial_folder, workspace
+from .training.checkpoints import partial_folder, want_same, workspace
 from .training.distillation import Distillation
+from .training.run_memory import RunMemory
 from .training.trainer import finetune, predict
 
 RESULT = "result.json"
@@ -111,7 +115,11 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
 
     assert data.train is not None  # `load_data` reads the training file
     callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
+    made_from = _made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
+    if checkpoint is not None:
+        _want_same_inputs(checkpoint, callback.memory, made_from)
+    callback.memory.inputs = made_from
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     trainer = finetune(
@@ -132,6 +140,42 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     _write_output(options, folder, model, tokenizer, callback, result)
     return result
+
+
+def _made_from(options: Options, data: TaskData, model: nn.Module, teacher: nn.Module | None) -> dict[str, object]:
+    """What the weights of a run depend on besides its settings, with digests of weights and encoded rows."""
+
+    def rows(features: Features | None) -> str:
+        return "none" if features is None else f"{len(features)} rows with digest {features.digest()[:16]}"
+
+    def weights(given: nn.Module) -> str:
+        return f"weights with digest {weights_digest(given)[:16]}"
+
+    labels = ", ".join(data.label_names) or "none"
+    made_from: dict[str, object] = {"seed": options.seed, "task": data.task.name, "labels": labels}
+    made_from["max_length"] = options.max_length or data.task.max_length
+    made_from |= {"train_file": rows(data.train), "validation_file": rows(data.validation), "model": weights(model)}
+    if options.teacher is None:
+        return made_from
+    teaches = SNAPSHOT if options.teacher == SNAPSHOT or teacher is None else weights(teacher)
+    return made_from | {"teacher": teaches, "distil": options.distil, "temperature": options.temperature}
+
+
+def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, object]) -> None:
+    """SensibertError naming the first input that is not the one that the checkpoint was made from."""
+    was, now = dict(memory.inputs), dict(made_from)
+    if not was:  # of version 0.1
+        logging.getLogger("sensibert").warning(
+            "resume: %s does not say which model and data it was made from, so they are not compared", checkpoint
+        )
+        return
+    if not (checkpoint / STRUCTURE).exists():  # before the cut, when nothing was scored and no snapshot was made
+        for inputs in (was, now):
+            inputs.pop("validation_file")
+            if inputs.get("teacher") == SNAPSHOT:
+                for name in ("teacher", "distil", "temperature"):
+                    del inputs[name]
+    want_same(checkpoint, was, now)
 
 
 def _result(
@@ -186,3 +230,4 @@ def _write_output(
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
         publish(final, output, options.overwrite)
+        shutil.rmtree(final.parent, ignore_errors=True)

@@ -79,7 +79,8 @@ def forked(original):
                 whole = after
                 assert not existing or whole["notes.txt"] == b"mine"
             elif after != before and after != whole:
-                print("after", last, "calls:", {n for n in {*whole, *(after or {})} if whole.get(n) != (after or {}).get(n)})
+                now = after or {}
+                print("after", last, "calls:", {n for n in whole.keys() | now.keys() if whole.get(n) != now.get(n)})
                 os._exit(1)
             elif after == before and partial.exists() and latest_checkpoint(partial) is None:
                 print("after", last, "calls: no checkpoint to resume from")

@@ -211,7 +211,7 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
 @pytest.mark.parametrize(
     "requested, message",
     [
-        ({"seed": 5}, "has seed 0, and this run 5: want the same settings"),
+        ({"seed": 5}, "has seed 0, and this run 5: want the same"),
         ({"batch_size": 8}, "has batch_size 16, and this run 8"),
         ({"gradient_accumulation": 2}, "has gradient_accumulation_steps 1, and this run 2"),
         ({"learning_rate": 1e-3}, "has learning_rate 0.003, and this run 0.001"),
@@ -241,6 +241,57 @@ def test_a_run_resumes_only_with_the_settings_of_its_checkpoint(begun, tmp_path,
     with pytest.raises(SensibertError, match=message):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual | requested))
     assert {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")} == {"checkpoint-3"}
+
+
+def _rows(change):
+    """A change of the training file, as a test parameter."""
+
+    def changed(here, folder):
+        header, *rows = (here / "train.csv").read_text().splitlines()
+        (folder / "train.csv").write_text("\n".join([header, *change(rows)]) + "\n")
+        return {"train_file": str(folder / "train.csv")}
+
+    return changed
+
+
+def _model(here, folder):
+    return {"model": runs.model_folder(folder / "other", seed=1)}
+
+
+def _teacher(here, folder):
+    names = {"num_labels": 2, "id2label": {0: "0", 1: "1"}}
+    return {"teacher": runs.model_folder(folder / "teacher", head="SequenceClassification", **names)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_rows(lambda rows: [*rows, rows[0]]), "has train_file 160 rows with digest .*, and this run 161 rows"),
+        (_rows(lambda rows: rows[::-1]), "has train_file 160 rows with digest .*, and this run 160 rows"),
+        (_rows(lambda rows: [row.replace("great", "good") for row in rows]), "has train_file 160 rows with digest"),
+        (_rows(lambda rows: [f"{row[:-1]}{'ny'[int(row[-1])]}" for row in rows]), "labels 0, 1, and this run n, y"),
+        (lambda here, folder: {"max_length": 5}, "has max_length 128, and this run 5"),
+        (lambda here, folder: {"validation_file": str(here / "train.csv")}, "has validation_file 40 rows"),
+        (lambda here, folder: {"validation_file": None}, "validation_file 40 rows with digest .*, and this run none"),
+        (_model, "has model weights with digest .*, and this run weights with digest"),
+        (_teacher, "has teacher None, and this run weights with digest"),
+        (lambda here, folder: {"teacher": "snapshot"}, "has teacher None, and this run snapshot"),
+    ],
+    ids=["more rows", "other order", "other texts", "names", "length", "dev", "no dev", "model", "teacher", "snapshot"],
+)
+def test_a_run_resumes_only_from_what_its_checkpoint_was_made_from(begun, tmp_path, change, message):
+    here, run = begun
+    shutil.copytree(run, tmp_path / "out.partial")
+    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6, "resume": True}
+    if "labels" in message:
+        dev = (here / "dev.csv").read_text().replace(",0", ",n").replace(",1", ",y")
+        (tmp_path / "dev.csv").write_text(dev)
+        usual["validation_file"] = str(tmp_path / "dev.csv")
+    before = runs.tree(tmp_path / "out.partial")
+    with pytest.raises(SensibertError, match=message):
+        finetune_and_trim(options(here, tmp_path / "out", **usual | change(here, tmp_path)))
+    assert runs.tree(tmp_path / "out.partial") == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_flops_are_counted_at_the_length_of_the_checkpoint(here, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,14 @@ class Features(Dataset):
     def lengths(self) -> list[int]:
         """Number of tokens of every item, for grouping by length."""
         return np.diff(self.ends).tolist()
+
+    def digest(self) -> str:
+        """SHA-256 of all items, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, values in sorted({**self.per_token, **self.per_item, "ends": self.ends}.items()):
+            digest.update(f"{name} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.ends) - 1

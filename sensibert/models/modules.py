@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import SensibertError
@@ -42,6 +44,15 @@ def want_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
     for name, weight in weights:
         if not weight.isfinite().all():
             raise SensibertError(f"{what}: {name} has NaN or infinite values, want finite weights")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes and values of all parameters, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def base_of(model: nn.Module) -> nn.Module:

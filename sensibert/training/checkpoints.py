@@ -93,7 +93,7 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
     for name in was | now:
         if was.get(name) != now.get(name):
             raise SensibertError(
-                f"resume: {checkpoint} has {name} {was.get(name)}, and this run {now.get(name)}: want the same settings"
+                f"resume: {checkpoint} has {name} {was.get(name)}, and this run {now.get(name)}: want the same"
             )
 
 

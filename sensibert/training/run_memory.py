@@ -16,13 +16,14 @@ from .checkpoints import MEMORY
 
 @dataclass
 class RunMemory:
-    """Sizes and score before trimming, and seconds by phase."""
+    """Sizes and score before trimming, seconds by phase, and what the run was made from."""
 
     cost_before: int = 0  # the budget's cost of the untrimmed model
     params_before: tuple[int, int] = (0, 0)  # encoder, total
     flops_before: int = 0
     metrics_at_cut: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
     _clock: float = field(default_factory=time.perf_counter)
 
     def restart_clock(self, clock: float | None = None) -> None:
@@ -37,13 +38,14 @@ class RunMemory:
 
     def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
         """The content of the checkpoint's file. settings: those that its weights depend on."""
-        return {"settings": dict(settings), "metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds}
+        known = {"metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds, "inputs": self.inputs}
+        return {"settings": dict(settings), **known}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
         """Read a checkpoint's file. Returns its settings under today's names."""
         content = json.loads((checkpoint / MEMORY).read_text())
         self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
-        self.seconds = content["seconds"]
+        self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
         return current_settings(content.get("settings", {}))
 
 
