@@ -19,6 +19,7 @@ from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import positions, unsupported
 from .models.structure import STRUCTURE, read_structure
+from .models.weights import from_pretrained
 from .run_options import SNAPSHOT, Options
 from .saving import load
 from .training.distillation import Reordered
@@ -108,7 +109,9 @@ def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
     try:
         # Not in the dtype of the file: most updates are too small for bf16 weights and moments.
         auto = data.auto_class() if data else AutoModel
-        return auto.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **kwargs)
+        return from_pretrained(auto, source, new_head=True, dtype=torch.float32, trust_remote_code=False, **kwargs)
+    except SensibertError as error:
+        raise SensibertError(f"model: {error}") from None
     except _UNREADABLE as error:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 

@@ -25,6 +25,7 @@ from ..models.masks import Masks, kept_of, masks_of, set_masks
 from ..models.modules import want_finite
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
+from ..models.weights import from_pretrained
 from ..nn import MaskedLinear
 from .model_card import CARD, card
 from .output_paths import check_movable
@@ -151,19 +152,21 @@ def export(
 
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load (model, tokenizer) of a folder: the model in eval mode, with its head and masks; the tokenizer may be None.
-    SensibertError if the folder cannot be loaded."""
+    SensibertError if the folder cannot be loaded, or lacks weights."""
     try:
         name = (AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
         if model_class is None:
             raise ValueError(f"its config.json names {name}, want a model class of transformers")
-        model = model_class.from_pretrained(path)
+        model = from_pretrained(model_class, path)
         cut = cached_file(path, STRUCTURE, _raise_exceptions_for_missing_entries=False)
         structure = {} if cut is None else read_structure(cut)
         if isinstance(structure, Masks):
             set_masks(model, structure)
         tokenized = cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
         return model, None if tokenized is None else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except SensibertError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SensibertError(f"{path}: not a model folder that can be loaded ({first_line(error)})") from None
 
