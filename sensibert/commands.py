@@ -20,14 +20,16 @@ from .core.errors import SensibertError
 from .core.files import writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
-from .data.task_data import TaskData, guess_task
+from .data.task_data import TaskData
 from .data.tasks import PRESETS, get_task
 from .decide import RANKED_SAMPLES
 from .inputs import (
     check_family,
+    check_room,
     encode,
     load_model,
     load_tokenizer,
+    outlined,
     output_names,
     to_best_device,
     training_examples,
@@ -54,12 +56,10 @@ def outline(options: Options) -> dict:
     check_place(options)
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
-    columns = options.text_column, options.label_column
-    task = options.task
-    if task is None:
-        assert train is not None  # options without a training file name a preset
-        task = guess_task(train, *columns)
-    data = TaskData.outlined(task, train, *columns) if train else None  # of a preset nothing is fetched
+    check_family(options.model)
+    data = outlined(options, train) if train else None  # of a preset nothing is fetched
+    task = data.task.name if data else options.task
+    assert task is not None  # options without a training file name a preset
     layout, trim = layout_of(load_model(options.model, data)), options.trim
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
     return {
@@ -178,7 +178,7 @@ def _task_of(model: PreTrainedModel, options: Options) -> str:
             return task
     if "SequenceClassification" not in name:
         raise SensibertError(f"model: {options.model} is a {name}, want a fine-tuned model with a task head")
-    return "regression" if len(output_names(model)) == 1 else "text-classification"
+    return "regression" if len(output_names(model.config)) == 1 else "text-classification"
 
 
 def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskData]:
@@ -196,15 +196,17 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     options = options if options.max_length else replace(options, max_length=noted)
     name = _task_of(model, options)
     options = replace(options.resolved(), task=name)
-    task, names = get_task(name), output_names(model)
+    task, names = get_task(name), output_names(model.config)
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
         raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
     if task.name == "regression" and len(names) != 1:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
     classes = names if task.name in ("text-classification", "token-classification") else None
-    to_best_device(model)
     train, validation = (examples, None) if role == "train" else (None, examples)
-    return model, encode(options, tokenizer, train, validation, classes)
+    data = encode(options, tokenizer, train, validation, classes)
+    check_room(model, data)
+    to_best_device(model)
+    return model, data
 
 
 def evaluate_folder(options: Options) -> dict:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from .core.errors import SensibertError, first_line
+from .data import labels
 from .data.files import Examples, load_examples
-from .data.task_data import TaskData
+from .data.task_data import TaskData, guess_task
 from .data.tasks import PRESETS
 from .models import base_type, families
 from .models.masks import Masks
-from .models.modules import positions, unsupported
+from .models.modules import attribute, positions, unsupported
 from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
 from .run_options import SNAPSHOT, Options
@@ -53,9 +63,32 @@ def validation_examples(options: Options) -> Examples | None:
     return load_examples(preset.source, preset.validation_split)
 
 
+def outlined(options: Options, train: Examples) -> TaskData:
+    """The task of a run and its classes, in the order of the model's head if it has one for them; nothing is encoded.
+
+    SensibertError, showing both, if model and data name their classes differently."""
+    columns = options.text_column, options.label_column
+    data = TaskData.outlined(options.task or guess_task(train, *columns), train, *columns)
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
+    kind = data.task.auto_class_name.removeprefix("AutoModelFor")
+    if not data.label_names or not any(kind in name for name in config.architectures or ()):
+        return data
+    names = output_names(config)
+    if len(names) != len(data.label_names):  # `load_model` makes a new head
+        return data
+    ordered = labels.in_order_of(names, data.label_names, options.model, train.name)
+    if labels.generic(names) and not labels.generic(data.label_names):
+        message = "model: %s numbers its %d classes; they are taken as %s, in this order"
+        logging.getLogger("sensibert").warning(message, options.model, len(names), ", ".join(ordered))
+    return replace(data, label_names=ordered)
+
+
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """Training and validation data as features."""
-    return encode(options, tokenizer, training_examples(options), validation_examples(options))
+    """Training and validation data as features, with the classes of `outlined`."""
+    train = training_examples(options)
+    data = outlined(options, train)
+    options = replace(options, task=data.task.name) if options.task is None else options
+    return encode(options, tokenizer, train, validation_examples(options), data.label_names or None)
 
 
 def encode(
@@ -116,26 +149,32 @@ def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 
 
-def output_names(model: PreTrainedModel) -> list[str]:
-    """The names of the outputs of a model's head, in order."""
-    names = cast("dict[int, str]", model.config.id2label)  # a config makes numbers of its keys
-    return [names[i] for i in range(len(names))]
+def output_names(config: PreTrainedConfig) -> list[str]:
+    """The names of the outputs of a head, in order."""
+    names = cast("dict[int, str]", config.id2label)  # a config makes numbers of its keys
+    return [str(names.get(i, f"LABEL_{i}")) for i in range(len(names))]
 
 
 def check_room(model: PreTrainedModel, data: TaskData) -> None:
-    """SensibertError for rows longer than the model's positions, or token ids outside its vocabulary."""
+    """SensibertError for rows longer than the model's positions, or tokens or types that it has no vectors for."""
     parts = [part for part in (data.train, data.validation) if part is not None]
     longest = max(max(part.lengths) for part in parts)
     if longest > (positions(model) or longest):
         raise SensibertError(
             f"max_length: a row has {longest} tokens, want at most {positions(model)}, the positions of the model"
         )
-    highest = max(int(part.per_token["input_ids"].max()) for part in parts)
-    if highest >= model.config.vocab_size:
-        raise SensibertError(
-            f"model: the tokenizer produces id {highest} but the vocabulary has {model.config.vocab_size} entries; "
-            "want the model's own tokenizer"
-        )
+    table, types = attribute(model, "get_input_embeddings")(), getattr(model.config, "type_vocab_size", 0)
+    known = {
+        "input_ids": ("id", "vocabulary", table.num_embeddings),
+        "token_type_ids": ("type", "table of types", types),
+    }
+    for name, (what, where, entries) in known.items():
+        highest = max((int(part.per_token[name].max()) for part in parts if name in part.per_token), default=0)
+        if highest >= (entries or highest + 1):  # a model without types ignores them
+            raise SensibertError(
+                f"model: the tokenizer produces {what} {highest} but the {where} has {entries} entries; "
+                "want the model's own tokenizer"
+            )
 
 
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
@@ -148,16 +187,16 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     check_family(source, "teacher")
     teacher = load(source)[0].requires_grad_(False)
     to_best_device(teacher)
-    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher)
+    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher.config)
     if kind not in type(teacher).__name__ or len(outputs) != data.num_labels:
         raise SensibertError(
             f"teacher: {source} is a {type(teacher).__name__} with {len(outputs)} outputs, want a model fine-tuned for "
             f"{data.task.name} with {data.num_labels}"
         )
-    names = [str(name).casefold() for name in outputs]
-    wanted = [str(name).casefold() for name in data.label_names]
-    if not wanted or names in (wanted, [f"label_{i}" for i in range(len(outputs))]):  # or it does not say
+    order = labels.positions_of(outputs, data.label_names)
+    if order is None and data.label_names and not labels.generic(outputs) and not labels.generic(data.label_names):
+        theirs, ours = ", ".join(outputs), ", ".join(data.label_names)
+        raise SensibertError(f"teacher: {source} has the classes {theirs}, want {ours}")
+    if order is None or order == sorted(order):
         return teacher
-    if sorted(names) != sorted(wanted):
-        raise SensibertError(f"teacher: {source} has the classes {', '.join(names)}, want {', '.join(wanted)}")
-    return Reordered(teacher, [names.index(name) for name in wanted]).eval()
+    return Reordered(teacher, order).eval()

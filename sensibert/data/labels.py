@@ -134,22 +134,65 @@ def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
     return [str(name) for name in classes]
 
 
+def generic(names: Sequence[str]) -> bool:
+    """Whether the names only number the classes: LABEL_0, LABEL_1, ... or 0, 1, ..."""
+    folded = [name.casefold() for name in names]
+    return folded in ([f"label_{i}" for i in range(len(names))], [str(i) for i in range(len(names))])
+
+
+def positions_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Where each of `wanted` stands in `names`, upper and lower case being the same; None if they are not the same
+    names."""
+    folded = [[str(name).casefold() for name in part] for part in (names, wanted)]
+    if len(set(folded[0])) < len(names) or sorted(folded[0]) != sorted(folded[1]):
+        names, wanted = list(names), list(wanted)
+        return [names.index(name) for name in wanted] if sorted(names) == sorted(wanted) else None
+    return [folded[0].index(name) for name in folded[1]]
+
+
+def in_order_of(model: Sequence[str], data: Sequence[str], source: str, file: str) -> list[str]:
+    """The classes of the data in the order of a model's outputs, of which there are as many.
+
+    If only one of them has names, these. SensibertError, showing both, if their names differ."""
+    if (found := positions_of(data, model)) is not None:
+        return [data[i] for i in found]
+    if generic(model):
+        return list(data)
+    if generic(data):
+        return list(model)
+    raise SensibertError(
+        f"model: {source} has the classes {_listed(model)}, and {file} has {_listed(data)}: want the same names, or a "
+        "model without a head for this task"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 class ClassIds:
     """Label -> class id: the label with that name, else an integer as the id itself.
 
-    SensibertError for a label that is neither."""
+    numbered: the names of the integers in a column, where the data set has them. Upper and lower case are the same if
+    no two names differ by it only. SensibertError for a label that is no class."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], numbered: Sequence[str] | None = None) -> None:
         self.names, self.ids = list(names), {name: i for i, name in enumerate(names)}
+        folded = {name.casefold(): i for i, name in enumerate(names)}
+        self.folded = folded if len(folded) == len(names) else {}
+        self.numbered = None if numbered is None or generic(names) else list(numbered)
 
     def __call__(self, column: Column, row: int, value: Any) -> int:
-        name = str(value).strip()
-        label = self.ids.get(name)
+        name, label = str(value).strip(), None
+        if self.numbered and isinstance(value, int) and 0 <= value < len(self.numbered):
+            name = self.numbered[value]
+        label = self.ids.get(name, self.folded.get(name.casefold()))
         if label is None and _kind_of(column, row, value) == "integer" and 0 <= int(value) < len(self.names):
-            label = self.ids[name] = int(value)
+            label = int(value) if self.numbered is None else None
         if label is None:
-            known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+            known = _listed(self.names)
             raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known})")
+        self.ids[name] = label
         return label
 
 

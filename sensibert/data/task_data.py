@@ -248,7 +248,7 @@ def _encode(
     column, sources = Column.of(examples, label), [Column.of(examples, name) for name in inputs]
     if task.name == "token-classification":
         sentences = labels.words(sources[0])
-        ids, tags = ClassIds(names), labels.tag_values(column, sentences)
+        ids, tags = ClassIds(names, examples.class_names.get(label)), labels.tag_values(column, sentences)
         encoded = [[ids(column, row, tag) for tag in sentence] for row, sentence in enumerate(tags)]
         return encode_words(sentences, encoded, tokenizer, max_length)
     texts = [labels.texts(source) for source in sources]
@@ -258,7 +258,7 @@ def _encode(
     if task.name == "regression":
         wanted = labels.numbers(column)
     else:
-        ids = ClassIds(names)
+        ids = ClassIds(names, examples.class_names.get(label))
         wanted = np.array([ids(column, row, value) for row, value in column.filled()], np.int64)
     features = encode_text(texts, tokenizer, max_length)
     features.per_item["labels"] = wanted
