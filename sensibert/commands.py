@@ -202,6 +202,8 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     if task.name == "regression" and len(names) != 1:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
     classes = names if task.name in ("text-classification", "token-classification") else None
+    if classes is not None and len(classes) < 2:
+        raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
     train, validation = (examples, None) if role == "train" else (None, examples)
     data = encode(options, tokenizer, train, validation, classes)
     check_room(model, data)
