@@ -110,6 +110,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     else:
         check_family(options.model)
         scores = analyze(load(options.model)[0], (), trim.method, *common, grid)
+    check_file(options.output, options.overwrite)  # again: it may have appeared during the analysis
     with writing(options.output):
         scores.save(options.output)
     facts = {"task": task, "model": options.model, "method": trim.method, "grid": trim.grid}

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sensibert import SensibertError, load, recipe
+from sensibert import SensibertError, commands, load, recipe
 from sensibert.optim import MaskedAdamW
 from tests import runs
 from tests.runs import command, tree
@@ -94,6 +94,29 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(here, tmp_path, m
     assert tree(tmp_path / "out") == {"mine": b"mine"}
     assert command(*requested, "--resume", "--overwrite").code == 0
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_a_file_that_appears_during_the_analysis_is_not_replaced(here, tmp_path, monkeypatch):
+    ranked = commands.rank_tensors
+
+    def appears(*args):
+        (tmp_path / "s").write_text("mine")
+        return ranked(*args)
+
+    monkeypatch.setattr(commands, "rank_tensors", appears)
+    rows = ("--train-file", here / "train.csv", "--samples", 8)
+    requested = ("analyze", "--model", here / "tuned", *rows, "--output", tmp_path / "s")
+    refused("s exists, want a new file or --overwrite", *requested)
+    assert tree(tmp_path) == {"s": b"mine"}
+
+
+def test_the_input_of_a_trim_is_not_its_output(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "tuned")
+    shutil.copy(here / "plan", tmp_path / "tuned" / "plan")
+    for model, plan, name in (("tuned", here / "plan", "model"), (here / "tuned", "tuned/plan", "plan")):
+        requested = ("trim", "--model", tmp_path / model, "--plan", tmp_path / plan)
+        with untouched(tmp_path):
+            refused(f"tuned holds the {name} of this run", *requested, "--output", tmp_path / "tuned", "--overwrite")
 
 
 def test_code_in_a_model_folder_is_never_run(here, tmp_path, monkeypatch):
