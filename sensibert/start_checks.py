@@ -49,7 +49,7 @@ def check_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | Non
     return warnings
 
 
-BATCHES = "want rows with input_ids, in batches that the model accepts"
+BATCHES = "rows with input_ids, in batches that the model accepts"
 
 
 def check_analysis(
@@ -67,14 +67,16 @@ def check_analysis(
     config: resolved. chosen: the plan comes from `choose`. Returns whether `loss` works, by which whole tensors are
     ranked. SensibertError with what to change if the analysis would fail."""
     assert config.method is not None  # of a resolved config
-    rule, needed, advice = STATISTICS[config.method], None, BATCHES
+    rule, units = STATISTICS[config.method], config.parsed_grid() is None
+    needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
-        needed, advice = (
-            loss,
-            f"{BATCHES}, and logits (return_dict=True), or loss= of TrimCallback, or method='layer-obs'",
-        )
-    elif rule.data and rule.reduce != "factors" and not chosen:
-        needed, advice = given_loss, f"{BATCHES}, and the model's loss of their labels, or method='obs' or 'layer-obs'"
+        other = "layer-obs" if units else "magnitude"
+        needs.append((loss, f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
+    if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
+        other = "obs" if units else "fisher"
+        needs.append((given_loss, f"labels and a model that returns their loss, or method={other!r}"))
+    if not needs and (config.compensate or (rule.data and not chosen)):
+        needs.append((None, ""))
 
     def run(needed: Loss | None) -> None:
         with eval_mode(model, autocast) as device, _undisturbed(device, collate):
@@ -84,18 +86,18 @@ def check_analysis(
             if needed is not None and not needed(outputs, batch, torch.Generator().manual_seed(seed)).requires_grad:
                 raise SensibertError("analyze: the loss has no gradient")
 
-    try:
-        if config.compensate or (rule.data and not chosen):
+    for needed, advice in needs:
+        try:
             run(needed)
-    except Exception as error:  # whatever a collator, a model or a loss may raise
-        reason = (
-            first_line(error) if isinstance(error, SensibertError) else f"{type(error).__name__}: {first_line(error)}"
-        )
-        raise SensibertError(
-            f"TrimCallback: method {config.method!r} cannot analyze {type(model).__name__} ({reason}); {advice}"
-        ) from error
+        except Exception as error:  # whatever a collator, a model or a loss may raise
+            reason, want = first_line(error), advice
+            if not isinstance(error, SensibertError):
+                reason, want = f"{type(error).__name__}: {reason}", ", and ".join(filter(None, (BATCHES, advice)))
+            raise SensibertError(
+                f"TrimCallback: method {config.method!r} cannot analyze {type(model).__name__} ({reason}); want {want}"
+            ) from error
     try:
-        if needed is not loss:
+        if loss not in (needed for needed, _ in needs):
             run(loss)
     except Exception:  # only reports use the ranking
         return False

@@ -255,3 +255,9 @@ def test_the_check_changes_neither_random_state_nor_the_order_of_the_data(tmp_pa
     monkeypatch.setattr("sensibert.callback.check_analysis", lambda *args: True)
     without = weights(tmp_path / "b")
     assert all(torch.equal(with_check[name], without[name]) for name in without)
+
+
+def test_a_method_with_labels_and_compensation_needs_both_losses(tmp_path):
+    callback = TrimCallback(config(method="taylor", compensate=True))
+    with pytest.raises(SensibertError, match="returned no loss.*want labels and a model that returns their loss"):
+        trained(tiny_model(), tmp_path, callback, without_labels(), OwnLoss)
