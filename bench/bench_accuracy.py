@@ -165,7 +165,8 @@ def run(arguments: argparse.Namespace, key: dict, work: Path) -> dict:
         keep_checkpoints=first,
         save_steps=10**9,
     )
-    result = finetune_and_trim(options, rival)
+    # The number of layers nearest to the budget may be above it.
+    result = finetune_and_trim(options, rival, accept_unfinished=isinstance(rival, Layers))
     if isinstance(rival, Layers):
         result["encoder_params_after"] = rival.finish(output)
     scored = evaluate_folder(Options(model=str(output), validation_file=str(validation)))

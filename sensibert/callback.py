@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
-from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
+from .core.artifacts import Plan, Sensitivity
 from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
@@ -24,24 +24,23 @@ from .core.rows import Rows
 from .core.schedule import Schedule
 from .data.batching import micro_batches
 from .decide import Choose, decide
-from .models import base_of, layout_of, sites
-from .models.masks import cost_of, masks_of
-from .models.reloadable import stock_class
-from .models.structure import STRUCTURE, is_trimmed, read_structure, structure_of
+from .models import layout_of
+from .models.masks import Masks, cost_of, masks_of
+from .models.structure import STRUCTURE, is_trimmed, read_structure
+from .models.unfinished import note_budget, reached
+from .models.untrimmed import Untrimmed
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
+from .start_checks import check_analysis, check_trainer
 from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
 from .training.recovery import Recovery
-from .training.run_memory import RunMemory
-from .training.trainer import want_one_process
+from .training.run_memory import RunMemory, compared
 from .trimming import restructure, trim
 
 SHARE_OF_SAMPLES = 1 / 64  # the analysis reads at most this fraction of the samples that a run trains on
-# Settings that the weights after a cut depend on. `_settings` adds budget, scope, grid and method as text.
-COMPARED = ("allocation", "width_multiple", "samples", "micro_batch", "compensate")
-COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dropout")
 SCORES = "sensitivity.safetensors"  # of a checkpoint
+MARK = "sensibert_trims"  # attribute of the state of a training that has a TrimCallback
 
 
 class TrimCallback(TrainerCallback):
@@ -58,10 +57,10 @@ class TrimCallback(TrainerCallback):
     Plan, in place of analyze and allocate.
 
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
-    in this Trainer: several processes, a data set without a length, a frozen encoder. A warning is logged if training
-    ends before the last cut."""
-
-    restructure = staticmethod(restructure)  # called by `TrimTrainer` before it loads a checkpoint
+    in this Trainer: several processes, a data set without a length, a frozen encoder, a second TrimCallback, outputs
+    without what the analysis needs. A callback in several Trainers measures each of their models. If training ends
+    before the last cut, a warning is logged and noted in `warnings`, and `export` refuses a model that is larger than
+    the budget."""
 
     def __init__(
         self,
@@ -79,10 +78,10 @@ class TrimCallback(TrainerCallback):
         self.memory, self.recovery = RunMemory(), Recovery()
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
         self.sensitivity: Sensitivity | None = None  # of the untrimmed model
-        self.layout: Layout | None = None  # of the untrimmed model
-        self._model: nn.Module | None = None  # that layout and memory belong to
-        self._units: dict[str, Tensor] = {}  # of the untrimmed model, numbered as in its base model
-        self._guard: RemovableHandle | None = None  # until training begins: explains why a checkpoint does not fit
+        self.warnings: list[str] = []  # of the last training
+        self._model: nn.Module | None = None  # that memory belongs to
+        self._seen: WeakKeyDictionary[nn.Module, Untrimmed] = WeakKeyDictionary()
+        self._ranks = True  # whether the loss can rank whole tensors
         self._checkpoint: Path | None = None  # the run resumes from it
         self._made_with: dict[str, object] | None = None  # settings saved in that checkpoint
 
@@ -94,27 +93,39 @@ class TrimCallback(TrainerCallback):
     def budget(self) -> Budget:
         return self.config.parsed_budget()
 
+    @property
+    def layout(self) -> Layout | None:
+        """Of the untrimmed model; None until there is one."""
+        return None if self._model is None else self._seen[self._model].layout
+
+    def __getstate__(self) -> dict[str, object]:
+        # Weak references cannot be pickled, as some backends of a hyperparameter search do.
+        return vars(self) | {"_seen": {}, "_model": None}
+
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
-        """Record the costs of the untrimmed model; with a checkpoint, restore the run's memory from it. SensibertError
-        for a budget that this model cannot meet."""
-        self._model, self.layout, self._units = model, layout_of(model), structure_of(model)
-        self.sensitivity = None
-        counts, budget, grid = cost.counts_of(self.layout), self.budget, self.config.parsed_grid()
+        """Record the costs of the untrimmed model, or recall them if the callback trimmed it before; with a checkpoint,
+        restore the run's memory from it. SensibertError for a budget that this model cannot meet."""
+        seen = self._seen.get(model) or Untrimmed.of(model)
         if self.config.trims:
-            cost.want_reach(self.layout, budget, grid)
+            grid = self.config.parsed_grid()
+            cost.want_reach(seen.layout, self.budget, grid)
             if grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: units were removed already, want an untrimmed model for grid {grid}")
-        self.memory = RunMemory(
-            cost.spent(self.layout, counts, budget),
-            (self.layout.encoder_params, self.layout.total_params),
-            cost.flops(self.layout, counts, budget.scope, 1, budget.length),
-        )
+        self._seen[model], self._model = seen, model
+        self.sensitivity = self._made_with = None
+        self.memory = RunMemory.of(seen.layout, self.budget)
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
     def resume_from(self, checkpoint: str | Path) -> None:
         """Set the checkpoint that the Trainer loads. `TrimTrainer` calls this; a plain Trainer uses its output_dir."""
         self._checkpoint = Path(checkpoint)
+
+    def restructure(self, model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn.Module:
+        """Trim a model to the structure of a checkpoint. `TrimTrainer` calls this before it loads the weights."""
+        if model is not self._model:
+            self.prepare(model)
+        return restructure(model, structure)
 
     def _remember(self, checkpoint: Path) -> None:
         self._made_with = self.memory.restore(checkpoint)
@@ -129,39 +140,46 @@ class TrimCallback(TrainerCallback):
         settings: dict[str, object] = {"cuts": ", ".join(done) or "none", "steps": state.max_steps}
         settings["warmup_ratio"] = self.schedule.warmup_ratio
         if done:
-            config, budget = self.config, self.budget
-            at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
-            settings |= {"budget": f"{budget} of the {budget.scope}{at}", "method": config.method, "grid": config.grid}
-            settings |= {"choose": self.choose is not None, **{name: getattr(config, name) for name in COMPARED}}
-            settings |= {name: getattr(self.schedule, name) for name in COMPARED_OF_SCHEDULE}
-            settings["freeze_embeddings"] = self.schedule.freezes(self.left())
+            settings |= compared(self.config, self.choose is not None, self.left())
         return settings | learns_by(args)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: nn.Module | None = kwargs.get("model")
         if model is None:  # a Trainer with model_init has none yet
             return
+        self.recovery.end()  # of a training that was interrupted
         if model is not self._model:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
-        self._guard = model.register_load_state_dict_pre_hook(refuse_trimmed_weights)
+        if (seen := self._seen[model]).guard is None:
+            seen.guard = model.register_load_state_dict_pre_hook(refuse_trimmed_weights)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
+        loader: DataLoader = kwargs["train_dataloader"]
+        if hasattr(state, MARK):
+            raise SensibertError("TrimCallback: the Trainer has two, want one: each would trim the model")
+        setattr(state, MARK, True)
+        self.recovery.end()  # of a training that was interrupted
+        self.warnings = []
         if self.config.trims:
-            _refuse_trainer(args, model, getattr(kwargs["train_dataloader"], "dataset", None))
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
-        if self.layout is None and state.global_step and is_trimmed(model):
-            raise SensibertError(
-                "TrimCallback: it was added after the model was trimmed, want it among the Trainer's callbacks="
-            )
-        if model is not self._model and not (state.global_step and is_trimmed(model)):  # from model_init, or another
+            for text in check_trainer(args, model, getattr(loader, "dataset", None)):
+                self._warn(text)
+        if model is not self._model:  # from model_init, or another
             self.prepare(model)
+        seen = self._seen[model]
+        seen.remove_guard()
         self.cuts = self.schedule.cuts(state.max_steps) if self.config.trims else {}
+        for text in self.schedule.shortcomings(state.max_steps) if self.cuts else ():
+            self._warn(text)
+        done = any(step <= state.global_step for step in self.cuts)
+        if done and seen.trimmed_before and layout_of(model).sites == seen.layout.sites:
+            raise SensibertError(
+                "TrimCallback: the model was trimmed before the callback saw it, so its size before the cut is not "
+                "known; to resume, want TrimTrainer and the model that the run began with"
+            )
         if state.global_step:
             checkpoint = self._checkpoint or _checkpoint_of(args, state)
             if self._made_with is None and (checkpoint / MEMORY).exists():
@@ -171,8 +189,14 @@ class TrimCallback(TrainerCallback):
             if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
                 restructure(model, read_structure(checkpoint / STRUCTURE))  # a plain Trainer loads zeros, not masks
         self._checkpoint = self._made_with = None  # a later train() is another run
-        if any(step <= state.global_step for step in self.cuts):
+        if done:
+            note_budget(model, self.budget, self._allowed())
             _follow(optimizer, model, args)
+        if any(step > state.global_step for step in self.cuts):
+            rows, autocast = cast(Rows, loader.dataset), torch.bfloat16 if args.bf16 else None
+            self._ranks = check_analysis(
+                *(model, self.config, rows, loader.collate_fn, self.loss, args.seed, autocast, self.choose is not None)
+            )
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock()
@@ -192,8 +216,7 @@ class TrimCallback(TrainerCallback):
         plan = self._decide(model, state, args, kwargs["train_dataloader"])
         self.memory.spend("analyze")
         trim(model, plan, optimizer)
-        if (entry := getattr(model.config, "sensibert", None)) is not None:
-            entry["budget"] = str(self.budget)  # as requested; plan.budget is the absolute target of this cut
+        note_budget(model, self.budget, self._allowed())  # plan.budget is the absolute target of this cut
         _follow(optimizer, model, args)
         # Earlier checkpoints have other shapes and cannot be loaded as the best model.
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -207,7 +230,7 @@ class TrimCallback(TrainerCallback):
         allowed = max(16 * self.config.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
         samples = max(1, min(self.config.samples, allowed) // len(self.cuts))
         seed = args.seed + state.global_step
-        rows = cast(Rows, loader.dataset)  # `_refuse_trainer` refuses one without a length
+        rows = cast(Rows, loader.dataset)  # `check_trainer` refuses one without a length
 
         def batches(number: int, size: int) -> Iterator[dict]:
             return micro_batches(rows, loader.collate_fn, number, size, seed)
@@ -215,7 +238,7 @@ class TrimCallback(TrainerCallback):
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
         plan, sensitivity = decide(
             model, self.config, self._target(self.cuts[state.global_step]), batches, samples, args.train_batch_size,
-            seed, self.loss, autocast, first, self.choose,
+            seed, self.loss, autocast, first and self._ranks, self.choose,
         )  # fmt: skip
         if first:
             self.sensitivity = sensitivity
@@ -223,7 +246,7 @@ class TrimCallback(TrainerCallback):
 
     def left(self) -> float:
         """Fraction of the encoder's cost that remains under the budget; 1 without trimming."""
-        return cost.encoder_left(self._untrimmed(), self.budget) if self.config.trims else 1.0
+        return cost.encoder_left(self._untrimmed().layout, self.budget) if self.config.trims else 1.0
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, as an absolute number: the model may have been trimmed before."""
@@ -235,18 +258,27 @@ class TrimCallback(TrainerCallback):
 
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the untrimmed model."""
-        layout, masks, method = self._untrimmed(), masks_of(model), self.config.method
-        assert method is not None  # of a resolved config
-        if masks is not None:
-            return BlockPlan(layout, masks.keep, self.budget, method, grid=masks.grid)
-        kept = structure_of(model)
-        keep = {name: torch.isin(units, kept[name]) for name, units in self._units.items()}
-        return UnitPlan(layout, keep, self.budget, method)
+        assert self.config.method is not None  # of a resolved config
+        return self._untrimmed().whole_plan(model, self.budget, self.config.method)
 
-    def _untrimmed(self) -> Layout:
-        if self.layout is None:
+    def excess(self, model: nn.Module) -> str | None:
+        """What the model has and what the budget allows, if that is less; None if the budget is met."""
+        if not self.config.trims or (actual := reached(model, self.budget)) <= (allowed := self._allowed()):
+            return None
+        return f"{actual:,} {self.budget.kind} of {self.memory.cost_before:,}, want at most {allowed:,} ({self.budget})"
+
+    def _allowed(self) -> int:
+        """The budget as an absolute number."""
+        return cost.limit(self._untrimmed().layout, self.budget, self.config.parsed_grid())
+
+    def _untrimmed(self) -> Untrimmed:
+        if self._model is None:
             raise SensibertError("TrimCallback: it has seen no model yet, want it among the callbacks of a Trainer")
-        return self.layout
+        return self._seen[self._model]
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        logging.getLogger("sensibert").warning("TrimCallback: %s", text)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs, model = kwargs.get("logs"), kwargs.get("model")
@@ -267,17 +299,17 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         self.memory.spend("recover" if self.cuts else "train")
         self.recovery.end()
-        if self.cuts and state.global_step < max(self.cuts):
+        if self.cuts and self._model is not None and (excess := self.excess(self._model)) is not None:
+            early = f", before the last cut at step {last}" if state.global_step < (last := max(self.cuts)) else ""
             result = "is not trimmed" if state.global_step < min(self.cuts) else f"is larger than {self.config.budget}"
-            logging.getLogger("sensibert").warning(
-                "TrimCallback: training ended at step %d, before the last cut at step %d: the model %s",
-                *(state.global_step, max(self.cuts), result),
-            )
+            self._warn(f"training ended at step {state.global_step}{early}: the model {result}: it has {excess}")
 
 
 def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
     assert args.output_dir is not None  # TrainingArguments fills it in
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    name, output = f"checkpoint-{state.global_step}", Path(args.output_dir)
+    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()  # only the Trainer knows their names
+    return max(trials, key=lambda folder: folder.stat().st_mtime, default=output / name)
 
 
 def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingArguments) -> None:
@@ -285,21 +317,3 @@ def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingAr
     optimizer = unwrapped(optimizer)
     if args.bf16 and isinstance(optimizer, MaskedAdamW):
         optimizer.follow(model)
-
-
-def _refuse_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> None:
-    """SensibertError for a Trainer that would fail at or after the cut."""
-    want_one_process(args)
-    if args.save_strategy != "no" and isinstance(model, PreTrainedModel):
-        stock_class(model)  # raises for a class whose trimmed model could not be saved
-    if isinstance(data, IterableDataset):
-        raise SensibertError(
-            "TrimCallback: train_dataset is an IterableDataset, want one with a length and an index: the analysis "
-            "draws rows from it"
-        )
-    trimmable = {member.parameter for site in sites(model) for member in site.members}
-    if not any(weight.requires_grad for name, weight in base_of(model).named_parameters() if name in trimmable):
-        raise SensibertError(
-            "TrimCallback: every trimmable parameter has requires_grad=False; unfreeze the encoder, or remove "
-            "TrimCallback"
-        )

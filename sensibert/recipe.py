@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
+from .core.errors import SensibertError
 from .core.files import write_atomically, writing
 from .data.encode import Features
 from .data.task_data import TaskData
@@ -23,6 +24,7 @@ from .inputs import check_family, check_room, load_data, load_model, load_teache
 from .models.masks import cost_of
 from .models.modules import weights_digest
 from .models.structure import STRUCTURE
+from .models.unfinished import unfinished
 from .report.plots import write_report
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
@@ -70,10 +72,12 @@ def check_place(options: Options) -> None:
     check_apart(partial_folder(options.output), **inputs)
 
 
-def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
+def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unfinished: bool = False) -> dict:
     """Fine-tune a model on a task, trim it to a budget meanwhile, write the folder; return the content of result.json.
 
-    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
+    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate. accept_unfinished: also write a
+    model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
+    it, SensibertError, and the checkpoints stay."""
     started = time.perf_counter()
     options.want_train_data()
     options = options.resolved()
@@ -82,10 +86,17 @@ def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
-        return _run(options, folder, checkpoint, started, choose)
+        return _run(options, folder, checkpoint, started, choose, accept_unfinished)
 
 
-def _run(options: Options, folder: Path, checkpoint: Path | None, started: float, choose: Choose | None) -> dict:
+def _run(
+    options: Options,
+    folder: Path,
+    checkpoint: Path | None,
+    started: float,
+    choose: Choose | None,
+    accept_unfinished: bool,
+) -> dict:
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
@@ -109,7 +120,8 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         if options.teacher == SNAPSHOT:
             assert isinstance(model, PreTrainedModel)  # the one that was loaded above
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-            export(model, folder / SNAPSHOT, tokenizer)  # atomic: a resumed run needs the same teacher
+            # atomic: a resumed run needs the same teacher
+            export(model, folder / SNAPSHOT, tokenizer, accept_unfinished=True)
             teacher = load_teacher(options, data, folder)
         return score(model)
 
@@ -133,6 +145,11 @@ def _run(options: Options, folder: Path, checkpoint: Path | None, started: float
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
     )
+    if not accept_unfinished and (excess := callback.excess(model)) is not None:
+        raise SensibertError(
+            f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
+            "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
+        )
     metrics = score(model)
     at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
@@ -200,6 +217,7 @@ def _result(
         "flops_length": trim.flops_length,
         "metrics": metrics,
         "metrics_at_cut": memory.metrics_at_cut,
+        "warnings": callback.warnings,
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }
@@ -218,9 +236,10 @@ def _write_output(
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
-        info = {name: result[name] for name in ("task", "method", "budget", "seed")}
+        names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
+        info = {name: result[name] for name in names}
         info["max_length"] = options.max_length or get_task(result["task"]).max_length
-        export(model, final, tokenizer=tokenizer, layout=options.layout, info=info)
+        export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)

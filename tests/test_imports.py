@@ -24,6 +24,7 @@ ORDER = (
     ("run_options",),
     ("inputs",),
     ("decide",),
+    ("start_checks",),
     ("callback",),
     ("recipe",),
     ("commands",),

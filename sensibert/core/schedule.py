@@ -112,6 +112,15 @@ class Schedule:
             cuts[min(total, first + round(length * (number - 1) / max(1, self.milestones - 1)))] = progress
         return cuts
 
+    def shortcomings(self, total: int) -> list[str]:
+        """Sentences about what does not fit into a run of so many steps."""
+        cuts, asked, found = self.cuts(total), self.milestones if self.shape == "cubic" else 1, []
+        if len(cuts) < asked:
+            found.append(f"{total} steps have room for {len(cuts)} of {asked} cuts (milestones)")
+        if max(cuts) == total:
+            found.append(f"the last cut is after step {total}, the last one: no steps are left to recover from it")
+        return found
+
     def ratio(self, progress: float, final: float) -> float:
         """r = r_f + (1 - r_f) (1 - t)^3: the fraction of the cost that is left at progress t."""
         return final + (1 - final) * (1 - progress) ** 3

@@ -21,12 +21,18 @@ from .modules import attribute, base_of, family_of, layers
 SEQUENCE_HEADS = ("SequenceClassification", "MultipleChoice", "NextSentencePrediction")
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
+def _linear(family: Family, where: str, layer: nn.Module, path: str) -> nn.Linear | None:
+    """The linear layer at a path; None if nothing is there. SensibertError for a module of another kind."""
     try:
         module = attribute(layer, path)
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Linear) else None
+    if isinstance(module, nn.Module) and not isinstance(module, nn.Linear):
+        raise SensibertError(
+            f"model: {where} has no linear layer {path}, want a plain {family.model_type}, with adapters merged into "
+            f"its weights (there is a {type(module).__name__} of {type(module).__module__.partition('.')[0]})"
+        )
+    return module
 
 
 def _repeats(family: Family, config: object, number: int, count: int) -> int:
@@ -39,13 +45,13 @@ def _repeats(family: Family, config: object, number: int, count: int) -> int:
 
 def _site(family: Family, axis: Axis, kind: str, number: int, path: str, layer: nn.Module, config: object) -> Site:
     span = int(attribute(layer, family.head_dim)) if kind == "head" else 1
-    consumer = _linear(layer, axis.consumes)
+    consumer = _linear(family, path, layer, axis.consumes)
     if consumer is None:
         raise SensibertError(f"model: {path} has no linear layer {axis.consumes}, want a plain {family.model_type}")
     units = consumer.in_features // span
     members, params, token = [], 0, 0
     for name in (*axis.produces, *axis.tables):
-        linear = _linear(layer, name)
+        linear = _linear(family, path, layer, name)
         if linear is None:
             continue
         if linear.out_features != axis.parts * units * span:

@@ -18,6 +18,7 @@ from .layout_of import layout_of
 from .modules import base_of
 
 FORMAT = "sensibert.masks"
+NOTE = "sensibert_note"  # attribute of a masked model: its budget, see unfinished.py
 _ATTRIBUTE = "sensibert_grid"  # of a model masked by a trim; layers masked by a user with `replace` do not count
 
 
@@ -62,6 +63,7 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
     except ValueError as error:
         raise SensibertError(f"masks: do not fit this model ({error})") from None
     setattr(model, _ATTRIBUTE, masks.grid)
+    setattr(model, NOTE, {})
 
 
 def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:

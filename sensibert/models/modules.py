@@ -27,10 +27,19 @@ def family_of(model: nn.Module) -> Family:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise SensibertError(f"model: is wrapped in {type(model).__name__}, want the model inside it (model.{inside})")
+    of_peft = any(kind.__module__.startswith("peft.") for kind in type(model).__mro__)
+    if of_peft or getattr(model, "_hf_peft_config_loaded", False):  # of `add_adapter`, which saves the adapter only
+        raise SensibertError(
+            f"model: {type(model).__name__} has adapters, want one without: model.merge_and_unload(), or the model "
+            "that they were added to"
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         name, kinds = type(model).__name__, ", ".join(sorted(families()))
-        raise SensibertError(f"model: {name} is not a transformers model, want one of a supported family: {kinds}")
+        raise SensibertError(
+            f"model: {name} is not a transformers model, want one of a supported family: {kinds}; a module around one "
+            "needs its config and its base_model"
+        )
     model_type = base_type(config.model_type)
     if model_type not in families():
         raise SensibertError(unsupported(model_type))
@@ -93,5 +102,12 @@ def attribute(root: Any, path: str) -> Any:
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path in the base model, layer module) of every transformer layer, in order."""
-    return list(walk(base_of(model), family_of(model).layers))
+    """(path in the base model, layer module) of every transformer layer, in order. SensibertError if there are none."""
+    family = family_of(model)
+    try:
+        return list(walk(base_of(model), family.layers))
+    except AttributeError:
+        raise SensibertError(
+            f"model: {type(base_of(model)).__name__} has no {family.layers.partition('.*')[0]}, where a "
+            f"{family.model_type} has its layers; a module around one needs its config and its base_model"
+        ) from None

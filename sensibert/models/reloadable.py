@@ -15,6 +15,7 @@ from ..core.version import version
 from . import modeling_sensibert as code
 from .families.family import Axis, Family
 from .modules import attribute, base_of, family_of, layers
+from .unfinished import UNFINISHED
 
 FORMAT = 1
 CODE = code.__name__.rpartition(".")[2]
@@ -102,7 +103,7 @@ def _own_config(
     own.__class__ = getattr(code, OWN + stock.__name__)
     own.auto_map = _auto_map(stock)
     known = dict(getattr(own, "sensibert", {}))
-    for name in ("digest", "encoder_params"):  # from an `export` before this cut
+    for name in ("digest", "encoder_params", UNFINISHED):  # of the model before this cut
         known.pop(name, None)
     own.sensibert = known | {
         **origin,

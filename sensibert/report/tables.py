@@ -31,6 +31,7 @@ def summary(result: Mapping[str, Any]) -> str:
         parts += [table(("", "at the cut", "at the end"), scores), "At the cut: the model just before it was trimmed."]
     elif metrics:
         parts.append(table(("", "at the end"), [(name, f"{value:.4f}") for name, value in metrics.items()]))
+    parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
 
 

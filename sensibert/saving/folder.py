@@ -25,6 +25,7 @@ from ..models.masks import Masks, kept_of, masks_of, set_masks
 from ..models.modules import want_finite
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
+from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
 from ..nn import MaskedLinear
 from .model_card import CARD, card
@@ -91,7 +92,9 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool, info: dict) -> None:
+def _check(
+    model: PreTrainedModel, path: Path, layout: str, overwrite: bool, info: dict, accept_unfinished: bool
+) -> None:
     if layout not in LAYOUTS:
         raise SensibertError(f"export: layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
     try:
@@ -105,6 +108,11 @@ def _check(model: PreTrainedModel, path: Path, layout: str, overwrite: bool, inf
             f"export: {len(masked)} layers are masked ({masked[0]}, ...), want none: restore() them first"
         )
     want_finite(model.named_parameters(), "export")
+    if not accept_unfinished and (budgets := unfinished(model)) is not None:
+        raise SensibertError(
+            f"export: the model reached {budgets[0]} on the way to {budgets[1]}, when its training ended; want "
+            "trim(model, plan) first, or accept_unfinished=True to write it as it is"
+        )
     if path.exists() and not path.is_dir():
         raise SensibertError(f"export: {path} is a file, want a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -119,6 +127,7 @@ def export(
     layout: str = "trimmed",
     overwrite: bool = False,
     info: dict | None = None,
+    accept_unfinished: bool = False,
 ) -> Path:
     """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; return the path.
 
@@ -127,9 +136,10 @@ def export(
     removed weights: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). An
     untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
     structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace a model in the
-    folder; its other files are kept. SensibertError if the path is not empty or cannot be written."""
+    folder; its other files are kept. accept_unfinished: also write a model whose training ended between two cuts, with
+    the budget that it reached. SensibertError if the path is not empty or cannot be written."""
     path, info = Path(path).expanduser().resolve(), info or {}
-    _check(model, path, layout, overwrite, info)
+    _check(model, path, layout, overwrite, info, accept_unfinished)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
     masked, trimmed = masks_of(model) is not None, is_trimmed(model)
     if masked:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..core.text import share
 from ..models import base_of, family_of, modeling_sensibert, sites
 from ..models.modules import attribute
+from ..models.unfinished import UNFINISHED
 
 CARD, CODE = "README.md", modeling_sensibert.CODE_FILE
 _CARD = """---
@@ -72,7 +73,8 @@ def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
         base_heads=_numbers(full["head"]),
         ffn=_numbers(entry["ffn"]),
         base_ffn=_numbers(full["ffn"]),
-        budget=entry["budget"] or "not noted",
+        budget=(entry["budget"] or "not noted")
+        + (f", on the way to {entry[UNFINISHED]}" if UNFINISHED in entry else ""),
         method=entry["method"] or "not noted",
         auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
         code=CODE,

@@ -19,9 +19,14 @@ Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch, torch.Generator], Tensor]  # (outputs of the model, batch, generator) -> scalar
 
 
+def model_loss(outputs: object) -> Tensor | None:
+    """The loss that the model computed from the labels in the batch; None if it computed none."""
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
 def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The loss the model itself computed from the labels in the batch."""
-    loss = getattr(outputs, "loss", None)
+    """`model_loss`; SensibertError if there is none."""
+    loss = model_loss(outputs)
     if loss is None:
         raise SensibertError(f"analyze: the model returned no loss, want labels in the batch (it has {sorted(batch)})")
     return loss

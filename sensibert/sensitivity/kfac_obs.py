@@ -41,7 +41,7 @@ from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from ..models import base_of, eval_mode, require_finite
 from ..models.modules import attribute
-from .gradients import Loss
+from .gradients import Loss, model_loss
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
@@ -159,7 +159,7 @@ def collect_factors(
                     _add_evenly(collected, calls, batch.get("attention_mask"))
                 else:
                     outputs = model(**batch)
-                    drawn, given = sampled_loss(outputs, batch, generator), getattr(outputs, "loss", None)
+                    drawn, given = sampled_loss(outputs, batch, generator), model_loss(outputs)
                     require_finite(drawn, samples)
                     _add_gradients(collected, calls, drawn * rows, None if given is None else given * rows)
                 calls.clear()

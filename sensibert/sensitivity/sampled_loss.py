@@ -18,6 +18,11 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
     logits [B, S, C]: a class at every position whose label is not -100, or without labels, of attention_mask.
     Equal generator states give equal labels. SensibertError for outputs without any of these."""
+    if not isinstance(outputs, Mapping):
+        raise SensibertError(
+            f"analyze: the model returns a {type(outputs).__name__}, want a mapping with logits "
+            "(config.return_dict=True), or another loss"
+        )
     tokens = batch.get("attention_mask", torch.ones(()))  # without one, nothing is padded
     if "start_logits" in outputs:
         padding = tokens.to(outputs["start_logits"].device) == 0

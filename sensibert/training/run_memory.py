@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core import cost
+from ..core.budget import Budget
 from ..core.config import RETIRED, TrimConfig
+from ..core.layout import Layout
 from ..core.schedule import Schedule
 from ..core.settings import former_names, settings_of
 from .checkpoints import MEMORY
+
+# Settings that the weights after a cut depend on. `compared` adds budget, scope, grid and method as text.
+COMPARED = ("allocation", "width_multiple", "samples", "micro_batch", "compensate")
+COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dropout")
 
 
 @dataclass
@@ -25,6 +32,13 @@ class RunMemory:
     seconds: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
     _clock: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, layout: Layout, budget: Budget) -> RunMemory:
+        """Of a run that begins. layout: of the untrimmed model."""
+        counts = cost.counts_of(layout)
+        before, flops = cost.spent(layout, counts, budget), cost.flops(layout, counts, budget.scope, 1, budget.length)
+        return cls(before, (layout.encoder_params, layout.total_params), flops)
 
     def restart_clock(self, clock: float | None = None) -> None:
         """Count from now, or from `clock`, a value of time.perf_counter()."""
@@ -47,6 +61,22 @@ class RunMemory:
         self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
         self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
         return current_settings(content.get("settings", {}))
+
+
+def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]:
+    """The settings that the weights after a cut depend on. chosen: the plan comes from `choose`. left: fraction of the
+    encoder's cost that is left."""
+    budget = config.parsed_budget()
+    at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
+    return {
+        "budget": f"{budget} of the {budget.scope}{at}",
+        "method": config.method,
+        "grid": config.grid,
+        "choose": chosen,
+        **{name: getattr(config, name) for name in COMPARED},
+        **{name: getattr(config.schedule, name) for name in COMPARED_OF_SCHEDULE},
+        "freeze_embeddings": config.schedule.freezes(left),
+    }
 
 
 def current_settings(settings: Mapping[str, object]) -> dict[str, object]:

@@ -151,7 +151,13 @@ class TrimTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
                 callback.resume_from(resume_from_checkpoint)
-        structure = Path(resume_from_checkpoint) / STRUCTURE
+        structure, trained = Path(resume_from_checkpoint) / STRUCTURE, self.model if model is None else model
+        assert trained is not None  # a Trainer has one
+        if not structure.exists() and is_trimmed(trained):
+            raise SensibertError(
+                f"resume: {resume_from_checkpoint} is of an untrimmed model, and this one is trimmed, want the model "
+                "that the run began with"
+            )
         if structure.exists():
             restructure = [c.restructure for c in self.callback_handler.callbacks if hasattr(c, "restructure")]
             if not restructure:
@@ -159,7 +165,7 @@ class TrimTrainer(Trainer):
                     f"{resume_from_checkpoint} is of a trimmed model, want a TrimCallback among callbacks= to "
                     "trim this one"
                 )
-            restructure[0](self.model if model is None else model, read_structure(structure))
+            restructure[0](trained, read_structure(structure))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
