@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
+from .core.arguments import checked
 from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.config import TrimConfig
@@ -63,6 +64,7 @@ class TrimCallback(TrainerCallback):
 
     restructure = staticmethod(restructure)  # called by `TrimTrainer` before it loads a checkpoint
 
+    @checked
     def __init__(
         self,
         config: TrimConfig | str = "50%params",
@@ -94,6 +96,7 @@ class TrimCallback(TrainerCallback):
     def budget(self) -> Budget:
         return self.config.parsed_budget()
 
+    @checked
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Record the costs of the untrimmed model; with a checkpoint, restore the run's memory from it. SensibertError
         for a budget that this model cannot meet."""
@@ -112,6 +115,7 @@ class TrimCallback(TrainerCallback):
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
+    @checked
     def resume_from(self, checkpoint: str | Path) -> None:
         """Set the checkpoint that the Trainer loads. `TrimTrainer` calls this; a plain Trainer uses its output_dir."""
         self._checkpoint = Path(checkpoint)

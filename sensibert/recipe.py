@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
+from .core.arguments import checked
 from .core.files import write_atomically, writing
 from .data.task_data import TaskData
 from .data.tasks import get_task
@@ -66,6 +67,7 @@ def check_place(options: Options) -> None:
     check_apart(partial_folder(options.output), **inputs)
 
 
+@checked
 def finetune_and_trim(options: Options, choose: Choose | None = None) -> dict:
     """Fine-tune a model on a task, trim it to a budget meanwhile, write the folder; return the content of result.json.
 
