@@ -38,6 +38,8 @@ def load_examples(source: str, split: str | None = None) -> Examples:
 
     split: of a data set on the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
     names the file and line."""
+    if not source:
+        raise SensibertError("'' is no file, want the name of one")
     path = Path(source)
     parts = path.name.lower().split(".")[1:]
     suffix = parts[-2] if len(parts) > 1 and parts[-1] == "gz" else "".join(parts[-1:])
