@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
@@ -79,7 +80,7 @@ def check_family(source: str, argument: str = "model") -> None:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
-        wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
+        wrong = "cannot be read" if os.path.exists(source) else "is no folder, and cannot be loaded from the hub"
         raise SensibertError(f"{argument}: {source} {wrong} ({first_line(error)})") from None
     if base_type(config.model_type) not in families():
         raise SensibertError(unsupported(config.model_type, argument))

@@ -564,6 +564,8 @@ def test_a_file_that_is_none_is_refused_under_the_name_of_its_argument(here, tmp
             requested = ("analyze", "--model", here / "tuned", "--output", output, "--train-file", file)
             refused(f"error: train_file: .*{message}", *requested)
             refused(f"error: validation_file: .*{message}", "eval", here / "tuned", "--validation-file", file)
+        long = "x" * 5000 + ".csv"  # no file system has such names
+        refused("error: validation_file: xxx.*no such file", "eval", here / "tuned", "--validation-file", long)
         for file, message in {
             tmp_path: "it is a folder",
             tmp_path / "gone": "no such file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +60,7 @@ def load_artifact(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        reason = "it is a folder" if Path(path).is_dir() else error if Path(path).exists() else "no such file"
+        reason = "it is a folder" if os.path.isdir(path or ".") else error if os.path.exists(path) else "no such file"
         raise SensibertError(f"{str(path) or repr(path)}: not a readable sensibert {kind} file ({reason})") from None
     if metadata.get("format") != f"sensibert.{kind}":
         raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -16,10 +17,10 @@ def want_model_folder(source: str | Path, argument: str) -> None:
     """SensibertError, naming the argument, for a file, and for a folder without a config.json that names a model type.
 
     What is neither passes if it can be a name on the hub."""
-    path, text = Path(source), str(source)
-    if path.is_dir() and text:
-        _want_config(path / "config.json", f"{argument}: {source}")
-    elif path.exists() and text:
+    text = str(source)
+    if os.path.isdir(text):
+        _want_config(Path(source) / "config.json", f"{argument}: {source}")
+    elif os.path.exists(text):  # Path.exists raises for a name that is too long
         raise SensibertError(f"{argument}: {source} is a file, want the folder of a model")
     elif not _HUB_NAME.fullmatch(text):
         wrong = "is no folder, and cannot be loaded from the hub (names there are NAME or OWNER/NAME)"
