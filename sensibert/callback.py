@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .core import cost
+from .core.arguments import checked
 from .core.artifacts import Plan, Sensitivity
 from .core.budget import Budget
 from .core.config import TrimConfig
@@ -62,6 +63,7 @@ class TrimCallback(TrainerCallback):
     before the last cut, a warning is logged and noted in `warnings`, and `export` refuses a model that is larger than
     the budget."""
 
+    @checked
     def __init__(
         self,
         config: TrimConfig | str = "50%params",
@@ -102,6 +104,7 @@ class TrimCallback(TrainerCallback):
         # Weak references cannot be pickled, as some backends of a hyperparameter search do.
         return vars(self) | {"_seen": {}, "_model": None}
 
+    @checked
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Record the costs of the untrimmed model, or recall them if the callback trimmed it before; with a checkpoint,
         restore the run's memory from it. SensibertError for a budget that this model cannot meet."""
@@ -117,6 +120,7 @@ class TrimCallback(TrainerCallback):
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
+    @checked
     def resume_from(self, checkpoint: str | Path) -> None:
         """Set the checkpoint that the Trainer loads. `TrimTrainer` calls this; a plain Trainer uses its output_dir."""
         self._checkpoint = Path(checkpoint)

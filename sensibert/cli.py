@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer.core
 import yaml
 
+from .core.arguments import fits, in_words, one_of
 from .core.config import RETIRED, TRIMMING, TrimConfig, current_names
 from .core.errors import SensibertError
 from .core.schedule import RECOVERY, SCHEDULE, Schedule
@@ -74,6 +75,12 @@ def _names(command: Any) -> dict[str, str]:
     return parameters
 
 
+def _hints() -> dict[str, Any]:
+    """Flat name of a setting -> its type."""
+    hints = {kind: typing.get_type_hints(kind) for kind in KINDS}
+    return {f.metadata["flag"] or n: hints[kind][n] for kind in KINDS for n, f in settings_of(kind).items()}
+
+
 def _config(context: typer.Context, path: Path | None) -> Path | None:
     """Use a YAML mapping of option names as defaults; options on the command line take precedence.
 
@@ -81,28 +88,51 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     `dry_run` for a command without that option, which would write its output."""
     if path is None or context.resilient_parsing:
         return path
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SensibertError(f"config: cannot read {path} ({reason})") from None
-    if not isinstance(settings, dict):
-        raise SensibertError(f"config: {path} holds a {type(settings).__name__}, want a mapping of option names")
+    settings = _read_yaml(path)
     own = _names(context.command)
     group = context.parent.command if context.parent is not None else None
     assert isinstance(group, typer.core.TyperGroup)  # only its commands take a config
     elsewhere = {name for command in group.commands.values() for name in _names(command)}
-    settings = current_names({str(name).replace("-", "_"): value for name, value in settings.items()})
-    unknown = sorted(settings.keys() - (elsewhere - {"dry_run"} | own.keys()))
+    unknown = sorted(settings.keys() - ((elsewhere - {"dry_run"} | own.keys()) - {"config", "help"}))
     if unknown:
-        known = ", ".join(sorted(own.keys() - {"config", "help"}))
-        raise SensibertError(f"config: {path} names {unknown[0]!r}, want one of {known}")
+        known = sorted(own.keys() - {"config", "help"})
+        raise SensibertError(f"config: {path} names {unknown[0]!r}, {one_of(unknown[0], known)}")
     for name, value in settings.items():
         if isinstance(value, list | dict):
             raise SensibertError(f"config: {path}: {name} is a {type(value).__name__}, want one value")
+        if isinstance(value, bool) and not fits(value, hint := _hints().get(name, bool)):
+            raise SensibertError(f"config: {path}: {name} is {value}, want {in_words(hint)}")
     settings = {own[name]: value for name, value in settings.items() if name in own}
     context.default_map = {**(context.default_map or {}), **settings}
     return path
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice: YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [str(self.construct_object(name, deep=True)).replace("-", "_") for name, _ in node.value]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file under today's names. SensibertError for a file that is not a mapping of names."""
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            mark = error.problem_mark
+            reason = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        raise SensibertError(f"config: cannot read {path} ({reason})") from None
+    if not isinstance(settings, dict):
+        came = "is empty" if settings is None else f"holds a {type(settings).__name__}"
+        raise SensibertError(f"config: {path} {came}, want a mapping of option names")
+    return current_names({str(name).replace("-", "_"): value for name, value in settings.items()})
 
 
 # Parameters of the commands that are not settings.
@@ -330,6 +360,7 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], result, "\n\n".join(filter(None, parts)))
 
 
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 
 
@@ -364,8 +395,11 @@ def _in_words(error: Any) -> str:
     if name.lstrip("-").replace("-", "_") in RETIRED:
         return f"{name} was removed: want it left out"
     details = getattr(error.__cause__, "errors", None)
-    came = f" (it is {details()[0]['input']!r})" if callable(details) else ""
-    return error.format_message() + came
+    if not callable(details):
+        return error.format_message()
+    detail = details()[0]
+    wanted = _WANTED.get(detail["type"].partition("_")[0], detail["msg"])
+    return f"Invalid value for {error.param_hint or error.param.opts[0]!r}: it is {detail['input']!r}, want {wanted}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from .allocation.allocate import allocate
 from .core import cost
+from .core.arguments import one_of
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import LAYOUTS, TrimConfig, grid_name
-from .core.errors import SensibertError
+from .core.errors import SensibertError, naming
 from .core.files import writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
@@ -27,6 +28,7 @@ from .inputs import (
     check_family,
     check_room,
     encode,
+    load_folder,
     load_model,
     load_tokenizer,
     outlined,
@@ -40,7 +42,7 @@ from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RESULT, check_place
 from .run_options import Options
-from .saving.folder import export, load, zero_filled
+from .saving.folder import export, zero_filled
 from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.trainer import predict
@@ -92,7 +94,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     assert trim.method is not None  # of resolved options
     rule = STATISTICS.get(trim.method)
     if rule is None:
-        raise SensibertError(f"method is {trim.method!r}, want one of {', '.join(STATISTICS)}")
+        raise SensibertError(f"method is {trim.method!r}, {one_of(trim.method, STATISTICS)}")
     if rule.data:
         options.want_train_data()
     check_file(options.output, options.overwrite)
@@ -108,8 +110,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
         scores = analyze(model, batches(trim.samples), trim.method, *common, grid)
         scores = replace(scores, tensors=rank_tensors(model, batches(min(trim.samples, RANKED_SAMPLES)), *common))
     else:
-        check_family(options.model)
-        scores = analyze(load(options.model)[0], (), trim.method, *common, grid)
+        scores = analyze(load_folder(options.model)[0], (), trim.method, *common, grid)
     check_file(options.output, options.overwrite)  # again: it may have appeared during the analysis
     with writing(options.output):
         scores.save(options.output)
@@ -126,7 +127,9 @@ def plan_file(
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
         check_file(output, overwrite)
-    scores, budget = Sensitivity.load(sensitivity), config.parsed_budget()
+    with naming("sensitivity"):
+        scores = Sensitivity.load(sensitivity)
+    budget = config.parsed_budget()
     cost.want_reach(scores.layout, budget, scores.grid)
     plan = allocate(scores, budget, config.width_multiple, config.allocation)
     if output is not None and not dry_run:
@@ -150,12 +153,12 @@ def plan_result(plan: Plan) -> dict:
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
     """Trim the model in a folder by a plan file and export it. The plan must have been made for this model."""
     if layout not in LAYOUTS:
-        raise SensibertError(f"layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+        raise SensibertError(f"layout is {layout!r}, {one_of(layout, LAYOUTS)}")
     check_output(output, overwrite)
     check_apart(output, model=model, plan=plan)
-    chosen = Plan.load(plan)
-    check_family(model)
-    loaded, tokenizer = load(model)
+    with naming("plan"):
+        chosen = Plan.load(plan)
+    loaded, tokenizer = load_folder(model)
     if layout_of(loaded).digest != chosen.layout.digest:
         raise SensibertError(
             f"plan: {plan} comes from the sensitivity of another model than {model} (their weights or shapes differ)"
@@ -187,8 +190,7 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     if role == "validation" and options.validation_file is None and options.task not in PRESETS:
         raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
     examples = training_examples(options) if role == "train" else validation_examples(options)
-    check_family(options.model)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_folder(options.model, "model" if role == "train" else "folder")
     if tokenizer is None:
         tokenizer = load_tokenizer(options.model)
     if base_of(model) is model:
@@ -234,8 +236,7 @@ _NOTED = ("task", "method", "budget", "scope", "seed", "steps", "metrics", "metr
 
 def inspect_folder(folder: str) -> dict:
     """Sizes, origin and layers of a trimmed model folder, under the names of result.json."""
-    check_family(folder)
-    model, _ = load(folder)
+    model, _ = load_folder(folder, "folder")
     layout = layout_of(model)
     masks = masks_of(model)
     grid = masks.grid if masks is not None else None

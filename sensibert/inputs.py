@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .core.errors import SensibertError, first_line
+from .core.errors import SensibertError, first_line, naming
+from .core.model_folder import want_model_folder
 from .data import labels
 from .data.files import Examples, load_examples
 from .data.task_data import TaskData, guess_task
@@ -34,8 +35,8 @@ from .run_options import SNAPSHOT, Options
 from .saving import load
 from .training.distillation import Reordered
 
-# What transformers raises for a folder that is missing, damaged, or of another kind.
-_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)
+# For a folder that is damaged or of another kind, transformers, its libraries and pickle raise errors of many classes.
+_UNREADABLE = Exception
 
 
 def to_best_device(model: nn.Module) -> None:
@@ -47,7 +48,8 @@ def training_examples(options: Options) -> Examples:
     """The rows of the training file, or those of the preset on the hub."""
     preset = PRESETS.get(options.task or "")
     if options.train_file is not None:
-        return load_examples(options.train_file, preset.train_split if preset else "train")
+        with naming("train_file"):
+            return load_examples(options.train_file, preset.train_split if preset else "train")
     if preset is None:
         raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
     return load_examples(preset.source, preset.train_split)
@@ -57,7 +59,8 @@ def validation_examples(options: Options) -> Examples | None:
     """The rows of the validation file. Without one, those of a preset on the hub if training data comes from there."""
     preset = PRESETS.get(options.task or "")
     if options.validation_file is not None:
-        return load_examples(options.validation_file, preset.validation_split if preset else "validation")
+        with naming("validation_file"):
+            return load_examples(options.validation_file, preset.validation_split if preset else "validation")
     if preset is None or options.train_file is not None:
         return None
     return load_examples(preset.source, preset.validation_split)
@@ -107,13 +110,21 @@ def encode(
 
 def check_family(source: str, argument: str = "model") -> None:
     """SensibertError, naming the argument, unless source is a model of a supported family. No code in it is run."""
+    want_model_folder(source, argument)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNREADABLE as error:
-        wrong = "cannot be read" if Path(source).exists() else "is no folder, and cannot be loaded from the hub"
+        wrong = "cannot be read" if os.path.exists(source) else "is no folder, and cannot be loaded from the hub"
         raise SensibertError(f"{argument}: {source} {wrong} ({first_line(error)})") from None
     if base_type(config.model_type) not in families():
         raise SensibertError(unsupported(config.model_type, argument))
+
+
+def load_folder(source: str, argument: str = "model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`load` of a supported family; the SensibertError for anything else names the argument."""
+    check_family(source, argument)
+    with naming(argument):
+        return load(source)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -184,8 +195,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
-    check_family(source, "teacher")
-    teacher = load(source)[0].requires_grad_(False)
+    teacher = load_folder(source, "teacher")[0].requires_grad_(False)
     to_best_device(teacher)
     kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher.config)
     if kind not in type(teacher).__name__ or len(outputs) != data.num_labels:

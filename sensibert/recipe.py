@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from .callback import Choose, TrimCallback
+from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
 from .data.encode import Features
@@ -72,6 +73,7 @@ def check_place(options: Options) -> None:
     check_apart(partial_folder(options.output), **inputs)
 
 
+@checked
 def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unfinished: bool = False) -> dict:
     """Fine-tune a model on a task, trim it to a budget meanwhile, write the folder; return the content of result.json.
 

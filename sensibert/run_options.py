@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .core.config import LAYOUTS, TrimConfig, current_names, trim_names
+from .core.arguments import checked, show
+from .core.config import LAYOUTS, TrimConfig, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 from .data.tasks import PRESETS, TASKS, get_task
@@ -91,6 +92,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+        if not isinstance(self.trim, TrimConfig):
+            raise SensibertError(f"trim is {show(self.trim)}, want a TrimConfig")
         if self.teacher == SNAPSHOT and not self.trim.trims:
             raise SensibertError(
                 f"teacher is {SNAPSHOT!r}, the model at the cut, but method baseline does not trim; want a model"
@@ -101,13 +104,12 @@ class Options:
             get_task(self.task)
 
     @classmethod
+    @checked
     def from_settings(cls, settings: Mapping[str, Any] | None = None, /, **more: Any) -> Options:
         """Build from flat settings under the names of the command line, as a mapping or keyword arguments. Former names
         are accepted. SensibertError names an unknown setting."""
         settings, own = current_names({**(settings or {}), **more}), settings_of(cls)
-        unknown = sorted(settings.keys() - own.keys() - trim_names())
-        if unknown:
-            raise SensibertError(f"{unknown[0]} is no setting of a run, want some of {', '.join(sorted(all_names()))}")
+        want_known(settings, all_names(), "a run")
         trim = TrimConfig.from_settings({name: settings[name] for name in trim_names() & settings.keys()})
         return cls(**{name: settings[name] for name in own if name in settings}, trim=trim)
 

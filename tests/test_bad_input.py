@@ -486,6 +486,126 @@ def test_a_config_that_cannot_be_meant(here, tmp_path):
     refused("config: cannot read .*No such file", *requested[:-1], tmp_path / "gone.yaml")
 
 
+def test_a_setting_of_another_type_in_a_config_is_named(here, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    for content, message in (
+        ("", "config: .*recipe.yaml is empty, want a mapping"),
+        ("# nothing\n", "is empty"),
+        ("epochs: 1\nepochs: 2", r"config: cannot read .*line 2, column 1: epochs is given twice"),
+        ("learning-rate: 1\nlearning_rate: 2", "learning_rate is given twice"),
+        ("learnin_rate: 1", "names 'learnin_rate', want one of .*; did you mean 'learning_rate'"),
+        ("config: other.yaml", "names 'config'"),
+        ("date: 2020-13-45", "config: cannot read"),
+        ("seed:\t1\n\tepochs: 2", r"line 1, column 6: found character '\\t'"),
+        ("epochs: abc", "'--epochs': it is 'abc', want a number"),
+        ("epochs: yes", "epochs is True, want a number"),
+        ("teacher: no", "teacher is False, want text"),
+        ("seed: 1.5", "'--seed': it is 1.5, want a whole number"),
+        ("overwrite: maybe", "'--overwrite': it is 'maybe', want true or false"),
+        ("recovery: lift", "recovery is 'lift', want one of rewarm, continue"),
+    ):
+        file.write_text(content)
+        with untouched(here, tmp_path):
+            refused(message, *finetune_arguments(here, tmp_path / "out"), "--config", file)
+
+
+NO_MODEL = {
+    "file": "is a file, want the folder of a model",
+    "empty": "has no config.json, want the folder of a model",
+    "broken": "cannot be read, config.json: it is not JSON",
+    "binary": "cannot be read, config.json: it is not JSON",
+    "list": "has a config.json with a list, want an object that names its model_type",
+    "number": "has a config.json with 3, want an object",
+    "nameless": "has a config.json with no model_type",
+    "null": "has a config.json with no model_type",
+    "values": "cannot be read|not a model folder that can be loaded",
+    "pickle": "not a model folder that can be loaded .*pytorch_model.bin is damaged|cannot load .*is damaged",
+    "tampered": "has a config.json whose entry sensibert is 3, want an object",
+    "gone": r"is no folder, and cannot be loaded from the hub \(names there are NAME or OWNER/NAME\)",
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_what_is_no_model_folder_is_refused_under_the_name_of_its_argument(here, tmp_path, case):
+    config = {"broken": b"{", "binary": b"\xff\xfe", "list": b"[1]", "number": b"3", "nameless": b"{}"}
+    config |= {"null": b'{"model_type": null}', "values": b'{"model_type": "bert", "hidden_size": "wide"}'}
+    config["tampered"] = b'{"model_type": "bert", "sensibert": 3}'
+    place = here / "tuned" / "config.json" if case == "file" else tmp_path / case
+    if case not in ("file", "gone"):
+        place.mkdir()
+        if case == "pickle":
+            shutil.copytree(here / "tuned", place, dirs_exist_ok=True)
+            (place / "model.safetensors").rename(place / "pytorch_model.bin")
+        if case in config:
+            (place / "config.json").write_bytes(config[case])
+    rows, message, output = here / "train.csv", NO_MODEL[case], tmp_path / "out"
+    with untouched(here, tmp_path):
+        for name in ("model", "teacher"):
+            refused(f"error: {name}: .*({message})", *finetune_arguments(here, output, **{name: place}))
+        for name, arguments in (
+            ("model", ("analyze", "--train-file", rows, "--output", output, "--model", place)),
+            ("model", ("trim", "--plan", here / "plan", "--output", output, "--model", place)),
+            ("folder", ("eval", "--validation-file", rows, place)),
+            ("folder", ("inspect", place)),
+        ):
+            refused(f"error: {name}: .*({message})", *arguments)
+        with pytest.raises(SensibertError, match=message):
+            load(place)
+
+
+def test_a_file_that_is_none_is_refused_under_the_name_of_its_argument(here, tmp_path):
+    (tmp_path / "rows.txt").write_text("text")
+    wrong = {
+        tmp_path: "is a folder, want a file",
+        tmp_path / "gone.csv": "no such file",
+        tmp_path / "rows.txt": "unknown suffix '.txt', want .csv",
+        "": "'' is no file",
+    }
+    output = tmp_path / "out"
+    with untouched(here, tmp_path):
+        for file, message in wrong.items():
+            for name in ("train_file", "validation_file"):
+                option = {name.replace("_", "-"): file}
+                refused(f"error: {name}: .*{message}", *finetune_arguments(here, output, **option))
+            requested = ("analyze", "--model", here / "tuned", "--output", output, "--train-file", file)
+            refused(f"error: train_file: .*{message}", *requested)
+            refused(f"error: validation_file: .*{message}", "eval", here / "tuned", "--validation-file", file)
+        long = "x" * 5000 + ".csv"  # no file system has such names
+        refused("error: validation_file: xxx.*no such file", "eval", here / "tuned", "--validation-file", long)
+        for file, message in {
+            tmp_path: "it is a folder",
+            tmp_path / "gone": "no such file",
+            "": "it is a folder",
+        }.items():
+            trims = ("trim", "--model", here / "tuned", "--output", output, "--plan", file)
+            refused(rf"error: plan: .*not a readable sensibert plan file \({message}", *trims)
+            plans = ("plan", "--dry-run", "--sensitivity", file)
+            refused(rf"error: sensitivity: .*not a readable sensibert sensitivity file \(.*{message}", *plans)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"learning-rate": "abc"}, "'--learning-rate': it is 'abc', want a number"),
+        ({"seed": "1.5"}, "'--seed': it is '1.5', want a whole number"),
+        ({"max-length": "ten"}, "'--max-length': it is 'ten', want a whole number"),
+        ({"budget": "banana"}, "budget: 'banana' is not a budget, want for example 50%params"),
+        ({"grid": "3x"}, "grid is '3x', want one of unit, element, block64"),
+        ({"task": "sst"}, "task is 'sst', want one of .*; did you mean 'sst2'"),
+        ({"method": "OBS"}, "did you mean 'obs'"),
+        ({"layout": "trimed"}, "did you mean 'trimmed'"),
+        ({"text-column": "sentense"}, "text_column: .*train.csv: no column 'sentense', the .*did you mean 'sentence'"),
+        ({"label-column": "lable"}, "label_column: .*train.csv: no column 'lable', the .*did you mean 'label'"),
+        ({"label-column": ""}, "label_column: .*no column ''"),
+        ({"learnin-rate": 1}, "No such option: --learnin-rate .*--learning-rate"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_value_is_quoted_and_the_nearest_known_one_is_named(here, tmp_path, changed, message):
+    with untouched(here, tmp_path):
+        refused(message, *finetune_arguments(here, **{"output": tmp_path / "out"} | changed))
+
+
 @pytest.mark.parametrize("name", ["finetune", "analyze", "plan", "trim", "eval", "inspect"])
 def test_unknown_options_and_commands_are_one_line(name):
     refused("--nonsense", name, "--nonsense", "1")

@@ -56,7 +56,7 @@ def test_the_recipe_of_an_earlier_version_is_read():
     [
         ({"search": 4}, "search is 4, but this setting was removed"),
         ({"teacher": "average"}, "teacher is 'average', which was removed"),
-        ({"colour": "red"}, "colour is no setting of a run, want some of allocation, "),
+        ({"colour": "red"}, "colour is no setting of a run, want one of allocation, "),
         ({"policy": "uniform", "allocation": "global"}, "allocation is given twice"),
         ({"teacher": "snapshot", "method": "dense"}, "method baseline does not trim"),
         ({"seed": 2.5}, "seed is 2.5, want a whole number"),

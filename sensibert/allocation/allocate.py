@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..core.arguments import checked, one_of
 from ..core.artifacts import Plan, Sensitivity, UnitPlan
 from ..core.budget import Budget
 from ..core.config import ALLOCATIONS
@@ -115,6 +116,7 @@ def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
     return ranks
 
 
+@checked
 def allocate(
     sensitivity: Sensitivity, budget: Budget | str, width_multiple: int | None = None, allocation: str = "global"
 ) -> Plan:
@@ -128,7 +130,7 @@ def allocate(
     cannot be trimmed, or for an argument that does not fit."""
     layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
     if allocation not in ALLOCATIONS:
-        raise SensibertError(f"allocate: allocation is {allocation!r}, want one of {', '.join(ALLOCATIONS)}")
+        raise SensibertError(f"allocate: allocation is {allocation!r}, {one_of(allocation, ALLOCATIONS)}")
     if sensitivity.grid is not None:
         if allocation == "exact":
             raise SensibertError("allocate: allocation is 'exact', which needs whole units; want global or uniform")

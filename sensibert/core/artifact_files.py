@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,22 +60,21 @@ def load_artifact(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error})") from None
+        reason = "it is a folder" if os.path.isdir(path or ".") else error if os.path.exists(path) else "no such file"
+        raise SensibertError(f"{str(path) or repr(path)}: not a readable sensibert {kind} file ({reason})") from None
     if metadata.get("format") != f"sensibert.{kind}":
         raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")
     try:
-        version = int(metadata["version"])
-        if version > FORMAT_VERSION:
-            raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
-        facts = json.loads(metadata["facts"])
-        facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
-        layout: Layout = facts["layout"]
-        names = [w.parameter for w in layout.weights] if facts.get("grid") else [site.name for site in layout.sites]
-        return make({name: tensors[name] for name in names}, facts)
-    except SensibertError:
-        raise
+        if (version := int(metadata["version"])) <= FORMAT_VERSION:
+            facts = json.loads(metadata["facts"])
+            facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
+            layout: Layout = facts["layout"]
+            names = [w.parameter for w in layout.weights] if facts.get("grid") else [site.name for site in layout.sites]
+            return make({name: tensors[name] for name in names}, facts)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({error!r})") from None
+        what = error if isinstance(error, SensibertError) else repr(error)
+        raise SensibertError(f"{path}: not a readable sensibert {kind} file ({what})") from None
+    raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")
 
 
 def _encode(value: object) -> object:

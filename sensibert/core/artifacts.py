@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from .arguments import checked, one_of, want_fields
 from .artifact_files import load_artifact, same_tensors, save_artifact
 from .errors import SensibertError
 from .grid import Grid
@@ -27,7 +28,8 @@ class Sensitivity:
 
     statistic: the method. samples: number of samples summed over, 0 without data. tensors: parameter name -> mean
     |w * g| over its elements, the most sensitive first. curves: site name -> [(units removed, predicted rise of the
-    mean loss)] as units are removed, the least important first; only for the method obs."""
+    mean loss)] as units are removed, the least important first; only for the method obs. SensibertError for a field of
+    another type."""
 
     layout: Layout
     scores: dict[str, Tensor]
@@ -38,28 +40,34 @@ class Sensitivity:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     grid: Grid | None = None
 
+    def __post_init__(self) -> None:
+        want_fields(self)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sensitivity):
             return False
         return self._facts() == other._facts() and same_tensors(self.scores, other.scores)
 
+    @checked
     def predicted_rise(self, site: str, gone: int) -> float:
         """Predicted rise of the loss when one site alone loses its `gone` least important units.
 
         SensibertError if there is no curve for the site, or it has fewer units."""
         if site not in self.curves:
-            known = f"the sites {', '.join(self.curves)}" if self.curves else "a sensitivity of method obs"
-            raise SensibertError(f"predicted_rise: site is {site!r}, want {known}")
+            known = one_of(site, self.curves) if self.curves else "want a sensitivity of method obs"
+            raise SensibertError(f"predicted_rise: site is {site!r}, {known}")
         units, rises = zip(*self.curves[site])
         if not 0 <= gone <= units[-1]:
             raise SensibertError(f"predicted_rise: gone is {gone}, want 0 to {units[-1]} units of {site}")
         return float(np.interp(gone, units, rises))
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically. SensibertError if that is not possible."""
         save_artifact(path, "sensitivity", self.scores, self._facts())
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Sensitivity:
         """Read a file that `save` wrote; scores are on the CPU. SensibertError for any other file."""
         return load_artifact(path, "sensitivity", lambda scores, facts: cls(scores=scores, **facts))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .arguments import checked, one_of, show
 from .budget import SCOPES, Budget
 from .errors import SensibertError
 from .schedule import Schedule
@@ -31,9 +32,9 @@ def parse_grid(text: str) -> Grid | None:
     """`unit` (heads and neurons: no grid) -> None; `element`, `block64` or any other block<size> -> Grid."""
     from .grid import Grid
 
-    block = re.fullmatch(r"block([1-9]\d*)", text)
+    block = re.fullmatch(r"block([1-9]\d*)", text) if isinstance(text, str) else None
     if text not in GRIDS and not block:
-        raise SensibertError(f"grid is {text!r}, want one of {', '.join(GRIDS)} (or another block<size>)")
+        raise SensibertError(f"grid is {show(text)}, {one_of(text, GRIDS)} (or another block<size>)")
     return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
 
 
@@ -105,7 +106,7 @@ class TrimConfig:
     def __post_init__(self) -> None:
         check(self)
         if not isinstance(self.schedule, Schedule):
-            raise SensibertError(f"schedule is {self.schedule!r}, want a Schedule")
+            raise SensibertError(f"schedule is {show(self.schedule)}, want a Schedule")
         budget, grid = self.parsed_budget(), self.parsed_grid()
         if grid is None or self.method == BASELINE:
             return
@@ -145,16 +146,13 @@ class TrimConfig:
         return {**own, **{_flat(name): getattr(self.schedule, name) for name in settings_of(Schedule)}}
 
     @classmethod
+    @checked
     def from_settings(cls, settings: Mapping[str, Any]) -> TrimConfig:
         """Inverse of `settings`. Missing settings have their defaults; former names are accepted.
 
         SensibertError names an unknown setting."""
         settings = current_names(settings)
-        unknown = sorted(settings.keys() - trim_names())
-        if unknown:
-            raise SensibertError(
-                f"{unknown[0]} is no setting of a trim, want some of {', '.join(sorted(trim_names()))}"
-            )
+        want_known(settings, trim_names(), "a trim")
         shape = {name: settings[_flat(name)] for name in settings_of(Schedule) if _flat(name) in settings}
         own = {name: settings[name] for name in settings_of(cls) if name in settings}
         return cls(**own, schedule=Schedule(**shape))
@@ -163,6 +161,7 @@ class TrimConfig:
         return json.dumps(self.settings(), indent=2)
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> TrimConfig:
         """Inverse of `to_json`; also reads what earlier versions wrote. SensibertError for anything else."""
         try:
@@ -181,6 +180,13 @@ def _flat(name: str) -> str:
 def trim_names() -> set[str]:
     """The flat names of all settings of a TrimConfig."""
     return settings_of(TrimConfig).keys() | {_flat(name) for name in settings_of(Schedule)}
+
+
+def want_known(settings: Mapping[str, Any], known: set[str], of: str) -> None:
+    """SensibertError for the first setting that is not among the known ones of a trim or a run."""
+    unknown = sorted(settings.keys() - known, key=str)
+    if unknown:
+        raise SensibertError(f"{unknown[0]} is no setting of {of}, {one_of(unknown[0], sorted(known))}")
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:

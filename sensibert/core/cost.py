@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .budget import Budget
+from .arguments import one_of, show, want
+from .budget import SCOPES, Budget
 from .errors import SensibertError
 from .grid import Grid
 from .layout import Layout, Site, Weight
@@ -81,7 +82,13 @@ def kept_by_weight(layout: Layout, keep: Mapping[str, Tensor], grid: Grid) -> li
 def cost_of_units(
     layout: Layout, keep: Mapping[str, Tensor] | None = None, scope: str = "encoder", length: int = 128
 ) -> tuple[int, int]:
-    """(parameters, FLOPs of one sequence of `length` tokens) with the kept units of every site; None keeps all."""
+    """(parameters, FLOPs of one sequence of `length` tokens) with the kept units of every site; None keeps all.
+    SensibertError for another scope or length."""
+    if scope not in SCOPES:
+        raise SensibertError(f"scope is {show(scope)}, {one_of(scope, SCOPES)}")
+    want("length", length, int)
+    if length < 1:
+        raise SensibertError(f"length is {length}, want at least 1")
     counts = counts_of(layout, keep)
     return params(layout, counts, scope), flops(layout, counts, scope, 1, length)
 

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SensibertError(ValueError):
     """Bad input, in one line: the argument or file, the value, and what was expected."""
 
 
+_IN_OUR_WORDS = {
+    "trust_remote_code": "it needs code of its own, which sensibert does not run",
+    "weights_only": "its pytorch_model.bin is damaged, or holds more than weights",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+}
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, to quote in ours; in our words where it asks to run foreign code."""
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, which sensibert does not run"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """The first line of a library's error, to quote in ours; in our words where it gives advice for other callers."""
+    for sign, words in _IN_OUR_WORDS.items():
+        if sign in str(error):
+            return words
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    lines = (text.strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:200]
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """A context whose SensibertErrors name the argument that the file or folder came from."""
+    try:
+        yield
+    except SensibertError as error:
+        raise SensibertError(f"{argument}: {error}") from None

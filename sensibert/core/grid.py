@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .arguments import checked, show
+from .errors import SensibertError
+
 
 @dataclass(frozen=True)
 class Grid:
     """Blocks of block_rows x block_cols elements over a weight [N, K]; 0 means the whole axis.
 
-    The last block of an axis may be shorter. ValueError for negative sizes."""
+    The last block of an axis may be shorter. SensibertError for other sizes."""
 
     block_rows: int
     block_cols: int
 
     def __post_init__(self) -> None:
-        if self.block_rows < 0 or self.block_cols < 0:
-            raise ValueError(f"Grid: block is ({self.block_rows}, {self.block_cols}), want sizes >= 0 (0 = whole axis)")
+        for name in ("block_rows", "block_cols"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise SensibertError(f"Grid: {name} is {show(size)}, want a whole number >= 0 (0 = whole axis)")
 
     @classmethod
     def element(cls) -> Grid:
@@ -59,8 +64,11 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """Inverse of str(): `element`, `row`, `column`, `rows:64`, `columns:64`, `64x64`, `tensor`; else ValueError."""
+        """Inverse of str(): `element`, `row`, `column`, `rows:64`, `columns:64`, `64x64`, `tensor`; else
+        SensibertError."""
         named = {"element": cls(1, 1), "row": cls(1, 0), "column": cls(0, 1), "tensor": cls(0, 0)}
+        if not isinstance(text, str):
+            raise SensibertError(f"Grid: text is {show(text)}, want text such as element or 64x64")
         if text in named:
             return named[text]
         band = re.fullmatch(r"(rows|columns):(\d+)", text)
@@ -69,7 +77,7 @@ class Grid:
         block = re.fullmatch(r"(\d+)x(\d+)", text)
         if block:
             return cls(int(block[1]), int(block[2]))
-        raise ValueError(f"Grid: text is {text!r}, want element, row, column, rows:D, columns:D, BNxBK or tensor")
+        raise SensibertError(f"Grid: text is {text!r}, want element, row, column, rows:D, columns:D, BNxBK or tensor")
 
     def __str__(self) -> str:
         special = {(1, 1): "element", (1, 0): "row", (0, 1): "column", (0, 0): "tensor"}
@@ -91,12 +99,13 @@ class Grid:
         rows, cols = self.block_size(num_rows, num_cols)
         return math.ceil(num_rows / rows), math.ceil(num_cols / cols)
 
+    @checked
     def expand(self, keep: Tensor, num_rows: int, num_cols: int) -> Tensor:
         """keep [block rows, block columns] -> [N, K], every element with the value of its block.
 
-        ValueError if keep is not of `shape(N, K)`."""
+        SensibertError if keep is not of `shape(N, K)`."""
         if tuple(keep.shape) != self.shape(num_rows, num_cols):
-            raise ValueError(f"Grid {self}: keep is {tuple(keep.shape)}, want {self.shape(num_rows, num_cols)}")
+            raise SensibertError(f"Grid {self}: keep is {tuple(keep.shape)}, want {self.shape(num_rows, num_cols)}")
         rows, cols = self.block_size(num_rows, num_cols)
         wide = keep.repeat_interleave(rows, 0)[:num_rows]
         return wide.repeat_interleave(cols, 1)[:, :num_cols]

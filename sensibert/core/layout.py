@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import one_of, show
+from .errors import SensibertError
 from .grid import Grid
 
 
@@ -99,11 +101,11 @@ class Layout:
     weights: tuple[Weight, ...] = ()  # the matrices among the sites' members
 
     def site(self, name: str) -> Site:
-        """The site with this name; KeyError if there is none."""
+        """The site with this name; SensibertError if there is none."""
         for site in self.sites:
             if site.name == name:
                 return site
-        raise KeyError(name)
+        raise SensibertError(f"site is {show(name)}, {one_of(name, (site.name for site in self.sites))}")
 
 
 def layout_from(data: dict) -> Layout:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
+from .arguments import checked, one_of, show, want_fields
 from .artifact_files import load_artifact, same_tensors, save_artifact
 from .budget import Budget
 from .cost import cost_of_blocks, cost_of_units, counts_of, kept_by_weight
@@ -24,7 +26,8 @@ AnyPlan = TypeVar("AnyPlan", bound="Plan")
 class Plan(ABC):
     """Base class of `UnitPlan` and `BlockPlan`.
 
-    keep: name -> bool tensor, True survives, on any device. budget, method: those that the plan was made with."""
+    keep: name -> bool tensor, True survives, on any device. budget, method: those that the plan was made with.
+    SensibertError if keep does not fit the layout, or for a field of another type."""
 
     layout: Layout
     keep: dict[str, Tensor]
@@ -32,6 +35,23 @@ class Plan(ABC):
     method: str
 
     table_header: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        want_fields(self)
+        shapes = self._shapes()
+        if self.keep.keys() != shapes.keys():
+            name = min(self.keep.keys() ^ shapes.keys())
+            wrong = f"lacks {name!r}" if name in shapes else f"has {name!r}, which is not in the layout"
+            raise SensibertError(f"{type(self).__name__}: keep {wrong}, want one mask for each of {len(shapes)} names")
+        for name, shape in shapes.items():
+            mask = self.keep[name]
+            if mask.dtype != torch.bool or mask.shape != shape:
+                got = f"{mask.dtype} {tuple(mask.shape)}"
+                raise SensibertError(f"{type(self).__name__}: keep[{name!r}] is {got}, want torch.bool {shape}")
+
+    @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its mask, for everything in the layout that can be kept."""
 
     @abstractmethod
     def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
@@ -58,11 +78,13 @@ class Plan(ABC):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._facts() == other._facts() and same_tensors(self.keep, other.keep)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically. SensibertError if that is not possible."""
         save_artifact(path, "plan", self.keep, self._facts())
 
     @classmethod
+    @checked
     def load(cls: type[AnyPlan], path: str | Path) -> AnyPlan:
         """Read a UnitPlan or BlockPlan from a file, with `keep` on the CPU. SensibertError for any other file."""
         plan = load_artifact(path, "plan", _plan_from)
@@ -84,6 +106,9 @@ class UnitPlan(Plan):
     grid: ClassVar[None] = None
     table_header: ClassVar[tuple[str, ...]] = ("", "heads", "of", "ffn width", "of")
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {site.name: (site.units,) for site in self.layout.sites}
+
     def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
         return cost_of_units(self.layout, self.keep, scope, length)
 
@@ -97,6 +122,8 @@ class UnitPlan(Plan):
 
     def kept(self, name: str) -> Tensor:
         """Indices of the surviving units of a site: int64 [kept], ascending, on the device of `keep`."""
+        if name not in self.keep:
+            raise SensibertError(f"kept: name is {show(name)}, {one_of(name, self.keep)}")
         return self.keep[name].nonzero().flatten()
 
 
@@ -106,6 +133,9 @@ class BlockPlan(Plan):
 
     grid: Grid = field(kw_only=True)
     table_header: ClassVar[tuple[str, ...]] = ("tensor", "kept", "of", "share")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {w.parameter: self.grid.shape(w.rows, w.cols) for w in self.layout.weights}
 
     def cost(self, scope: str = "encoder", length: int = 128) -> tuple[int, int]:
         return cost_of_blocks(self.layout, self.keep, self.grid, scope, length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from .arguments import checked
 from .errors import SensibertError
 from .settings import AT_LEAST_ONE, FRACTION, POSITIVE, check, setting
 
@@ -87,6 +88,7 @@ class Schedule:
         if self.trim_start + (self.trim_duration if self.shape == "cubic" else 0) >= 1:
             raise SensibertError("schedule: trim_start + trim_duration leave no steps to recover, want a sum below 1")
 
+    @checked
     def for_task(self, recovery: str) -> Schedule:
         """With the task's default recovery where none was chosen."""
         return replace(self, recovery=self.recovery or recovery)
@@ -97,10 +99,12 @@ class Schedule:
             return None
         return self.recover_dropout or 0.0
 
+    @checked
     def freezes(self, left: float) -> bool:
         """Whether embeddings are frozen after the last cut. left: fraction of the encoder's cost that is left."""
         return left < 0.5 if self.freeze_embeddings is None else self.freeze_embeddings
 
+    @checked
     def cuts(self, total: int) -> dict[int, float]:
         """Step -> progress of the trimming after it: 0 is untrimmed, 1 the budget. total: steps of the run."""
         first = min(max(1, round(self.trim_start * total)), total)
@@ -121,10 +125,12 @@ class Schedule:
             found.append(f"the last cut is after step {total}, the last one: no steps are left to recover from it")
         return found
 
+    @checked
     def ratio(self, progress: float, final: float) -> float:
         """r = r_f + (1 - r_f) (1 - t)^3: the fraction of the cost that is left at progress t."""
         return final + (1 - final) * (1 - progress) ** 3
 
+    @checked
     def peak(self, begin: float, left: float) -> float:
         """Peak factor of the learning rate after the last cut. begin: the factor at the cut; left as for `freezes`."""
         if self.recover_peak is not None:
@@ -133,6 +139,7 @@ class Schedule:
             return REWARM_PEAK
         return begin + (REWARM_PEAK - begin) * max(0.0, 1 - 2 * left)
 
+    @checked
     def lr(self, baseline: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
         """(step, total steps) -> factor on the peak learning rate: warm-up, then linear decay to 0. After the last cut
         the same again, with the peak of `peak`. baseline: without a cut."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .arguments import fits, in_words, one_of, show
 from .errors import SensibertError
 
 Bound = tuple[Callable[[Any], bool], str]  # (whether a value is valid, the valid range in words)
@@ -74,26 +74,8 @@ def check(settings: Any) -> None:
             continue
         label = field.metadata["flag"] or name
         if choices and value not in choices:
-            raise SensibertError(f"{label} is {value!r}, want one of {', '.join(choices)}")
-        if not _fits(value, hints[name]):
-            raise SensibertError(f"{label} is {value!r}, want {_in_words(hints[name])}")
+            raise SensibertError(f"{label} is {show(value)}, {one_of(value, choices)}")
+        if not fits(value, hints[name]):
+            raise SensibertError(f"{label} is {show(value)}, want {in_words(hints[name])}")
         if bound is not None and not bound[0](value):
             raise SensibertError(f"{label} is {value}, want {bound[1]}")
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    if isinstance(hint, types.UnionType):
-        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kinds = _kinds(hint)
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
-
-
-def _in_words(hint: Any) -> str:
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    return " or ".join(words.get(kind, kind.__name__) for kind in _kinds(hint))

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -38,15 +39,17 @@ def load_examples(source: str, split: str | None = None) -> Examples:
 
     split: of a data set on the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
     names the file and line."""
+    if not source:
+        raise SensibertError("'' is no file, want the name of one")
     path = Path(source)
     parts = path.name.lower().split(".")[1:]
     suffix = parts[-2] if len(parts) > 1 and parts[-1] == "gz" else "".join(parts[-1:])
-    if path.is_file():
+    if os.path.isfile(source):
         if suffix not in READERS:
             known = ", ".join(f".{name}" for name in READERS)
             raise SensibertError(f"{source}: unknown suffix '.{suffix}', want {known}, each also with .gz")
         examples = Examples(READERS[suffix](_read(path), source), source)
-    elif path.exists():
+    elif os.path.exists(source):
         raise SensibertError(f"{source} is a folder, want a file")
     elif suffix in READERS or path.parent.name and path.parent.is_dir() or not HUB_NAME.fullmatch(source):
         raise SensibertError(f"{source}: no such file")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.arguments import did_you_mean
 from ..core.errors import SensibertError
 from .files import Examples
 
@@ -33,11 +34,12 @@ class Column:
     values: list
 
     @classmethod
-    def of(cls, examples: Examples, name: str) -> Column:
-        """The column of that name; SensibertError names the existing ones."""
+    def of(cls, examples: Examples, name: str, argument: str = "") -> Column:
+        """The column of that name; SensibertError names the existing ones, and the argument that chose it, if any."""
         if name not in examples.columns:
-            existing = ", ".join(repr(c) for c in examples.columns)
-            raise SensibertError(f"{examples.name}: no column '{name}', the columns are {existing}")
+            existing = ", ".join(repr(c) for c in examples.columns) + did_you_mean(name, map(str, examples.columns))
+            place = f"{argument}: {examples.name}" if argument else examples.name
+            raise SensibertError(f"{place}: no column {name!r}, the columns are {existing}")
         return cls(examples.name, name, examples.columns[name])
 
     def error(self, row: int | None, text: str) -> SensibertError:

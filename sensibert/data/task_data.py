@@ -32,11 +32,13 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
     chosen = set((text_column or "").split(",")) | {label_column}
     if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
         return "question-answering"
-    label = label_column or next((c for c in ("label", "tags", "ner_tags") if c in columns), None)
+    label = label_column
+    if label is None:
+        label = next((c for c in ("label", "tags", "ner_tags") if c in columns), None)
     if label is None:
         existing = ", ".join(repr(c) for c in columns)
         raise SensibertError(f"{examples.name}: no column 'label', 'tags' or 'answers', the columns are {existing}")
-    column = Column.of(examples, label)
+    column = Column.of(examples, label, "" if label_column is None else "label_column")
     if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
         return "token-classification"
     if labels.kind(column, column.filled()) != "number":
@@ -210,8 +212,12 @@ def _columns(task: Task, examples: Examples, text: str | None, label: str | None
     if len(inputs) not in counts:
         wanted = " or ".join(map(str, sorted(counts)))
         raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, separated by commas")
-    label = label or next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
-    return inputs, label
+    for name in inputs if text is not None else ():
+        Column.of(examples, name, "text_column")
+    if label is not None:
+        Column.of(examples, label, "label_column")
+        return inputs, label
+    return inputs, next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
 
 
 def _outputs(task: Task, names: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.arguments import one_of, show
 from ..core.errors import SensibertError
 
 
@@ -85,5 +86,5 @@ def get_task(name: str) -> Task:
     """The task, or the task of the preset, of that name; SensibertError if there is neither."""
     task = PRESETS[name].task if name in PRESETS else name
     if task not in TASKS:
-        raise SensibertError(f"task is '{name}', want one of {', '.join([*TASKS, *PRESETS])}")
+        raise SensibertError(f"task is {show(name)}, {one_of(name, [*TASKS, *PRESETS])}")
     return TASKS[task]

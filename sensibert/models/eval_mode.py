@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.arguments import show
 from ..core.errors import SensibertError
 
 # Up to this many tokens per row, fused attention in bf16 on a CPU is slower than plain matrix products, forward and
@@ -49,7 +50,13 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
 
 
 def require_finite(loss: Tensor, samples: int) -> None:
-    """SensibertError if the loss, computed after `samples` samples, is NaN or inf."""
+    """SensibertError if the loss, computed after `samples` samples, is no scalar tensor, is NaN or inf, or has no
+    gradient."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else show(loss)
+        raise SensibertError(f"analyze: the loss is {came}, want a scalar tensor")
+    if not loss.requires_grad:
+        raise SensibertError("analyze: the loss has no gradient, want one of the model's outputs, not detached")
     if not torch.isfinite(loss):
         raise SensibertError(
             f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
+from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.layout import Flops, Layout, Member, Site, Weight
 from .families.family import Axis, Family
@@ -137,6 +138,7 @@ def _rest(model: nn.Module, owned: set[str]) -> tuple[Flops, Flops]:
     return encoder, rest
 
 
+@checked
 def layout_of(model: nn.Module) -> Layout:
     """Sites and costs of a model with its current sizes, trimmed or not. SensibertError as in `sites`."""
     family, base = family_of(model), base_of(model)

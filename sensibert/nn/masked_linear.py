@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked, want
+from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..ops.masked_linear.kept_index import CompactWeight
 from ..ops.masked_linear.op import masked_linear
@@ -26,6 +28,7 @@ class MaskedLinear(nn.Linear):
     grid: Grid
     compact: CompactWeight | None = None
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -40,12 +43,13 @@ class MaskedLinear(nn.Linear):
         self.set_keep(None, grid)
 
     @classmethod
+    @checked
     def from_linear(cls, linear: nn.Linear, keep: Tensor | None = None, grid: Grid = Grid.row()) -> MaskedLinear:
         """Change the class of `linear` to MaskedLinear and return it. Parameters and hooks keep their identity.
 
-        ValueError if it is neither a plain nn.Linear nor a MaskedLinear, or if its forward was replaced."""
+        SensibertError if it is neither a plain nn.Linear nor a MaskedLinear, or if its forward was replaced."""
         if not is_maskable(linear):
-            raise ValueError(f"MaskedLinear: linear is {kind_of(linear)}, want a plain nn.Linear")
+            raise SensibertError(f"MaskedLinear: linear is {kind_of(linear)}, want a plain nn.Linear")
         check_keep(linear, keep, grid)
         linear.__class__ = cls
         assert isinstance(linear, cls)  # by the line above
@@ -69,7 +73,7 @@ class MaskedLinear(nn.Linear):
 
     def set_keep(self, keep: Tensor | None, grid: Grid | None = None) -> None:
         """Set the masks, in place if the shape is unchanged. keep: bool grid.shape(N, K), None for all True. grid: None
-        for the current grid. ValueError if keep does not fit the grid."""
+        for the current grid. SensibertError if keep does not fit the grid."""
         grid = self.grid if grid is None else grid
         check_keep(self, keep, grid)
         shape = grid.shape(self.out_features, self.in_features)
@@ -109,8 +113,10 @@ def kind_of(module: nn.Module) -> str:
 
 
 def check_keep(linear: nn.Linear, keep: Tensor | None, grid: Grid) -> None:
-    """ValueError if keep is not a bool tensor of the grid's shape on this weight."""
-    want = grid.shape(linear.out_features, linear.in_features)
-    if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != want):
+    """SensibertError if keep is not a bool tensor of the grid's shape on this weight."""
+    want("MaskedLinear: keep", keep, Tensor | None)
+    want("MaskedLinear: grid", grid, Grid)
+    shape = grid.shape(linear.out_features, linear.in_features)
+    if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != shape):
         got = f"{keep.dtype} {tuple(keep.shape)}"
-        raise ValueError(f"MaskedLinear: keep is {got}, want torch.bool {want} for the grid {grid}")
+        raise SensibertError(f"MaskedLinear: keep is {got}, want torch.bool {shape} for the grid {grid}")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
 
+from ..core.errors import SensibertError
 from ..core.grid import Grid
+from .checked import checked
 
 OP = "sensibert::block_sensitivity_"
 define(
@@ -25,6 +27,7 @@ FINISHES = ("none", "square", "abs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@checked
 def block_sensitivity(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -41,8 +44,8 @@ def block_sensitivity(
     tensor, or one for all. out[t]: fp32 [ceil(N / bn), ceil(K / bk)]; None starts from 0; with decay 0 its values are
     not read. reduce: signed sum(w g) | abs sum|w g| | square sum (w g)^2 | grad_square sum g^2 | weight_square sum w^2
     (grads may then be empty). finish, applied to the sum of a block: none | square | abs. Sums are fp32 (fp64 if an
-    input is fp64, which the CUDA kernel refuses), in an order fixed by the shapes: deterministic. ValueError names the
-    argument that does not fit."""
+    input is fp64, which the CUDA kernel refuses), in an order fixed by the shapes: deterministic. SensibertError names
+    the argument that does not fit."""
     grids = [grids] * len(weights) if isinstance(grids, Grid) else grids
     shapes = _check(weights, grads, grids, reduce, finish)
     if out is None:
@@ -115,40 +118,38 @@ def _block_sums(terms: Tensor, block_rows: int, block_cols: int) -> Tensor:
 def _check(
     weights: Sequence[Tensor], grads: Sequence[Tensor], grids: Sequence[Grid], reduce: str, finish: str
 ) -> list[tuple[int, int]]:
-    """Return the shape of each out. ValueError for the first argument that does not fit."""
+    """Return the shape of each out. SensibertError for the first argument that does not fit."""
     if reduce not in REDUCES:
-        raise ValueError(f"block_sensitivity: reduce is {reduce!r}, want one of {', '.join(REDUCES)}")
+        raise SensibertError(f"block_sensitivity: reduce is {reduce!r}, want one of {', '.join(REDUCES)}")
     if finish not in FINISHES:
-        raise ValueError(f"block_sensitivity: finish is {finish!r}, want one of {', '.join(FINISHES)}")
+        raise SensibertError(f"block_sensitivity: finish is {finish!r}, want one of {', '.join(FINISHES)}")
     if len(grids) != len(weights):
-        raise ValueError(f"block_sensitivity: grids are {len(grids)}, want one for each of {len(weights)} weights")
+        raise SensibertError(f"block_sensitivity: grids are {len(grids)}, want one for each of {len(weights)} weights")
     if len(grads) != len(weights) and not (reduce == "weight_square" and not grads):
-        raise ValueError(f"block_sensitivity: grads are {len(grads)}, want one for each of {len(weights)} weights")
+        raise SensibertError(f"block_sensitivity: grads are {len(grads)}, want one for each of {len(weights)} weights")
     for name, tensors in (("weights", weights), ("grads", grads)):
         for t, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"block_sensitivity: {name}[{t}] is {type(tensor).__name__}, want a tensor")
             if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
                 got = f"{tensor.dtype}, {tensor.layout}"
-                raise ValueError(
+                raise SensibertError(
                     f"block_sensitivity: {name}[{t}] is {got}, want dense float32, bfloat16, float16, float64"
                 )
             if tensor.device != weights[0].device:
-                raise ValueError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
+                raise SensibertError(f"block_sensitivity: {name}[{t}] is on {tensor.device}, want {weights[0].device}")
     for t, w in enumerate(weights):
         if w.dim() not in (1, 2):
-            raise ValueError(f"block_sensitivity: weights[{t}] is {tuple(w.shape)}, want [N, K] or [N]")
+            raise SensibertError(f"block_sensitivity: weights[{t}] is {tuple(w.shape)}, want [N, K] or [N]")
         if grads and grads[t].shape != w.shape:
-            raise ValueError(f"block_sensitivity: grads[{t}] is {tuple(grads[t].shape)}, want {tuple(w.shape)}")
+            raise SensibertError(f"block_sensitivity: grads[{t}] is {tuple(grads[t].shape)}, want {tuple(w.shape)}")
     return [grid.shape(w.shape[0], w.shape[1] if w.dim() == 2 else 1) for w, grid in zip(weights, grids)]
 
 
 def _check_out(out: Sequence[Tensor], weights: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
     if len(out) != len(weights):
-        raise ValueError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
+        raise SensibertError(f"block_sensitivity: out has {len(out)} tensors, want {len(weights)}")
     for t, (total, w, shape) in enumerate(zip(out, weights, shapes)):
         if total.dtype != torch.float32 or tuple(total.shape) != shape or not total.is_contiguous():
             got = f"{total.dtype} {tuple(total.shape)}{'' if total.is_contiguous() else ' with gaps'}"
-            raise ValueError(f"block_sensitivity: out[{t}] is {got}, want contiguous torch.float32 {shape}")
+            raise SensibertError(f"block_sensitivity: out[{t}] is {got}, want contiguous torch.float32 {shape}")
         if total.device != w.device:
-            raise ValueError(f"block_sensitivity: out[{t}] is on {total.device}, want {w.device}")
+            raise SensibertError(f"block_sensitivity: out[{t}] is on {total.device}, want {w.device}")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
 
+from ..core.errors import SensibertError
+from .checked import checked
 from .masked_linear.kept_index import blank
 
 OP = "sensibert::gather_kept_"
@@ -22,6 +24,7 @@ define(
 )
 
 
+@checked
 def gather_kept(
     weights: Sequence[Tensor],
     rows: Sequence[Tensor | None],
@@ -36,21 +39,23 @@ def gather_kept(
     bits int8 [n, k], as in `KeptIndex`: all bits set where a weight is kept, no bit where it is dropped and becomes
     exactly 0. dtype None: that of the weight. out: matrices to write instead of new ones. float32, bfloat16, float16
     and float64 may be mixed; values are rounded once. No gradient, no synchronization. An index outside its axis is an
-    IndexError on a CPU and gives NaN in a kernel. ValueError names an argument that does not fit."""
+    IndexError on a CPU and gives NaN in a kernel. SensibertError names an argument that does not fit."""
     weights = [w.detach() for w in weights]
     lists: dict[str, list[Tensor | None]] = {"rows": list(rows), "cols": list(cols)}
     lists["bits"] = [None] * len(weights) if bits is None else list(bits)
     for name, values in lists.items():
         if len(values) != len(weights):
-            raise ValueError(f"gather_kept: {name} has {len(values)} entries, want {len(weights)} as weights")
+            raise SensibertError(f"gather_kept: {name} has {len(values)} entries, want {len(weights)} as weights")
     shapes = [_shape(t, w, weights[0].device, lists) for t, w in enumerate(weights)]
     if out is None:
         out = [w.new_empty(shape, dtype=dtype or w.dtype) for w, shape in zip(weights, shapes, strict=True)]
     if len(out) != len(weights):
-        raise ValueError(f"gather_kept: out has {len(out)} entries, want {len(weights)} as weights")
+        raise SensibertError(f"gather_kept: out has {len(out)} entries, want {len(weights)} as weights")
     for t, (o, w, shape) in enumerate(zip(out, weights, shapes, strict=True)):
         if tuple(o.shape) != shape or o.device != w.device or o.dtype not in DTYPES or (dtype or o.dtype) != o.dtype:
-            raise ValueError(f"gather_kept: out[{t}] is {_named(o)}, want {dtype or 'a float'} {shape} on {w.device}")
+            raise SensibertError(
+                f"gather_kept: out[{t}] is {_named(o)}, want {dtype or 'a float'} {shape} on {w.device}"
+            )
     packed = [o.contiguous() for o in out]  # the kernel walks flat memory
     given = [{t: index for t, index in enumerate(values) if index is not None} for values in lists.values()]
     # Kernels compute in 32 bits.
@@ -68,18 +73,20 @@ def gather_kept(
 
 
 def _shape(t: int, weight: Tensor, device: torch.device, lists: dict[str, list[Tensor | None]]) -> tuple[int, int]:
-    """(n, k) of entry t. ValueError for a tensor that does not fit."""
+    """(n, k) of entry t. SensibertError for a tensor that does not fit."""
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device != device:
-        raise ValueError(f"gather_kept: weights[{t}] is {_named(weight)}, want a float [N, K] on {device}")
+        raise SensibertError(f"gather_kept: weights[{t}] is {_named(weight)}, want a float [N, K] on {device}")
     shape = []
     for name, size in zip(("rows", "cols"), weight.shape, strict=True):
         index = lists[name][t]
         if index is not None and (index.dim() != 1 or index.dtype != torch.int64 or index.device != device):
-            raise ValueError(f"gather_kept: {name}[{t}] is {_named(index)}, want torch.int64 of one axis on {device}")
+            raise SensibertError(
+                f"gather_kept: {name}[{t}] is {_named(index)}, want torch.int64 of one axis on {device}"
+            )
         shape.append(size if index is None else len(index))
     bits = lists["bits"][t]
     if bits is not None and (list(bits.shape) != shape or bits.dtype != torch.int8 or bits.device != device):
-        raise ValueError(f"gather_kept: bits[{t}] is {_named(bits)}, want torch.int8 {tuple(shape)} on {device}")
+        raise SensibertError(f"gather_kept: bits[{t}] is {_named(bits)}, want torch.int8 {tuple(shape)} on {device}")
     return shape[0], shape[1]
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import SensibertError
 from ..core.grid import Grid
 from .block_sensitivity import FINISHES, REDUCES
+from .checked import checked
 
 OP = "sensibert::masked_adamw_"
 _MOMENTS = "Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] step, "
@@ -43,6 +45,7 @@ def matrix_shape(tensor: Tensor) -> tuple[int, int]:
     return num_rows, tensor.shape[1:].numel() if tensor.ndim else 1
 
 
+@checked
 def masked_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -74,11 +77,13 @@ def masked_adamw(
     fp32 in the shape of their grid, a working copy bf16 in the shape of its param. row_maps, col_maps (`index_map`):
     int32 [N], [K] for a compact working copy [n, k]; they give the row and column of the copy for each of the weight
     [N, K], or -1. Without a map the axis is complete. Every row and column of the copy must be in its map. All tensors
-    are on one device; no synchronization; deterministic. ValueError names an argument that does not fit.
+    are on one device; no synchronization; deterministic. SensibertError names an argument that does not fit.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lr, groups, betas, eps, weight_decay)
     if reduce not in REDUCES or finish not in FINISHES:
-        raise ValueError(f"masked_adamw: reduce, finish are {reduce!r}, {finish!r}, want one of {REDUCES}, {FINISHES}")
+        raise SensibertError(
+            f"masked_adamw: reduce, finish are {reduce!r}, {finish!r}, want one of {REDUCES}, {FINISHES}"
+        )
     if grad_factor is not None:
         _check_scalar("grad_factor", grad_factor, lr.device)
     keeps, working_copies, scores = keeps or {}, working_copies or {}, scores or {}
@@ -226,26 +231,30 @@ def _check(
     }
     for name, values in lists.items():
         if len(values) != len(params):
-            raise ValueError(f"masked_adamw: {name} has {len(values)} entries, want {len(params)} as params")
+            raise SensibertError(f"masked_adamw: {name} has {len(values)} entries, want {len(params)} as params")
     for name, values in {"betas": betas, "eps": eps, "weight_decay": weight_decay}.items():
         if lr.ndim != 1 or len(values) != lr.shape[0]:
-            raise ValueError(f"masked_adamw: {name} has {len(values)} entries, lr is {tuple(lr.shape)}: one a group")
+            raise SensibertError(
+                f"masked_adamw: {name} has {len(values)} entries, lr is {tuple(lr.shape)}: one a group"
+            )
     num_groups, device = lr.shape[0], lr.device
     for t, (param, grad, exp_avg, exp_avg_sq, step, group) in enumerate(zip(params, *lists.values(), strict=True)):
         if not param.dtype.is_floating_point or param.device != device:
-            raise ValueError(f"masked_adamw: params[{t}] is {_named(param)}, want a floating type on {device} as lr")
+            raise SensibertError(
+                f"masked_adamw: params[{t}] is {_named(param)}, want a floating type on {device} as lr"
+            )
         kind = (param.shape, param.dtype, device)
         for name, other in (("grads", grad), ("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
             if (other.shape, other.dtype, other.device) != kind:
-                raise ValueError(f"masked_adamw: {name}[{t}] is {_named(other)}, want {_named(param)}")
+                raise SensibertError(f"masked_adamw: {name}[{t}] is {_named(other)}, want {_named(param)}")
         _check_scalar(f"steps[{t}]", step, device)
         if not 0 <= group < num_groups:
-            raise ValueError(f"masked_adamw: groups[{t}] is {group}, want 0 to {num_groups - 1}")
+            raise SensibertError(f"masked_adamw: groups[{t}] is {group}, want 0 to {num_groups - 1}")
 
 
 def _check_scalar(name: str, value: Tensor, device: torch.device) -> None:
     if value.numel() != 1 or value.dtype != torch.float32 or value.device != device:
-        raise ValueError(f"masked_adamw: {name} is {_named(value)}, want one float32 on {device} as lr")
+        raise SensibertError(f"masked_adamw: {name} is {_named(value)}, want one float32 on {device} as lr")
 
 
 def _check_blocks(
@@ -253,11 +262,11 @@ def _check_blocks(
 ) -> None:
     for t, (value, grid) in entries.items():
         if not 0 <= t < len(params):
-            raise ValueError(f"masked_adamw: {name} is for params[{t}], of {len(params)}")
+            raise SensibertError(f"masked_adamw: {name} is for params[{t}], of {len(params)}")
         shape = grid.shape(*matrix_shape(params[t]))
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != params[t].device:
             want = f"{str(dtype).removeprefix('torch.')} {shape} on {params[t].device}"
-            raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {want} (grid {grid})")
+            raise SensibertError(f"masked_adamw: {name} of params[{t}] is {_named(value)}, want {want} (grid {grid})")
 
 
 def _check_working_copies(
@@ -269,11 +278,11 @@ def _check_working_copies(
     for name, maps, axis in (("row_map", row_maps, 0), ("col_map", col_maps, 1)):
         for t, of in maps.items():
             if t not in working_copies:
-                raise ValueError(f"masked_adamw: {name} is for params[{t}], which has no working_copy")
+                raise SensibertError(f"masked_adamw: {name} is for params[{t}], which has no working_copy")
             size = matrix_shape(params[t])[axis]
             if (of.dtype, tuple(of.shape), of.device) != (torch.int32, (size,), params[t].device):
                 want = f"int32 ({size},) on {params[t].device}"
-                raise ValueError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {want}")
+                raise SensibertError(f"masked_adamw: {name} of params[{t}] is {_named(of)}, want {want}")
     for t, working_copy in working_copies.items():
         shape = tuple(params[t].shape)
         if t in row_maps or t in col_maps:  # not checked: every row and column of the copy is in its map
@@ -285,7 +294,7 @@ def _check_working_copies(
             shape,
             params[t].device,
         ):
-            raise ValueError(f"masked_adamw: working_copy[{t}] is {_named(working_copy)}, want bfloat16 {shape}")
+            raise SensibertError(f"masked_adamw: working_copy[{t}] is {_named(working_copy)}, want bfloat16 {shape}")
 
 
 def index_map(index: Tensor, size: int) -> Tensor:

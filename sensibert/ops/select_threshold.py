@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
 
+from ..core.errors import SensibertError
+from .checked import checked
+
 OP = "sensibert::select_threshold_"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN_KEY = torch.iinfo(torch.int32).min  # below the key of -inf
@@ -27,10 +30,11 @@ class Selection(NamedTuple):
     num_nan: Tensor  # int64 scalar
 
 
+@checked
 def select_threshold(scores: Sequence[Tensor], k: int) -> Selection:
     """scores: float32, bfloat16 or float16 tensors of one device -> bool masks with exactly k True in total.
 
-    Dtypes may be mixed. No gradient; deterministic; a kernel does not synchronize. ValueError for a k outside [0,
+    Dtypes may be mixed. No gradient; deterministic; a kernel does not synchronize. SensibertError for a k outside [0,
     number of scores], or a wrong dtype or device."""
     scores = [s.detach() for s in scores]
     _check(scores, k)
@@ -47,12 +51,14 @@ def select_threshold(scores: Sequence[Tensor], k: int) -> Selection:
 def _check(scores: list[Tensor], k: int) -> None:
     for i, s in enumerate(scores):
         if s.dtype not in DTYPES:
-            raise ValueError(f"select_threshold: scores[{i}] is {s.dtype}, want float32, bfloat16 or float16")
+            raise SensibertError(f"select_threshold: scores[{i}] is {s.dtype}, want float32, bfloat16 or float16")
         if s.device != scores[0].device:
-            raise ValueError(f"select_threshold: scores[{i}] is on {s.device}, want {scores[0].device} like scores[0]")
+            raise SensibertError(
+                f"select_threshold: scores[{i}] is on {s.device}, want {scores[0].device} like scores[0]"
+            )
     total = sum(s.numel() for s in scores)
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= total:
-        raise ValueError(f"select_threshold: k is {k!r}, want an int in [0, {total}], the number of scores")
+    if not 0 <= k <= total:
+        raise SensibertError(f"select_threshold: k is {k!r}, want an int in [0, {total}], the number of scores")
 
 
 def _key(s: Tensor) -> Tensor:

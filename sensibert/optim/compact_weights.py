@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import SensibertError
 from ..nn.masked_linear import MaskedLinear
 from ..ops.gather_kept import gather_kept
 from ..ops.masked_adamw import index_map
@@ -55,7 +56,9 @@ class CompactWeights:
                 continue
             entry = by_weight.setdefault(layer.weight, _Followed(layer, layer.weight))
             if entry.layer is not layer and not _same_masks(entry.layer, layer):
-                raise ValueError(f"follow: {name} shares its weight with a layer of other masks, want the same masks")
+                raise SensibertError(
+                    f"follow: {name} shares its weight with a layer of other masks, want the same masks"
+                )
         for entry in by_weight.values():
             optimizer.set_keep(entry.weight, entry.layer.keep, entry.layer.grid)
         self._followed += [entry for entry in by_weight.values() if entry not in self._followed]

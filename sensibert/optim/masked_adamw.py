@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from ..core.arguments import checked, show
+from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..ops.masked_adamw import HeldAdamW, matrix_shape
 from .compact_weights import CompactWeights
@@ -47,6 +49,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     A group's lr may be a tensor: then a captured step reads it at each replay. A step does not write gradients, except
     clipped ones on a CPU (`clip_grad_norm`)."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,
@@ -56,9 +59,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         if float(lr) < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"MaskedAdamW: lr, eps, weight_decay are {lr}, {eps}, {weight_decay}, want 0 or more")
+            raise SensibertError(f"MaskedAdamW: lr, eps, weight_decay are {lr}, {eps}, {weight_decay}, want 0 or more")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"MaskedAdamW: betas are {betas}, want each in [0, 1)")
+            raise SensibertError(f"MaskedAdamW: betas are {betas}, want each in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._start_unsaved()
 
@@ -76,6 +79,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if "grad_factor" not in self.__dict__:  # after a copy or unpickling; not in load_state_dict
             self._start_unsaved()
 
+    @checked
     def set_keep(self, param: Tensor, keep: Tensor, grid: Grid) -> None:
         """Mask param from the next step on. keep: bool [ceil(N / bn), ceil(K / bk)]; a vector is taken as [N, 1].
 
@@ -83,10 +87,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._want_held(param)
         shape = grid.shape(*matrix_shape(param))
         if keep.dtype != torch.bool or tuple(keep.shape) != shape:
-            raise ValueError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape}")
+            raise SensibertError(f"set_keep: keep is {keep.dtype} {tuple(keep.shape)}, want torch.bool {shape}")
         self.state[param]["keep"] = keep.to(param.device).contiguous()
         self.state[param]["keep_grid"] = (grid.block_rows, grid.block_cols)
 
+    @checked
     def set_working_copy(
         self, param: Tensor, working_copy: Tensor | None, row_map: Tensor | None = None, col_map: Tensor | None = None
     ) -> None:
@@ -104,6 +109,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The tensor set by `set_working_copy`, or None."""
         return self._working_copies[param][0] if param in self._working_copies else None
 
+    @checked
     def follow(self, model: nn.Module) -> None:
         """Use the masks of the model's MaskedLinear layers, and write their compact weights in every step from now on.
 
@@ -114,10 +120,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         If a layer gets new masks (`set_keep`), the next step uses them, also after load_state_dict, and gathers the new
         matrices of all layers in one launch; until then the layers gather from their weights. A layer that is turned
         back into nn.Linear or gets another weight is no longer followed: after a trim, call follow again. Not part of
-        the state dict. ValueError if layers with different masks share a weight."""
+        the state dict. SensibertError if layers with different masks share a weight."""
         self._compact_weights.follow(self, model)
 
     @torch.no_grad()
+    @checked
     def clip_grad_norm(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         """Let the next step scale its gradients so that their total 2-norm is at most max_norm; return their norm.
 
@@ -132,6 +139,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._clip_factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()
         return norm
 
+    @checked
     def track(
         self,
         scores: Mapping[Tensor, tuple[Tensor, Grid]],
@@ -174,7 +182,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _step_on(self, device: torch.device, params: list[Tensor], grads: list[Tensor], groups: list[int]) -> None:
         for layout in {grad.layout for grad in grads} - {torch.strided}:
-            raise ValueError(f"MaskedAdamW: a gradient is {layout}, want a dense one")
+            raise SensibertError(f"MaskedAdamW: a gradient is {layout}, want a dense one")
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
             if "exp_avg" not in state:
@@ -257,13 +265,15 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _want_held(self, param: Tensor) -> None:
         if not any(param is p for group in self.param_groups for p in group["params"]):
-            raise ValueError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")
+            raise SensibertError(f"MaskedAdamW: param {tuple(param.shape)} is in none of the optimizer's param_groups")
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MaskedAdamW], dict[str, Any]]:
     """MaskedAdamW with the settings of a transformers.TrainingArguments: `Trainer(optimizer_cls_and_kwargs=...)`.
 
     Weights are those of `optim="adamw_torch_fused"`, bit for bit on a CPU."""
+    if not hasattr(args, "adam_beta1"):
+        raise SensibertError(f"optimizer_cls_and_kwargs: args is {show(args)}, want TrainingArguments")
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

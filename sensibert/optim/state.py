@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..core.arguments import checked
+from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..ops.gather_kept import DTYPES, gather_kept
 from ..ops.masked_adamw import matrix_shape
@@ -44,30 +46,36 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+@checked
 def slice_state(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, index: Index) -> None:
     """Replace the parameter `old` of `optimizer` by the smaller `new`, and cut its state in the same way.
 
     index: axis -> kept positions [n] int64, in their new order; other axes are not cut. State tensors in the shape of
     `old`, the factors of Adafactor and the keep of MaskedAdamW are cut; single numbers (step counts) are copied; a
     working copy or score of `old` is dropped. Works for every torch optimizer, also inside accelerate's wrapper
-    (`.optimizer`). ValueError if `old` is not in a param group, if the shape of `new` does not agree with index, or for
-    a state of another shape; the optimizer is then unchanged.
+    (`.optimizer`). SensibertError if `old` is not in a param group, if the shape of `new` does not agree with index, or
+    for a state of another shape; the optimizer is then unchanged.
     """
     shape = list(old.shape)
     for dim, kept in index.items():
+        if not 0 <= dim < len(shape) or kept.dtype != torch.int64 or kept.dim() != 1:
+            came = f"{kept.dtype} {tuple(kept.shape)} for axis {dim}"
+            raise SensibertError(
+                f"slice_state: index is {came}, want torch.int64 [n] for an axis of old {tuple(shape)}"
+            )
         shape[dim] = len(kept)
     if list(new.shape) != shape:
-        raise ValueError(f"slice_state: new is {tuple(new.shape)}, want {tuple(shape)} as index leaves of old")
+        raise SensibertError(f"slice_state: new is {tuple(new.shape)}, want {tuple(shape)} as index leaves of old")
     cuts = state_cuts(optimizer, old, index)
     swap(optimizer, old, new, dict(zip(cuts, take_kept(list(cuts.values())), strict=True)))
 
 
 def state_cuts(optimizer: torch.optim.Optimizer, old: Tensor, index: Index) -> dict[str, tuple[Tensor, Index]]:
-    """The state of `old` that has to be cut: name -> (tensor, index) for `take_kept`. ValueError as in
+    """The state of `old` that has to be cut: name -> (tensor, index) for `take_kept`. SensibertError as in
     `slice_state`."""
     optimizer = unwrapped(optimizer)
     if not any(p is old for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
+        raise SensibertError(f"slice_state: old {tuple(old.shape)} is in none of the optimizer's param_groups")
     cuts = {}
     state = optimizer.state[old] if old in optimizer.state else {}
     for name, value in state.items():
@@ -102,7 +110,7 @@ def _state_index(optimizer: torch.optim.Optimizer, name: str, value: Tensor, old
     for dim, end in ((0, "_row"), (1, "_col")):  # the names in transformers
         if old.dim() == 2 and name.endswith(end) and value.shape == old.shape[dim : dim + 1]:
             return {0: index[dim]} if dim in index else {}
-    raise ValueError(
+    raise SensibertError(
         f"slice_state: {type(optimizer).__name__} keeps {name} {tuple(value.shape)} for a parameter "
         f"{tuple(old.shape)}, want a state that can be cut (not quantized)"
     )

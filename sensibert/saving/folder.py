@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..core.arguments import checked, one_of, want
 from ..core.config import LAYOUTS
 from ..core.errors import SensibertError, first_line
+from ..core.model_folder import want_model_folder
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
@@ -96,7 +98,7 @@ def _check(
     model: PreTrainedModel, path: Path, layout: str, overwrite: bool, info: dict, accept_unfinished: bool
 ) -> None:
     if layout not in LAYOUTS:
-        raise SensibertError(f"export: layout is {layout!r}, want one of {', '.join(LAYOUTS)}")
+        raise SensibertError(f"export: layout is {layout!r}, {one_of(layout, LAYOUTS)}")
     try:
         json.dumps(info)
     except (TypeError, ValueError) as error:
@@ -138,6 +140,9 @@ def export(
     structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace a model in the
     folder; its other files are kept. accept_unfinished: also write a model whose training ended between two cuts, with
     the budget that it reached. SensibertError if the path is not empty or cannot be written."""
+    wanted = {"path": str | Path, "tokenizer": PreTrainedTokenizerBase | None, "overwrite": bool, "info": dict | None}
+    for (name, hint), value in zip(wanted.items(), (path, tokenizer, overwrite, info), strict=True):
+        want(f"export: {name}", value, hint)
     path, info = Path(path).expanduser().resolve(), info or {}
     _check(model, path, layout, overwrite, info, accept_unfinished)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
@@ -160,10 +165,12 @@ def export(
     return path
 
 
+@checked
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load (model, tokenizer) of a folder: the model in eval mode, with its head and masks; the tokenizer may be None.
     SensibertError if the folder cannot be loaded, or lacks weights."""
     try:
+        want_model_folder(path, "path")
         name = (AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
         if model_class is None:
@@ -177,10 +184,11 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
         return model, None if tokenized is None else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except SensibertError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SensibertError(f"{path}: not a model folder that can be loaded ({first_line(error)})") from None
+    except Exception as error:  # of transformers, its libraries and pickle
+        raise SensibertError(f"{path}: not a model folder that can be loaded ({first_line(error)})") from error
 
 
+@checked
 def load_structure(path: str | Path) -> dict[str, Tensor] | Masks:
     """Read the structure of a trimmed folder: site name -> indices of the kept units in the original model (int64,
     ascending). For a folder masked by a grid: its masks. SensibertError if there is no such file."""

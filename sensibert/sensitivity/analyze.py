@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked, one_of
 from ..core.artifacts import Sensitivity
 from ..core.errors import SensibertError
 from ..core.grid import Grid
@@ -49,6 +50,7 @@ def _removal_scores(
     return scores, curves
 
 
+@checked
 def analyze(
     model: nn.Module,
     batches: Iterable[Batch] = (),
@@ -67,11 +69,11 @@ def analyze(
     and `fisher`. autocast: dtype of a mixed-precision forward pass. grid: score the blocks of every weight instead of
     units; masked blocks score -inf. factors: for `obs` and `layer-obs`, if `collect_factors` was already called. Scores
     are fp32 on the model's device, summed over the samples: one [units] tensor per site, or with a grid one [blocks of
-    rows, blocks of columns] tensor per weight. SensibertError for an unknown method, no data, or a loss that is not
-    finite."""
+    rows, blocks of columns] tensor per weight. SensibertError for an unknown method, no data, a batch that the
+    model cannot run on, or a loss that is not finite."""
     method = ("obs" if grid is None else "fisher") if method is None else FORMER_METHODS.get(method, method)
     if method not in STATISTICS:
-        raise SensibertError(f"analyze: method is {method!r}, want one of {', '.join(STATISTICS)}")
+        raise SensibertError(f"analyze: method is {method!r}, {one_of(method, STATISTICS)}")
     rule, layout, samples = STATISTICS[method], layout_of(model), 0
     curves: dict[str, list[tuple[int, float]]] = {}
     if grid is not None and rule.units_only:
@@ -90,6 +92,9 @@ def analyze(
         scores, samples = soft_gate_scores(model, layout, batches, loss, seed, autocast)
     elif rule.reduce == "factors":
         factors = factors or collect_factors(model, layout, batches, loss if rule.sampled else None, seed, autocast)
+        missing = {site.consumer.parameter for site in layout.sites} - factors.keys()
+        if missing:
+            raise SensibertError(f"analyze: factors lack {min(missing)}, want those of collect_factors for this model")
         scores, curves = _removal_scores(model, layout, factors, rule.sampled)
         samples = max((of_site.samples for of_site in factors.values()), default=0)
     else:

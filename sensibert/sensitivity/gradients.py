@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import SensibertError
+from ..core.arguments import show
+from ..core.errors import SensibertError, first_line
 from ..core.grid import Grid
 from ..core.layout import Layout
 from ..core.statistics import Statistic
@@ -30,6 +31,31 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
     if loss is None:
         raise SensibertError(f"analyze: the model returned no loss, want labels in the batch (it has {sorted(batch)})")
     return loss
+
+
+def passes(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Any]]:
+    """(batch on the device, outputs of the model) of every batch, computed when it is its turn.
+
+    SensibertError names a batch that is not a dict of tensors, or that the model cannot run on."""
+    for number, batch in enumerate(batches):
+        place = f"batches[{number}]"
+        if not isinstance(batch, Mapping) or not batch:
+            came = "empty" if isinstance(batch, Mapping) else show(batch)
+            raise SensibertError(f"{place} is {came}, want a dict of tensors, the inputs of the model by name")
+        for name, value in batch.items():
+            if not isinstance(value, Tensor) or not value.dim():
+                came = "a single number" if isinstance(value, Tensor) else show(value)
+                raise SensibertError(f"{place}[{show(name)}] is {came}, want a tensor with one row a sample")
+        batch = {name: value.to(device) for name, value in batch.items()}
+        try:
+            outputs = model(**batch)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, SensibertError | torch.OutOfMemoryError):
+                raise
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SensibertError(f"{place}: the model cannot run on {shapes} ({reason})") from error
+        yield batch, outputs
 
 
 class ScoredBlocks(NamedTuple):
@@ -103,12 +129,11 @@ def gradient_scores(
     generator, out, samples = torch.Generator().manual_seed(seed), None, 0
     try:
         with eval_mode(model, autocast) as device:
-            for batch in batches:
-                batch = {name: value.to(device) for name, value in batch.items()}
-                value = loss(model(**batch), batch, generator)
+            for batch, outputs in passes(model, batches, device):
+                value = loss(outputs, batch, generator)
+                require_finite(value, samples)
                 # Computes no gradients of embeddings, and does not change any .grad.
                 grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
-                require_finite(value, samples)
                 out = reduce_blocks(blocks, [w.detach() for w in weights], list(grads), statistic, out)
                 samples += batch_size(batch)
     finally:

@@ -37,11 +37,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
-from ..models import base_of, eval_mode, require_finite
+from ..models import base_of, eval_mode, require_finite, sites
 from ..models.modules import attribute
-from .gradients import Loss, model_loss
+from .gradients import Batch, Loss, batch_size, model_loss, passes
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
@@ -117,10 +118,11 @@ def unit_columns(site: Site) -> Tensor:
     return site.consumer.index(torch.arange(site.units), site.units).view(site.units, site.consumer.span)
 
 
+@checked
 def collect_factors(
     model: nn.Module,
     layout: Layout,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     sampled_loss: Loss | None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -129,13 +131,15 @@ def collect_factors(
     if the batch has labels. The model is not changed.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
-    passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, or a loss that is not
-    finite."""
+    passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
+    cannot run on, a loss that is not finite, or the layout of another model."""
+    if layout.sites != sites(model):
+        raise SensibertError("collect_factors: layout is that of another model, want layout_of(model)")
     collected: dict[str, FisherFactors] = {}
     handles, samples = [], 0
     calls: list[Call] = []
-    sites = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
-    for name, site in sites.items():
+    consumers = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
+    for name, site in consumers.items():
         linear = consumer(model, name)
         like = linear.weight
         collected[name] = FisherFactors(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
@@ -149,16 +153,12 @@ def collect_factors(
         handles.append(linear.register_forward_hook(watch))
     generator = torch.Generator().manual_seed(seed)
     try:
-        with eval_mode(model, autocast) as device:
-            for batch in batches:
-                batch = {name: value.to(device) for name, value in batch.items()}
-                rows = len(next(iter(batch.values())))
+        with eval_mode(model, autocast) as device, torch.set_grad_enabled(sampled_loss is not None):
+            for batch, outputs in passes(model, batches, device):
+                rows = batch_size(batch)
                 if sampled_loss is None:
-                    with torch.no_grad():
-                        model(**batch)
                     _add_evenly(collected, calls, batch.get("attention_mask"))
                 else:
-                    outputs = model(**batch)
                     drawn, given = sampled_loss(outputs, batch, generator), model_loss(outputs)
                     require_finite(drawn, samples)
                     _add_gradients(collected, calls, drawn * rows, None if given is None else given * rows)

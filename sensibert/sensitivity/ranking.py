@@ -7,13 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.grid import Grid
 from ..models import base_of, eval_mode, layout_of, require_finite
 from ..ops import block_sensitivity
-from .gradients import Batch, Loss, batch_size, given_loss
+from .gradients import Batch, Loss, batch_size, given_loss, passes
 
 
+@checked
 def rank_tensors(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -30,16 +32,15 @@ def rank_tensors(
     names = {m.parameter for site in layout.sites for m in site.members if state[m.parameter].dim() == 2}
     used = [name for name in sorted(names) if state[name].requires_grad and state[name].numel()]
     weights, out = [state[name] for name in used], None
-    generator, samples, passes = torch.Generator().manual_seed(seed), 0, 0
+    generator, samples, count = torch.Generator().manual_seed(seed), 0, 0
     with eval_mode(model, autocast) as device:
-        for batch in batches:
-            batch = {name: value.to(device) for name, value in batch.items()}
-            value = (sampled_loss or given_loss)(model(**batch), batch, generator)
+        for batch, outputs in passes(model, batches, device):
+            value = (sampled_loss or given_loss)(outputs, batch, generator)
             require_finite(value, samples)
             grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
-            samples, passes = samples + batch_size(batch), passes + 1
+            samples, count = samples + batch_size(batch), count + 1
     if out is None:
         raise SensibertError("rank_tensors: batches is empty, want at least one micro-batch")
-    means = {name: float(o) / w.numel() / passes for name, w, o in zip(used, weights, out, strict=True)}
+    means = {name: float(o) / w.numel() / count for name, w, o in zip(used, weights, out, strict=True)}
     return dict(sorted(means.items(), key=lambda item: (-item[1], item[0])))

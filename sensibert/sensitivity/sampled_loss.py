@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.arguments import checked, want
 from ..core.errors import SensibertError
 
 
+@checked
 def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
     """Scalar loss of a model output with labels drawn from it. Its kind depends on the shapes:
 
@@ -34,7 +36,10 @@ def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch
             f"analyze: the model returns {', '.join(outputs)} and no logits; want a model with a task head, or another "
             "loss"
         )
+    want("sampled_loss: logits", outputs["logits"], Tensor)
     logits, labels = outputs["logits"].float(), batch.get("labels")
+    if logits.dim() not in (2, 3):
+        raise SensibertError(f"sampled_loss: logits are {tuple(logits.shape)}, want [B, C] or [B, S, C]")
     if logits.dim() == 3:
         counted = tokens.expand(logits.shape[:2]) != 0 if labels is None else labels != -100
         return _drawn_cross_entropy(logits[counted], generator)

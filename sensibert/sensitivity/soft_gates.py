@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core.errors import SensibertError
 from ..core.layout import Layout
 from ..models import eval_mode, require_finite
-from .gradients import Batch, Loss, batch_size
+from .gradients import Batch, Loss, batch_size, passes
 from .kfac_obs import consumer
 
 GATE_RATE, GATE_PENALTY = 0.02, 0.5  # Adam's step for the gates; weight of the mean |gate| against the loss
@@ -44,11 +44,10 @@ def soft_gate_scores(
     generator, samples = torch.Generator().manual_seed(seed), 0
     try:
         with eval_mode(model, autocast):
-            for batch in batches:
-                batch = {name: value.to(device) for name, value in batch.items()}
-                value = loss(model(**batch), batch, generator)
+            for batch, outputs in passes(model, batches, device):
+                value = loss(outputs, batch, generator)
+                require_finite(value, samples)
                 total = value + GATE_PENALTY * torch.cat(used).abs().mean()
-                require_finite(total, samples)
                 for gate, grad in zip(used, torch.autograd.grad(total, used), strict=True):
                     gate.grad = grad
                 optimizer.step()

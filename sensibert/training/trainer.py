@@ -7,7 +7,7 @@ two steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import OptimizerNames
 
+from ..core.arguments import checked, show, want
 from ..core.errors import SensibertError
 from ..core.files import writing
 from ..core.rows import Rows
@@ -64,6 +65,7 @@ class TrimTrainer(Trainer):
     (`TrimCallback` has both). A training set with `.lengths` is read in batches of similar length; batches of a
     collator with `.extended` are padded to multiples where that is faster. AdamW is MaskedAdamW."""
 
+    @checked
     def __init__(
         self,
         *args: Any,
@@ -72,6 +74,9 @@ class TrimTrainer(Trainer):
         distil: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
+        want("TrimTrainer: model", kwargs.get("model", args[0] if args else None), nn.Module | None)
+        if isinstance(teacher, nn.Module):
+            raise SensibertError(f"TrimTrainer: teacher is {show(teacher)}, want a function that returns the model")
         super().__init__(*args, **kwargs)
         # Some heads divide by the number of items if they get it, others do not. Here Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
@@ -185,10 +190,11 @@ def want_one_process(arguments: TrainingArguments) -> None:
         )
 
 
+@checked
 def finetune(
     model: nn.Module,
-    train: Dataset,
-    collator: Callable,
+    train: Dataset | Iterable,
+    collator: Callable | None,
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: str | Path | None = None,
@@ -199,6 +205,8 @@ def finetune(
     callbacks: they may trim the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
     SensibertError for a loss that is not finite or a damaged checkpoint."""
     want_one_process(arguments)
+    if isinstance(train, Sized) and not len(train):
+        raise SensibertError("finetune: train is empty, want at least one row")
     trainer = TrimTrainer(
         model=model,
         args=arguments,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.artifacts import BlockPlan, Plan, UnitPlan
 from ..core.budget import Budget
 from ..core.errors import SensibertError
@@ -78,6 +79,7 @@ def _refuse(model: nn.Module, plan: Plan) -> None:
             )
 
 
+@checked
 def trim(
     model: nn.Module,
     plan: Plan,

@@ -49,5 +49,5 @@ def test_a_text_that_is_no_budget_is_refused_with_an_example(text, message):
 
 
 def test_an_unknown_scope_is_named():
-    with pytest.raises(SensibertError, match="scope is 'head', want encoder or model"):
+    with pytest.raises(SensibertError, match="scope is 'head', want one of encoder, model"):
         Budget.parse("50%params", scope="head")

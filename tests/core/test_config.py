@@ -78,7 +78,10 @@ def test_json_that_is_no_config_is_refused_in_words():
     for text, message in (
         ("{", "the text is not JSON"),
         ("[]", "the JSON holds a list, want an object of settings"),
-        ('{"budgt": "50%params"}', "budgt is no setting of a trim, want some of allocation, budget"),
+        (
+            '{"budgt": "50%params"}',
+            "budgt is no setting of a trim, want one of allocation, budget.*; did you mean 'budget'",
+        ),
         (
             '{"policy": "global", "allocation": "global"}',
             r"allocation is given twice, as policy \(its former name\) too",

@@ -34,5 +34,5 @@ def test_expand_gives_every_element_the_value_of_its_block(grid, rows, cols):
 def test_a_keep_of_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"Grid rows:8: keep is \(3, 1\), want \(2, 1\)"):
         Grid.rows(8).expand(torch.ones(3, 1, dtype=torch.bool), 16, 4)
-    with pytest.raises(ValueError, match=r"block is \(-1, 0\), want sizes >= 0"):
+    with pytest.raises(ValueError, match=r"block_rows is -1, want a whole number >= 0"):
         Grid(-1, 0)

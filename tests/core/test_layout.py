@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from sensibert.core.errors import SensibertError
 from sensibert.core.layout import Flops, Member, layout_from
 
 from .small import layout
@@ -27,7 +28,7 @@ def test_flops_add_up_and_grow_with_batch_and_length():
 
 def test_a_site_is_found_by_name():
     assert layout().site("layer.0.ffn").units == 6
-    with pytest.raises(KeyError):
+    with pytest.raises(SensibertError, match="site is 'layer.9.ffn', want one of layer.0.head"):
         layout().site("layer.9.ffn")
 
 

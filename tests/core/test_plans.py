@@ -99,7 +99,9 @@ def test_plans_that_differ_anywhere_are_not_equal(make):
 def test_a_plan_of_another_grid_is_not_equal():
     plan = block_plan()
     assert plan.grid == GRID
-    assert plan != BlockPlan(plan.layout, plan.keep, plan.budget, plan.method, grid=Grid.block(4, 8))
+    assert plan != BlockPlan(
+        plan.layout, plan.keep, plan.budget, plan.method, grid=Grid.block(4, 17)
+    )  # of as many blocks
 
 
 @pytest.mark.parametrize("folder, kind", [("unit", UnitPlan), ("element", BlockPlan)])

@@ -216,8 +216,8 @@ W, G = torch.zeros(2, 3), torch.zeros(2, 3)
         (([W], [], Grid.row()), r"grads are 0, want one for each of 1 weights"),
         (([W, W], [G], Grid.row()), r"grads are 1, want one for each of 2 weights"),
         (([W, W], [G], Grid.row(), "weight_square"), r"grads are 1, want one for each of 2 weights"),
-        (([W, None], [G, G], Grid.row()), r"weights\[1\] is NoneType, want a tensor"),
-        (([W], [None], Grid.row()), r"grads\[0\] is NoneType, want a tensor"),
+        (([W, None], [G, G], Grid.row()), r"weights\[1\] is None, want a tensor"),
+        (([W], [None], Grid.row()), r"grads\[0\] is None, want a tensor"),
         (
             ([W.long()], [G], Grid.row()),
             r"weights\[0\] is torch.int64, torch.strided, want dense float32",

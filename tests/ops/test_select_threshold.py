@@ -134,8 +134,8 @@ def test_compiles_without_a_graph_break(device):
     [
         ([torch.zeros(3)], 4, r"k is 4, want an int in \[0, 3\]"),
         ([torch.zeros(3)], -1, r"k is -1, want an int in \[0, 3\]"),
-        ([torch.zeros(3)], 1.0, r"k is 1.0, want an int"),
-        ([torch.zeros(3)], True, r"k is True, want an int"),
+        ([torch.zeros(3)], 1.0, r"k is 1.0, want a whole number"),
+        ([torch.zeros(3)], True, r"k is True, want a whole number"),
         ([], 1, r"k is 1, want an int in \[0, 0\]"),
         ([torch.zeros(3), torch.zeros(3).double()], 1, r"scores\[1\] is torch.float64, want float32, bfloat16 or"),
         ([torch.zeros(3, dtype=torch.int32)], 1, r"scores\[0\] is torch.int32"),

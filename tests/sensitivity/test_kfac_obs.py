@@ -151,7 +151,7 @@ def test_obs_predicts_the_rise_of_the_loss_with_a_slope_where_there_are_labels(l
     assert actual.predicted_rise(site.name, 8) == pytest.approx(actual.predicted_rise(site.name, 16) / 2)
     with pytest.raises(SensibertError, match="gone is 65, want 0 to 64 units of layer.1.ffn"):
         actual.predicted_rise(site.name, 65)
-    with pytest.raises(SensibertError, match="site is 'x', want the sites layer.0.head, "):
+    with pytest.raises(SensibertError, match="site is 'x', want one of layer.0.head, "):
         actual.predicted_rise("x", 0)
     plain = analyze(model, batches, "magnitude")
     with pytest.raises(SensibertError, match="want a sensitivity of method obs"):

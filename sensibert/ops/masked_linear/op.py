@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
+from ...core.arguments import want
+from ...core.errors import SensibertError
 from ...core.grid import Grid
 from . import dispatch as paths
 from .bits import column_bits, row_bits
@@ -45,23 +47,30 @@ def masked_linear(
     compact: the compact weight of this weight and keep (`MaskedAdamW.follow`). It is used while it is valid and has the
     dtype of x; otherwise, and in an exported program, the call gathers from weight.
 
-    ValueError names the argument that does not fit."""
+    SensibertError names the argument that does not fit."""
+    if not all(isinstance(t, Tensor) for t in (x, weight, keep)) or not isinstance(bias, Tensor | None):
+        for name, value in (("x", x), ("weight", weight), ("keep", keep)):
+            want(f"masked_linear: {name}", value, Tensor)
+        want("masked_linear: bias", bias, Tensor | None)
+    if not isinstance(grid, Grid) or not isinstance(compact, CompactWeight | None):
+        want("masked_linear: grid", grid, Grid)
+        want("masked_linear: compact", compact, CompactWeight | None)
     if weight.dim() != 2:
-        raise ValueError(f"masked_linear: weight is {tuple(weight.shape)}, want [N, K]")
+        raise SensibertError(f"masked_linear: weight is {tuple(weight.shape)}, want [N, K]")
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"masked_linear: x is {tuple(x.shape)}, want [..., {K}] for a weight {(N, K)}")
+        raise SensibertError(f"masked_linear: x is {tuple(x.shape)}, want [..., {K}] for a weight {(N, K)}")
     if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"masked_linear: bias is {tuple(bias.shape)}, want ({N},)")
+        raise SensibertError(f"masked_linear: bias is {tuple(bias.shape)}, want ({N},)")
     if keep.dtype != torch.bool or tuple(keep.shape) != grid.shape(N, K):
-        want = f"torch.bool {grid.shape(N, K)} for the grid {grid}"
-        raise ValueError(f"masked_linear: keep is {keep.dtype} {tuple(keep.shape)}, want {want}")
+        fitting = f"torch.bool {grid.shape(N, K)} for the grid {grid}"
+        raise SensibertError(f"masked_linear: keep is {keep.dtype} {tuple(keep.shape)}, want {fitting}")
     for name, other in (("weight", weight), ("bias", bias), ("keep", keep)):
         if other is not None and other.device != x.device:
-            raise ValueError(f"masked_linear: {name} is on {other.device}, want {x.device} as x")
+            raise SensibertError(f"masked_linear: {name} is on {other.device}, want {x.device} as x")
         if name != "keep" and other is not None and other.dtype != x.dtype:
             if not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(f"masked_linear: {name} is {other.dtype}, want {x.dtype} as x (or autocast)")
+                raise SensibertError(f"masked_linear: {name} is {other.dtype}, want {x.dtype} as x (or autocast)")
     blocks = (grid.block_rows, grid.block_cols)
     if compact is None or compact.weight is not weight or compact.keep is not keep or torch.compiler.is_exporting():
         return ops.masked_linear(x, weight, bias, keep, *blocks)
