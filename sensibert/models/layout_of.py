@@ -15,7 +15,7 @@ from torch import nn
 from ..core.errors import SensibertError
 from ..core.layout import Flops, Layout, Member, Site, Weight
 from .families.family import Axis, Family
-from .modules import attribute, base_of, family_of, layers
+from .modules import attribute, base_of, family_of, is_linear, layers
 
 # Task heads that read one vector of each sequence; all others read every token.
 SEQUENCE_HEADS = ("SequenceClassification", "MultipleChoice", "NextSentencePrediction")
@@ -26,7 +26,7 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
         module = attribute(layer, path)
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Linear) else None
+    return module if is_linear(module) else None
 
 
 def _repeats(family: Family, config: object, number: int, count: int) -> int:

@@ -18,6 +18,21 @@ from safetensors.torch import load_file, save_file
 STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 
 
+class EmptyLinear(torch.nn.Module):
+    """A linear layer without inputs or outputs, [..., in] -> [..., out]: its bias, or zeros, without a matrix product.
+
+    It takes the place of an nn.Linear, with the same attributes: int8 kernels fail on an empty weight."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    extra_repr = torch.nn.Linear.extra_repr
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Sums of nothing: they give the weight, and the parameters that x depends on, the gradients that DDP waits for.
+        zeros = x[..., :0].sum(-1, keepdim=True) + self.weight.sum(1)
+        return zeros if self.bias is None else zeros + self.bias
+
+
 class PickHeads:
     """Forward pre-hook of an attention module: selects the kept heads of `position_bias` [B, H, S, S]."""
 
@@ -57,13 +72,16 @@ def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int 
 def _cut(layer, axis: dict, count: int, span: int) -> None:
     """Cut one axis of a layer to `count` units of `span` rows, unless it already has that size (a shared layer)."""
     reader, size = layer.get_submodule(axis["consumes"]), count * span
+    producers = [layer.get_submodule(path) for path in axis["produces"]]
     if reader.in_features != size:
-        for linear in map(layer.get_submodule, axis["produces"]):
+        for linear in producers:
             for name in ("weight", "bias") if linear.bias is not None else ("weight",):
                 _narrow(linear, name, 0, axis["parts"] * size, axis["parts"])
             linear.out_features = axis["parts"] * size
         _narrow(reader, "weight", 1, size)
         reader.in_features = size
+    for linear in (*producers, reader) if not size else ():
+        linear.__class__ = EmptyLinear
     for paths, value in ((axis["counts"], count), (axis["widths"], size)):
         for owner, _, name in (path.rpartition(".") for path in paths):
             setattr(layer.get_submodule(owner), name, value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from ..core.errors import SensibertError
 from .families import base_type, families
 from .families.family import Family
+from .modeling_sensibert import EmptyLinear
 
 
 def unsupported(model_type: str, argument: str = "model") -> str:
@@ -42,6 +43,11 @@ def want_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
     for name, weight in weights:
         if not weight.isfinite().all():
             raise SensibertError(f"{what}: {name} has NaN or infinite values, want finite weights")
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether it is an nn.Linear, or the EmptyLinear that takes its place (of this package or of a folder's code)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == EmptyLinear.__name__
 
 
 def base_of(model: nn.Module) -> nn.Module:

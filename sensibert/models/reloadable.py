@@ -14,7 +14,7 @@ from ..core.errors import SensibertError
 from ..core.version import version
 from . import modeling_sensibert as code
 from .families.family import Axis, Family
-from .modules import attribute, base_of, family_of, layers
+from .modules import attribute, base_of, family_of, is_linear, layers
 
 FORMAT = 1
 CODE = code.__name__.rpartition(".")[2]
@@ -131,7 +131,7 @@ def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
     """The axis as modeling_sensibert.py reads it, with the linear layers that exist in this model."""
     names = dict(layer.named_modules())
     return {
-        "produces": [path for path in (*axis.produces, *axis.tables) if isinstance(names.get(path), nn.Linear)],
+        "produces": [path for path in (*axis.produces, *axis.tables) if is_linear(names.get(path))],
         "consumes": axis.consumes,
         "parts": axis.parts,
         "counts": list(axis.counts),

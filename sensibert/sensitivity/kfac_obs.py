@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from ..models import base_of, eval_mode, require_finite
-from ..models.modules import attribute
+from ..models.modules import attribute, is_linear
 from .gradients import Loss
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
@@ -108,7 +108,7 @@ class FisherFactors:
 
 def consumer(model: nn.Module, parameter: str) -> nn.Linear:
     linear = attribute(base_of(model), parameter.removesuffix(".weight"))
-    assert isinstance(linear, nn.Linear)  # of a site, which has no other consumer
+    assert is_linear(linear)  # of a site, which has no other consumer
     return linear
 
 

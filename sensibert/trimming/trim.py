@@ -18,7 +18,8 @@ from ..core.errors import SensibertError
 from ..models import family_of, layers, layout_of
 from ..models.families.family import Axis
 from ..models.masks import Masks, set_masks
-from ..models.modules import attribute
+from ..models.modeling_sensibert import EmptyLinear
+from ..models.modules import attribute, is_linear
 from ..models.reloadable import reloadable
 from ..models.structure import PickHeads, structure_of
 from ..nn import MaskedLinear, restore
@@ -41,6 +42,13 @@ def _without_heads(layer: nn.Module, undo: Undo) -> None:
             config = copy.copy(attribute(module, "config"))
             config._attn_implementation = "eager"
             assign(module, "config", config, undo)
+
+
+def _without_units(layer: nn.Module, axis: Axis, undo: Undo) -> None:
+    names = dict(layer.named_modules())
+    for linear in map(names.get, (*axis.produces, *axis.tables, axis.consumes)):
+        if is_linear(linear):
+            assign(linear, "__class__", EmptyLinear, undo)
 
 
 def _end_masks(model: nn.Module, undo: Undo) -> None:
@@ -127,9 +135,11 @@ def _trim(
         layer_of = [layer for _, layer in layers(model)]
         for site in plan.layout.sites:
             kept, layer = plan.kept(site.name), layer_of[site.layer]
+            axis = family.head if site.kind == "head" else family.ffn
+            if not len(kept):
+                _without_units(layer, axis, undo)
             if len(kept) == site.units:
                 continue
-            axis = family.head if site.kind == "head" else family.ffn
             _set_attributes(layer, axis, len(kept), site.consumer.span, undo)
             if site.kind == "head" and not len(kept):
                 _without_heads(layer, undo)
