@@ -96,8 +96,9 @@ def trim(
     """Remove the plan's dropped units from the tensors of a transformers model, in place, and return it.
 
     The class of the model changes from transformers' X to SensibertX, and it gets a new config: `save_pretrained` then
-    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. Pass the model
-    with its head: if only its base model is trimmed, the model with the head keeps its stock class and config.
+    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. The same holds
+    for a model with a head whose base model is trimmed. A model that holds the trimmed encoder in another way gets a
+    `save_pretrained` that raises SensibertError.
     A plan of blocks removes nothing: dropped weights are set to 0 and masked (`mask_blocks`).
 
     optimizer: its parameters and their state are trimmed too. copy_model: trim a copy and do not change `model`. check:
