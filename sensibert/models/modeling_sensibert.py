@@ -19,16 +19,10 @@ STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 
 
 class EmptyLinear(torch.nn.Module):
-    """A linear layer without inputs or outputs, [..., in] -> [..., out]: its bias, or zeros, without a matrix product.
+    """In place of an nn.Linear without inputs or outputs, which int8 kernels fail to compute: its bias, or zeros."""
 
-    It takes the place of an nn.Linear, with the same attributes: int8 kernels fail on an empty weight."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    extra_repr = torch.nn.Linear.extra_repr
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Sums of nothing: they give the weight, and the parameters that x depends on, the gradients that DDP waits for.
+    def forward(self, x):  # [..., in] -> [..., out]
+        # DDP waits for gradients of the weight and of the parameters behind x: hence the sums of nothing.
         zeros = x[..., :0].sum(-1, keepdim=True) + self.weight.sum(1)
         return zeros if self.bias is None else zeros + self.bias
 
@@ -44,15 +38,6 @@ class PickHeads:
         bias = None if bias is None else bias[:, self.kept.to(bias.device)]
         return ((*args[:2], bias, *args[3:]), kwargs) if len(args) > 2 else (args, kwargs | {"position_bias": bias})
 
-    @classmethod
-    def attach(cls, attention, kept):
-        """Install the hook, or narrow the one that is installed. Returns a function that undoes this."""
-        for hook in attention._forward_pre_hooks.values():
-            if type(hook).__name__ == cls.__name__:  # by name: it may be of a folder's copy of this file
-                old, hook.kept = hook.kept, hook.kept[kept]
-                return lambda: setattr(hook, "kept", old)
-        return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
-
 
 def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
     """Modules at a dotted path, in order; `*` matches every index of a module list."""
@@ -63,25 +48,22 @@ def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
 
 
 def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int = 1) -> None:
-    """Keep the first size / parts positions of each of the equal sections along an axis of a parameter."""
+    """Keep the first size / parts positions of each of the equal sections along an axis of a layer's parameter."""
     old = getattr(linear, name)
     sections = old.detach().unflatten(dim, (parts, -1)).narrow(dim + 1, 0, size // parts)
     setattr(linear, name, torch.nn.Parameter(sections.flatten(dim, dim + 1).clone(), old.requires_grad))
+    setattr(linear, ("out_features", "in_features")[dim], size)
+    linear.__class__ = linear.__class__ if size else EmptyLinear
 
 
 def _cut(layer, axis: dict, count: int, span: int) -> None:
     """Cut one axis of a layer to `count` units of `span` rows, unless it already has that size (a shared layer)."""
     reader, size = layer.get_submodule(axis["consumes"]), count * span
-    producers = [layer.get_submodule(path) for path in axis["produces"]]
     if reader.in_features != size:
-        for linear in producers:
+        for linear in map(layer.get_submodule, axis["produces"]):
             for name in ("weight", "bias") if linear.bias is not None else ("weight",):
                 _narrow(linear, name, 0, axis["parts"] * size, axis["parts"])
-            linear.out_features = axis["parts"] * size
         _narrow(reader, "weight", 1, size)
-        reader.in_features = size
-    for linear in (*producers, reader) if not size else ():
-        linear.__class__ = EmptyLinear
     for paths, value in ((axis["counts"], count), (axis["widths"], size)):
         for owner, _, name in (path.rpartition(".") for path in paths):
             setattr(layer.get_submodule(owner), name, value)
@@ -105,8 +87,8 @@ class _Trimmed:
             for part in [m for m in layer.modules() if hasattr(m, "config") and not len(heads)]:
                 part.config = copy(part.config)  # fused attention may refuse 0 heads, eager accepts them
                 part.config._attn_implementation = "eager"
-            if table["position_bias"]:
-                PickHeads.attach(layer.get_submodule(table["position_bias"]), heads)
+            if path := table["position_bias"]:
+                layer.get_submodule(path).register_forward_pre_hook(PickHeads(heads), with_kwargs=True)
             structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
         if not isinstance(base := self.base_model, _Trimmed):  # the encoder alone can be saved, too
             base.__class__ = __getattr__(f"Sensibert{type(base).__name__}")

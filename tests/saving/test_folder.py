@@ -198,13 +198,13 @@ def test_the_weights_have_the_stock_keys(shelf):
     assert load_file(shelf["bert"][0] / "model.safetensors").keys() == stock
 
 
-def test_the_modeling_file_stands_alone_in_less_than_170_lines(shelf):
+def test_the_modeling_file_stands_alone_in_less_than_150_lines(shelf):
     text = (shelf["bert"][0] / "modeling_sensibert.py").read_text()
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name if isinstance(n, ast.Import) else n.module for n in nodes for alias in n.names}
     assert not any(getattr(node, "level", 0) for node in nodes)
     assert {n.split(".")[0] for n in names} - sys.stdlib_module_names == {"torch", "transformers", "safetensors"}
-    assert len(text.splitlines()) < 170
+    assert len(text.splitlines()) < 150
 
 
 def test_every_head_of_the_family_loads_from_one_folder(shelf):

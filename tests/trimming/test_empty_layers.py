@@ -143,7 +143,6 @@ def test_an_empty_linear_computes_what_linear_does(shape, bias):
     assert torch.equal(actual, expected) and actual.dtype == expected.dtype
     actual.sum().backward()
     assert all(p.grad is not None for p in (x, *linear.parameters()))
-    assert repr(linear) == f"EmptyLinear(in_features={shape[0]}, out_features={shape[1]}, bias={bias})"
 
 
 class Logits(nn.Module):
