@@ -16,7 +16,7 @@ from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.layout import Flops, Layout, Member, Site, Weight
 from .families.family import Axis, Family
-from .modules import attribute, base_of, family_of, layers
+from .modules import attribute, base_of, family_of, is_linear, layers
 
 # Task heads that read one vector of each sequence; all others read every token.
 SEQUENCE_HEADS = ("SequenceClassification", "MultipleChoice", "NextSentencePrediction")
@@ -28,7 +28,7 @@ def _linear(family: Family, where: str, layer: nn.Module, path: str) -> nn.Linea
         module = attribute(layer, path)
     except AttributeError:
         return None
-    if isinstance(module, nn.Module) and not isinstance(module, nn.Linear):
+    if isinstance(module, nn.Module) and not is_linear(module):
         raise SensibertError(
             f"model: {where} has no linear layer {path}, want a plain {family.model_type}, with adapters merged into "
             f"its weights (there is a {type(module).__name__} of {type(module).__module__.partition('.')[0]})"

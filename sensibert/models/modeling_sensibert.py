@@ -18,6 +18,15 @@ from safetensors.torch import load_file, save_file
 STRUCTURE_FILE, CODE_FILE = "structure.safetensors", Path(__file__).name
 
 
+class EmptyLinear(torch.nn.Module):
+    """In place of an nn.Linear without inputs or outputs, which int8 kernels fail to compute: its bias, or zeros."""
+
+    def forward(self, x):  # [..., in] -> [..., out]
+        # DDP waits for gradients of the weight and of the parameters behind x: hence the sums of nothing.
+        zeros = x[..., :0].sum(-1, keepdim=True) + self.weight.sum(1)
+        return zeros if self.bias is None else zeros + self.bias
+
+
 class PickHeads:
     """Forward pre-hook of an attention module: selects the kept heads of `position_bias` [B, H, S, S]."""
 
@@ -29,15 +38,6 @@ class PickHeads:
         bias = None if bias is None else bias[:, self.kept.to(bias.device)]
         return ((*args[:2], bias, *args[3:]), kwargs) if len(args) > 2 else (args, kwargs | {"position_bias": bias})
 
-    @classmethod
-    def attach(cls, attention, kept):
-        """Install the hook, or narrow the one that is installed. Returns a function that undoes this."""
-        for hook in attention._forward_pre_hooks.values():
-            if type(hook).__name__ == cls.__name__:  # by name: it may be of a folder's copy of this file
-                old, hook.kept = hook.kept, hook.kept[kept]
-                return lambda: setattr(hook, "kept", old)
-        return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
-
 
 def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
     """Modules at a dotted path, in order; `*` matches every index of a module list."""
@@ -48,10 +48,12 @@ def _layers(base: torch.nn.Module, pattern: str) -> list[torch.nn.Module]:
 
 
 def _narrow(linear: torch.nn.Module, name: str, dim: int, size: int, parts: int = 1) -> None:
-    """Keep the first size / parts positions of each of the equal sections along an axis of a parameter."""
+    """Keep the first size / parts positions of each of the equal sections along an axis of a layer's parameter."""
     old = getattr(linear, name)
     sections = old.detach().unflatten(dim, (parts, -1)).narrow(dim + 1, 0, size // parts)
     setattr(linear, name, torch.nn.Parameter(sections.flatten(dim, dim + 1).clone(), old.requires_grad))
+    setattr(linear, ("out_features", "in_features")[dim], size)
+    linear.__class__ = linear.__class__ if size else EmptyLinear
 
 
 def _cut(layer, axis: dict, count: int, span: int) -> None:
@@ -61,9 +63,7 @@ def _cut(layer, axis: dict, count: int, span: int) -> None:
         for linear in map(layer.get_submodule, axis["produces"]):
             for name in ("weight", "bias") if linear.bias is not None else ("weight",):
                 _narrow(linear, name, 0, axis["parts"] * size, axis["parts"])
-            linear.out_features = axis["parts"] * size
         _narrow(reader, "weight", 1, size)
-        reader.in_features = size
     for paths, value in ((axis["counts"], count), (axis["widths"], size)):
         for owner, _, name in (path.rpartition(".") for path in paths):
             setattr(layer.get_submodule(owner), name, value)
@@ -87,8 +87,8 @@ class _Trimmed:
             for part in [m for m in layer.modules() if hasattr(m, "config") and not len(heads)]:
                 part.config = copy(part.config)  # fused attention may refuse 0 heads, eager accepts them
                 part.config._attn_implementation = "eager"
-            if table["position_bias"]:
-                PickHeads.attach(layer.get_submodule(table["position_bias"]), heads)
+            if path := table["position_bias"]:
+                layer.get_submodule(path).register_forward_pre_hook(PickHeads(heads), with_kwargs=True)
             structure |= {f"layer.{number}.head": heads, f"layer.{number}.ffn": neurons}
         if not isinstance(base := self.base_model, _Trimmed):  # the encoder alone can be saved, too
             base.__class__ = __getattr__(f"Sensibert{type(base).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import SensibertError
 from .families import base_type, families
 from .families.family import Family
+from .modeling_sensibert import EmptyLinear
 
 
 def unsupported(model_type: str, argument: str = "model") -> str:
@@ -62,6 +63,11 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether it is an nn.Linear, or the EmptyLinear that takes its place (of this package or of a folder's code)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == EmptyLinear.__name__
 
 
 def base_of(model: nn.Module) -> nn.Module:

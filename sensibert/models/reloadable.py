@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from ..core.errors import SensibertError
 from ..core.version import version
 from . import modeling_sensibert as code
 from .families.family import Axis, Family
-from .modules import attribute, base_of, family_of, layers
+from .modules import attribute, base_of, family_of, is_linear, layers
 from .unfinished import UNFINISHED
 
 FORMAT = 1
@@ -52,29 +53,44 @@ def stock_config(config: transformers.PreTrainedConfig) -> transformers.PreTrain
     return stock
 
 
+def _holders(base: nn.Module) -> list[transformers.PreTrainedModel]:
+    """Every model of this process with `base` inside: an encoder does not know the models that it belongs to."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in {*map(type, objects)} if issubclass(kind, transformers.PreTrainedModel)}
+    known = [each for each in objects if type(each) in kinds]
+    return [each for each in known if "_modules" in vars(each) and any(part is base for part in each.modules())]
+
+
 def reloadable(
     model: nn.Module, structure: Mapping[str, Tensor], origin: Mapping[str, object]
 ) -> list[tuple[nn.Module, str, object]]:
     """The assignments (module, attribute, value) that make a model with this structure reloadable, in place.
 
-    The model and its base model get the classes SensibertX. Each module with their config gets a new config with the
-    entry `sensibert`; the old one, which other models may share, is not changed. A model whose class is not one of
-    transformers' gets a `save_pretrained` that raises SensibertError, since its folder could not be loaded. origin:
-    more entries of config.sensibert (budget, method)."""
+    The base model and every model with it as base model, `model` or another one, get the classes SensibertX. Each
+    module with their config gets a new config with the entry `sensibert`; the old one, which other models may share, is
+    not changed. A model whose class is not one of transformers', or that holds the encoder in another way, gets a
+    `save_pretrained` that raises SensibertError, since its folder could not be loaded. origin: more entries of
+    config.sensibert (budget, method)."""
     base, configs = base_of(model), {}
     made: list[tuple[nn.Module, str, object]] = []
-    inside = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
-    others = {id(module) for other in inside if base_of(other) is not base for module in other.modules()}
+    holders = _holders(base)
+    modules = {id(module): module for root in (model, *holders) for module in root.modules()}.values()
+    inside = [module for module in modules if isinstance(module, transformers.PreTrainedModel)]
+    others: set[int] = set()
+    for part in (part for part in inside if base_of(part) is not base):
+        others |= {id(module) for module in ([part] if part in holders else part.modules())}
+        if part in holders and type(part).save_pretrained is transformers.PreTrainedModel.save_pretrained:
+            made.append((part, "save_pretrained", partial(_refuse_to_save, _not_its_base(type(part).__name__))))
     for part in (part for part in inside if base_of(part) is base):
         known, config = _stock(type(part)), part.config
         if _stock(type(config)) is not None and id(config) not in configs:
             configs[id(config)] = _own_config(part, structure, origin)
         if known is None or _stock(type(config)) is None:
-            name = type(part if known is None else config).__name__
-            made.append((part, "save_pretrained", partial(_refuse_to_save, name)))
+            reason = _no_class_of_transformers(type(part if known is None else config).__name__)
+            made.append((part, "save_pretrained", partial(_refuse_to_save, reason)))
         else:
             made.append((part, "__class__", getattr(code, OWN + known.__name__)))
-    for module in (module for module in model.modules() if id(module) not in others):
+    for module in (module for module in modules if id(module) not in others):
         if (own := configs.get(id(vars(module).get("config")))) is not None:
             made.append((module, "config", own))
     return [*made, (base, "sensibert_structure", dict(structure))]
@@ -87,8 +103,15 @@ def _no_class_of_transformers(name: str) -> str:
     )
 
 
-def _refuse_to_save(name: str, *args: object, **kwargs: object) -> None:
-    raise SensibertError(_no_class_of_transformers(name))
+def _not_its_base(name: str) -> str:
+    return (
+        f"model: {name} holds a trimmed encoder that is not its base_model, so a folder with it would not load; "
+        "save the encoder and the state_dict of the rest, or the whole model with torch.save"
+    )
+
+
+def _refuse_to_save(reason: str, *args: object, **kwargs: object) -> None:
+    raise SensibertError(reason)
 
 
 def _own_config(
@@ -132,7 +155,7 @@ def _axis(axis: Axis, layer: nn.Module) -> dict[str, object]:
     """The axis as modeling_sensibert.py reads it, with the linear layers that exist in this model."""
     names = dict(layer.named_modules())
     return {
-        "produces": [path for path in (*axis.produces, *axis.tables) if isinstance(names.get(path), nn.Linear)],
+        "produces": [path for path in (*axis.produces, *axis.tables) if is_linear(names.get(path))],
         "consumes": axis.consumes,
         "parts": axis.parts,
         "counts": list(axis.counts),

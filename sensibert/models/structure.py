@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,11 +14,11 @@ from torch import Tensor, nn
 
 from ..core.errors import SensibertError
 from ..core.files import write_atomically
+from . import modeling_sensibert
 from .layout_of import sites
 from .masks import FORMAT as MASKS
 from .masks import Masks, masks_of
 from .modeling_sensibert import STRUCTURE_FILE as STRUCTURE
-from .modeling_sensibert import PickHeads
 from .modules import base_of
 
 __all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "structure_of"]
@@ -32,6 +35,20 @@ def structure_of(model: nn.Module) -> dict[str, Tensor]:
     if known is not None:
         return dict(known)
     return {site.name: torch.arange(site.units) for site in sites(model)}
+
+
+class PickHeads(modeling_sensibert.PickHeads):
+    __doc__ = modeling_sensibert.PickHeads.__doc__
+
+    @classmethod
+    def attach(cls, attention: nn.Module, kept: Tensor) -> Callable[[], None]:
+        """Install the hook, or narrow the one that is installed. Returns a function that undoes this."""
+        for hook in attention._forward_pre_hooks.values():
+            if type(hook).__name__ == cls.__name__:  # by name: it may be of modeling_sensibert or a folder's copy of it
+                narrowed: Any = hook
+                old, narrowed.kept = narrowed.kept, narrowed.kept[kept]
+                return partial(setattr, narrowed, "kept", old)
+        return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
 
 
 def is_trimmed(model: nn.Module) -> bool:

@@ -42,7 +42,10 @@ SHAPES = ("format", "base_model_type", "head_dim", "heads", "ffn", "kept_heads",
 def _shapes(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model with the sizes of the base model, on the meta device."""
     with torch.device("meta"):
-        return stock_class(model)._from_config(stock_config(model.config))
+        made = stock_class(model)._from_config(stock_config(model.config))
+    if hasattr(base_of(made), "pooler"):  # some heads leave it out of their encoder, others add one
+        base_of(made).pooler = copy.deepcopy(base_of(model).pooler)
+    return made
 
 
 def zero_filled(model: PreTrainedModel) -> PreTrainedModel:
@@ -94,6 +97,18 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _check_class(model: PreTrainedModel) -> None:
+    """SensibertError if the class or config of the model does not belong to its trimmed layers, as in a model that was
+    put together around one."""
+    stock, base = stock_class(model), base_of(model)
+    own, of_base = (getattr(part.config, "sensibert", None) for part in (model, base))
+    if own != of_base or (type(model) is stock and (own or is_trimmed(model))):
+        raise SensibertError(
+            f"export: {type(model).__name__} has trimmed layers but the class or config of another model, so its "
+            "folder would not load; want a model that was trimmed or loaded as a whole"
+        )
+
+
 def _check(
     model: PreTrainedModel, path: Path, layout: str, overwrite: bool, info: dict, accept_unfinished: bool
 ) -> None:
@@ -103,7 +118,8 @@ def _check(
         json.dumps(info)
     except (TypeError, ValueError) as error:
         raise SensibertError(f"export: info does not fit into a JSON file ({error})") from None
-    family_of(model), stock_class(model)
+    family_of(model)
+    _check_class(model)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
     if masked and masks_of(model) is None:
         raise SensibertError(

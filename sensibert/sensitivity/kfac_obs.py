@@ -41,7 +41,7 @@ from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from ..models import base_of, eval_mode, require_finite, sites
-from ..models.modules import attribute
+from ..models.modules import attribute, is_linear
 from .gradients import Batch, Loss, batch_size, model_loss, passes
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
@@ -109,7 +109,7 @@ class FisherFactors:
 
 def consumer(model: nn.Module, parameter: str) -> nn.Linear:
     linear = attribute(base_of(model), parameter.removesuffix(".weight"))
-    assert isinstance(linear, nn.Linear)  # of a site, which has no other consumer
+    assert is_linear(linear)  # of a site, which has no other consumer
     return linear
 
 

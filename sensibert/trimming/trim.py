@@ -19,7 +19,8 @@ from ..core.errors import SensibertError
 from ..models import family_of, layers, layout_of
 from ..models.families.family import Axis
 from ..models.masks import Masks, set_masks
-from ..models.modules import attribute
+from ..models.modeling_sensibert import EmptyLinear
+from ..models.modules import attribute, is_linear
 from ..models.reloadable import reloadable
 from ..models.structure import PickHeads, structure_of
 from ..nn import MaskedLinear, restore
@@ -42,6 +43,13 @@ def _without_heads(layer: nn.Module, undo: Undo) -> None:
             config = copy.copy(attribute(module, "config"))
             config._attn_implementation = "eager"
             assign(module, "config", config, undo)
+
+
+def _without_units(layer: nn.Module, axis: Axis, undo: Undo) -> None:
+    names = dict(layer.named_modules())
+    for linear in map(names.get, (*axis.produces, *axis.tables, axis.consumes)):
+        if is_linear(linear):
+            assign(linear, "__class__", EmptyLinear, undo)
 
 
 def _end_masks(model: nn.Module, undo: Undo) -> None:
@@ -90,8 +98,9 @@ def trim(
     """Remove the plan's dropped units from the tensors of a transformers model, in place, and return it.
 
     The class of the model changes from transformers' X to SensibertX, and it gets a new config: `save_pretrained` then
-    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. Pass the model
-    with its head: if only its base model is trimmed, the model with the head keeps its stock class and config.
+    writes a folder that `from_pretrained` loads, with sensibert imported or with trust_remote_code=True. The same holds
+    for a model with a head whose base model is trimmed. A model that holds the trimmed encoder in another way gets a
+    `save_pretrained` that raises SensibertError.
     A plan of blocks removes nothing: dropped weights are set to 0 and masked (`mask_blocks`).
 
     optimizer: its parameters and their state are trimmed too. copy_model: trim a copy and do not change `model`. check:
@@ -129,9 +138,11 @@ def _trim(
         layer_of = [layer for _, layer in layers(model)]
         for site in plan.layout.sites:
             kept, layer = plan.kept(site.name), layer_of[site.layer]
+            axis = family.head if site.kind == "head" else family.ffn
+            if not len(kept):
+                _without_units(layer, axis, undo)
             if len(kept) == site.units:
                 continue
-            axis = family.head if site.kind == "head" else family.ffn
             _set_attributes(layer, axis, len(kept), site.consumer.span, undo)
             if site.kind == "head" and not len(kept):
                 _without_heads(layer, undo)
