@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from .core.config import TrimConfig
-from .core.errors import SensibertError, first_line
+from .core.errors import SensibertError, described, first_line
 from .core.rows import Rows
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
@@ -92,7 +92,7 @@ def check_analysis(
         except Exception as error:  # whatever a collator, a model or a loss may raise
             reason, want = first_line(error), advice
             if not isinstance(error, SensibertError):
-                reason, want = f"{type(error).__name__}: {reason}", ", and ".join(filter(None, (BATCHES, advice)))
+                reason, want = described(error), ", and ".join(filter(None, (BATCHES, advice)))
             raise SensibertError(
                 f"TrimCallback: method {config.method!r} cannot analyze {type(model).__name__} ({reason}); want {want}"
             ) from error

@@ -291,7 +291,7 @@ def test_arguments_of_ops_are_named():
     refused("slice_state: optimizer is None", s.slice_state, None, parameter, parameter, {})
     refused(r"slice_state: index\[0\] is a list", s.slice_state, optimizer, parameter, parameter, {0: [0, 1]})
     refused("slice_state: index is .*axis 5", s.slice_state, optimizer, parameter, parameter, {5: torch.tensor([0])})
-    refused("sampled_loss: outputs is a Tensor, want a Mapping", s.sampled_loss, w, {})
+    refused("analyze: the model returns a Tensor, want a mapping with logits", s.sampled_loss, w, {})
     refused("sampled_loss: logits are", s.sampled_loss, {"logits": torch.ones(3)}, {})
 
 

@@ -27,6 +27,12 @@ def first_line(error: BaseException) -> str:
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
+def described(error: BaseException) -> str:
+    """The class of a library's error and its first line."""
+    line = first_line(error)
+    return line if isinstance(error, KeyError) else f"{type(error).__name__}: {line}"  # that one names its class
+
+
 @contextmanager
 def naming(argument: str) -> Iterator[None]:
     """A context whose SensibertErrors name the argument that the file or folder came from."""

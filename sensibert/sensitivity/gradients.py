@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import show
-from ..core.errors import SensibertError, first_line
+from ..core.errors import SensibertError, described
 from ..core.grid import Grid
 from ..core.layout import Layout
 from ..core.statistics import Statistic
@@ -53,8 +53,7 @@ def passes(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> 
             if isinstance(error, SensibertError | torch.OutOfMemoryError):
                 raise
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise SensibertError(f"{place}: the model cannot run on {shapes} ({reason})") from error
+            raise SensibertError(f"{place}: the model cannot run on {shapes} ({described(error)})") from error
         yield batch, outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..core.errors import SensibertError
 
 
 @checked
-def sampled_loss(outputs: Mapping, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+def sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
     """Scalar loss of a model output with labels drawn from it. Its kind depends on the shapes:
 
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.

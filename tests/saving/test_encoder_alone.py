@@ -17,6 +17,7 @@ from tests.helpers import tiny_config, tiny_model
 from tests.models.test_reloadable import CASES, auto_of, first
 from tests.plans import batch_for, random_plan
 
+FEW = [case for case in CASES if case.id in ("bert", "albert", "mpnet", "modernbert", "nomic_bert")]
 HEADS = ("SequenceClassification", "MaskedLM")  # with and without a pooler, in most families
 
 
@@ -42,7 +43,7 @@ def folders(tmp_path_factory):
     def written(name: str, auto: str, model: nn.Module) -> None:
         given[name], expected[name] = (auto, here / name, batch_for(model)), first(model)
 
-    for case in CASES:
+    for case in FEW:
         (family, overrides), auto = case.values, auto_of(HEADS[0])
         try:
             models = [tiny_model(family, head, attn_implementation=None, **overrides) for head in (*HEADS, HEADS[0])]
@@ -65,7 +66,7 @@ def folders(tmp_path_factory):
 def test_they_reload_in_a_fresh_process(folders, trust_remote_code, tmp_path):
     given, expected = folders
     actual = fresh.outputs_of(given, trust_remote_code, tmp_path)
-    assert actual.keys() == expected.keys() and len(actual) > 100
+    assert actual.keys() == expected.keys() and len(actual) >= 16
     assert [name for name, value in actual.items() if not torch.equal(value, expected[name])] == []
 
 

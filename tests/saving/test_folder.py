@@ -392,8 +392,12 @@ def test_a_folder_without_a_model_is_an_error_of_one_line(shelf, tmp_path):
     (path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    for folder in (path, tmp_path / "nowhere", tmp_path / "other"):
-        with pytest.raises(SensibertError, match="not a model folder that can be loaded") as caught:
+    for folder, message in (
+        (path, "not a model folder that can be loaded"),
+        (tmp_path / "nowhere", "path: .*nowhere is no folder, and cannot be loaded from the hub"),
+        (tmp_path / "other", "not a model folder that can be loaded"),
+    ):
+        with pytest.raises(SensibertError, match=message) as caught:
             load(folder)
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(SensibertError, match="not a readable structure file"):
