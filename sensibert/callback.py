@@ -231,7 +231,8 @@ class TrimCallback(TrainerCallback):
     def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader: DataLoader) -> Plan:
         """The plan of this step's cut. With `compensate`, also adjusts the kept weights of the model."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps
-        allowed = max(16 * self.config.micro_batch, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
+        least = 16 * self.config.micro_batch
+        allowed = max(least, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
         samples = max(1, min(self.config.samples, allowed) // len(self.cuts))
         seed = args.seed + state.global_step
         rows = cast(Rows, loader.dataset)  # `check_trainer` refuses one without a length
@@ -246,6 +247,9 @@ class TrimCallback(TrainerCallback):
         )  # fmt: skip
         if first:
             self.sensitivity = sensitivity
+            if allowed < self.config.samples != TrimConfig.samples:  # somebody asked for more
+                share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"
+                self._warn(f"samples is {self.config.samples}, and the analysis reads {allowed}: at most {share}")
         return plan
 
     def left(self) -> float:

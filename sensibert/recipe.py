@@ -37,6 +37,8 @@ from .training.run_memory import RunMemory
 from .training.trainer import finetune, predict
 
 RESULT = "result.json"
+LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
+FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
 
 def training_arguments(options: Options, folder: Path) -> TrainingArguments:
@@ -156,6 +158,7 @@ def _run(
     at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
     callback.memory.spend("evaluate")
+    callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     _write_output(options, folder, model, tokenizer, callback, result)
     return result
@@ -197,6 +200,21 @@ def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, 
     want_same(checkpoint, was, now)
 
 
+def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) -> list[str]:
+    """Sentences about a main metric that shows that nothing was learned, or that far more was lost than usual."""
+    if metrics is None:
+        return []
+    name, found = data.main_metric, []
+    score, constant = metrics[name], data.constant_score()
+    if score <= constant + LEARNED:
+        found.append(f"{name} is {score:.4f}, and the same answer for every row would score {constant:.4f}")
+    if at_cut is not None and at_cut[name] - score > FAR_BELOW:
+        found.append(
+            f"{name} fell from {at_cut[name]:.4f} at the cut to {score:.4f}: a larger budget or more steps lose less"
+        )
+    return found
+
+
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
@@ -219,6 +237,7 @@ def _result(
         "flops_length": trim.flops_length,
         "metrics": metrics,
         "metrics_at_cut": memory.metrics_at_cut,
+        "samples": callback.sensitivity.samples if callback.sensitivity is not None else None,
         "warnings": callback.warnings,
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,6 +366,37 @@ def test_few_samples_still_give_one_to_every_cut(here, tmp_path):
     requested = options(here, tmp_path / "out", samples=2, schedule="cubic", milestones=3, max_steps=9)
     finetune_and_trim(requested)
     assert Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").samples == 1
+
+
+def test_the_samples_that_the_analysis_read_are_in_the_result(here, tmp_path):
+    result = finetune_and_trim(options(here, tmp_path / "out", samples=800, max_steps=6))
+    assert result["samples"] == 64 == Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").samples
+    (text,) = [text for text in result["warnings"] if text.startswith("samples")]
+    assert text.startswith("samples is 800, and the analysis reads 64: at most 1/64 of the rows that the run trains on")
+    unasked = finetune_and_trim(options(here, tmp_path / "unasked", max_steps=6))
+    assert unasked["samples"] == 64 and not any(text.startswith("samples") for text in unasked["warnings"])
+
+
+def test_a_run_that_learned_nothing_says_so(here, tmp_path):
+    done = runs.command(
+        *("finetune", "--model", here / "model", "--train-file", here / "train.csv", "--max-steps", 8),
+        *("--validation-file", here / "dev.csv", "--learning-rate", 1, "--method", "baseline"),
+        *("--output", tmp_path / "out", "--json"),
+    )
+    (text,) = done.json["warnings"]
+    assert re.fullmatch(r"accuracy is 0\.\d{4}, and the same answer for every row would score 0\.\d{4}", text)
+    assert f"Warning: {text}." in done.out
+
+
+@pytest.mark.parametrize(
+    "score, at_cut, said",
+    [(0.9, 0.91, []), (0.74, 0.9, ["fell"]), (0.5, None, ["same"]), (0.4, 0.9, ["same", "fell"]), (0.62, 0.6, [])],
+)
+def test_scores_at_chance_or_far_below_those_at_the_cut_are_worth_a_warning(score, at_cut, said):
+    data = SimpleNamespace(main_metric="accuracy", constant_score=lambda: 0.6)
+    found = recipe.score_warnings(data, {"accuracy": score}, None if at_cut is None else {"accuracy": at_cut})
+    assert [next(word for word in ("fell", "same") if word in text) for text in found] == said
+    assert recipe.score_warnings(data, None, None) == []
 
 
 def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):

@@ -195,6 +195,11 @@ def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("unfinished"))
 
 
+def about_the_cut(result):
+    """Its warnings, without those about scores: these runs are too short to learn."""
+    return [text for text in result["warnings"] if not text.startswith("accuracy")]
+
+
 class Stopping(TrimCallback):
     """Ends the training after its fifth step."""
 
@@ -215,7 +220,7 @@ def test_a_run_publishes_nothing_larger_than_its_budget_and_resumes(here, tmp_pa
     monkeypatch.undo()
     monkeypatch.setattr(recipe, "write_report", lambda *args: [])
     result = finetune_and_trim(options(here, tmp_path / "out", resume=True, **requested))
-    assert result["encoder_params_after"] <= SIZES[1] and result["warnings"] == []
+    assert result["encoder_params_after"] <= SIZES[1] and about_the_cut(result) == []
 
 
 def test_a_run_with_a_chosen_plan_above_the_budget_publishes_nothing(here, tmp_path):
@@ -227,13 +232,13 @@ def test_a_run_with_a_chosen_plan_above_the_budget_publishes_nothing(here, tmp_p
     assert not (tmp_path / "out").exists()
     requested = options(here, tmp_path / "out", max_steps=3, compensate=False, resume=True)
     result = finetune_and_trim(requested, choose, accept_unfinished=True)
-    assert len(result["warnings"]) == 1 and note(tmp_path / "out")["unfinished"] == "50%params"
+    assert len(about_the_cut(result)) == 1 and note(tmp_path / "out")["unfinished"] == "50%params"
     assert note(tmp_path / "out")["budget"] == f"{result['encoder_params_after'] / 1e3:.12g}Kparams"
 
 
 def test_the_result_and_the_summary_have_the_warnings(here, tmp_path):
     result = finetune_and_trim(options(here, tmp_path / "out", max_steps=1))
-    (text,) = json.loads((tmp_path / "out" / "result.json").read_text())["warnings"]
+    (text,) = about_the_cut(json.loads((tmp_path / "out" / "result.json").read_text()))
     assert text.startswith("the last cut is after step 1") and f"Warning: {text}." in summary(result)
     assert "Warning" not in summary({name: value for name, value in result.items() if name != "warnings"})
 

@@ -113,6 +113,14 @@ class TaskData:
         """The metric that the task is judged by."""
         return self.task.main_metric
 
+    def constant_score(self) -> float:
+        """The main metric of the best answer that is the same for every validation row. SensibertError without them."""
+        if self.validation is None:
+            raise SensibertError("constant_score: there is no validation data")
+        if self.task.name != "text-classification":  # correlations, and f1 of entities and of answers
+            return 0.0
+        return float(np.bincount(self.validation.per_item["labels"]).max() / len(self.validation))
+
     def auto_class(self) -> Any:
         """The AutoModel class of transformers for the task."""
         import transformers

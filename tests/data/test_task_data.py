@@ -165,6 +165,14 @@ def test_evaluation_uses_the_classes_of_the_model():
     assert data.compute_metrics(np.eye(3)[[0, 1]]) == {"accuracy": 0.5}
 
 
+def test_a_constant_answer_scores_the_share_of_the_largest_class():
+    rows = examples("dev.csv", sentence=["a", "b", "c"], label=["yes", "no", "yes"])
+    assert build(None, rows, "text-classification", label_names=["no", "yes"]).constant_score() == pytest.approx(2 / 3)
+    assert build(None, rows_of("regression", 4, "dev.csv"), "regression").constant_score() == 0
+    with pytest.raises(SensibertError, match="there is no validation data"):
+        build(rows_of("regression", 4, "train.csv")).constant_score()
+
+
 def test_columns_can_have_other_names():
     rows = examples(**{"q, a": ["good film"], "b": ["bad"], "y": ["0.5"]})
     assert len(build(rows, text_column="q, a", label_column="y").train[0]["input_ids"]) == 4
