@@ -129,7 +129,10 @@ class TrimCallback(TrainerCallback):
         """Trim a model to the structure of a checkpoint. `TrimTrainer` calls this before it loads the weights."""
         if model is not self._model:
             self.prepare(model)
-        return restructure(model, structure)
+        restructure(model, structure)
+        if (entry := getattr(model.config, "sensibert", None)) is not None:
+            entry["method"] = self.config.method
+        return model
 
     def _remember(self, checkpoint: Path) -> None:
         self._made_with = self.memory.restore(checkpoint)

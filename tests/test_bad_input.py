@@ -422,8 +422,22 @@ def test_a_place_where_nothing_can_be_written(here, tmp_path):
             refused("cannot write", *finetune_arguments(here, place))
             refused("cannot write", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", place)
             scores = here / "tuned.safetensors"
-            refused("cannot write .*there is no folder", "plan", "--sensitivity", scores, "--output", place)
+            refused("output: cannot write", "plan", "--sensitivity", scores, "--output", place)
             refused("cannot write", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
+
+
+@pytest.mark.parametrize("name, reason", [("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")])
+def test_a_name_that_no_file_can_have(here, tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        finetune_arguments(here, name),
+        ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", name),
+        ("analyze", "--model", here / "tuned", "--method", "random", "--output", name),
+    ):
+        assert len(refused(rf"output: cannot write '.*\({reason}\)", *call)) < 200
+    refused("train_file: xxx", *finetune_arguments(here, "out", **{"train-file": "x" * 5000}))
+    refused("model: xxx", *finetune_arguments(here, "out", model="x" * 5000))
+    assert not list(tmp_path.iterdir())
 
 
 @contextmanager

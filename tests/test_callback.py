@@ -79,6 +79,7 @@ def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
     assert first.cuts.keys() == {4, 5, 6} and layout_of(whole).encoder_params == layout_of(resumed).encoder_params
     assert first.memory.params_before == again.memory.params_before
     assert again.sensitivity == first.sensitivity and again.whole_plan(resumed) == first.whole_plan(whole)
+    assert resumed.config.sensibert == whole.config.sensibert and whole.config.sensibert["method"] == "obs"
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
@@ -312,3 +313,11 @@ def test_a_chosen_plan_of_blocks_is_not_compensated(here, tmp_path):
     masked = own_trainer(here, tmp_path, TrimCallback(config(compensate=False), choose=choose))
     masked.train()
     assert masks_of(masked.model) is not None
+
+
+def test_a_checkpoint_that_is_none_is_refused_in_our_words(tmp_path):
+    message = "is not of a run with a TrimCallback .sensibert_run.json is missing or unreadable"
+    (tmp_path / "sensibert_run.json").write_text("[]")
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SensibertError, match=message):
+            TrimCallback().prepare(tiny_model(), folder)

@@ -97,9 +97,9 @@ class _Trimmed:
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info=False, **kwargs):
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        layers, lost = model.config.sensibert["table"]["layers"].partition("*")[0], {*info["missing_keys"]}
-        if lost := sorted(k for k in lost | {key for key, *_ in info["mismatched_keys"]} if layers in k):
-            raise ValueError(f"sensibert: {path} lacks {len(lost)} weights of its layers ({lost[0]}, ...)")
+        lost = {k for k in info["missing_keys"] if "pooler" not in k} | {k for k, *_ in info["mismatched_keys"]}
+        if lost := sorted(k for k in lost if k.startswith(cls.base_model_prefix * (model.base_model is not model))):
+            raise ValueError(f"sensibert: {path} lacks {len(lost)} weights of its encoder ({lost[0]}, ...)")
         if path is not None:
             where = kwargs.keys() & {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
             file = transformers.utils.cached_file(path, STRUCTURE_FILE, **{name: kwargs[name] for name in where})

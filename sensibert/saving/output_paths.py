@@ -10,7 +10,7 @@ from ..core.errors import SensibertError
 
 def check_output(output: str | Path, overwrite: bool) -> None:
     """SensibertError if the folder `output` cannot be written: it is a file or link, or is not empty."""
-    output = Path(output)
+    output = _possible(output)
     if not output.name:
         raise SensibertError(f"output is {str(output)!r}, want the name of a new folder")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -19,6 +19,21 @@ def check_output(output: str | Path, overwrite: bool) -> None:
     if output.exists() and not overwrite and any(output.iterdir()):
         raise SensibertError(f"output: {output} exists and is not empty, want a new folder or --overwrite")
     check_movable(output)
+
+
+def _possible(path: str | Path) -> Path:
+    """The path; SensibertError for a name that no file can have."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        shown = repr(str(path))[:80]
+        raise SensibertError(f"output: cannot write {shown} ({getattr(error, 'strerror', None) or error})") from None
+    parent = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise SensibertError(f"output: cannot write {path} ({parent} is a file)")
+    return Path(path)
 
 
 def check_movable(output: Path) -> None:
@@ -40,13 +55,13 @@ def check_apart(output: str | Path, **inputs: str | None) -> None:
     """SensibertError if replacing `output` would delete an input of the run, or the working folder."""
     target = Path(output).resolve()
     for name, given in {**inputs, "working folder": "."}.items():
-        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(target):
+        if given is not None and os.path.exists(given) and Path(given).resolve().is_relative_to(target):
             raise SensibertError(f"output: {output} holds the {name} of this run ({given}), want another folder")
 
 
 def check_file(path: str | Path, overwrite: bool) -> None:
     """SensibertError if the file `path` cannot be written."""
-    path = Path(path)
+    path = _possible(path)
     if path.is_dir():
         raise SensibertError(f"output: {path} is a folder, want the name of a file")
     if path.exists() and not overwrite:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core import cost
 from ..core.budget import Budget
 from ..core.config import RETIRED, TrimConfig
+from ..core.errors import SensibertError
 from ..core.layout import Layout
 from ..core.schedule import Schedule
 from ..core.settings import former_names, settings_of
@@ -56,11 +57,16 @@ class RunMemory:
         return {"settings": dict(settings), **known}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
-        """Read a checkpoint's file. Returns its settings under today's names."""
-        content = json.loads((checkpoint / MEMORY).read_text())
-        self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
-        self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
-        return current_settings(content.get("settings", {}))
+        """Read a checkpoint's file. Returns its settings under today's names. SensibertError if it cannot be read."""
+        try:
+            content = json.loads((checkpoint / MEMORY).read_text())
+            self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
+            self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
+            return current_settings(content.get("settings", {}))
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise SensibertError(
+                f"checkpoint: {checkpoint} is not of a run with a TrimCallback ({MEMORY} is missing or unreadable)"
+            ) from None
 
 
 def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]:

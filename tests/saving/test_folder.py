@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sensibert
 from sensibert import SensibertError, export, load, load_structure, trim
@@ -160,8 +160,22 @@ def test_a_folder_whose_layers_do_not_fit_its_config_is_refused_even_where_misma
     config = json.loads((path / "config.json").read_text())
     config["sensibert"]["ffn"][1] += 1
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="lacks 3 weights of its layers"):
+    with pytest.raises(ValueError, match="lacks 3 weights of its encoder"):
         AutoClassifier.from_pretrained(path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("part, refused", [("word_embeddings", True), ("classifier", False), ("pooler", False)])
+def test_a_trimmed_folder_without_embeddings_is_refused_where_a_new_head_is_not(tmp_path, part, refused):
+    path = export(trimmed(), tmp_path / "m")
+    weights = {name: weight for name, weight in load_file(path / "model.safetensors").items() if part not in name}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    if refused:
+        with pytest.raises(ValueError, match="lacks 1 weights of its encoder .bert.embeddings.word_embeddings.weight"):
+            AutoClassifier.from_pretrained(path)
+    else:
+        AutoClassifier.from_pretrained(path)
+    with pytest.raises(SensibertError, match=part):
+        load(path)
 
 
 def test_facts_about_the_run_cannot_change_the_shapes_and_heads_of_newer_versions_do_no_harm(tmp_path):
