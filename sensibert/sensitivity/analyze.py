@@ -31,7 +31,8 @@ from ..core.statistics import FORMER_METHODS, STATISTICS
 from ..models import base_of, layout_of
 from ..models.masks import masks_of
 from .gradients import Batch, Loss, collect_scores, given_loss, gradient_scores, reduce_blocks, scored_blocks
-from .kfac_obs import FisherFactors, collect_factors, consumer, predicted_curve, removal_costs, unit_columns
+from .kfac_obs import FisherFactors, collect_factors, consumer, unit_columns
+from .removal import Consumer, predicted_curves, removal_costs
 from .sampled_loss import sampled_loss
 from .soft_gates import soft_gate_scores
 
@@ -39,14 +40,14 @@ from .soft_gates import soft_gate_scores
 def _removal_scores(
     model: nn.Module, layout: Layout, factors: Mapping[str, FisherFactors], predict: bool
 ) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, float]]]]:
-    scores, curves = {}, {}
+    consumers = []
     for site in layout.sites:
-        linear, of_site = consumer(model, site.consumer.parameter), factors[site.consumer.parameter]
-        columns = unit_columns(site)
-        costs = removal_costs(linear.weight, of_site, linear.bias, columns)
-        scores[site.name] = costs.float().to(linear.weight.device)
-        if predict:  # the costs of layer-obs do not measure the loss
-            curves[site.name] = predicted_curve(linear, of_site, costs, columns)
+        linear = consumer(model, site.consumer.parameter)
+        consumers.append(Consumer(linear.weight, linear.bias, factors[site.consumer.parameter], unit_columns(site)))
+    names, costs = [site.name for site in layout.sites], removal_costs(consumers)
+    scores = {name: cost.float() for name, cost in zip(names, costs, strict=True)}
+    # The costs of layer-obs do not measure the loss.
+    curves = dict(zip(names, predicted_curves(consumers, costs), strict=True)) if predict else {}
     return scores, curves
 
 

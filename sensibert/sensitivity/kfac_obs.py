@@ -29,7 +29,7 @@ and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import NamedTuple
@@ -48,9 +48,7 @@ DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
 # 30 %), but weights grow only by a tenth, not by half or threefold, which is a better start for training.
 DAMP_WEIGHTS = 1.0
-ROUND = 32  # each round removes one in 32 of the remaining units
-POINTS = 4  # of a predicted curve, without its origin; each needs a least-squares solution
-STEP_UP = 1 + 1e-6  # units removed later have larger scores, in fp32 too
+TINY = 1e-30  # the least that is added, so that the C of inputs that never change has an inverse
 
 
 class FisherFactors:
@@ -99,12 +97,19 @@ class FisherFactors:
         self.first += (a * h).sum(0)
         self.second.addmm_(h.T, a * h)
 
-    def inner(self, bias: Tensor | None, damp: float) -> tuple[Tensor, Tensor]:
-        """m [K] and the damped C [K, K], fp64; m is 0 where there is no bias to absorb the mean."""
-        mean = self.first.double() / self.weight if bias is not None else torch.zeros_like(self.first).double()
-        covariance = self.second - self.weight * mean[:, None] * mean
-        covariance.diagonal().add_(damp * covariance.diagonal().mean())
-        return mean, covariance
+
+def inner(group: Sequence[FisherFactors], centred: bool, damp: float) -> tuple[Tensor, Tensor]:
+    """m [L, K] and the damped C [L, K, K] of L factors of the same sizes, fp64. centred: the consumers have a bias that
+    absorbs the mean; else m is 0."""
+    total, first, covariance = (
+        torch.stack(parts).double()
+        for parts in zip(*((factors.weight, factors.first, factors.second) for factors in group), strict=True)
+    )
+    mean = first / total[:, None] if centred else torch.zeros_like(first)
+    covariance.addcmul_((total[:, None] * mean)[:, :, None], mean[:, None], value=-1)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    diagonal.add_((damp * diagonal.mean(1, keepdim=True)).clamp_min(TINY))
+    return mean, covariance
 
 
 def consumer(model: nn.Module, parameter: str) -> nn.Linear:
@@ -203,59 +208,6 @@ def _add_evenly(collected: Mapping[str, FisherFactors], calls: list[Call], mask:
         collected[call.site.consumer.parameter].add_evenly(call.h, weights)
 
 
-@torch.no_grad()
-def removal_costs(weight: Tensor, factors: FisherFactors, bias: Tensor | None, columns: Tensor) -> Tensor:
-    """Rise of the summed loss as units are removed one by one, the lowest cost first: fp64 [units].
-
-    weight [N, K]; columns [units, span]: the columns of each unit. Units are removed in rounds. After each round the
-    remaining units compensate, so those that replace removed ones get a higher cost. Costs never decrease in the order
-    of removal (a lower cost is raised to that of the unit before), so a threshold on costs respects that order."""
-    if not factors.weight > 0:  # the loss does not depend on this output
-        return torch.zeros(len(columns), dtype=torch.float64)
-    _, covariance = factors.inner(bias, DAMP)
-    left = _root(factors.output.double() / factors.weight) @ weight.double()
-    inverse, (units, span) = _inverse(covariance), columns.shape
-    order = columns.flatten().to(left.device)
-    left, inverse = left[:, order], inverse[order][:, order]
-    remaining, costs, lowest = torch.arange(units), torch.zeros(units, dtype=torch.float64), 0.0
-    while len(remaining):
-        if span == 1:
-            rise = 0.5 * (left.square().sum(0) / inverse.diagonal()).cpu()
-        else:
-            blocks = inverse.view(len(remaining), span, len(remaining), span).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            of_unit = left.view(len(left), len(remaining), span).transpose(0, 1)  # [remaining, N, span]
-            rise = 0.5 * (torch.linalg.solve(blocks, of_unit, left=False) * of_unit).sum((1, 2)).cpu()
-        size = max(1, len(remaining) // ROUND)
-        removed = torch.argsort(rise, stable=True)[:size]
-        for unit in removed.tolist():
-            lowest = max(float(rise[unit]), lowest * STEP_UP)
-            costs[remaining[unit]] = lowest
-        kept = torch.ones(len(remaining), dtype=torch.bool)
-        kept[removed] = False
-        D, S = (mask.repeat_interleave(span).nonzero()[:, 0].to(left.device) for mask in (~kept, kept))
-        share = torch.linalg.solve(inverse[D][:, D], inverse[D][:, S])  # (H_DD)^-1 H_D
-        left = left[:, S] - left[:, D] @ share
-        inverse = inverse[S][:, S] - inverse[S][:, D] @ share
-        remaining = remaining[kept]
-    return costs
-
-
-def _root(gram: Tensor) -> Tensor:
-    """A matrix R with R^T R = gram, for a symmetric positive semidefinite gram. Cholesky is ten times as fast as
-    eigh."""
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if not failed:
-        return factor.T
-    spectrum, axes = torch.linalg.eigh(gram)
-    return spectrum.clamp_min(0).sqrt()[:, None] * axes.T
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    """Inverse of a symmetric matrix that is positive definite up to rounding."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
-
-
 def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
     """(C_SS)^-1 C_SD [kept, dropped]: the weight of each kept column in the replacement of each dropped one."""
     return torch.linalg.solve(covariance[kept][:, kept], covariance[kept][:, drop])
@@ -274,7 +226,7 @@ def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, 
 
     W'_S = W_S + W_D C_DS (C_SS)^-1, b' = b + (W - W') m: the solution above, written with C. kept: column numbers [n].
     The other columns are not changed."""
-    mean, covariance = factors.inner(linear.bias, damp)
+    mean, covariance = (part[0] for part in inner([factors], linear.bias is not None, damp))
     drop = _complement(kept.to(mean.device), len(mean))
     old, shift = linear.weight[:, drop].double(), mean[drop]
     if len(kept):
@@ -283,31 +235,3 @@ def compensate_weights(linear: nn.Linear, factors: FisherFactors, kept: Tensor, 
         shift = shift - share.T @ mean[kept]
     if linear.bias is not None:
         linear.bias.add_((old @ shift).to(linear.bias.dtype))
-
-
-@torch.no_grad()
-def predicted_curve(
-    linear: nn.Linear, factors: FisherFactors, costs: Tensor, columns: Tensor
-) -> list[tuple[int, float]]:
-    """[(units removed, predicted rise of the mean loss)] at 0 and at POINTS equal steps, when units are removed in the
-    order of their costs and the remaining ones compensate.
-
-    costs: `removal_costs` [units]; columns [units, span]. The slope needs factors collected with labels."""
-    if not factors.weight > 0:  # the loss does not depend on this output
-        return [(0, 0.0), (len(costs), 0.0)]
-    mean, covariance = factors.inner(linear.bias, DAMP_WEIGHTS)
-    slope = factors.slope.double() - factors.bias_slope.double()[:, None] * mean
-    weight, order, curve = linear.weight.double(), costs.argsort(stable=True), [(0, 0.0)]
-    for point in range(1, POINTS + 1):
-        gone = len(order) * point // POINTS
-        if gone == curve[-1][0]:
-            continue
-        kept = columns[order[gone:]].flatten().sort().values.to(mean.device)
-        drop = _complement(kept, len(mean))
-        rise = costs[order[:gone]].sum().item() + 0.5 * factors.gates.cpu()[order[:gone]].sum().item()
-        rise -= (slope[:, drop] * weight[:, drop]).sum().item()
-        if len(kept):
-            change = weight[:, drop] @ _share(covariance, kept, drop).T
-            rise += (slope[:, kept] * change).sum().item()
-        curve.append((gone, rise / factors.samples))
-    return curve

@@ -1,4 +1,4 @@
-"""Removal costs against a search that solves every step anew; factors that do not depend on how rows are batched."""
+"""Factors that do not depend on how rows are batched, and the scores made of them."""
 
 import copy
 
@@ -13,120 +13,8 @@ from sensibert.models import layout_of
 from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
 from sensibert.sensitivity.gradients import given_loss
-from sensibert.sensitivity.kfac_obs import (
-    DAMP,
-    STEP_UP,
-    FisherFactors,
-    collect_factors,
-    compensate_weights,
-    predicted_curve,
-    removal_costs,
-)
+from sensibert.sensitivity.kfac_obs import collect_factors
 from tests.helpers import tiny_batch, tiny_model
-
-
-def problem(units, span, height=5, seed=0, rank=5):
-    """A weight, its factors over 200 random tokens with correlated inputs, and the columns of each unit.
-
-    rank: of the gradients at the output; less than height makes their second factors singular."""
-    generator = torch.Generator().manual_seed(seed)
-    width = units * span
-    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
-    h = torch.randn(200, width, generator=generator, dtype=torch.float64) @ mix + 1
-    delta = torch.randn(200, height, generator=generator, dtype=torch.float64)
-    delta[:, rank:] = delta[:, :rank].sum(-1, keepdim=True)
-    factors = FisherFactors(width, height, torch.device("cpu"), torch.float64)
-    factors.add(h, delta)
-    weight = torch.randn(height, width, generator=generator, dtype=torch.float64)
-    return weight, factors, torch.arange(width).view(units, span)
-
-
-def rise(weight, covariance, output, gone):
-    """1/2 tr(G dW C dW^T) of the best dW that clears the columns `gone`: a plain least-squares solution."""
-    stay = torch.ones(weight.shape[1], dtype=torch.bool)
-    stay[gone] = False
-    change = torch.zeros_like(weight)
-    change[:, gone] = -weight[:, gone]
-    if stay.any():
-        change[:, stay] = torch.linalg.solve(covariance[stay][:, stay], covariance[stay][:, gone] @ weight[:, gone].T).T
-    return 0.5 * float(torch.trace(output @ change @ covariance @ change.T))
-
-
-@pytest.mark.parametrize(("units", "span"), [(7, 1), (4, 3)], ids=["neurons", "heads"])
-@pytest.mark.parametrize("bias", [None, torch.zeros(5, dtype=torch.float64)], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("rank", [5, 3, 1])
-def test_costs_are_those_of_a_greedy_search_that_solves_each_step_anew(units, span, bias, rank):
-    weight, factors, columns = problem(units, span, rank=rank)
-    _, covariance = factors.inner(bias, DAMP)
-    output = factors.output / factors.weight
-    gone, before, floor, want = [], 0.0, 0.0, torch.zeros(units, dtype=torch.float64)
-    while len(gone) < units:
-        after = {
-            unit: rise(weight, covariance, output, columns[[*gone, unit]].flatten())
-            for unit in range(units)
-            if unit not in gone
-        }
-        unit = min(after, key=after.get)
-        floor = max(after[unit] - before, floor * STEP_UP)
-        want[unit], before = floor, after[unit]
-        gone.append(unit)
-    torch.testing.assert_close(removal_costs(weight, factors, bias, columns), want, rtol=1e-9, atol=0)
-
-
-def test_of_two_units_that_do_the_same_one_is_free_and_the_other_dear(monkeypatch):
-    monkeypatch.setattr("sensibert.sensitivity.kfac_obs.DAMP", 1e-9)
-    weight, factors, columns = problem(6, 1)
-    twin = FisherFactors(7, 5, torch.device("cpu"), torch.float64)
-    pick = torch.tensor([0, 1, 2, 3, 4, 5, 5])
-    twin.weight, twin.output = factors.weight, factors.output
-    twin.first, twin.second = factors.first[pick], factors.second[pick][:, pick]
-    costs = removal_costs(weight[:, pick], twin, None, torch.arange(7)[:, None])
-    assert costs[5:].min() < 0.02 * costs[:5].min()
-    assert costs[5:].max() > 0.5 * removal_costs(weight, factors, None, columns)[5]
-
-
-def test_rounds_of_many_choose_nearly_as_well_as_one_at_a_time(monkeypatch):
-    weight, factors, columns = problem(96, 1)
-    _, covariance = factors.inner(None, DAMP)
-    rounds = removal_costs(weight, factors, None, columns)
-    monkeypatch.setattr("sensibert.sensitivity.kfac_obs.ROUND", 10**6)
-    singly = removal_costs(weight, factors, None, columns)
-    half = [rise(weight, covariance, factors.output / factors.weight, c.argsort()[:48]) for c in (rounds, singly)]
-    chance = rise(weight, covariance, factors.output / factors.weight, torch.arange(48))
-    assert half[0] < 1.1 * half[1] < 0.5 * chance
-    assert len(rounds.float().unique()) == 96  # a threshold takes any number
-
-
-def test_an_output_that_the_loss_does_not_see_costs_nothing():
-    weight, _, columns = problem(4, 1)
-    unseen = FisherFactors(4, 5, torch.device("cpu"))
-    costs = removal_costs(weight, unseen, None, columns)
-    assert not costs.any()
-    assert predicted_curve(torch.nn.Linear(4, 5), unseen, costs, columns) == [(0, 0.0), (4, 0.0)]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_curve_is_the_slope_along_the_change_of_the_weights_and_the_costs(bias):
-    """y = W h + b with the loss sum(v . y): the slope of a change is what the loss changes by."""
-    weight, factors, columns = problem(6, 2)
-    h, slope = torch.randn(50, 12, dtype=torch.float64), torch.randn(50, 5, dtype=torch.float64)
-    factors.add(h, torch.zeros(50, 5), slope)
-    factors.samples, factors.gates = 10, torch.arange(6.0)
-    linear = torch.nn.Linear(12, 5, bias=bias, dtype=torch.float64).requires_grad_(False)
-    linear.weight.copy_(weight)
-    costs = removal_costs(linear.weight, factors, linear.bias, columns)
-    curve, before = predicted_curve(linear, factors, costs, columns), (slope * linear(h)).sum()
-    assert [gone for gone, _ in curve] == [0, 1, 3, 4, 6] and curve[0] == (0, 0.0)
-    for gone, rise in curve[1:]:
-        changed, order = copy.deepcopy(linear), costs.argsort()
-        kept = columns[order[gone:]].flatten().sort().values
-        compensate_weights(changed, factors, kept)
-        clear = torch.ones(12, dtype=torch.bool)
-        clear[kept] = False
-        changed.weight[:, clear] = 0
-        expected = (slope * changed(h)).sum() - before
-        expected += costs[order[:gone]].sum() + 0.5 * factors.gates[order[:gone]].sum()
-        assert rise == pytest.approx(float(expected) / 10)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -1,0 +1,192 @@
+"""What it costs to remove units one by one while the remaining ones compensate, under the factors of `kfac_obs`.
+
+Layers of the same sizes are solved together, in batched linear algebra, and almost nothing is read from the device
+until all of it is done: an analysis of an untrimmed model launches as much for twelve layers as for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .kfac_obs import DAMP, DAMP_WEIGHTS, FisherFactors, inner
+
+ROUND = 32  # each round removes one in 32 of the remaining units,
+LAST = 512  # and no fewer than one in 512 of all: the most valuable ones need no order of their own
+COMPACT = 0.75  # once no more than this share of the columns is left, the others are dropped
+POINTS = 4  # of a predicted curve, without its origin; each needs a least-squares solution
+STEP_UP = 1 + 1e-6  # units removed later have larger scores, in fp32 too
+MOST = 2**27  # elements of the matrices C [K, K] that are solved together: 1 GiB in fp64
+
+Curve = list[tuple[int, float]]
+R = TypeVar("R")
+
+
+class Consumer(NamedTuple):
+    """A consuming layer y = W h + b: weight [N, K], bias, factors, and the columns of each unit [units, span]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    factors: FisherFactors
+    columns: Tensor
+
+
+def _groups(consumers: Sequence[Consumer]) -> Iterator[list[int]]:
+    """The positions of consumers of the same sizes, as many as are solved together."""
+    alike: dict[tuple, list[int]] = {}
+    for number, each in enumerate(consumers):
+        key = each.weight.shape, each.columns.shape, each.weight.device, each.bias is None
+        alike.setdefault(key, []).append(number)
+    for (shape, *_), numbers in alike.items():
+        size = max(1, MOST // max(1, shape[1] ** 2))
+        yield from (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
+
+
+def _in_order(consumers: Sequence[Consumer], solve: Callable[[list[int]], Iterable[R]]) -> list[R]:
+    """Solve group by group; return the results in the order of the consumers."""
+    results: dict[int, R] = {}
+    for numbers in _groups(consumers):
+        results |= zip(numbers, solve(numbers), strict=True)
+    return [results[number] for number in range(len(consumers))]
+
+
+@torch.no_grad()
+def removal_costs(consumers: Sequence[Consumer]) -> list[Tensor]:
+    """Rise of the summed loss as units are removed one by one, the lowest cost first: fp64 [units] for each consumer.
+
+    Units are removed in rounds. After each round the remaining units compensate, so those that replace removed ones get
+    a higher cost. Costs never decrease in the order of removal (a lower cost is raised to that of the unit before), so
+    a threshold on costs respects that order. They are 0 where the loss does not depend on the output."""
+
+    def solve(numbers: list[int]) -> Iterable[Tensor]:
+        group = [consumers[number] for number in numbers]
+        rises, order = _removals(group)
+        growth = STEP_UP ** torch.arange(rises.shape[1], dtype=rises.dtype, device=rises.device)
+        costs = growth * (rises / growth).cummax(1).values if rises.numel() else rises
+        seen = torch.stack([each.factors.weight > 0 for each in group])
+        return torch.where(seen[:, None], torch.zeros_like(costs).scatter_(1, order, costs), 0)
+
+    return _in_order(consumers, solve)
+
+
+def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
+    """(rise of the loss with each removal, number of the unit removed), in the order of removal, [L, units] for L
+    consumers of the same sizes."""
+    units, span = group[0].columns.shape
+    device, height = group[0].weight.device, len(group[0].weight)
+    columns = torch.stack([each.columns.flatten() for each in group]).to(device)
+    inverse = _inverse(inner([each.factors for each in group], group[0].bias is not None, DAMP)[1])
+    weight = torch.stack([each.weight for each in group]).double()
+    output = torch.stack([each.factors.output / each.factors.weight for each in group]).double()
+    # H, W and G W, one below the other [L, K + 2 N, K]: a removal changes all of them in the same way.
+    state = _kept(torch.cat([inverse, weight, output @ weight], 1), columns, height)
+    numbers = torch.arange(units, device=device).expand(len(group), -1)
+    gone = torch.zeros_like(numbers, dtype=torch.bool)
+    rises: list[Tensor] = []
+    removed: list[Tensor] = []  # positions among the current columns
+    order, left = [], units
+    while left:
+        if left <= COMPACT * numbers.shape[1]:
+            order.append(numbers.gather(1, torch.cat(removed, 1)))
+            kept = gone.to(torch.int8).argsort(dim=1, stable=True)[:, :left]
+            state = _kept(state, _positions(kept, span), height)
+            numbers, gone, removed = numbers.gather(1, kept), torch.zeros_like(kept, dtype=torch.bool), []
+        rise = _rise(state, height, span).masked_fill_(gone, torch.inf)
+        size = min(left, max(1, left // ROUND, units // LAST))
+        values, chosen = (part[:, :size] for part in rise.sort(dim=1, stable=True))
+        rises.append(values)
+        removed.append(chosen)
+        left -= size
+        if left:
+            gone.scatter_(1, chosen, True)
+            positions = _positions(chosen, span)
+            lost = _last(state, positions)  # H_:D, W_D and G W_D
+            rows = lost[:, : state.shape[2]].mT
+            share = torch.linalg.solve_ex(_last(rows, positions), rows).result  # (H_DD)^-1 H_D:
+            state.baddbmm_(lost, share, alpha=-1)
+    if not rises:
+        return weight.new_zeros(len(group), 0), numbers
+    order.append(numbers.gather(1, torch.cat(removed, 1)))
+    return torch.cat(rises, 1).clamp_min(0).mul_(0.5), torch.cat(order, 1)
+
+
+def _rise(state: Tensor, height: int, span: int) -> Tensor:
+    """tr(G W_u (H_uu)^-1 W_u^T) of every unit u, [L, units]; anything for those that were removed."""
+    inverse, weight, sloped = state.split([state.shape[2], height, height], 1)
+    if span == 1:
+        return (weight * sloped).sum(1) / inverse.diagonal(dim1=1, dim2=2)
+    count = state.shape[2] // span
+    blocks = inverse.unflatten(1, (count, span)).unflatten(3, (count, span)).diagonal(dim1=1, dim2=3)
+    weight, sloped = (part.unflatten(2, (count, span)).transpose(1, 2) for part in (weight, sloped))
+    return (torch.linalg.solve_ex(blocks.permute(0, 3, 1, 2), sloped, left=False).result * weight).sum((2, 3))
+
+
+def _kept(state: Tensor, columns: Tensor, height: int) -> Tensor:
+    """The columns [L, k] of a state, and of its first part also the rows."""
+    below = torch.arange(state.shape[2], state.shape[2] + 2 * height, device=state.device).expand(len(state), -1)
+    rows = torch.cat([columns, below], 1)[:, :, None]
+    return _last(state, columns).gather(1, rows.expand(-1, -1, columns.shape[1]))
+
+
+def _positions(units: Tensor, span: int) -> Tensor:
+    """The columns of units [L, n] whose columns stand one after the other, [L, n * span]."""
+    return units if span == 1 else (units[:, :, None] * span + torch.arange(span, device=units.device)).flatten(1)
+
+
+def _last(matrix: Tensor, positions: Tensor) -> Tensor:
+    """Columns of matrices [L, N, K] at positions [L, n]."""
+    return matrix.gather(2, positions[:, None].expand(-1, matrix.shape[1], -1))
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Inverses of symmetric matrices [L, K, K] that are positive definite up to rounding."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv_ex(matrix).inverse if failed.any() else torch.cholesky_inverse(factor)
+
+
+@torch.no_grad()
+def predicted_curves(consumers: Sequence[Consumer], costs: Sequence[Tensor]) -> list[Curve]:
+    """[(units removed, predicted rise of the mean loss)] for each consumer, at 0 and at POINTS equal steps, when units
+    are removed in the order of their costs and the remaining ones compensate.
+
+    costs: `removal_costs`. The slope needs factors collected with labels."""
+
+    def solve(numbers: list[int]) -> Iterable[Curve]:
+        group = [consumers[number] for number in numbers]
+        points, rises = _predicted(group, torch.stack([costs[number] for number in numbers]))
+        seen = torch.stack([each.factors.weight > 0 for each in group])
+        for each, values, known in zip(group, rises.tolist(), seen.tolist(), strict=True):
+            curve = zip(points, (value / each.factors.samples for value in values), strict=True)
+            yield [(0, 0.0), *curve] if known else [(0, 0.0), (len(each.columns), 0.0)]
+
+    return _in_order(consumers, solve)
+
+
+def _predicted(group: list[Consumer], costs: Tensor) -> tuple[list[int], Tensor]:
+    """(numbers of removed units, rise of the summed loss [L, points]) of L consumers of the same sizes."""
+    units, span = group[0].columns.shape
+    device = group[0].weight.device
+    columns = torch.stack([each.columns for each in group]).to(device)
+    mean, covariance = inner([each.factors for each in group], group[0].bias is not None, DAMP_WEIGHTS)
+    weight = torch.stack([each.weight for each in group]).double()
+    slope = torch.stack([each.factors.slope for each in group]).double()
+    slope -= torch.stack([each.factors.bias_slope for each in group]).double()[:, :, None] * mean[:, None]
+    gates = torch.stack([each.factors.gates for each in group])
+    order = costs.to(device).argsort(dim=1, stable=True)
+    alone = (costs.to(device) + 0.5 * gates).gather(1, order).cumsum(1)  # without the slope
+    of_order = columns.gather(1, order[:, :, None].expand(-1, -1, span))
+    points = sorted({units * point // POINTS for point in range(1, POINTS + 1)} - {0})
+    rises = []
+    for gone in points:
+        drop, kept = (part.flatten(1).sort(1).values for part in (of_order[:, :gone], of_order[:, gone:]))
+        lost, rise = _last(weight, drop), alone[:, gone - 1]
+        rise = rise - (_last(slope, drop) * lost).sum((1, 2))
+        if gone < units:
+            rows = covariance.gather(1, kept[:, :, None].expand(-1, -1, covariance.shape[2]))
+            share = torch.linalg.solve_ex(_last(rows, kept), _last(rows, drop)).result  # (C_SS)^-1 C_SD
+            rise = rise + (_last(slope, kept) * (lost @ share.mT)).sum((1, 2))
+        rises.append(rise)
+    return points, torch.stack(rises, 1) if rises else costs.new_zeros(len(group), 0)
