@@ -60,10 +60,12 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         save_steps=options.save_steps or 500,
         save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
         logging_steps=50,
+        logging_nan_inf_filter=False,  # reads the loss of every step; TrimTrainer raises for one that is not finite
         report_to="none",
         disable_tqdm=options.quiet,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies from pinned memory
     )
 
 

@@ -1,8 +1,8 @@
 """Model and data -> fine-tuned model: a thin layer over transformers.Trainer.
 
-It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, a check
-of the loss at every step, and checkpoints with a manifest and the model's structure. A callback trims the model between
-two steps.
+It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, an error
+that names the first step whose loss is not finite, and checkpoints with a manifest and the model's structure. A
+callback trims the model between two steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, show, want
@@ -82,6 +83,8 @@ class TrimTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
+        self._bad_step: Tensor | None = None  # the first step whose loss is not finite, 0 for none, on the device
+        self._bad_loss = torch.zeros(())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
@@ -137,12 +140,35 @@ class TrimTrainer(Trainer):
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        step = self.state.global_step + 1
+        if self._bad_step is None:
+            self._bad_step, self._bad_loss = torch.zeros((), dtype=torch.int64, device=loss.device), loss
+        first = (self._bad_step == 0) & ~torch.isfinite(loss)
+        self._bad_step, self._bad_loss = (
+            torch.where(first, now, then) for now, then in ((step, self._bad_step), (loss, self._bad_loss))
+        )
+        if any(step in getattr(callback, "cuts", ()) for callback in self.callback_handler.callbacks):
+            self._want_finite()
+        return loss
+
+    def _want_finite(self) -> None:
+        """SensibertError if a loss was not finite. This reads from the device: not at every step."""
+        if self._bad_step is not None and (step := int(self._bad_step)):
             raise SensibertError(
-                f"finetune: the loss is {float(loss)} at step {self.state.global_step + 1}; "
+                f"finetune: the loss is {float(self._bad_loss)} at step {step}; "
                 "try a smaller learning rate, more warm-up, or --precision fp32"
             )
-        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._want_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._bad_step = None
+        output = super().train(*args, **kwargs)
+        self._want_finite()
+        return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # From a checkpoint of the last step, within an epoch, Trainer would take one more step.

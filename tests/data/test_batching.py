@@ -47,6 +47,17 @@ def test_a_batch_padded_further_is_the_one_padded_at_once():
     )
 
 
+def test_a_batch_without_padding_has_no_mask_until_it_is_padded():
+    features = encode_text([["good film", "dull film", "film"]], word_piece(), 8)
+    collator = Collator(0, max_length=8)
+    even = collator([features[0], features[1]])
+    assert set(even) == set(features[0]) - {"attention_mask"}
+    assert set(collator([features[0], features[2]])) == set(features[0])
+    longer = collator.extended(even, 8)
+    assert longer["attention_mask"].tolist() == [[1] * 4 + [0] * 4] * 2 and longer["input_ids"].shape == (2, 8)
+    assert collator.extended(even, 4).keys() == even.keys()
+
+
 def test_labels_keep_their_type():
     features = encode_text([["bad", "good"]], word_piece(), 8)
     features.per_item["labels"] = np.array([0.5, 2.0], np.float32)
@@ -59,7 +70,7 @@ def test_labels_keep_their_type():
 def test_micro_batches_hold_random_rows_once_each_by_falling_length():
     features = encode_text([[" ".join(["film"] * length) for length in (1, 5, 3, 2, 4, 6, 7)]], word_piece(), 16)
     batches = list(micro_batches(features, Collator(0), samples=5, size=2, seed=0))
-    lengths = [int(row.sum()) for batch in batches for row in batch["attention_mask"]]
+    lengths = [int(row.sum()) for batch in batches for row in batch["input_ids"] != 0]
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 5
     assert [batch["input_ids"].shape[1] for batch in batches] == lengths[::2], "padded to the longest of the batch"

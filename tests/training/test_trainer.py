@@ -149,6 +149,23 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), [Poison()])
 
 
+@pytest.mark.parametrize("options", [{"logging_steps": 4}, {"save_strategy": "steps", "save_steps": 3}, {}])
+def test_the_loss_is_read_when_something_is_logged_or_saved_and_at_the_end(tmp_path, options):
+    class Poison(TrainerCallback):
+        last = 0
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            Poison.last = state.global_step
+            if state.global_step == 1:
+                model.classifier.bias.data[0] = float("nan")
+
+    requested = {"max_steps": 5, "logging_steps": 100, "logging_nan_inf_filter": False} | options
+    with pytest.raises(SensibertError, match="the loss is nan at step 2; try"):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path, **requested), [Poison()])
+    assert Poison.last == min(options.get("logging_steps", 5), options.get("save_steps", 5))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_a_finished_checkpoint_takes_no_further_step(tmp_path):
     """5 steps an epoch, so that step 3 ends the run in the midst of one."""
     first = finetune(
