@@ -161,6 +161,7 @@ EXTRA = {
     "plan": _parameter("plan", str, typer.Option(help="Plan file of `sensibert plan`.")),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
+PATHS = ("folder", "model", "output", "plan", "sensitivity")  # in which ~ is the home folder; Options has others
 DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
 
 
@@ -169,7 +170,8 @@ def _command(names: Iterable[str], name: str | None = None, **changed: dict[str,
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
-            function(context, values)
+            paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
+            function(context, values | paths)
 
         own = [EXTRA[n] if n in EXTRA else _option(n, **changed.get(n, {})) for n in names]
         context = signatures.Parameter("context", signatures.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)

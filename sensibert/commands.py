@@ -97,7 +97,8 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
         raise SensibertError(f"method is {trim.method!r}, {one_of(trim.method, STATISTICS)}")
     if rule.data:
         options.want_train_data()
-    check_file(options.output, options.overwrite)
+    inputs = {"model": options.model, "train_file": options.train_file}
+    check_file(options.output, options.overwrite, **inputs)
     grid, common, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
     if rule.data:
         model, data = _model_and_data(options, "train")
@@ -126,7 +127,7 @@ def plan_file(
     if output is None and not dry_run:
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
-        check_file(output, overwrite)
+        check_file(output, overwrite, sensitivity=sensitivity)
     with naming("sensitivity"):
         scores = Sensitivity.load(sensitivity)
     budget = config.parsed_budget()

@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,12 +32,17 @@ from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
-from .training.checkpoints import partial_folder, want_same, workspace
+from .training.checkpoints import begin, partial_folder, want_same, workspace
 from .training.distillation import Distillation
 from .training.run_memory import RunMemory
 from .training.trainer import finetune, predict
 
 RESULT = "result.json"
+# Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
+NOT_COMPARED = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
+    "sensibert",
+)
 LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
@@ -138,6 +144,8 @@ def _run(
     if checkpoint is not None:
         _want_same_inputs(checkpoint, callback.memory, made_from)
     callback.memory.inputs = made_from
+    with writing(folder):
+        begin(folder, checkpoint)
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     trainer = finetune(
@@ -166,7 +174,9 @@ def _run(
     return result
 
 
-def _made_from(options: Options, data: TaskData, model: nn.Module, teacher: nn.Module | None) -> dict[str, object]:
+def _made_from(
+    options: Options, data: TaskData, model: PreTrainedModel, teacher: nn.Module | None
+) -> dict[str, object]:
     """What the weights of a run depend on besides its settings, with digests of weights and encoded rows."""
 
     def rows(features: Features | None) -> str:
@@ -179,6 +189,8 @@ def _made_from(options: Options, data: TaskData, model: nn.Module, teacher: nn.M
     made_from: dict[str, object] = {"seed": options.seed, "task": data.task.name, "labels": labels}
     made_from["max_length"] = options.max_length or data.task.max_length
     made_from |= {"train_file": rows(data.train), "validation_file": rows(data.validation), "model": weights(model)}
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))  # as it is read from a checkpoint
+    made_from["config"] = {name: value for name, value in config.items() if name not in NOT_COMPARED}
     if options.teacher is None:
         return made_from
     teaches = SNAPSHOT if options.teacher == SNAPSHOT or teacher is None else weights(teacher)
@@ -199,7 +211,10 @@ def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, 
             if inputs.get("teacher") == SNAPSHOT:
                 for name in ("teacher", "distil", "temperature"):
                     del inputs[name]
+    then, here = (cast("dict[str, object]", part.pop("config", {})) for part in (was, now))
     want_same(checkpoint, was, now)
+    shared = then.keys() & here.keys()  # another version of transformers may have other entries
+    want_same(checkpoint, *({f"config.{name}": part[name] for name in sorted(shared)} for part in (then, here)))
 
 
 def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) -> list[str]:
@@ -271,5 +286,5 @@ def _write_output(
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
-        publish(final, output, options.overwrite)
+        publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)

@@ -3,6 +3,7 @@ so that `sensibert --help` is quick."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16")
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
+PATHS = ("model", "output", "train_file", "validation_file", "teacher")  # in which ~ is the home folder
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
 # Panels of the help. The most used options have none and come first.
 DATA, TRAINING, DISTILLATION, OUTPUT = "Data", "Training", "Distillation", "Output and checkpoints"
@@ -92,6 +94,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in PATHS:
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if not isinstance(self.trim, TrimConfig):
             raise SensibertError(f"trim is {show(self.trim)}, want a TrimConfig")
         if self.teacher == SNAPSHOT and not self.trim.trims:

@@ -90,7 +90,7 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(here, tmp_path, m
     requested = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_report", appears)
-        refused("out exists and is not empty, want a new folder or --overwrite", *requested)
+        refused("out exists and is not empty, want --resume --overwrite to write this run there", *requested)
     assert tree(tmp_path / "out") == {"mine": b"mine"}
     assert command(*requested, "--resume", "--overwrite").code == 0
     assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "mine").read_text() == "mine"
@@ -108,6 +108,44 @@ def test_a_file_that_appears_during_the_analysis_is_not_replaced(here, tmp_path,
     requested = ("analyze", "--model", here / "tuned", *rows, "--output", tmp_path / "s")
     refused("s exists, want a new file or --overwrite", *requested)
     assert tree(tmp_path) == {"s": b"mine"}
+
+
+def test_a_home_folder_is_a_tilde_in_every_path_and_never_replaced(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(here / "tuned", tmp_path / "tuned")
+    plan = ("trim", "--model", tmp_path / "tuned", "--plan", here / "plan")
+    with untouched(tmp_path):
+        refused("holds the model of this run", *plan, "--output=~/tuned", "--overwrite")
+        away = ("trim", "--model", here / "tuned", "--plan", here / "plan")
+        refused("holds the home folder", *away, "--output=~", "--overwrite")
+        refused("holds the home folder", *finetune_arguments(here, "~"), "--overwrite")
+    assert command("trim", "--model=~/tuned", "--plan", here / "plan", "--output=~/small").code == 0
+    assert command(*finetune_arguments(here, "~/run")).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "small", "run"}
+    assert command("inspect", "~/small").code == 0
+
+
+def test_links_into_the_output_are_inputs_too(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "out")
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "out").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    with untouched(tmp_path):
+        refused(
+            "holds the model", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "linked"), "--overwrite"
+        )
+
+
+def test_a_command_does_not_write_over_its_input(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "m")
+    scores = tmp_path / "m" / "s"
+    shutil.copy(here / "tuned.safetensors", scores)
+    random = ("analyze", "--model", tmp_path / "m", "--method", "random", "--overwrite", "--output")
+    with untouched(tmp_path):
+        refused("model.safetensors is the model of this command", *random, tmp_path / "m" / "model.safetensors")
+        refused(
+            "s is the sensitivity of this command", "plan", "--sensitivity", scores, "--output", scores, "--overwrite"
+        )
 
 
 def test_the_input_of_a_trim_is_not_its_output(here, tmp_path):
@@ -353,7 +391,7 @@ def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatc
     refused("run.partial holds the train_file", *finetune_arguments(here, tmp_path / "run", **requested), "--overwrite")
     assert (tmp_path / "run.partial" / "train.csv").exists()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    refused("holds the working folder of this run", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
+    refused("holds the working folder", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
 
 
 def test_a_tokenizer_without_words_or_of_another_model_is_refused(here, tmp_path):

@@ -56,8 +56,9 @@ def test_a_recipe_is_a_config(here, tmp_path):
     done = start(here, "--config", V0_1 / "unit" / "recipe.json", "--output", tmp_path / "again")
     assert done.code == 0, done.err
     written = json.loads((V0_1 / "unit" / "result.json").read_text())
-    same = ("method", "budget", "grid", "steps", "encoder_params_after", "total_params_after", "flops_after")
+    same = ("method", "budget", "grid", "steps", "encoder_params_before", "total_params_before", "flops_before")
     assert {name: done.json[name] for name in same} == {name: written[name] for name in same}
+    assert 0.45 < done.json["encoder_params_after"] / written["encoder_params_before"] <= 0.5
 
 
 @pytest.mark.parametrize("name", ["unit", "element"])

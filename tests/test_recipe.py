@@ -414,13 +414,53 @@ def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_pat
         finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
 
 
-def test_an_optimizer_file_that_is_not_truncated_but_damaged_is_named(here, tmp_path):
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"])
+def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(here, tmp_path, name):
+    """That is what a power cut can leave."""
+    requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
+    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
+    file = tmp_path / "out.partial" / "checkpoint-6" / name
+    file.write_bytes(bytes(file.stat().st_size))
+    again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
+    assert again["metrics"] == first["metrics"] and any(file.read_bytes())
+
+
+def test_an_unfinished_run_stays_until_the_inputs_have_been_read(here, tmp_path, begun):
+    shutil.copytree(begun[1], tmp_path / "out.partial")
+    before = runs.tree(tmp_path / "out.partial")
+    for wrong in ({"model": str(tmp_path / "nowhere")}, {"train_file": str(tmp_path / "no.csv")}, {"max_length": 2}):
+        with pytest.raises(SensibertError):
+            finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **wrong))
+        assert runs.tree(tmp_path / "out.partial") == before
+
+
+@pytest.mark.parametrize("entry", [{"hidden_act": "relu"}, {"layer_norm_eps": 1.0}, {"num_attention_heads": 2}])
+def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun, entry):
+    shutil.copytree(begun[1], tmp_path / "out.partial")
+    shutil.copytree(here / "model", tmp_path / "model")
+    config = json.loads((here / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"_name_or_path": "moved"}))
+    usual = {
+        "model": str(tmp_path / "model"),
+        "save_steps": 3,
+        "keep_checkpoints": True,
+        "max_steps": 6,
+        "resume": True,
+    }
+    finetune_and_trim(options(here, tmp_path / "out", **usual))  # the same in another place
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | entry))
+    ((name, value),) = entry.items()
+    with pytest.raises(SensibertError, match=f"has config.{name} .*, and this run {value}"):
+        finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
+
+
+def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path):
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
     finetune_and_trim(options(here, tmp_path / "out", **requested))
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         file = checkpoint / "optimizer.pt"
         file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(SensibertError, match="checkpoint-6: its optimizer or schedule cannot be loaded"):
+    with pytest.raises(SensibertError, match="checkpoint-6: damaged checkpoint, optimizer.pt has other content"):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
 
 

@@ -33,6 +33,21 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. On return their names are on the disk."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        sync_entries(each.parent)
+
+
+def make_readable(path: str | Path) -> None:
+    """Give a file the permissions of any new file; temporary files can be read by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def sync_tree(folder: Path) -> None:
     """Wait until a folder, with every file and folder in it, is on the disk."""
     for path in folder.iterdir():
@@ -52,7 +67,7 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         write(temporary)
-        os.chmod(temporary, 0o644)
+        make_readable(temporary)
         _fsync(Path(temporary))
         os.replace(temporary, path)
         sync_entries(path.parent)
@@ -76,7 +91,7 @@ def writing(path: str | Path, hint: str = "") -> Iterator[None]:
     except Exception as error:
         # tokenizers raises a bare Exception, torch.save a RuntimeError
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error).lower():
-            if "PytorchStreamWriter" not in str(error):
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
                 raise
         reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SensibertError(f"output: cannot write {path} ({reason}){hint}") from None

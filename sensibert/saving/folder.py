@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers.utils import cached_file
 from ..core.arguments import checked, one_of, want
 from ..core.config import LAYOUTS
 from ..core.errors import SensibertError, first_line
+from ..core.files import make_readable
 from ..core.model_folder import want_model_folder
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
@@ -31,7 +33,7 @@ from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
 from ..nn import MaskedLinear
 from .model_card import CARD, card
-from .output_paths import check_movable
+from .output_paths import check_apart, check_movable
 from .publish import publish
 
 DENSE = "dense"  # subfolder of layout="both"
@@ -89,7 +91,7 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+            make_readable(file)  # safetensors makes files that only their owner can read
         publish(temporary, path, overwrite)
     except (OSError, SafetensorError) as error:
         raise SensibertError(f"export: cannot write {path} ({error})") from None
@@ -135,6 +137,7 @@ def _check(
         raise SensibertError(f"export: {path} is a file, want a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise SensibertError(f"export: {path} is not empty; pass overwrite=True to replace what is in it")
+    check_apart(path)
     check_movable(path)
 
 
@@ -159,7 +162,7 @@ def export(
     wanted = {"path": str | Path, "tokenizer": PreTrainedTokenizerBase | None, "overwrite": bool, "info": dict | None}
     for (name, hint), value in zip(wanted.items(), (path, tokenizer, overwrite, info), strict=True):
         want(f"export: {name}", value, hint)
-    path, info = Path(path).expanduser().resolve(), info or {}
+    path, info = Path(os.path.expanduser(path)).resolve(), info or {}
     _check(model, path, layout, overwrite, info, accept_unfinished)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
     masked, trimmed = masks_of(model) is not None, is_trimmed(model)
@@ -189,7 +192,7 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
         want_model_folder(path, "path")
         name = (AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or ["no architecture"])[0]
         model_class = getattr(modeling_sensibert if name.startswith("Sensibert") else transformers, name, None)
-        if model_class is None:
+        if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
             raise ValueError(f"its config.json names {name}, want a model class of transformers")
         model = from_pretrained(model_class, path)
         cut = cached_file(path, STRUCTURE, _raise_exceptions_for_missing_entries=False)

@@ -8,65 +8,77 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.errors import SensibertError
-from ..core.files import sync_entries, sync_tree
+from ..core.files import make_folder, sync_entries, sync_tree
 from ..models.structure import STRUCTURE
 from .model_card import CODE, is_card
-from .output_paths import aside_of
+from .output_paths import aside_of, check_movable
 
 # What a model folder consists of: not kept when another model takes its place.
-REPLACED = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.*"),
-    *(STRUCTURE, CODE, "result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors"),
-    *("dense/*", "report/*.png", "report/*.csv", "report/summary.txt"),
+MODEL = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"),
+    *("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model-?????-of-?????.bin"),
+    *("pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("tf_model.h5", "training_args.bin", STRUCTURE, CODE),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("spm.model", "chat_template.jinja"),
 )
-TOKENIZER = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "spm.model"),
-)
+RUN = ("result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors")
+REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png")
+REPLACED = (*MODEL, *RUN, *(f"dense/{name}" for name in MODEL), *(f"report/{name}" for name in REPORT))
 
 
-def publish(new: Path, target: Path, overwrite: bool) -> None:
+def publish(new: Path, target: Path, overwrite: bool, hint: str = "want a new folder or --overwrite") -> None:
     """Move the folder `new` to `target`, on the same file system. On return the target is on the disk.
 
-    overwrite: replace the model in an existing folder. Its other files are kept, unless the new folder has their names.
-    OSError if the system refuses, and SensibertError if the target is not empty and overwrite is False; the target is
-    then unchanged."""
+    overwrite: replace the model in an existing folder. Its other files and folders are kept, unless the new folder has
+    their names. OSError if the system refuses, and SensibertError, which ends in the hint, if the target is not empty
+    and overwrite is False; the target is then unchanged."""
+    taken = f"output: {target} exists and is not empty, {hint}"
     exists = target.is_dir() and any(target.iterdir())
     if exists and not overwrite:
-        raise SensibertError(f"output: {target} exists and is not empty, want a new folder or --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
+        raise SensibertError(taken)
+    make_folder(target.parent)
     if exists:
-        shutil.copymode(target, new)
-        gone = (*REPLACED, *TOKENIZER) if (new / "tokenizer_config.json").exists() else REPLACED
-        for kept in _others(target, Path(), gone):
-            _copy(target / kept, new / kept)
+        check_movable(target)
+        _keep_others(target, new, Path())
     sync_tree(new)
     sync_entries(new.parent)
-    if exists:
-        _exchange(new, target)
-    else:
-        os.replace(new, target)  # fails if files have appeared in it
+    try:
+        if exists:
+            _exchange(new, target)
+        else:
+            os.replace(new, target)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise SensibertError(taken) from None  # it has appeared in between
     sync_entries(target.parent)
     if new.exists():  # the old folder now
         shutil.rmtree(new, ignore_errors=True)
+        if new.exists():
+            logging.getLogger("sensibert").warning("output: %s, which was replaced, cannot be deleted", new)
 
 
-def _others(folder: Path, inside: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    """The files and links of a folder that match none of the patterns, as relative paths."""
-    for path in sorted((folder / inside).iterdir()):
+def _keep_others(old: Path, new: Path, inside: Path) -> None:
+    """Give the new folder what is in the old one and matches none of REPLACED. Names that are taken stay."""
+    for path in sorted((old / inside).iterdir()):
         name = inside / path.name
         if path.is_dir() and not path.is_symlink():
-            yield from _others(folder, name, patterns)
-        elif not any(_fits(name, pattern) for pattern in patterns) and not (inside == Path() and is_card(path)):
-            yield name
+            if name.as_posix() not in ("dense", "report") and not (new / name).exists():
+                (new / name).mkdir(parents=True)
+            _keep_others(old, new, name)
+        elif not any(_fits(name, pattern) for pattern in REPLACED) and not (inside == Path() and is_card(path)):
+            _copy(path, new / name)
+    if (new / inside).is_dir():
+        shutil.copymode(old / inside, new / inside)  # after its content, which it may forbid to add
 
 
 def _fits(name: Path, pattern: str) -> bool:

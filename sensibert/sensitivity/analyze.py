@@ -30,6 +30,7 @@ from ..core.layout import Layout
 from ..core.statistics import FORMER_METHODS, STATISTICS
 from ..models import base_of, layout_of
 from ..models.masks import masks_of
+from ..models.modules import want_finite
 from .gradients import Batch, Loss, collect_scores, given_loss, gradient_scores, reduce_blocks, scored_blocks
 from .kfac_obs import FisherFactors, collect_factors, consumer, unit_columns
 from .removal import Consumer, predicted_curves, removal_costs
@@ -86,6 +87,7 @@ def analyze(
         shapes = {b.owner: b.shape for b in blocks} if grid else {site.name: (site.units,) for site in layout.sites}
         scores = {name: torch.rand(shape, generator=generator).to(device) for name, shape in shapes.items()}
     elif not rule.data:
+        want_finite(model.named_parameters(), "analyze")
         state = dict(base_of(model).named_parameters())
         weights = [state[block.parameter].detach() for block in blocks]
         scores = collect_scores(blocks, reduce_blocks(blocks, weights, None, rule, None))

@@ -78,11 +78,13 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
     units, span = group[0].columns.shape
     device, height = group[0].weight.device, len(group[0].weight)
     columns = torch.stack([each.columns.flatten() for each in group]).to(device)
-    inverse = _inverse(inner([each.factors for each in group], group[0].bias is not None, DAMP)[1])
+    covariance = inner([each.factors for each in group], group[0].bias is not None, DAMP)[1]
+    inverse = _inverse(covariance, group)
     weight = torch.stack([each.weight for each in group]).double()
-    output = torch.stack([each.factors.output / each.factors.weight for each in group]).double()
-    # H, W and G W, one below the other [L, K + 2 N, K]: a removal changes all of them in the same way.
-    state = _kept(torch.cat([inverse, weight, output @ weight], 1), columns, height)
+    output = torch.stack([each.factors.output.double() / each.factors.weight for each in group])
+    # H and R W, with R^T R = G, one below the other [L, K + N, K]: a removal changes both in the same way. In R W the
+    # errors of rounding stay small where W^T G W is a small difference of large numbers.
+    state = _kept(torch.cat([inverse, _root(output) @ weight], 1), columns, height)
     numbers = torch.arange(units, device=device).expand(len(group), -1)
     gone = torch.zeros_like(numbers, dtype=torch.bool)
     rises: list[Tensor] = []
@@ -103,7 +105,7 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
         if left:
             gone.scatter_(1, chosen, True)
             positions = _positions(chosen, span)
-            lost = _last(state, positions)  # H_:D, W_D and G W_D
+            lost = _last(state, positions)  # H_:D and R W_D
             rows = lost[:, : state.shape[2]].mT
             share = torch.linalg.solve_ex(_last(rows, positions), rows).result  # (H_DD)^-1 H_D:
             state.baddbmm_(lost, share, alpha=-1)
@@ -114,19 +116,19 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
 
 
 def _rise(state: Tensor, height: int, span: int) -> Tensor:
-    """tr(G W_u (H_uu)^-1 W_u^T) of every unit u, [L, units]; anything for those that were removed."""
-    inverse, weight, sloped = state.split([state.shape[2], height, height], 1)
+    """tr(R W_u (H_uu)^-1 W_u^T R^T) of every unit u, [L, units]; anything for those that were removed."""
+    inverse, weight = state.split([state.shape[2], height], 1)
     if span == 1:
-        return (weight * sloped).sum(1) / inverse.diagonal(dim1=1, dim2=2)
+        return weight.square().sum(1) / inverse.diagonal(dim1=1, dim2=2)
     count = state.shape[2] // span
     blocks = inverse.unflatten(1, (count, span)).unflatten(3, (count, span)).diagonal(dim1=1, dim2=3)
-    weight, sloped = (part.unflatten(2, (count, span)).transpose(1, 2) for part in (weight, sloped))
-    return (torch.linalg.solve_ex(blocks.permute(0, 3, 1, 2), sloped, left=False).result * weight).sum((2, 3))
+    weight = weight.unflatten(2, (count, span)).transpose(1, 2)  # [L, units, N, span]
+    return (torch.linalg.solve_ex(blocks.permute(0, 3, 1, 2), weight, left=False).result * weight).sum((2, 3))
 
 
 def _kept(state: Tensor, columns: Tensor, height: int) -> Tensor:
     """The columns [L, k] of a state, and of its first part also the rows."""
-    below = torch.arange(state.shape[2], state.shape[2] + 2 * height, device=state.device).expand(len(state), -1)
+    below = torch.arange(state.shape[2], state.shape[2] + height, device=state.device).expand(len(state), -1)
     rows = torch.cat([columns, below], 1)[:, :, None]
     return _last(state, columns).gather(1, rows.expand(-1, -1, columns.shape[1]))
 
@@ -141,10 +143,31 @@ def _last(matrix: Tensor, positions: Tensor) -> Tensor:
     return matrix.gather(2, positions[:, None].expand(-1, matrix.shape[1], -1))
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    """Inverses of symmetric matrices [L, K, K] that are positive definite up to rounding."""
+def _root(gram: Tensor) -> Tensor:
+    """Matrices R with R^T R = gram, for symmetric positive semidefinite ones [L, N, N]. Cholesky is ten times as fast
+    as eigh."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed.any():
+        return factor.mT
+    finite = gram.isfinite().all((1, 2), keepdim=True)  # eigh takes no others
+    spectrum, axes = torch.linalg.eigh(torch.where(finite, gram, 0))
+    return spectrum.clamp_min(0).sqrt()[:, :, None] * axes.mT
+
+
+def _inverse(matrix: Tensor, group: list[Consumer]) -> Tensor:
+    """Inverses of the C [L, K, K] of a group, which are positive definite up to rounding.
+
+    The rounding error is added to the diagonal of those that are not: C is a sum in fp32 less the square of a mean, and
+    where inputs hardly vary, the difference is little else."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.inv_ex(matrix).inverse if failed.any() else torch.cholesky_inverse(factor)
+    if failed.any():
+        total = torch.stack([each.factors.second.diagonal().sum() for each in group])
+        rounding = torch.finfo(torch.float32).eps * total.double() * (failed > 0)
+        matrix.diagonal(dim1=1, dim2=2).add_(rounding[:, None])
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed.any():
+            return torch.linalg.inv_ex(matrix).inverse
+    return torch.cholesky_inverse(factor)
 
 
 @torch.no_grad()

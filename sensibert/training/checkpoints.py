@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..core.errors import SensibertError
-from ..core.files import sync_entries, sync_tree, write_atomically, writing
+from ..core.files import make_folder, sync_entries, sync_tree, write_atomically, writing
 from ..models import base_of, sites
 from ..models.masks import masks_of
 from ..models.modules import want_finite
@@ -23,6 +24,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
+SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
 MARKER = ".sensibert-run"  # in the folder of an unfinished run; the process that runs in it holds its lock
 # Arguments of a Trainer (numbers and texts) that the weights at a step depend on.
 LEARNS_BY = (
@@ -33,6 +35,15 @@ LEARNS_BY = (
 
 def _files(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32, which is quick and finds damage."""
+    value = 0
+    with open(file, "rb") as content:
+        while part := content.read(2**22):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
@@ -47,7 +58,8 @@ def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
     write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
     sync_tree(folder)  # before the manifest: a power cut may not leave a mark on files without content
     sync_entries(folder.parent)
-    manifest = json.dumps(_files(folder))
+    sums = {name: _checksum(folder / name) for name in _files(folder)}
+    manifest = json.dumps({"sizes": _files(folder), "crc32": sums})
     write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
 
 
@@ -55,13 +67,16 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     """SensibertError if the folder is not a complete checkpoint of a sensibert run with finite weights."""
     folder = Path(checkpoint)
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes, sums = manifest.get("sizes", manifest), manifest.get("crc32", {})  # up to version 0.1: sizes alone
+    except (OSError, ValueError, AttributeError):
         raise SensibertError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or unreadable)") from None
     actual = _files(folder)
     for name, size in sizes.items():
         if actual.get(name) != size:
             raise SensibertError(f"{folder}: truncated checkpoint, {name} has {actual.get(name, 0)} bytes, want {size}")
+        if name in sums and sums[name] != _checksum(folder / name):
+            raise SensibertError(f"{folder}: damaged checkpoint, {name} has other content than when it was written")
     for file in folder.glob("model*.safetensors"):
         try:
             with safe_open(file, "pt") as weights:
@@ -138,13 +153,29 @@ def _is_run_folder(folder: Path) -> bool:
     return (folder / MARKER).exists() or bool(_sealed(folder))
 
 
+def begin(folder: Path, checkpoint: Path | None) -> None:
+    """Delete what the run does not go on from: newer checkpoints, which are damaged, or without a checkpoint all of a
+    former run. Called when the inputs of the run have been read."""
+    if checkpoint is None:
+        _clear(folder)
+    else:
+        for newer in checkpoints(folder)[: checkpoints(folder).index(checkpoint)]:
+            shutil.rmtree(newer)
+
+
 def _clear(folder: Path) -> None:
-    """Delete what is in the folder of a run, except its marker, which is locked."""
-    for path in folder.iterdir():
+    """Delete what a run has written into its folder, except the marker, which is locked."""
+    for path in (folder / "final", folder / SNAPSHOT, *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Delete the folder of a run, unless others have put files there."""
+    with suppress(OSError):
+        _clear(folder)
+        if {path.name for path in folder.iterdir()} <= {MARKER}:
+            shutil.rmtree(folder)
 
 
 @contextmanager
@@ -169,9 +200,9 @@ def workspace(
 ) -> Iterator[tuple[Path, Path | None]]:
     """(the run's folder, the checkpoint to resume from). The folder of a run that succeeds is deleted, unless `keep`.
 
-    A failed run leaves only its complete checkpoints, or nothing if it has none. SensibertError, with nothing changed,
-    if the folder holds an unfinished run and neither `resume` nor `overwrite` is given, if it holds anything but a run,
-    or if another process runs in it."""
+    A failed run leaves only its complete checkpoints, or nothing if it has none. What a former run left stays until
+    `begin`; files of others stay. SensibertError, with nothing changed, if the folder holds an unfinished run and
+    neither `resume` nor `overwrite` is given, if it holds anything but a run, or if another process runs in it."""
     partial = partial_folder(output)
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         what = "a link" if partial.is_symlink() else "a file"
@@ -186,21 +217,18 @@ def workspace(
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     with ExitStack() as stack:
         with writing(partial):
-            partial.mkdir(parents=True, exist_ok=True)
+            make_folder(partial)
             stack.enter_context(_locked(partial))
         try:
-            if not resume:
-                with writing(partial):
-                    _clear(partial)
             yield partial, checkpoint
         except BaseException:
             for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
                 shutil.rmtree(begun, ignore_errors=True)
             if not checkpoints(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
                 for folder in made[1:]:
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
             raise
         if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)

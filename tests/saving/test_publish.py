@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,27 +49,64 @@ def test_the_model_is_replaced_and_everything_else_is_kept(tmp_path, system):
         backup__model_safetensors="mine",
         my_safetensors="m",
     )
+    for name in (
+        "dense/notes.txt",
+        "model_backup.safetensors",
+        "report/mine.png",
+        "tokenizer-notes.json",
+        "private/key",
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "empty" / "deep").mkdir(parents=True)
+    os.chmod(out / "private", 0o700)
     (out / "link").symlink_to("nowhere")
     os.chmod(out, 0o750)
     new = folder(tmp_path / "new", config_json="new", notes_txt="new")
     publish(new, out, overwrite=True)
     names = ["backup/model.safetensors", "config.json", "link", "my.safetensors", "notes.txt", "report/notes.txt"]
-    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()) == sorted([*names, "vocab.txt"])
+    names += ["dense/notes.txt", "model_backup.safetensors", "report/mine.png", "tokenizer-notes.json", "private/key"]
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()) == sorted(names)
+    assert (out / "empty" / "deep").is_dir() and (out / "private").stat().st_mode & 0o777 == 0o700
     assert (out / "config.json").read_text() == (out / "notes.txt").read_text() == "new"
     assert (out / "report" / "notes.txt").read_text() == (out / "backup" / "model.safetensors").read_text() == "mine"
     assert out.stat().st_mode & 0o777 == 0o750
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_tokenizer_replaces_the_former_one(tmp_path):
-    out = folder(tmp_path / "out", vocab_txt="old", README_md="mine")
-    publish(folder(tmp_path / "new", tokenizer_json="new"), out, overwrite=True)
-    assert (out / "vocab.txt").exists()
-    new = tmp_path / "new"
-    new.mkdir()
-    (new / "tokenizer_config.json").write_text("new")
-    publish(new, out, overwrite=True)
-    assert tree(out) == {"README.md": b"mine", "tokenizer_config.json": b"new"}
+def test_the_former_tokenizer_goes_with_its_model(tmp_path):
+    out = folder(tmp_path / "out", vocab_txt="old", chat__template_jinja="x", README_md="mine", tokenizer_model="old")
+    (out / "chat_template.jinja").write_text("old")
+    publish(folder(tmp_path / "new", config_json="new"), out, overwrite=True)
+    assert tree(out) == {"README.md": b"mine", "config.json": b"new", "chat": None, "chat/template.jinja": b"x"}
+
+
+@pytest.mark.parametrize("name", ["dense", "report"])
+def test_a_file_where_a_folder_is_to_be_is_refused_before_any_work(tmp_path, name):
+    out = folder(tmp_path / "out", config_json="old")
+    (out / name).write_text("mine")
+    with pytest.raises(SensibertError, match=f"out/{name} is no folder, and one of that name may be written"):
+        check_output(out, overwrite=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_mounted_volume_inside_is_refused(tmp_path):
+    out = folder(tmp_path / "out", config_json="old", data__a_txt="x")
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(out / "data")], capture_output=True).returncode:
+        pytest.skip("this system cannot mount")
+    try:
+        (out / "data" / "precious").write_text("mine")
+        with pytest.raises(SensibertError, match="out/data is a mount point, want an output without one"):
+            publish(folder(tmp_path / "new", config_json="new"), out, overwrite=True)
+        assert (out / "data" / "precious").read_text() == "mine" and (out / "config.json").read_text() == "old"
+    finally:
+        subprocess.run(["umount", str(out / "data")], check=True)
+
+
+def test_the_names_of_new_folders_are_on_the_disk_too(tmp_path, calls):
+    publish(folder(tmp_path / "new", config_json="new"), tmp_path / "a" / "b" / "out", overwrite=False)
+    synced = [path for name, path in calls if name == "sync"]
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
 
 
 def test_without_overwrite_only_an_empty_folder_is_replaced(tmp_path):

@@ -23,6 +23,7 @@ from sensibert.training.checkpoints import (
     MARKER,
     MEMORY,
     STRUCTURE,
+    begin,
     check_checkpoint,
     checkpoints,
     latest_checkpoint,
@@ -56,12 +57,24 @@ def poison(checkpoint):
     save_file({"weight": torch.tensor([1, float("inf")])}, checkpoint / "model.safetensors")
 
 
+def without_sums(checkpoint, content=None):
+    """With a manifest of version 0.1, sizes alone, and other weights: not finite ones, or this content."""
+    poison(checkpoint)
+    if content is not None:
+        (checkpoint / "model.safetensors").write_bytes(content)
+    sizes = json.loads((checkpoint / MANIFEST).read_text())["sizes"]
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes))
+
+
 def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path, model):
     checkpoint = sealed(tmp_path, 3, model)
     check_checkpoint(checkpoint)
     assert json.loads((checkpoint / MEMORY).read_text())["seconds"] == {"warm": 1.5}
     assert not (checkpoint / STRUCTURE).exists()  # of a model that was never cut
-    assert set(json.loads((checkpoint / MANIFEST).read_text())) == {"model.safetensors", MEMORY}
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest["sizes"].keys() == manifest["crc32"].keys() == {"model.safetensors", MEMORY}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest["sizes"]))  # as version 0.1 wrote it
+    check_checkpoint(checkpoint)
 
 
 def test_a_trimmed_model_leaves_its_structure(tmp_path):
@@ -79,8 +92,11 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
         (lambda folder: (folder / "model.safetensors").unlink(), f"model.safetensors has 0 bytes, want {SIZE}"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not a complete checkpoint"),
         (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * SIZE), "model.safetensors cannot be read"),
-        (lambda folder: poison(folder), "weight has NaN or infinite values, want finite weights"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "not a complete checkpoint"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * SIZE), "model.safetensors has other content"),
+        (lambda folder: (folder / MEMORY).write_bytes(bytes((folder / MEMORY).stat().st_size)), f"{MEMORY} has other"),
+        (lambda folder: without_sums(folder, b"x" * SIZE), "damaged checkpoint, model.safetensors cannot be read"),
+        (lambda folder: without_sums(folder), "weight has NaN or infinite values, want finite weights"),
     ],
 )
 def test_damage_is_noticed(tmp_path, model, damage, message):
@@ -104,7 +120,7 @@ def test_the_newest_complete_checkpoint_is_found_by_its_number(tmp_path, model):
 
 def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over_and_said(tmp_path, model, caplog):
     nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
-    poison(ten)
+    without_sums(ten)
     assert latest_checkpoint(tmp_path) == nine
     assert "checkpoint-9: " in caplog.text and "checkpoint-10: weight has NaN or infinite values" in caplog.text
 
@@ -146,11 +162,27 @@ def test_a_run_that_fails_later_keeps_its_complete_checkpoints_and_resumes(tmp_p
     with pytest.raises(SensibertError, match="out.partial holds an unfinished run, want --resume or --overwrite"):
         with workspace(tmp_path / "out", resume=False, overwrite=False):
             pass
-    with workspace(tmp_path / "out", resume=True, overwrite=False) as (_, checkpoint):
+    with workspace(tmp_path / "out", resume=True, overwrite=False, keep=True) as (_, checkpoint):
         assert checkpoint == saved
     with workspace(tmp_path / "out", resume=False, overwrite=True) as (folder, checkpoint):
-        assert checkpoint is None and tree(folder) == {MARKER: b""}
+        assert checkpoint is None and (folder / "checkpoint-2").exists()  # until the inputs have been read
+        begin(folder, None)
+        assert tree(folder) == {MARKER: b""}
     assert tree(tmp_path) == {}
+
+
+def test_what_a_run_does_not_go_on_from_is_deleted_and_files_of_others_are_not(tmp_path, model):
+    with workspace(tmp_path / "out", resume=False, overwrite=False, keep=True) as (folder, _):
+        begin(folder, None)
+        two, four = sealed(folder, 2, model), sealed(folder, 4, model)
+        (four / MEMORY).write_text("damaged")
+        (folder / "checkpoint-6").mkdir()  # broken off
+        (folder / "notes.txt").write_text("mine")
+    with workspace(tmp_path / "out", resume=True, overwrite=False) as (folder, checkpoint):
+        assert checkpoint == two and four.exists()
+        begin(folder, checkpoint)
+        assert {path.name for path in folder.iterdir()} == {MARKER, "checkpoint-2", "notes.txt"}
+    assert tree(tmp_path) == {"out.partial": None, f"out.partial/{MARKER}": b"", "out.partial/notes.txt": b"mine"}
 
 
 def test_a_folder_that_no_run_made_is_left_alone(tmp_path):
