@@ -250,6 +250,7 @@ class TrimCallback(TrainerCallback):
         )  # fmt: skip
         if first:
             self.sensitivity = sensitivity
+            allowed = min(allowed, len(rows))
             if allowed < self.config.samples != TrimConfig.samples:  # somebody asked for more
                 share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"
                 self._warn(f"samples is {self.config.samples}, and the analysis reads {allowed}: at most {share}")

@@ -40,9 +40,9 @@ from .inputs import (
 from .models import base_of, layout_of
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
-from .recipe import RESULT, check_place
+from .recipe import RECIPE, RESULT, check_place
 from .run_options import Options
-from .saving.folder import export, zero_filled
+from .saving.folder import DENSE, export, zero_filled
 from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.trainer import predict
@@ -183,7 +183,19 @@ def _task_of(model: PreTrainedModel, options: Options) -> str:
             return task
     if "SequenceClassification" not in name:
         raise SensibertError(f"model: {options.model} is a {name}, want a fine-tuned model with a task head")
-    return "regression" if len(output_names(model.config)) == 1 else "text-classification"
+    return "regression" if len(output_names(model.config, options.model)) == 1 else "text-classification"
+
+
+def _noted_lengths(model: str) -> dict:
+    """max_length and doc_stride of the run that wrote a folder, if a run did."""
+    folder = Path(model)
+    for recipe in (folder / RECIPE, folder.parent / RECIPE) if folder.name == DENSE else (folder / RECIPE,):
+        try:
+            settings = json.loads(recipe.read_text())
+            return {name: settings[name] for name in ("max_length", "doc_stride") if settings.get(name)}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    return {}
 
 
 def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskData]:
@@ -196,16 +208,21 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
         tokenizer = load_tokenizer(options.model)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
-    noted = (getattr(model.config, "sensibert", None) or {}).get("max_length")
-    options = options if options.max_length else replace(options, max_length=noted)
+    noted = _noted_lengths(options.model) | (getattr(model.config, "sensibert", None) or {})
+    max_length, doc_stride = options.max_length or noted.get("max_length"), options.doc_stride
+    options = replace(
+        options, max_length=max_length, doc_stride=noted.get("doc_stride") if doc_stride is None else doc_stride
+    )
     name = _task_of(model, options)
     options = replace(options.resolved(), task=name)
-    task, names = get_task(name), output_names(model.config)
+    task, names = get_task(name), output_names(model.config, options.model)
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
         raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
     if task.name == "regression" and len(names) != 1:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
     classes = names if task.name in ("text-classification", "token-classification") else None
+    if task.name == "question-answering" and len(names) != 2:
+        raise SensibertError(f"task is {task.name!r}, but {options.model} has {len(names)} outputs, want 2")
     if classes is not None and len(classes) < 2:
         raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
     train, validation = (examples, None) if role == "train" else (None, examples)

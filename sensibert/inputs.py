@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,7 +26,7 @@ from .core.model_folder import want_model_folder
 from .data import labels
 from .data.files import Examples, load_examples
 from .data.task_data import TaskData, guess_task
-from .data.tasks import PRESETS
+from .data.tasks import PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import attribute, positions, unsupported
@@ -71,19 +72,24 @@ def outlined(options: Options, train: Examples) -> TaskData:
 
     SensibertError, showing both, if model and data name their classes differently."""
     columns = options.text_column, options.label_column
-    data = TaskData.outlined(options.task or guess_task(train, *columns), train, *columns)
+    task = get_task(options.task or guess_task(train, *columns))
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
-    kind = data.task.auto_class_name.removeprefix("AutoModelFor")
-    if not data.label_names or not any(kind in name for name in config.architectures or ()):
-        return data
-    names = output_names(config)
+    kind, known = task.auto_class_name.removeprefix("AutoModelFor"), config.architectures
+    classes = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
+    said = any(kind in name for name in classes)
+    names = output_names(config, options.model) if said or not classes else []  # a config may not say what the file has
+    data = TaskData.outlined(task.name, train, *columns, [] if labels.generic(names) else names)
     if len(names) != len(data.label_names):  # `load_model` makes a new head
-        return data
+        return replace(data, own_names=data.label_names)
     ordered = labels.in_order_of(names, data.label_names, options.model, train.name)
-    if labels.generic(names) and not labels.generic(data.label_names):
+    if said and labels.generic(names) and not labels.generic(data.label_names):
         message = "model: %s numbers its %d classes; they are taken as %s, in this order"
         logging.getLogger("sensibert").warning(message, options.model, len(names), ", ".join(ordered))
-    return replace(data, label_names=ordered)
+    return replace(data, label_names=ordered, own_names=data.label_names)
+
+
+def _is_class(name: str) -> bool:
+    return hasattr(transformers, name.removeprefix("Sensibert"))
 
 
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
@@ -91,7 +97,8 @@ def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     train = training_examples(options)
     data = outlined(options, train)
     options = replace(options, task=data.task.name) if options.task is None else options
-    return encode(options, tokenizer, train, validation_examples(options), data.label_names or None)
+    encoded = encode(options, tokenizer, train, validation_examples(options), data.label_names or None)
+    return replace(encoded, own_names=data.own_names)
 
 
 def encode(
@@ -160,20 +167,31 @@ def load_model(source: str, data: TaskData | None = None) -> PreTrainedModel:
         raise SensibertError(f"model: cannot load {source} ({first_line(error)})") from None
 
 
-def output_names(config: PreTrainedConfig) -> list[str]:
-    """The names of the outputs of a head, in order."""
+def output_names(config: PreTrainedConfig, source: str) -> list[str]:
+    """The names of the outputs of the head in a folder, in order."""
     names = cast("dict[int, str]", config.id2label)  # a config makes numbers of its keys
-    return [str(names.get(i, f"LABEL_{i}")) for i in range(len(names))]
+    if set(names) != set(range(len(names))):
+        keys = ", ".join(map(str, names))
+        raise SensibertError(f"model: id2label in its config.json has the keys {keys}, want 0 to {len(names) - 1}")
+    listed = [str(names[i]) for i in range(len(names))]
+    if labels.generic(listed):  # some files have only label2id, which transformers then overwrites
+        written = PreTrainedConfig.get_config_dict(source)[0].get("label2id") or {}
+        by_id = {i: str(name) for name, i in written.items()}
+        listed = [by_id[i] for i in range(len(names))] if set(by_id) == set(names) else listed
+    return listed
 
 
-def check_room(model: PreTrainedModel, data: TaskData) -> None:
+def check_room(model: PreTrainedModel, data: TaskData, argument: str = "model") -> None:
     """SensibertError for rows longer than the model's positions, or tokens or types that it has no vectors for."""
     parts = [part for part in (data.train, data.validation) if part is not None]
+    if not parts:
+        return
     longest = max(max(part.lengths) for part in parts)
     if longest > (positions(model) or longest):
         raise SensibertError(
-            f"max_length: a row has {longest} tokens, want at most {positions(model)}, the positions of the model"
+            f"max_length: a row has {longest} tokens, want at most {positions(model)}, the positions of the {argument}"
         )
+    pad = data.collator.padding["input_ids"]
     table, types = attribute(model, "get_input_embeddings")(), getattr(model.config, "type_vocab_size", 0)
     known = {
         "input_ids": ("id", "vocabulary", table.num_embeddings),
@@ -181,9 +199,10 @@ def check_room(model: PreTrainedModel, data: TaskData) -> None:
     }
     for name, (what, where, entries) in known.items():
         highest = max((int(part.per_token[name].max()) for part in parts if name in part.per_token), default=0)
+        highest = max(highest, pad) if name == "input_ids" else highest
         if highest >= (entries or highest + 1):  # a model without types ignores them
             raise SensibertError(
-                f"model: the tokenizer produces {what} {highest} but the {where} has {entries} entries; "
+                f"{argument}: the tokenizer produces {what} {highest} but the {where} has {entries} entries; "
                 "want the model's own tokenizer"
             )
 
@@ -197,14 +216,17 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
     teacher = load_folder(source, "teacher")[0].requires_grad_(False)
     to_best_device(teacher)
-    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher.config)
+    kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher.config, source)
     if kind not in type(teacher).__name__ or len(outputs) != data.num_labels:
         raise SensibertError(
             f"teacher: {source} is a {type(teacher).__name__} with {len(outputs)} outputs, want a model fine-tuned for "
             f"{data.task.name} with {data.num_labels}"
         )
-    order = labels.positions_of(outputs, data.label_names)
-    if order is None and data.label_names and not labels.generic(outputs) and not labels.generic(data.label_names):
+    check_room(teacher, data, "teacher")
+    own = data.own_names or data.label_names
+    # Classes that are only numbered are those of the data, in their own order.
+    order = labels.positions_of(own if labels.generic(outputs) else outputs, data.label_names)
+    if order is None and data.label_names and not labels.generic(data.label_names):
         theirs, ours = ", ".join(outputs), ", ".join(data.label_names)
         raise SensibertError(f"teacher: {source} has the classes {theirs}, want {ours}")
     if order is None or order == sorted(order):

@@ -37,7 +37,7 @@ from .training.distillation import Distillation
 from .training.run_memory import RunMemory
 from .training.trainer import finetune, predict
 
-RESULT = "result.json"
+RESULT, RECIPE = "result.json", "recipe.json"
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
 NOT_COMPARED = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
@@ -282,7 +282,7 @@ def _write_output(
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)
         write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
-        (final / "recipe.json").write_text(json.dumps(options.settings(), indent=2) + "\n")
+        (final / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")

@@ -160,3 +160,102 @@ def test_rows_that_the_model_has_no_vectors_for_are_refused(here, tmp_path, comm
     assert done.code == 2 and len(done.err.splitlines()) == 1 and not (tmp_path / "out").exists(), done
 
     assert re.search(message, done.err), done.err
+
+
+def test_a_column_is_read_in_one_way_where_names_are_numbers(here, tmp_path):
+    """Each value by name: 1 is not the second class where a class is called 1."""
+    for names in (("1", "2"), ("2", "1"), ("1.0", "0.0")):
+        model = named(here / "tuned", tmp_path / names[0], names)
+        done = command("eval", model, "--validation-file", here / "dev.csv")
+        assert done.code == 2 and f"want one of the 2 classes ({names[0]}, {names[1]})" in done.err
+    relabel(here / "train.csv", tmp_path / "train.csv", ("1", "2"))
+    relabel(here / "dev.csv", tmp_path / "dev.csv", ("1", "2"))
+    for first, second in (("1", "2"), ("2", "1")):
+        model = tmp_path / f"{first}{second}"
+        named(here / "tuned", model, (("neg", "pos") if first == "1" else ("pos", "neg")))
+        config = json.loads((model / "config.json").read_text())
+        config |= {"id2label": {"0": first, "1": second}, "label2id": {first: 0, second: 1}}
+        (model / "config.json").write_text(json.dumps(config))
+        assert accuracy(model, tmp_path / "dev.csv") > 0.9
+        run = ("finetune", "--model", model, *rows(tmp_path), *GENTLE, "--output", tmp_path / f"out{first}", "--json")
+        assert command(*run).json["metrics"]["accuracy"] > 0.9 and labels_of(tmp_path / f"out{first}") == [
+            first,
+            second,
+        ]
+
+
+def test_integers_are_the_numbers_of_labels_in_any_order(here, tmp_path):
+    model = named(here / "tuned", tmp_path / "model", ("pos", "neg"))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_1", "1": "LABEL_0"}, "label2id": {"LABEL_1": 0, "LABEL_0": 1}}
+    (model / "config.json").write_text(json.dumps(config))
+    assert accuracy(model, here / "dev.csv") > 0.9
+
+
+def test_names_in_one_file_and_integers_in_the_other_are_refused(here, tmp_path):
+    for train, dev in (("-named", ""), ("", "-named")):
+        files_ = ("--train-file", here / f"train{train}.csv", "--validation-file", here / f"dev{dev}.csv")
+        done = command("finetune", "--model", here / "model", *files_, *GENTLE, "--output", tmp_path / "out")
+        assert done.code == 2 and "holds integers, and" in done.err and "want names in both" in done.err
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["MyClassifier"], "BertForSequenceClassification"])
+@pytest.mark.parametrize("names", [("pos", "neg"), ("spam", "ham")])
+def test_the_names_of_a_head_hold_whatever_its_class_is_called(here, tmp_path, architectures, names):
+    model = named(here / "tuned", tmp_path / "model", names)
+    config = json.loads((model / "config.json").read_text()) | {"architectures": architectures}
+    (model / "config.json").write_text(json.dumps(config))
+    done = command("finetune", "--model", model, *rows(here, "-named"), *GENTLE, "--output", tmp_path / "out", "--json")
+    if names[0] == "spam":
+        assert done.code == 2 and "has the classes spam, ham, and" in done.err
+    else:
+        assert done.json["metrics"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1"), ("neg", "pos")])
+def test_a_teacher_that_numbers_its_classes_numbers_those_of_the_data(here, tmp_path, names):
+    student = named(here / "tuned", tmp_path / "student", ("pos", "neg"))
+    teacher = named(here / "tuned", tmp_path / "teacher", names)
+    gentle = ("--method", "baseline", "--epochs", 3, "--learning-rate", 1e-3, "--batch-size", 16)
+    taught = ("--teacher", teacher, "--distil", 1, "--output", tmp_path / "out", "--json")
+    done = command("finetune", "--model", student, *rows(here, "-named"), *gentle, *taught)
+    assert done.json["metrics"]["accuracy"] > 0.9
+
+
+def test_a_config_with_half_of_the_names(here, tmp_path):
+    model = named(here / "tuned", tmp_path / "model", ("pos", "neg"))
+    config = json.loads((model / "config.json").read_text())
+    del config["id2label"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert accuracy(model, here / "dev-named.csv") > 0.9
+    (model / "config.json").write_text(json.dumps(config | {"id2label": {"1": "pos", "2": "neg"}}))
+    done = command("eval", model, "--validation-file", here / "dev.csv")
+    assert done.code == 2 and "id2label in its config.json has the keys 1, 2, want 0 to 1" in done.err
+
+
+@pytest.mark.parametrize("more", [("--method", "baseline"), ("--layout", "both"), ("--grid", "element"), ()])
+def test_eval_reads_rows_as_the_run_did_that_wrote_the_folder(here, tmp_path, more):
+    run = ("finetune", "--model", here / "tuned", *rows(here), "--max-length", 4, "--max-steps", 3, "--batch-size", 8)
+    done = command(*run, *more, "--output", tmp_path / "out", "--json")
+    scored = done.json["metrics"]["accuracy"]
+    assert accuracy(tmp_path / "out", here / "dev.csv") == scored
+    if "both" in more:
+        assert accuracy(tmp_path / "out" / "dense", here / "dev.csv") == scored
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"max_position_embeddings": 8},
+            "max_length: a row has 10 tokens, want at most 8, the positions of the teacher",
+        ),
+        ({"vocab_size": 10}, "teacher: the tokenizer produces id .* but the vocabulary has 10 entries"),
+    ],
+)
+def test_a_teacher_has_room_for_the_rows_or_is_refused(here, tmp_path, config, message):
+    teacher = runs.model_folder(tmp_path / "teacher", head="SequenceClassification", num_labels=2, **config)
+    done = command(
+        "finetune", "--model", here / "model", *rows(here), "--teacher", teacher, "--output", tmp_path / "out"
+    )
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and re.search(message, done.err), done

@@ -173,7 +173,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class ClassIds:
-    """Label -> class id: the label with that name, else an integer as the id itself.
+    """Label -> class id: the label with that name; where no name is a number, an integer is LABEL_i, or the id itself.
 
     numbered: the names of the integers in a column, where the data set has them. Upper and lower case are the same if
     no two names differ by it only. SensibertError for a label that is no class."""
@@ -183,19 +183,27 @@ class ClassIds:
         folded = {name.casefold(): i for i, name in enumerate(names)}
         self.folded = folded if len(folded) == len(names) else {}
         self.numbered = None if numbered is None or generic(names) else list(numbered)
+        self.counts = self.numbered is None and not any(NUMBER.fullmatch(name) for name in names)
 
     def __call__(self, column: Column, row: int, value: Any) -> int:
-        name, label = str(value).strip(), None
-        if self.numbered and isinstance(value, int) and 0 <= value < len(self.numbered):
-            name = self.numbered[value]
+        name = str(value).strip()
         label = self.ids.get(name, self.folded.get(name.casefold()))
-        if label is None and _kind_of(column, row, value) == "integer" and 0 <= int(value) < len(self.names):
-            label = int(value) if self.numbered is None else None
+        if label is None and _kind_of(column, row, value) == "integer":
+            label = self._of_integer(int(value))
         if label is None:
-            known = _listed(self.names)
-            raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known})")
+            known, own = _listed(self.names), f"; its integers are {_listed(self.numbered)}" if self.numbered else ""
+            raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known}){own}")
         self.ids[name] = label
         return label
+
+    def _of_integer(self, value: int) -> int | None:
+        if self.numbered is not None:
+            name = self.numbered[value] if 0 <= value < len(self.numbered) else ""
+            return self.ids.get(name, self.folded.get(name.casefold()))
+        for name in (str(value), f"label_{value}"):
+            if name in self.folded:
+                return self.folded[name]
+        return value if self.counts and 0 <= value < len(self.names) else None
 
 
 def numbers(column: Column) -> np.ndarray:

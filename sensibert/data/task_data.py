@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from .answers import Answer, best_answers
 from .batching import Collator
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
-from .labels import ClassIds, Column
+from .labels import Cell, ClassIds, Column
 from .metrics import answer_metrics, classification_metrics, regression_metrics, tagging_metrics
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
+LABELLED = ("text-classification", "token-classification")
 Logits = Sequence[np.ndarray]  # of one output, or of start and end
 
 
@@ -54,7 +55,8 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
 class TaskData:
     """A task with its encoded data; made by `build`.
 
-    num_labels: outputs of the head. label_names: the classes, [] for regression and question-answering."""
+    num_labels: outputs of the head. label_names: the classes, [] for regression and question-answering. own_names: the
+    same in the order of the data, where the model has another."""
 
     task: Task
     num_labels: int
@@ -62,6 +64,7 @@ class TaskData:
     train: Features | None
     validation: Features | None
     collator: Collator
+    own_names: list[str] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -93,6 +96,8 @@ class TaskData:
         if tokenizer.pad_token_id is None:
             raise SensibertError(f"tokenizer {type(tokenizer).__name__} has no pad token")
         names = _names(task, data[0], label, label_names)
+        if task.name in LABELLED and len(data) == 2:
+            _want_same_kind(task, data, label)
         encoded = {
             id(examples): _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride)
             for examples in data
@@ -102,10 +107,24 @@ class TaskData:
         return cls(task, _outputs(task, names), names, encoded.get(id(train)), encoded.get(id(validation)), collator)
 
     @classmethod
-    def outlined(cls, task_name: str, train: Examples, text_column: str | None, label_column: str | None) -> TaskData:
-        """Only the task and the labels, which determine a model's head. Nothing is encoded."""
+    def outlined(
+        cls,
+        task_name: str,
+        train: Examples,
+        text_column: str | None,
+        label_column: str | None,
+        known: Sequence[str] = (),
+    ) -> TaskData:
+        """Only the task and the labels, which determine a model's head. Nothing is encoded.
+
+        known: classes of a model, which are those of the data if they are the labels that occur."""
         task = get_task(task_name)
-        names = _names(task, train, _columns(task, train, text_column, label_column)[1], None)
+        label = _columns(task, train, text_column, label_column)[1]
+        names = None
+        if task.name in LABELLED and label not in train.class_names:
+            occurring = sorted({str(value).strip() for _, value in _cells(task, Column.of(train, label))})
+            names = occurring if labels.positions_of(known, occurring) is not None else None
+        names = _names(task, train, label, names)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
     @property
@@ -117,7 +136,9 @@ class TaskData:
         """The main metric of the best answer that is the same for every validation row. SensibertError without them."""
         if self.validation is None:
             raise SensibertError("constant_score: there is no validation data")
-        if self.task.name != "text-classification":  # correlations, and f1 of entities and of answers
+        if isinstance(self.validation, Windows):  # no answer
+            return float(np.mean([not golds for golds in self.validation.golds]))
+        if self.task.name != "text-classification":  # correlations, and f1 of entities
             return 0.0
         return float(np.bincount(self.validation.per_item["labels"]).max() / len(self.validation))
 
@@ -244,9 +265,25 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
             raise SensibertError(f"label_names is {list(given)}, want at least two different names")
         return list(given)
     column = Column.of(examples, label)
-    return labels.class_names(
-        column, labels.each_tag(column) if task.name == "token-classification" else column.filled()
-    )
+    return labels.class_names(column, _cells(task, column))
+
+
+def _cells(task: Task, column: Column) -> Iterable[Cell]:
+    return labels.each_tag(column) if task.name == "token-classification" else column.filled()
+
+
+def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
+    """SensibertError if one file has integers and the other names that do not say which integer is which."""
+    kinds = []
+    for each in data:
+        cells = {str(value).strip() for _, value in _cells(task, Column.of(each, label))}
+        named = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
+        kinds.append("name" if named else "integer" if all(labels.INTEGER.fullmatch(cell) for cell in cells) else "")
+    if set(kinds) == {"name", "integer"}:
+        named, numbered = (data[kinds.index(kind)].name for kind in ("name", "integer"))
+        raise SensibertError(
+            f"{numbered}: column '{label}' holds integers, and {named} has names for its classes: want names in both"
+        )
 
 
 def _encode(

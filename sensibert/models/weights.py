@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +24,7 @@ LEFT_BY = {
     "parametrizations.": "call torch.nn.utils.parametrize.remove_parametrizations",
     "lora_": "call merge_and_unload()",
     "base_layer.": "call merge_and_unload()",
+    "modules_to_save.": "call merge_and_unload()",
 }
 NOT_WEIGHTS = ("inv_freq", "position_ids")  # buffers that older versions of transformers saved
 
@@ -34,6 +37,8 @@ def from_pretrained(
     new_head: the task head may be new; a warning tells if the file has one with another number of outputs. A prefix
     that a wrapper added to all names is taken off, with a warning. SensibertError, naming the first weight, if the file
     lacks a weight, has it in another shape, or has weights in the layers that the model has no place for."""
+    if os.path.exists(os.path.join(source, "adapter_config.json")):
+        raise SensibertError(f"{source}: has an adapter beside its weights; call merge_and_unload() before saving")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = model_class.from_pretrained(source, **options)
     prefix = _common_prefix(info["unexpected_keys"])
@@ -42,7 +47,24 @@ def from_pretrained(
         model, info = model_class.from_pretrained(source, **options)
         _warn("%s: the prefix %r of its weights was taken off", source, prefix)
     _check(model, source, info, new_head)
+    _want_floats(model, source)
     return model
+
+
+def _want_floats(model: PreTrainedModel, source: str | os.PathLike) -> None:
+    """SensibertError if a local file has integers as weights: without a quantization they are read as numbers."""
+    names = {_ending(name) for name, _ in model.named_parameters()}
+    for file in sorted(Path(source).glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                kind = weights.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")) and _ending(name) in names:
+                    raise SensibertError(f"{source}: its weights have {name} as {kind}, want floating-point numbers")
+
+
+def _ending(name: str) -> str:
+    """The last two parts of a name: prefixes of wrappers do not count."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _warn(message: str, *values: object) -> None:
@@ -82,8 +104,11 @@ def _check(model: PreTrainedModel, source: str | os.PathLike, info: dict[str, An
         was, wanted = shapes[name]
         raise SensibertError(f"{source}: {name} is {was} in its weights, and {wanted} by its config.json")
     for name in unexpected:
-        if name.startswith(layers) and not name.endswith(NOT_WEIGHTS):
+        if (name.startswith(layers) and not name.endswith(NOT_WEIGHTS)) or any(left in name for left in LEFT_BY):
             raise SensibertError(f"{source}: its weights have {name}, which a {type(model).__name__} has not{hint}")
+    named = [model.config.architectures] if isinstance(model.config.architectures, str) else model.config.architectures
+    if new_head and missing and type(model).__name__ in (named or ()):
+        _warn("%s: its weights lack %s: a new head is trained", source, min(missing))
     if base_of(model) is model and missing:
         _warn("%s: its weights lack %s, which is random now", source, min(missing))
     if shapes:

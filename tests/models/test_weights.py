@@ -62,6 +62,26 @@ BROKEN = [
 NAMES = ["no words", "no layer", "nothing", "unknown prefix", "pruned", "parametrized", "PEFT", "adapter"]
 
 
+def test_integers_and_adapters_beside_the_weights_are_refused(tmp_path):
+    def rounded(weights):
+        return {n: (w * 50).round().to(torch.int8) if "query.weight" in n else w for n, w in weights.items()}
+
+    def adapted_head(weights):
+        return weights | {"classifier.lora_A.weight": torch.zeros(2, 2)}
+
+    for name, change, message in (
+        ("int8", rounded, "have .*query.weight as I8, want floating-point numbers"),
+        ("head", adapted_head, r"have classifier.lora_A.weight, .*call merge_and_unload\(\) before saving"),
+        ("adapter", dict, r"has an adapter beside its weights; call merge_and_unload\(\)"),
+    ):
+        folder = changed(tmp_path / name, change)
+        if name == "adapter":
+            (folder / "adapter_config.json").write_text("{}")
+        for load in (sensibert.load, lambda path: from_pretrained(AutoModelForSequenceClassification, path, True)):
+            with pytest.raises(SensibertError, match=message):
+                load(folder)
+
+
 @pytest.mark.parametrize("new_head", [True, False])
 @pytest.mark.parametrize("change, message", BROKEN, ids=NAMES)
 def test_a_file_that_lacks_weights_is_refused_by_the_first(tmp_path, change, message, new_head):
@@ -94,7 +114,8 @@ def test_a_head_may_be_new_only_where_it_is_trained(tmp_path, caplog):
     with pytest.raises(SensibertError, match="its weights lack classifier.bias and 1 more"):
         sensibert.load(folder)
     from_pretrained(AutoModelForSequenceClassification, folder, True)
-    assert not said(caplog)
+    assert said(caplog) == ["its weights lack classifier.bias: a new head is trained"]
+    caplog.clear()
     whole = changed(tmp_path / "whole", dict)
     model = from_pretrained(AutoModelForSequenceClassification, whole, True, num_labels=2)
     assert model.classifier.out_features == 2

@@ -49,7 +49,8 @@ def test_tokens_without_a_label_teach_nothing():
 
 def teacher_of(folder, label_names, task="text-classification"):
     """The arguments of load_teacher."""
-    data = SimpleNamespace(task=get_task(task), num_labels=len(label_names), label_names=label_names)
+    data = SimpleNamespace(task=get_task(task), num_labels=len(label_names), label_names=label_names, own_names=[])
+    data.train = data.validation = None
     return Options(teacher=str(folder)), data, folder
 
 
