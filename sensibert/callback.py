@@ -172,7 +172,7 @@ class TrimCallback(TrainerCallback):
         self.recovery.end()  # of a training that was interrupted
         self.warnings = []
         if self.config.trims:
-            for text in check_trainer(args, model, getattr(loader, "dataset", None)):
+            for text in check_trainer(args, model, getattr(loader, "dataset", None), unwrapped(optimizer)):
                 self._warn(text)
         if model is not self._model:  # from model_init, or another
             self.prepare(model)

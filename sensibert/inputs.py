@@ -175,7 +175,10 @@ def output_names(config: PreTrainedConfig, source: str) -> list[str]:
         raise SensibertError(f"model: id2label in its config.json has the keys {keys}, want 0 to {len(names) - 1}")
     listed = [str(names[i]) for i in range(len(names))]
     if labels.generic(listed):  # some files have only label2id, which transformers then overwrites
-        written = PreTrainedConfig.get_config_dict(source)[0].get("label2id") or {}
+        try:
+            written = PreTrainedConfig.get_config_dict(source)[0].get("label2id") or {}
+        except OSError:
+            written = {}
         by_id = {i: str(name) for name, i in written.items()}
         listed = [by_id[i] for i in range(len(names))] if set(by_id) == set(names) else listed
     return listed

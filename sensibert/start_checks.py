@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import CellType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +24,12 @@ from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
 from .sensitivity.gradients import Loss, given_loss
 from .training.trainer import want_one_process
+from .trimming.self_check import probe
 
 
-def check_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | None) -> list[str]:
+def check_trainer(
+    args: TrainingArguments, model: nn.Module, data: Dataset | None, optimizer: torch.optim.Optimizer
+) -> list[str]:
     """SensibertError for a Trainer that would fail at or after the cut. Returns warnings."""
     warnings = []
     want_one_process(args)
@@ -46,6 +51,9 @@ def check_trainer(args: TrainingArguments, model: nn.Module, data: Dataset | Non
             "TrimCallback: every trimmable parameter has requires_grad=False; unfreeze the encoder, or remove "
             "TrimCallback"
         )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(weight) in held for name, weight in base_of(model).named_parameters() if name in trimmable):
+        raise SensibertError("TrimCallback: the optimizer holds none of the tensors to cut, want that of this model")
     return warnings
 
 
@@ -79,13 +87,23 @@ def check_analysis(
         needs.append((None, ""))
 
     def run(needed: Loss | None) -> None:
-        with eval_mode(model, autocast) as device, _undisturbed(device, collate):
+        with eval_mode(model, autocast) as device, _undisturbed(device, collate, rows, model):
             batch = next(micro_batches(rows, collate, config.micro_batch, config.micro_batch, seed))
             batch = {name: value.to(device) for name, value in batch.items()}
             outputs = model(**batch)
             if needed is not None and not needed(outputs, batch, torch.Generator().manual_seed(seed)).requires_grad:
                 raise SensibertError("analyze: the loss has no gradient")
 
+    if units:
+        try:
+            with _undisturbed(next(model.parameters()).device, collate, rows, model):
+                probe(model)
+        except Exception as error:
+            reason = first_line(error) if isinstance(error, SensibertError) else described(error)
+            raise SensibertError(
+                f"TrimCallback: a trim checks itself by input_ids and attention_mask of the encoder alone, and "
+                f"{type(model).__name__} fails there ({reason}); want a base_model that runs by itself"
+            ) from error
     for needed, advice in needs:
         try:
             run(needed)
@@ -104,25 +122,54 @@ def check_analysis(
     return True
 
 
+Generator = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
 @contextmanager
-def _undisturbed(device: torch.device, collate: object) -> Iterator[None]:
-    """A context that leaves the random state, and the attributes and random generators of a collator, as they were."""
+def _undisturbed(device: torch.device, collate: object, rows: object, model: nn.Module) -> Iterator[None]:
+    """A context that leaves random states as they were, of the libraries and of the generators that a collator, a data
+    set and a model hold, and the attributes of a collator."""
     inner = getattr(collate, "data_collator", collate)  # Trainer wraps it to drop columns
-    owners = {id(owner): owner for owner in (collate, inner, getattr(inner, "__self__", None))}.values()
+    owners = list({id(owner): owner for owner in (collate, inner, getattr(inner, "__self__", None))}.values())
     attributes = [now for owner in owners if isinstance(now := getattr(owner, "__dict__", None), dict)]
     before = [(now, dict(now)) for now in attributes]
+    held = [value for owner in (*owners, rows, *model.modules()) for value in _held(owner)]
+    restore = [_restored(value) for value in held if isinstance(value, Generator)]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        for now, _ in before:
-            for name, value in now.items():
-                if isinstance(value, torch.Generator | np.random.Generator | random.Random):
-                    now[name] = copy.deepcopy(value)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+        for again in restore:
+            again()
         for now, then in before:
             for made in now.keys() - then.keys():
                 del now[made]
             now.update(then)
+
+
+def _held(owner: object) -> list[object]:
+    """What an object, a function or a functools.partial holds."""
+    cells = [cell.cell_contents for cell in getattr(owner, "__closure__", None) or () if cell != CellType()]
+    keywords = getattr(owner, "keywords", None)
+    given = [*(getattr(owner, "args", None) or ()), *(keywords.values() if isinstance(keywords, dict) else ())]
+    inner = getattr(owner, "func", None)
+    return [*_attributes(owner).values(), *cells, *given, *(_held(inner) if inner is not None else ())]
+
+
+def _attributes(owner: object) -> dict[str, object]:
+    return known if isinstance(known := getattr(owner, "__dict__", None), dict) else {}
+
+
+def _restored(generator: Any) -> Callable[[], None]:
+    """A function that puts a random generator back into its present state."""
+    if isinstance(generator, torch.Generator):
+        state: Any = generator.get_state()
+        return lambda: (generator.set_state(state), None)[1]
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    return partial(generator.setstate, generator.getstate())

@@ -1,15 +1,18 @@
 """What trimming cannot work with is refused before the first step, and what it can work with is trimmed and saved."""
 
+import functools
 import random
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers import (
     AutoModel,
     BertForSequenceClassification,
+    BertModel,
     DataCollatorForLanguageModeling,
     PreTrainedModel,
     Trainer,
@@ -255,6 +258,113 @@ def test_the_check_changes_neither_random_state_nor_the_order_of_the_data(tmp_pa
     monkeypatch.setattr("sensibert.callback.check_analysis", lambda *args: True)
     without = weights(tmp_path / "b")
     assert all(torch.equal(with_check[name], without[name]) for name in without)
+
+
+class Drawing:
+    """A data set that draws from generators of its own."""
+
+    def __init__(self):
+        self.one, self.two, self.three = random.Random(1), np.random.default_rng(2), np.random.RandomState(3)
+        self.rows = rows()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row, drawn = self.rows[index], self.one.random() + self.two.random() + self.three.rand()
+        return row | {"labels": row["labels"] ^ int(drawn > 1.5)}
+
+
+def collators():
+    def flipped(generator, items):
+        batch = torch.utils.data.default_collate(items)
+        return batch | {"labels": batch["labels"] ^ generator.randint(0, 1)}
+
+    generator = random.Random(4)
+    return {"partial": functools.partial(flipped, random.Random(4)), "closure": lambda items: flipped(generator, items)}
+
+
+@pytest.mark.parametrize("kind", ["data", "partial", "closure"])
+def test_the_check_leaves_generators_that_others_hold_as_they_were(tmp_path, monkeypatch, kind):
+    def weights(folder):
+        data = Drawing() if kind == "data" else rows()
+        collator, model = collators().get(kind), tiny_model()
+        more = {"remove_unused_columns": False}
+        callback = TrimCallback(config(method="magnitude", compensate=False))
+        trained(model, folder, callback, data, collator=collator, **more)
+        return model.state_dict()
+
+    with_check = weights(tmp_path / "a")
+    monkeypatch.setattr("sensibert.callback.check_analysis", lambda *args: True)
+    without = weights(tmp_path / "b")
+    assert all(torch.equal(with_check[name], without[name]) for name in without)
+
+
+class OwnBase(BertModel):
+    """An encoder with its own head in its forward: a base model whose first output is not its hidden states."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.head(super().forward(input_ids, attention_mask, **kwargs)[0][:, 0])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Lora(nn.Linear):
+    """Weights beside the weight, in a subclass of nn.Linear."""
+
+    def __init__(self):
+        super().__init__(32, 64)
+        self.lora_A = nn.Parameter(torch.zeros(2, 32))
+
+
+def with_layer(path, change):
+    model = tiny_model()
+    parent, _, name = path.rpartition(".")
+    owner = model.bert.encoder.layer[0].get_submodule(parent)
+    setattr(owner, name, change(getattr(owner, name)))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: OwnBase(tiny_config()), "OwnBase fails there .*want a base_model that runs by itself"),
+        (lambda: with_layer("intermediate.dense", lambda old: Lora()), "dense has the parameter lora_A, want a plain"),
+        (lambda: with_layer("output.dense", nn.utils.parametrizations.weight_norm), "has the parameter parametri"),
+        (
+            lambda: with_layer("output.dense", lambda old: nn.utils.prune.l1_unstructured(old, "weight", 0.5)),
+            "has the parameter weight_orig, want a plain linear layer: .*prune.remove",
+        ),
+    ],
+    ids=["own base", "LoRA", "weight norm", "pruned"],
+)
+def test_what_the_trim_could_not_cut_or_check_is_refused_before_the_first_step(tmp_path, make, message):
+    with pytest.raises(SensibertError, match=message):
+        trained(make(), tmp_path, TrimCallback(config(method="magnitude")), save_strategy="no")
+
+
+def test_a_smaller_word_table_than_the_config_says_is_no_fault(tmp_path):
+    model = tiny_model()
+    model.bert.embeddings.word_embeddings = nn.Embedding(62, 32)
+    data = [row | {"input_ids": row["input_ids"].clamp(max=61)} for row in rows()]
+    trained(model, tmp_path, TrimCallback(config(method="magnitude")), data)
+
+
+def test_the_optimizer_of_another_model_is_refused(tmp_path):
+    model, other = tiny_model(), tiny_model()
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=rows(),
+        callbacks=[TrimCallback(config(method="magnitude"))],
+        optimizers=(torch.optim.AdamW(other.parameters()), None),
+    )
+    with pytest.raises(SensibertError, match="the optimizer holds none of the tensors to cut, want that of this model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_method_with_labels_and_compensation_needs_both_losses(tmp_path):

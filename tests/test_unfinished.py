@@ -263,3 +263,16 @@ def test_a_callback_can_be_pickled_after_a_training(tmp_path):
     trainer.train()
     assert pickle.loads(pickle.dumps(callback)).warnings == callback.warnings
     assert torch.is_tensor(next(iter(callback.whole_plan(trainer.model).keep.values())))
+
+
+def test_a_masked_partial_model_is_unfinished_after_a_reload_too(tmp_path):
+    settings = TrimConfig(method="magnitude", schedule=Schedule(**CUBIC), grid="element")
+    trainer, _ = stopped(tmp_path / "run", 6, config=settings)
+    trainer.train()
+    partial = unfinished(trainer.model)
+    assert partial is not None
+    export(trainer.model, tmp_path / "m", accept_unfinished=True)
+    again = load(tmp_path / "m")[0]
+    assert unfinished(again) == partial
+    with pytest.raises(SensibertError, match="50%params"):
+        export(again, tmp_path / "again")

@@ -277,8 +277,8 @@ def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
     kinds = []
     for each in data:
         cells = {str(value).strip() for _, value in _cells(task, Column.of(each, label))}
-        named = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
-        kinds.append("name" if named else "integer" if all(labels.INTEGER.fullmatch(cell) for cell in cells) else "")
+        names = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
+        kinds.append("name" if names else "integer" if all(labels.INTEGER.fullmatch(cell) for cell in cells) else "")
     if set(kinds) == {"name", "integer"}:
         named, numbered = (data[kinds.index(kind)].name for kind in ("name", "integer"))
         raise SensibertError(

@@ -33,6 +33,11 @@ def _linear(family: Family, where: str, layer: nn.Module, path: str) -> nn.Linea
             f"model: {where} has no linear layer {path}, want a plain {family.model_type}, with adapters merged into "
             f"its weights (there is a {type(module).__name__} of {type(module).__module__.partition('.')[0]})"
         )
+    if module is not None and (extra := [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]):
+        raise SensibertError(
+            f"model: {where}.{path} has the parameter {extra[0]}, want a plain linear layer: merge_and_unload() "
+            "adapters, or call prune.remove or parametrize.remove_parametrizations of torch.nn.utils first"
+        )
     return module
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ _ATTRIBUTE = "sensibert_grid"  # of a model masked by a trim; layers masked by a
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """keep: name of a parameter in the base model -> bool [blocks of rows, blocks of columns], True = kept."""
+    """keep: name of a parameter in the base model -> bool [blocks of rows, blocks of columns], True = kept. note: the
+    model's budget, see unfinished.py."""
 
     grid: Grid
     keep: dict[str, Tensor]
+    note: dict[str, str] = field(default_factory=dict)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors of bits, facts to unpack them): eight blocks a byte, lowest bit first, each row padded with 0."""
         bits = {name: np.packbits(keep.numpy(), axis=1, bitorder="little") for name, keep in self.keep.items()}
         columns = json.dumps({name: keep.shape[1] for name, keep in self.keep.items()})
-        facts = {"format": FORMAT, "grid": str(self.grid), "columns": columns}
+        facts = {"format": FORMAT, "grid": str(self.grid), "columns": columns, "note": json.dumps(self.note)}
         return {name: torch.from_numpy(array) for name, array in bits.items()}, facts
 
     @classmethod
@@ -43,7 +45,7 @@ class Masks:
         for name, count in json.loads(facts["columns"]).items():
             blocks = np.unpackbits(bits[name].numpy(), axis=1, count=count, bitorder="little")
             keep[name] = torch.from_numpy(blocks).bool()
-        return cls(Grid.parse(facts["grid"]), keep)
+        return cls(Grid.parse(facts["grid"]), keep, json.loads(facts.get("note", "{}")))
 
 
 def masks_of(model: nn.Module) -> Masks | None:
@@ -53,7 +55,7 @@ def masks_of(model: nn.Module) -> Masks | None:
         return None
     masked = ((f"{name}.weight", m) for name, m in layers if isinstance(m, MaskedLinear) and m.grid == grid)
     keep = {name: layer.keep.to("cpu", copy=True) for name, layer in masked}
-    return Masks(grid, keep) if keep else None
+    return Masks(grid, keep, dict(getattr(model, NOTE, {}))) if keep else None
 
 
 def set_masks(model: nn.Module, masks: Masks) -> None:
@@ -63,7 +65,7 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
     except ValueError as error:
         raise SensibertError(f"masks: do not fit this model ({error})") from None
     setattr(model, _ATTRIBUTE, masks.grid)
-    setattr(model, NOTE, {})
+    setattr(model, NOTE, dict(masks.note))
 
 
 def kept_of(model: nn.Module) -> tuple[dict[str, Tensor] | None, Grid | None]:

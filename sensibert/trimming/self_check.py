@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..core.artifacts import Plan
 from ..core.errors import SensibertError
@@ -37,10 +38,13 @@ def silenced(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: nn.Module) -> Tensor:
-    """Last hidden states, [tokens, hidden] fp64, of two fixed sequences of random tokens, the second one padded."""
+    """Last hidden states, [tokens, hidden] fp64, of two fixed sequences of random tokens, the second one padded.
+
+    SensibertError for a base model that returns something else first."""
     base, config = base_of(model), attribute(model, "config")
     length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", 2 * CHECK_TOKENS) // 2)
-    high = config.vocab_size
+    table = getattr(base, "get_input_embeddings", lambda: None)()
+    high = min(config.vocab_size, getattr(table, "num_embeddings", config.vocab_size))
     ids = torch.randint(min(10, high - 1), high, (2, length), generator=torch.Generator().manual_seed(0))
     attend = torch.ones_like(ids)
     attend[1, length - length // 3 :] = 0
@@ -48,11 +52,16 @@ def probe(model: nn.Module) -> Tensor:
     training = [module for module in base.modules() if module.training]
     base.eval()
     try:
-        hidden = base(input_ids=ids.to(device), attention_mask=attend.to(device))[0]
+        outputs = base(input_ids=ids.to(device), attention_mask=attend.to(device))
+        first = outputs[0] if isinstance(outputs, tuple | ModelOutput) else outputs
     finally:
         for module in training:  # one by one: a frozen part may be in eval mode on purpose
             module.training = True
-    return hidden[attend.to(device).bool()].double()
+    if not isinstance(first, Tensor) or first.shape[:2] != ids.shape:
+        came = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        wanted = f"hidden states [{ids.shape[0]}, {ids.shape[1]}, ...]"
+        raise SensibertError(f"trim: the base_model, a {type(base).__name__}, returns {came} first, want {wanted}")
+    return first[attend.to(device).bool()].double()
 
 
 def _tolerance(dtype: torch.dtype) -> float:
