@@ -69,11 +69,11 @@ def tagging_metrics(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequenc
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """[(type, first word, last word)] of BIO or IOBES tags, as in conlleval: an I- after no entity begins one.
 
-    'O' and '0' are outside. A tag without prefix is its own type, and equal neighbours are one entity."""
+    'O', 'o' and '0' are outside. A tag without prefix is its own type, and equal neighbours are one entity."""
     result, start = [], 0
     last_prefix, last_type = "O", ""
     for i, tag in enumerate([*tags, "O"]):
-        prefix, kind = ("O", "") if tag in ("O", "0") else _split_tag(tag)
+        prefix, kind = ("O", "") if tag in ("O", "o", "0") else _split_tag(tag)
         begins = prefix in "BSO" or last_prefix in "OES" or kind != last_type
         if last_prefix != "O" and begins:
             result.append((last_type, start, i - 1))
@@ -84,7 +84,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def _split_tag(tag: str) -> tuple[str, str]:
-    return (tag[0], tag[2:]) if re.match(r"[BIES]-", tag) else ("I", tag)
+    return (tag[0].upper(), tag[2:]) if re.match(r"[BIES]-", tag, re.IGNORECASE) else ("I", tag)
 
 
 def _f1(hits: int, num_predicted: int, num_wanted: int) -> float:

@@ -104,3 +104,9 @@ def test_the_same_entity_in_two_sentences_counts_twice():
 def test_no_entities_anywhere_is_zero_not_a_division():
     assert tagging_metrics([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 1.0}
     assert tagging_metrics([[]], [[]])["accuracy"] == 0.0
+
+
+def test_tags_in_lower_case_are_the_same_entities():
+    tags = ["B-PER", "I-PER", "O", "B-LOC", "O"]
+    spans = [(first, last) for _, first, last in entities(tags)]
+    assert [(first, last) for _, first, last in entities([tag.lower() for tag in tags])] == spans == [(0, 1), (3, 3)]
