@@ -40,9 +40,14 @@ def from_pretrained(
     if os.path.exists(os.path.join(source, "adapter_config.json")):
         raise SensibertError(f"{source}: has an adapter beside its weights; call merge_and_unload() before saving")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = model_class.from_pretrained(source, **options)
-    prefix = _common_prefix(info["unexpected_keys"])
-    if prefix and _lost(model, info["missing_keys"]):
+    try:
+        model, info = model_class.from_pretrained(source, **options)
+        prefix = _common_prefix(info["unexpected_keys"]) if _lost(model, info["missing_keys"]) else ""
+    except ValueError:  # of a trimmed model, which refuses missing weights itself
+        prefix = _common_prefix({name for file in _files(source) for name in _names(file)})
+        if not prefix:
+            raise
+    if prefix:
         options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
         model, info = model_class.from_pretrained(source, **options)
         _warn("%s: the prefix %r of its weights was taken off", source, prefix)
@@ -54,12 +59,22 @@ def from_pretrained(
 def _want_floats(model: PreTrainedModel, source: str | os.PathLike) -> None:
     """SensibertError if a local file has integers as weights: without a quantization they are read as numbers."""
     names = {_ending(name) for name, _ in model.named_parameters()}
-    for file in sorted(Path(source).glob("model*.safetensors")):
+    for file in _files(source):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 kind = weights.get_slice(name).get_dtype()
                 if not kind.startswith(("F", "BF")) and _ending(name) in names:
                     raise SensibertError(f"{source}: its weights have {name} as {kind}, want floating-point numbers")
+
+
+def _files(source: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a local folder."""
+    return sorted(Path(source).glob("model*.safetensors"))
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as weights:
+        return list(weights.keys())
 
 
 def _ending(name: str) -> str:

@@ -9,9 +9,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import sensibert
 from sensibert import SensibertError
+from sensibert.models import layout_of
 from sensibert.models.weights import from_pretrained
+from sensibert.trimming.trim import trim
 from tests import runs
 from tests.helpers import tiny_batch, tiny_model
+from tests.plans import random_plan
 from tests.runs import command
 
 FAMILIES = ["bert", "roberta", "albert", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert", "rembert"]
@@ -144,6 +147,20 @@ def test_the_prefix_of_a_wrapper_is_taken_off_and_said(tmp_path, caplog, family,
     torch.testing.assert_close(loaded(**tiny_batch()).logits, model(**tiny_batch()).logits)
     messages = [f"the prefix {prefix!r} of its weights was taken off"]
     assert said(caplog) == messages or (family, prefix) == ("modernbert", "model.")  # transformers reads that one
+
+
+@pytest.mark.parametrize("prefix, refused", [("module.", False), ("unknown.", True)])
+def test_the_prefix_is_taken_off_a_trimmed_model_too(tmp_path, caplog, prefix, refused):
+    model = tiny_model()
+    trim(model, random_plan(layout_of(model)))
+    folder = changed(tmp_path / "m", prefixed(prefix), model)
+    if refused:
+        with pytest.raises(SensibertError, match="lacks .* weights of its encoder"):
+            sensibert.load(folder)
+        return
+    loaded, _ = sensibert.load(folder)
+    assert torch.equal(loaded(**tiny_batch()).logits, model(**tiny_batch()).logits)
+    assert said(caplog) == ["the prefix 'module.' of its weights was taken off"]
 
 
 def test_what_ought_to_be_there_is_taken_as_it_is(tmp_path, caplog):
