@@ -34,13 +34,13 @@ from sensibert.trimming.trim import trim
 REGIMES = ("one", "new", "eights")
 
 
-def tapered(model: torch.nn.Module) -> Plan:
-    """From a fifth of the units in the first layer to four fifths in the last."""
+def tapered(model: torch.nn.Module, left: float = 0.5) -> Plan:
+    """From 0.4 times the fraction `left` of the units in the first layer to 1.6 times in the last."""
     layout = layout_of(model)
     last, step, keep = max(site.layer for site in layout.sites), default_width_multiple(layout.hidden), {}
     for site in layout.sites:
         unit = step if site.kind == "ffn" else 1
-        share = 0.2 + 0.6 * site.layer / max(1, last)
+        share = left * (0.4 + 1.2 * site.layer / max(1, last))
         keep[site.name] = torch.arange(site.units) < max(unit, round(share * site.units / unit) * unit)
     return UnitPlan(layout, keep, Budget.parse("50%params"), "tapered")
 

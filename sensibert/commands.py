@@ -45,7 +45,7 @@ from .run_options import Options
 from .saving.folder import DENSE, export, zero_filled
 from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
-from .training.trainer import predict
+from .training.predict import predict
 from .trimming.trim import trim
 
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}

@@ -34,8 +34,9 @@ from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
 from .training.checkpoints import begin, partial_folder, want_same, workspace
 from .training.distillation import Distillation
+from .training.finetune import finetune
+from .training.predict import predict
 from .training.run_memory import RunMemory
-from .training.trainer import finetune, predict
 
 RESULT, RECIPE = "result.json", "recipe.json"
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.

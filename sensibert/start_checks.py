@@ -23,7 +23,7 @@ from .data.batching import micro_batches
 from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
 from .sensitivity.gradients import Loss, given_loss
-from .training.trainer import want_one_process
+from .training.finetune import want_one_process
 from .trimming.self_check import probe
 
 

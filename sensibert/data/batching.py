@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.rows import Rows
-from .encode import IGNORED
+from .encode import IGNORED, Features
+from .packing import Packer
 
 
 class Collator:
@@ -51,6 +52,10 @@ class Collator:
             name: pad(value, (0, more), value=self.padding.get(name, 0)) if value.dim() == 2 else value
             for name, value in batch.items()
         }
+
+    def packer(self, data: object, batch_size: int) -> Packer | None:
+        """Makes packed batches of `batch_size` rows; None for data without flat arrays."""
+        return Packer(data, batch_size, self.padding) if isinstance(data, Features) else None
 
     def _width(self, longest: int, multiple: int | None) -> int:
         width = longest + -longest % multiple if multiple else longest

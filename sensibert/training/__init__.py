@@ -1,5 +1,7 @@
 """The training loop."""
 
-from .trainer import TrimTrainer, finetune, predict
+from .finetune import finetune
+from .predict import predict
+from .trainer import TrimTrainer
 
 __all__ = ["TrimTrainer", "finetune", "predict"]

@@ -7,24 +7,21 @@ callback trims the model between two steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, show, want
 from ..core.errors import SensibertError
-from ..core.files import writing
-from ..core.rows import Rows
 from ..models.eval_mode import quick_attention
 from ..models.structure import STRUCTURE, is_trimmed, read_structure
 from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
@@ -37,6 +34,7 @@ from .distillation import Distillation
 # 0.80 of the time (`bench/bench_step.py`). An untrimmed model has few shapes, and fp32 needs no preparation. squad has
 # 178 lengths in 331 batches of 32 rows, but only 38 multiples of 8.
 MULTIPLE = 8
+LABELS = ("labels", "start_positions", "end_positions")
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # MaskedAdamW is used in their place
 
 
@@ -85,6 +83,7 @@ class TrimTrainer(Trainer):
         self.teacher, self.distil = teacher, distil or Distillation()
         self._bad_step: Tensor | None = None  # the first step whose loss is not finite, 0 for none, on the device
         self._bad_loss = torch.zeros(())
+        self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
@@ -136,10 +135,19 @@ class TrimTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         assert self.model is not None  # a Trainer has one
-        inputs = _padded(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
+        inputs = padded_further(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if ids is not None:
+            self._tokens = self._tokens + (
+                inputs["attention_mask"].sum() if "attention_mask" in inputs else ids.numel()
+            )
+        self._note(loss)
+        return loss
+
+    def _note(self, loss: Tensor) -> None:
+        """Remember the first loss that is not finite, without reading it, and raise for one before a cut."""
         step = self.state.global_step + 1
         if self._bad_step is None:
             self._bad_step, self._bad_loss = torch.zeros((), dtype=torch.int64, device=loss.device), loss
@@ -149,10 +157,11 @@ class TrimTrainer(Trainer):
         )
         if any(step in getattr(callback, "cuts", ()) for callback in self.callback_handler.callbacks):
             self._want_finite()
-        return loss
 
     def _want_finite(self) -> None:
         """SensibertError if a loss was not finite. This reads from the device: not at every step."""
+        self.state.num_input_tokens_seen += int(self._tokens)
+        self._tokens = 0
         if self._bad_step is not None and (step := int(self._bad_step)):
             raise SensibertError(
                 f"finetune: the loss is {float(self._bad_loss)} at step {step}; "
@@ -165,7 +174,7 @@ class TrimTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._bad_step = None
+        self._bad_step, self._tokens = None, 0
         output = super().train(*args, **kwargs)
         self._want_finite()
         return output
@@ -207,88 +216,6 @@ class TrimTrainer(Trainer):
             raise SensibertError(f"{checkpoint}: its optimizer or schedule cannot be loaded ({reason})") from None
 
 
-def want_one_process(arguments: TrainingArguments) -> None:
-    """SensibertError for several processes: DDP would keep reducing the gradients of parameters from before the cut."""
-    if arguments.world_size > 1:
-        raise SensibertError(
-            f"finetune: world_size is {arguments.world_size}, want 1: trimming during training runs in one process; "
-            "to use several, trim first (sensibert trim), then train the smaller model"
-        )
-
-
-@checked
-def finetune(
-    model: nn.Module,
-    train: Dataset | Iterable,
-    collator: Callable | None,
-    arguments: TrainingArguments,
-    callbacks: Sequence[TrainerCallback] = (),
-    checkpoint: str | Path | None = None,
-    **trainer_options: Any,
-) -> TrimTrainer:
-    """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
-
-    callbacks: they may trim the model between two steps. trainer_options: lr_shape, teacher, distil of `TrimTrainer`.
-    SensibertError for a loss that is not finite or a damaged checkpoint."""
-    want_one_process(arguments)
-    if isinstance(train, Sized) and not len(train):
-        raise SensibertError("finetune: train is empty, want at least one row")
-    trainer = TrimTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        data_collator=collator,
-        callbacks=list(callbacks),
-        **trainer_options,
-    )
-    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer
-
-
-LABELS = ("labels", "start_positions", "end_positions")
-
-
-def _padded(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
+def padded_further(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
     gains = device.type == "cuda" or (bf16 and is_trimmed(model))
     return collator.extended(batch, MULTIPLE) if gains and hasattr(collator, "extended") else batch
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, data: Rows, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
-) -> np.ndarray | tuple[np.ndarray, ...]:
-    """Logits in the order of `data`, computed in batches of similar length, so that little is padded.
-
-    Shapes: [n, C]; for tokens [n, S, C]; for answers (start [n, S], end [n, S]). Padding after a row's tokens is
-    -100."""
-    lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
-    order = np.argsort(lengths, kind="stable")[::-1]
-    device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
-    model.eval()
-    rows: list[list[np.ndarray]] = [[] for _ in range(len(data))]
-    try:
-        for begin in range(0, len(order), batch_size):
-            chosen = [int(i) for i in order[begin : begin + batch_size]]
-            batch = collator([data[i] for i in chosen])
-            batch = _padded(model, batch, collator, device, autocast == torch.bfloat16)
-            batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
-            mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
-            with mixed, quick_attention(device):
-                outputs = model(**batch)
-            names = [name for name in ("logits", "start_logits", "end_logits") if name in outputs]
-            logits = [outputs[name].float().cpu().numpy() for name in names]
-            for place, number in enumerate(chosen):
-                rows[number] = [array[place] for array in logits]
-    finally:
-        for module in training:  # one by one: a frozen part may be in eval mode on purpose
-            module.training = True
-    columns = [_stack(list(column)) for column in zip(*rows, strict=True)]
-    return columns[0] if len(columns) == 1 else tuple(columns)
-
-
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Stack rows of different length, padded with -100 at the end of their first axis."""
-    longest = max(len(row) for row in rows)
-    pad = [(0, 0)] * (rows[0].ndim - 1)
-    return np.stack([np.pad(row, [(0, longest - len(row)), *pad], constant_values=-100) for row in rows])

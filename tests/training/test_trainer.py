@@ -11,9 +11,10 @@ from sensibert.data.batching import Collator
 from sensibert.models import base_of, layout_of
 from sensibert.models.eval_mode import SHORT, quick_attention
 from sensibert.optim import MaskedAdamW, unwrapped
+from sensibert.training import TrimTrainer, finetune, predict
 from sensibert.training.checkpoints import MANIFEST
 from sensibert.training.distillation import Distillation, distillation_loss
-from sensibert.training.trainer import LengthSampler, TrimTrainer, _padded, finetune, predict
+from sensibert.training.trainer import LengthSampler, padded_further
 from sensibert.trimming.trim import trim
 from tests.helpers import tiny_model
 from tests.plans import random_plan
@@ -200,7 +201,9 @@ def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, b
 def test_on_a_gpu_a_whole_model_meets_them_too():
     collator = Collator(0)
     batch = collator([{"input_ids": [5] * 7, "attention_mask": [1] * 7}])
-    actual = {name: _padded(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")}
+    actual = {
+        name: padded_further(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")
+    }
     assert actual["cpu"] is batch and actual["cuda"]["input_ids"].shape[1] == 8
 
 

@@ -1,0 +1,168 @@
+"""The loop of `finetune`: packed batches and lean steps between the same events as in transformers.Trainer.
+
+Logging, evaluation, checkpoints, callbacks and the schedule are Trainer's, and either loop resumes the other's
+checkpoints. A step is the same number of rows. Nothing is read from the device but at the steps that log or save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_utils import TrainOutput
+
+from ..models.packed import PackedModel, pooling_of
+from ..nn.packed_attention import Packing
+from ..optim import MaskedAdamW, unwrapped
+from .lean_step import LeanStep
+from .trainer import LABELS, TrimTrainer
+
+Pack = Callable[[list[int]], tuple[dict[str, Tensor], list[int]]]
+
+
+class ShuffledSampler(Sampler[int]):
+    """A random order of the rows, which depends on seed and epoch alone."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(torch.randperm(self.rows, generator=generator).tolist())
+
+
+class FastTrainer(TrimTrainer):
+    """TrimTrainer on packed batches.
+
+    pooling: of the model's `PackedModel`. pack: numbers of rows -> (batch, lengths of its rows)."""
+
+    def __init__(self, pooling: str | None, pack: Pack, **options: Any) -> None:
+        super().__init__(**options)
+        self.pooling, self.pack = pooling, pack
+        self._lean: LeanStep | None = None
+        self.padded_tokens = 0  # of all batches, with their padding
+        self._parameters = 0  # that take part in a pass
+        self._packed_teacher: PackedModel | None = None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ShuffledSampler:
+        rows = cast(Sized, self.train_dataset)  # the data of a TaskData
+        return ShuffledSampler(len(rows), self.args.data_seed or self.args.seed)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_phase()
+
+    def _run_epoch(self, **run: Any) -> None:  # type: ignore[override]  # Trainer passes everything by name
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        args, epoch, checkpoint, in_epoch = (
+            self.args,
+            run["epoch"],
+            run["resume_from_checkpoint"],
+            run["steps_in_epoch"],
+        )
+        resumed = epoch == run["epochs_trained"] and checkpoint is not None
+        done = run["steps_trained_in_current_epoch"] if resumed else 0  # batches
+        batches = self._batches(epoch, done)
+        if resumed:
+            self._load_rng_state(checkpoint)
+        norm: Tensor | None = None
+        rate: Any = None
+        assert self.lr_scheduler is not None  # a training has begun
+
+        def tell() -> None:
+            told = self.control.should_log and rate is not None
+            self._maybe_log_save_evaluate(
+                self._tr_loss, norm, run["model"], run["trial"], epoch, run["ignore_keys_for_eval"], run["start_time"],
+                learning_rate=float(rate) if told else None,
+            )  # fmt: skip
+
+        while done < in_epoch and not (self.control.should_epoch_stop or self.control.should_training_stop):
+            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+            rate = self.lr_scheduler.get_last_lr()[0]
+            some = list(islice(batches, args.gradient_accumulation_steps))
+            norm = self._optimizer_step(some)
+            self.lr_scheduler.step()
+            done += len(some)
+            self.state.global_step += 1
+            self.state.epoch = epoch + done / in_epoch
+            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            tell()
+        self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+        tell()
+
+    def _batches(self, epoch: int, skip: int) -> Iterator[list[int]]:
+        """The rows of each batch of an epoch."""
+        sampler, size = self._get_train_sampler(), self.args.train_batch_size
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        return (order[i : i + size] for i in range(skip * size, len(order), size))
+
+    def _optimizer_step(self, batches: list[list[int]]) -> Tensor | None:
+        """Returns the norm of the gradients, if they are clipped."""
+        assert self.optimizer is not None  # a training has begun
+        lean, loss, norm = self._phase(), torch.zeros((), device=self.args.device), None
+        for rows in batches:
+            batch, packing = self._batch(rows)
+            loss += lean.passes(batch, packing, partial(self._loss, batch, packing, 1 / len(batches)))
+            self.current_flos += 6 * batch["input_ids"].numel() * self._parameters
+        self._note(loss)
+        self._tr_loss += loss
+        self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+        if self.args.max_grad_norm > 0:
+            norm = lean.optimizer.clip_grad_norm(self.args.max_grad_norm, lean.total_norm())
+        self.optimizer.step()
+        self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
+        lean.zero_grad()
+        return norm
+
+    def _phase(self) -> LeanStep:
+        """The passes of the model as it is now."""
+        assert self.model is not None and self.optimizer is not None  # a training has begun
+        if not self.model.training:  # after an evaluation
+            self.model.train()
+        if self._lean is None or not self._lean.fits():
+            self._end_phase()
+            optimizer = unwrapped(self.optimizer)
+            assert isinstance(optimizer, MaskedAdamW)  # `finetune` sees to it
+            self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16)
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return self._lean
+
+    def _end_phase(self) -> None:
+        if self._lean is not None:
+            self._lean.end()
+        self._lean = None
+
+    def _batch(self, rows: list[int]) -> tuple[dict[str, Tensor], Packing]:
+        batch, lengths = self.pack(rows)
+        self._tokens += sum(lengths)
+        self.padded_tokens += batch["input_ids"].numel()
+        packing = Packing.of(lengths, batch["input_ids"].shape[1], self.args.device)
+        return {name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()}, packing
+
+    def _loss(self, batch: Mapping[str, Tensor], packing: Packing, share: float, outputs: Any) -> Tensor:
+        loss: Tensor = outputs["loss"]
+        teacher = None if self.teacher is None else self.teacher()
+        if teacher is None:
+            return loss * share
+        packed = self._packed_teacher
+        if packed is None or packed.model is not teacher:
+            packed = self._packed_teacher = PackedModel(teacher, pooling_of(teacher))
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            target = packed({k: v for k, v in batch.items() if k not in LABELS}, packing)
+        return self.distil.mix(loss, outputs, target, batch) * share

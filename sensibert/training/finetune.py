@@ -1,0 +1,103 @@
+"""Fine-tune a model: in the loop on packed batches where that is possible, else in `TrimTrainer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from ..core.arguments import checked, one_of
+from ..core.errors import SensibertError
+from ..core.files import writing
+from ..models.packed import pooling_of
+from .fast_loop import FastTrainer
+from .trainer import ADAMW, TrimTrainer
+
+PACKING = ("auto", "on", "off")
+
+
+def want_one_process(arguments: TrainingArguments) -> None:
+    """SensibertError for several processes: DDP would keep reducing the gradients of parameters from before the cut."""
+    if arguments.world_size > 1:
+        raise SensibertError(
+            f"finetune: world_size is {arguments.world_size}, want 1: trimming during training runs in one process; "
+            "to use several, trim first (sensibert trim), then train the smaller model"
+        )
+
+
+@checked
+def finetune(
+    model: nn.Module,
+    train: Dataset | Iterable,
+    collator: Callable | None,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: str | Path | None = None,
+    packing: str = "auto",
+    **trainer_options: Any,
+) -> TrimTrainer:
+    """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
+
+    callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
+    arguments allow it, "on" raises SensibertError where they do not, "off" pads them. trainer_options: lr_shape,
+    teacher, distil of `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
+    if packing not in PACKING:
+        raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
+    want_one_process(arguments)
+    if isinstance(train, Sized) and not len(train):
+        raise SensibertError("finetune: train is empty, want at least one row")
+    trainer = _trainer(
+        packing,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=list(callbacks),
+        **trainer_options,
+    )
+    with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def _trainer(packing: str, **options: Any) -> TrimTrainer:
+    if packing == "off":
+        return TrimTrainer(**options)
+    arguments, packer = options["args"], getattr(options["data_collator"], "packer", None)
+    pack = None if packer is None else packer(options["train_dataset"], arguments.train_batch_size)
+    reason = "the data are not those of a TaskData with its collator" if pack is None else why_not_packed(arguments)
+    if pack is not None and reason is None:
+        try:
+            return FastTrainer(pooling_of(options["model"]), pack, **options)
+        except SensibertError as error:
+            if packing == "on":
+                raise
+            logging.getLogger("sensibert").warning("%s: batches are padded", error)
+    elif packing == "on":
+        raise SensibertError(f"finetune: packing is 'on', but {reason}; want packing 'auto'")
+    return TrimTrainer(**options)
+
+
+# Arguments of Trainer that the loop on packed batches does not read, and the values that it stands for.
+UNREAD = {
+    "fp16": False, "label_smoothing_factor": 0.0, "torch_compile": False, "gradient_checkpointing": False,
+    "neftune_noise_alpha": None, "deepspeed": None, "include_num_input_tokens_seen": "no",
+    "dataloader_drop_last": False,
+}  # fmt: skip
+
+
+def why_not_packed(arguments: TrainingArguments) -> str | None:
+    """The argument that keeps a training from running on packed batches; None if none does."""
+    if arguments.optim not in ADAMW:
+        return f"optim is {arguments.optim!s}"
+    if arguments.n_gpu > 1:
+        return f"n_gpu is {arguments.n_gpu}"
+    for name, usual in UNREAD.items():
+        if (value := getattr(arguments, name, usual)) and value != usual:
+            return f"{name} is {value}"
+    return None
