@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from ..models.packed import PackedModel, pooling_of
@@ -140,7 +141,7 @@ class FastTrainer(TrimTrainer):
             optimizer = unwrapped(self.optimizer)
             assert isinstance(optimizer, MaskedAdamW)  # `finetune` sees to it
             self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16)
-            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+            self._parameters = cast(PreTrainedModel, self.model).num_parameters(exclude_embeddings=True)
         return self._lean
 
     def _end_phase(self) -> None:
