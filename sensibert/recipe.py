@@ -156,6 +156,7 @@ def _run(
         training_arguments(options, folder),
         [callback],
         checkpoint,
+        options.packing,
         lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),

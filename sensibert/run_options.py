@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .core.arguments import checked, show
-from .core.config import LAYOUTS, TrimConfig, current_names, trim_names, want_known
+from .core.config import LAYOUTS, PACKING, TrimConfig, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 from .data.tasks import PRESETS, TASKS, get_task
@@ -71,6 +71,12 @@ class Options:
     )
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", TRAINING, bound=NOT_NEGATIVE)
     precision: str = setting("fp32", "Precision of the forward and backward passes.", TRAINING, PRECISIONS)
+    packing: str = setting(
+        "auto",
+        "Batches without padding: auto packs where the model can, on fails where it cannot, off pads.",
+        TRAINING,
+        PACKING,
+    )
     seed: int = setting(0, "Random seed.", TRAINING, bound=(lambda n: 0 <= n < 2**32, f"0 to {2**32 - 1}"))
     teacher: str | None = setting(
         None, f"Fine-tuned model to distil from, or {SNAPSHOT}: the run's own model at the cut.", DISTILLATION

@@ -23,6 +23,7 @@ METHODS = (*STATISTICS, BASELINE)
 ALLOCATIONS = ("global", "uniform", "exact")
 GRIDS = ("unit", "element", "block64")
 LAYOUTS = ("trimmed", "dense", "both")  # of an exported folder
+PACKING = ("auto", "on", "off")
 TRIMMING = "Trimming"  # panel of the help
 # Removed settings -> the value that agrees with today's behaviour. Files with that value are still read.
 RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_decay": 0.99}

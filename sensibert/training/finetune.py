@@ -12,13 +12,12 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from ..core.arguments import checked, one_of
+from ..core.config import PACKING
 from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.packed import pooling_of
 from .fast_loop import FastTrainer
 from .trainer import ADAMW, TrimTrainer
-
-PACKING = ("auto", "on", "off")
 
 
 def want_one_process(arguments: TrainingArguments) -> None:

@@ -226,15 +226,17 @@ class LeanStep:
 
     def _collect(self) -> None:
         """Adds the gradients of working copies to those of their weights."""
-        for copy in self._copies:
-            if copy.leaf.grad is None:  # frozen, or not in the pass
-                continue
-            grad = copy.of(copy.leaf.grad)
-            if copy.weight.grad is None:
-                copy.weight.grad = copy.grad.copy_(grad)
-            else:
-                copy.weight.grad += grad
-        for copy in self._copies:
+        used = [
+            copy for copy in self._copies if copy.leaf.grad is not None
+        ]  # the others are frozen, or not in the pass
+        grads = [copy.of(copy.leaf.grad) for copy in used if copy.leaf.grad is not None]
+        if all(copy.weight.grad is None for copy in used):
+            torch._foreach_copy_([copy.grad for copy in used], grads)
+            for copy in used:
+                copy.weight.grad = copy.grad
+        else:  # of another batch of this step
+            torch._foreach_add_([copy.grad for copy in used], grads)
+        for copy in used:
             copy.leaf.grad = None
 
     def total_norm(self) -> Tensor:
