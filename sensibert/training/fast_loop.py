@@ -151,7 +151,7 @@ class FastTrainer(TrimTrainer):
 
     def _batch(self, rows: list[int]) -> tuple[dict[str, Tensor], Packing]:
         batch, lengths = self.pack(rows)
-        self._tokens += sum(lengths)
+        self.state.num_input_tokens_seen += sum(lengths)
         self.padded_tokens += batch["input_ids"].numel()
         packing = Packing.of(lengths, batch["input_ids"].shape[1], self.args.device)
         return {name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()}, packing

@@ -158,10 +158,13 @@ class TrimTrainer(Trainer):
         if any(step in getattr(callback, "cuts", ()) for callback in self.callback_handler.callbacks):
             self._want_finite()
 
-    def _want_finite(self) -> None:
-        """SensibertError if a loss was not finite. This reads from the device: not at every step."""
+    def _count_tokens(self) -> None:
         self.state.num_input_tokens_seen += int(self._tokens)
         self._tokens = 0
+
+    def _want_finite(self) -> None:
+        """SensibertError if a loss was not finite. This reads from the device: not at every step."""
+        self._count_tokens()
         if self._bad_step is not None and (step := int(self._bad_step)):
             raise SensibertError(
                 f"finetune: the loss is {float(self._bad_loss)} at step {step}; "
