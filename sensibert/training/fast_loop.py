@@ -113,10 +113,10 @@ class FastTrainer(TrimTrainer):
         order = list(sampler)
         return (order[i : i + size] for i in range(skip * size, len(order), size))
 
-    def _optimizer_step(self, batches: list[list[int]]) -> Tensor | None:
-        """Returns the norm of the gradients, if they are clipped."""
+    def _optimizer_step(self, batches: list[list[int]]) -> Tensor:
+        """Returns the norm of the gradients."""
         assert self.optimizer is not None  # a training has begun
-        lean, loss, norm = self._phase(), torch.zeros((), device=self.args.device), None
+        lean, loss = self._phase(), torch.zeros((), device=self.args.device)
         for rows in batches:
             batch, packing = self._batch(rows)
             loss += lean.passes(batch, packing, partial(self._loss, batch, packing, 1 / len(batches)))
@@ -124,8 +124,9 @@ class FastTrainer(TrimTrainer):
         self._note(loss)
         self._tr_loss += loss
         self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+        norm = lean.total_norm()
         if self.args.max_grad_norm > 0:
-            norm = lean.optimizer.clip_grad_norm(self.args.max_grad_norm, lean.total_norm())
+            lean.optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
         self.optimizer.step()
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
         lean.zero_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, one_of
 from ..core.config import PACKING
@@ -93,7 +94,7 @@ UNREAD = {
 def why_not_packed(arguments: TrainingArguments) -> str | None:
     """The argument that keeps a training from running on packed batches; None if none does."""
     if arguments.optim not in ADAMW:
-        return f"optim is {arguments.optim!s}"
+        return f"optim is {OptimizerNames(arguments.optim).value}"
     if arguments.n_gpu > 1:
         return f"n_gpu is {arguments.n_gpu}"
     for name, usual in UNREAD.items():

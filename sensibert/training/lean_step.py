@@ -230,6 +230,8 @@ class LeanStep:
             copy for copy in self._copies if copy.leaf.grad is not None
         ]  # the others are frozen, or not in the pass
         grads = [copy.of(copy.leaf.grad) for copy in used if copy.leaf.grad is not None]
+        if not used:
+            return
         if all(copy.weight.grad is None for copy in used):
             torch._foreach_copy_([copy.grad for copy in used], grads)
             for copy in used:
