@@ -206,7 +206,7 @@ class TrimCallback(TrainerCallback):
             )
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
-        self.memory.restart_clock()
+        self.memory.restart_clock(tokens=state.num_input_tokens_seen)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
@@ -216,7 +216,7 @@ class TrimCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         first = state.global_step == min(self.cuts)
-        self.memory.spend("warm" if first else "trim")
+        self.memory.spend("warm" if first else "trim", state.num_input_tokens_seen)
         if first and self.before_cut is not None:
             self.memory.metrics_at_cut = self.before_cut(model)
             self.memory.spend("evaluate")
@@ -299,7 +299,8 @@ class TrimCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
-        self.memory.spend("recover" if self.cuts and state.global_step >= max(self.cuts) else "warm")
+        phase = "recover" if self.cuts and state.global_step >= max(self.cuts) else "warm"
+        self.memory.spend(phase, state.num_input_tokens_seen)
         folder = _checkpoint_of(args, state)
         if self.sensitivity is not None:
             self.sensitivity.save(folder / SCORES)
@@ -309,7 +310,7 @@ class TrimCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.memory.spend("recover" if self.cuts else "train")
+        self.memory.spend("recover" if self.cuts else "train", state.num_input_tokens_seen)
         self.recovery.end()
         if self.cuts and self._model is not None and (excess := self.excess(self._model)) is not None:
             early = f", before the last cut at step {last}" if state.global_step < (last := max(self.cuts)) else ""

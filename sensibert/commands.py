@@ -251,7 +251,7 @@ def evaluate_folder(options: Options) -> dict:
 # Facts that only result.json has; null for a folder that was trimmed without a run.
 _NOTED = (
     *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
-    "warnings",
+    *("warnings", "throughput"),
 )
 
 

@@ -37,6 +37,7 @@ from .training.distillation import Distillation
 from .training.finetune import finetune
 from .training.predict import predict
 from .training.run_memory import RunMemory
+from .training.trainer import TrimTrainer
 
 RESULT, RECIPE = "result.json", "recipe.json"
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
@@ -172,6 +173,7 @@ def _run(
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
+    result["throughput"] = _throughput(callback.memory, trainer)
     _write_output(options, folder, model, tokenizer, callback, result)
     return result
 
@@ -261,6 +263,16 @@ def _result(
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }
+
+
+def _throughput(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, float]]:
+    """What training takes before the first cut and after the last one, as far as this run measured it."""
+    speed = {"before": memory.tokens_per_s("warm", "train"), "after": memory.tokens_per_s("recover")}
+    found = {"tokens_per_s": {name: round(value, 1) for name, value in speed.items() if value}}
+    for name in ("ops_per_step", "peak_memory_gb"):
+        values: list[float] = getattr(trainer, name, [])
+        found[name] = {"before": values[0], "after": values[-1]} if len(values) > 1 else {}
+    return {name: values for name, values in found.items() if values}
 
 
 def _write_output(

@@ -94,7 +94,7 @@ def number_file(path: Path, rows: int = 48, seed: int = 0) -> str:
 
 RESULT_KEYS = {
     *("task", "model", "method", "budget", "scope", "grid", "seed", "steps", "output"),
-    *("metrics", "metrics_at_cut", "seconds", "samples", "warnings"),
+    *("metrics", "metrics_at_cut", "seconds", "samples", "warnings", "throughput"),
     *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
     *("flops_before", "flops_after", "flops_length"),
 }

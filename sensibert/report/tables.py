@@ -10,6 +10,8 @@ from ..core.config import BASELINE
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
 
+THROUGHPUT = {"tokens_per_s": "tokens a second", "ops_per_step": "ops a step", "peak_memory_gb": "peak memory, GB"}
+
 
 def summary(result: Mapping[str, Any]) -> str:
     """The summary of a run as text: sizes before and after, scores at the cut and at the end.
@@ -25,6 +27,12 @@ def summary(result: Mapping[str, Any]) -> str:
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     sizes.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
     parts = [f"{result['task']}, {made_by}", table(("", "before", "after", "left"), sizes)]
+    speed = [
+        (THROUGHPUT[name], values.get("before", "-"), values.get("after", "-"))
+        for name, values in (result.get("throughput") or {}).items()
+    ]
+    if speed:
+        parts.append(table(("training", "before the cut", "after the cut"), speed))
     metrics, at_cut = result.get("metrics") or {}, _at_cut(result)
     if at_cut:
         scores = [(name, f"{at_cut[name]:.4f}" if name in at_cut else "-", f"{v:.4f}") for name, v in metrics.items()]

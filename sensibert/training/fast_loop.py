@@ -6,6 +6,7 @@ checkpoints. A step is the same number of rows. Nothing is read from the device 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from ..models.packed import PackedModel, pooling_of
 from ..nn.packed_attention import Packing
 from ..optim import MaskedAdamW, unwrapped
 from .lean_step import LeanStep
+from .op_count import OpCount
 from .trainer import LABELS, TrimTrainer
 
 Pack = Callable[[list[int]], tuple[dict[str, Tensor], list[int]]]
@@ -51,8 +53,12 @@ class FastTrainer(TrimTrainer):
     def __init__(self, pooling: str | None, pack: Pack, **options: Any) -> None:
         super().__init__(**options)
         self.pooling, self.pack = pooling, pack
+        # Of a step of every phase: ops, which on a GPU are launches, and there also the largest memory.
+        self.ops_per_step: list[int] = []
+        self.peak_memory_gb: list[float] = []
         self._lean: LeanStep | None = None
         self.padded_tokens = 0  # of all batches, with their padding
+        self._counted = False
         self._parameters = 0  # that take part in a pass
         self._packed_teacher: PackedModel | None = None
 
@@ -96,7 +102,8 @@ class FastTrainer(TrimTrainer):
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             rate = self.lr_scheduler.get_last_lr()[0]
             some = list(islice(batches, args.gradient_accumulation_steps))
-            norm = self._optimizer_step(some)
+            with self._counting():
+                norm = self._optimizer_step(some)
             self.lr_scheduler.step()
             done += len(some)
             self.state.global_step += 1
@@ -145,10 +152,26 @@ class FastTrainer(TrimTrainer):
             self._parameters = cast(PreTrainedModel, self.model).num_parameters(exclude_embeddings=True)
         return self._lean
 
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Measures the second step of a phase. The first one prepares more."""
+        if self._lean is None or self._counted:
+            yield
+            return
+        on_gpu = self.args.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with OpCount() as ops:
+            yield
+        self._counted = True
+        self.ops_per_step.append(ops.total)
+        if on_gpu:
+            self.peak_memory_gb.append(round(torch.cuda.max_memory_allocated() / 1e9, 2))
+
     def _end_phase(self) -> None:
         if self._lean is not None:
             self._lean.end()
-        self._lean = None
+        self._lean, self._counted = None, False
 
     def _batch(self, rows: list[int]) -> tuple[dict[str, Tensor], Packing]:
         batch, lengths = self.pack(rows)

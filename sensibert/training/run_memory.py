@@ -31,8 +31,10 @@ class RunMemory:
     flops_before: int = 0
     metrics_at_cut: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)  # trained on by phase, without padding
     inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
     _clock: float = field(default_factory=time.perf_counter)
+    _tokens: int = 0  # at the last call of `spend`
 
     @classmethod
     def of(cls, layout: Layout, budget: Budget) -> RunMemory:
@@ -41,20 +43,30 @@ class RunMemory:
         before, flops = cost.spent(layout, counts, budget), cost.flops(layout, counts, budget.scope, 1, budget.length)
         return cls(before, (layout.encoder_params, layout.total_params), flops)
 
-    def restart_clock(self, clock: float | None = None) -> None:
-        """Count from now, or from `clock`, a value of time.perf_counter()."""
+    def restart_clock(self, clock: float | None = None, tokens: int = 0) -> None:
+        """Count from now, or from `clock`, a value of time.perf_counter(). tokens: trained on so far."""
         self._clock = time.perf_counter() if clock is None else clock
+        self._tokens = tokens
 
-    def spend(self, phase: str) -> None:
-        """Add the seconds since the last call to a phase."""
+    def spend(self, phase: str, tokens: int | None = None) -> None:
+        """Add the seconds since the last call to a phase. tokens: trained on so far, if the phase trains."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._clock
         self._clock = now
+        if tokens is not None:
+            self.tokens[phase] = self.tokens.get(phase, 0) + tokens - self._tokens
+            self._tokens = tokens
+
+    def tokens_per_s(self, *phases: str) -> float | None:
+        """Tokens a second over these phases; None if nothing was trained in them."""
+        tokens = sum(self.tokens.get(phase, 0) for phase in phases)
+        seconds = sum(self.seconds.get(phase, 0.0) for phase in phases)
+        return tokens / seconds if tokens and seconds else None
 
     def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
         """The content of the checkpoint's file. settings: those that its weights depend on."""
-        known = {"metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds, "inputs": self.inputs}
-        return {"settings": dict(settings), **known}
+        known = {"metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds, "tokens": self.tokens}
+        return {"settings": dict(settings), **known, "inputs": self.inputs}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
         """Read a checkpoint's file. Returns its settings under today's names. SensibertError if it cannot be read."""
@@ -62,6 +74,7 @@ class RunMemory:
             content = json.loads((checkpoint / MEMORY).read_text())
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
             self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
+            self.tokens = content.get("tokens", {})
             return current_settings(content.get("settings", {}))
         except (OSError, ValueError, KeyError, AttributeError):
             raise SensibertError(
