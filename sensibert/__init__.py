@@ -1,12 +1,14 @@
 """Trim BERT-family models while fine-tuning: remove the attention heads and FFN neurons that the loss needs least.
 
-Importing this lets transformers' Auto classes load trimmed folders. The names below import their modules on first use.
+Importing this lets transformers' Auto classes load trimmed folders, and sets the sizes of two libraries' caches where
+the environment does not (core/library_caches.py). The names below import their modules on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ._register import register
+from .core.library_caches import enlarge_caches
 from .core.version import version
 
 # Functions that share their name with a module come from that module: type checkers take one for the other.
@@ -115,4 +117,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+enlarge_caches()
 register()

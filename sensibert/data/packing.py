@@ -44,11 +44,12 @@ class Packer:
     """Numbers of rows -> (batch, lengths of its rows), with the rows sorted by length, the longest first.
 
     batch: input_ids, position_ids and other fields of tokens [1, T], fields of items [rows]. T: the next total, or
-    beyond the largest the next multiple of ROUND. Padding follows the rows; its labels are -100."""
+    beyond the largest the next multiple of ROUND. Padding follows the rows; its labels are -100. longest: row of the
+    data."""
 
     def __init__(self, features: Features, batch_size: int, padding: Mapping[str, int]) -> None:
         self.features, self.padding = features, padding
-        self.totals = choose_totals(features.lengths, batch_size)
+        self.totals, self.longest = choose_totals(features.lengths, batch_size), max(features.lengths)
 
     def total(self, tokens: int) -> int:
         return next((total for total in self.totals if total >= tokens), tokens + -tokens % ROUND)

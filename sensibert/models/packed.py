@@ -122,7 +122,7 @@ class PackedModel:
 
     def _pool(self, hidden: Tensor, packing: Packing) -> Tensor:
         """[1, T, hidden] -> [rows, 1, hidden]."""
-        begins, ends = packing.cu_seq_lens[:-2], packing.cu_seq_lens[1:-1]
+        begins, ends = packing.begins(), packing.ends()
         if self.pooling == "first":
             return hidden[0].index_select(0, begins)[:, None]
         place = torch.arange(hidden.shape[1], device=hidden.device)
@@ -133,7 +133,7 @@ class PackedModel:
 
 def _split(logits: Tensor, packing: Packing) -> Tensor:
     """[T] -> [rows, longest row], the lowest number after a row's tokens."""
-    begins, ends = packing.cu_seq_lens[:-2, None], packing.cu_seq_lens[1:-1, None]
+    begins, ends = packing.begins()[:, None], packing.ends()[:, None]
     source = begins + torch.arange(packing.max_length, device=logits.device)
     split = logits[source.clamp(max=len(logits) - 1)]
     return split.masked_fill(source >= ends, torch.finfo(logits.dtype).min)

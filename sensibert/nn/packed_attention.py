@@ -39,10 +39,11 @@ class Group(NamedTuple):
 class Packing:
     """Where the rows of a packed batch are. Rows are sorted by length, the longest first; padding may follow them.
 
-    cu_seq_lens: int32 [rows + 2], first token of each row, of the padding, and T. max_length: at least that of the
-    longest row and of the padding. groups: on a CPU."""
+    cu_seq_lens: int32, the first token of each row, then of each part of the padding, then T; as many entries for every
+    batch of `rows` rows and T tokens. max_length: no row or part is longer. groups: on a CPU."""
 
     cu_seq_lens: Tensor
+    rows: int
     max_length: int
     groups: tuple[Group, ...] = ()
 
@@ -50,11 +51,19 @@ class Packing:
     def of(
         cls, lengths: list[int], total: int, device: torch.device | str = "cpu", max_length: int | None = None
     ) -> Packing:
-        """lengths: of the rows, the longest first. total: T."""
-        ends = torch.tensor([0, *lengths, total - sum(lengths)]).cumsum(0).int()
-        longest = max(lengths[0], total - sum(lengths)) if max_length is None else max_length
+        """lengths: of the rows, the longest first. total: T. max_length: by default that of the longest row."""
+        longest = lengths[0] if max_length is None else max_length
+        ends = torch.tensor([0, *lengths, *[longest] * -(-total // longest)]).cumsum(0).clamp(max=total).int()
         on_cpu = torch.device(device).type == "cpu"
-        return cls(ends.to(device), longest, tuple(_groups(lengths)) if on_cpu else ())
+        return cls(ends.to(device), len(lengths), longest, tuple(_groups(lengths)) if on_cpu else ())
+
+    def begins(self) -> Tensor:
+        """The first token of each row."""
+        return self.cu_seq_lens[: self.rows]
+
+    def ends(self) -> Tensor:
+        """The first token after each row."""
+        return self.cu_seq_lens[1 : self.rows + 1]
 
 
 def _groups(lengths: list[int]) -> Iterator[Group]:

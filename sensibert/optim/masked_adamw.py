@@ -157,6 +157,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._scores: dict[Tensor, tuple[Tensor, Grid]] = dict(scores)
         self._statistic = {"reduce": reduce, "finish": finish, "decay": decay, "scale": scale}
 
+    @property
+    def tracks(self) -> bool:
+        """Whether a step adds to scores (`track`)."""
+        return bool(self._scores)
+
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's overloads say float, yet a closure returns the loss tensor
         self, closure: Callable[[], Tensor] | None = None

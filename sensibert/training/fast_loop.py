@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..models.packed import PackedModel, pooling_of
@@ -23,9 +23,16 @@ from ..nn.packed_attention import Packing
 from ..optim import MaskedAdamW, unwrapped
 from .lean_step import LeanStep
 from .op_count import OpCount
+from .step_graphs import StepGraphs, cuda_capture
 from .trainer import LABELS, TrimTrainer
 
-Pack = Callable[[list[int]], tuple[dict[str, Tensor], list[int]]]
+
+class Pack(Protocol):
+    """Numbers of rows -> (batch, lengths of its rows)."""
+
+    longest: int  # row of the data
+
+    def __call__(self, rows: list[int], /) -> tuple[dict[str, Tensor], list[int]]: ...
 
 
 class ShuffledSampler(Sampler[int]):
@@ -48,15 +55,16 @@ class ShuffledSampler(Sampler[int]):
 class FastTrainer(TrimTrainer):
     """TrimTrainer on packed batches.
 
-    pooling: of the model's `PackedModel`. pack: numbers of rows -> (batch, lengths of its rows)."""
+    pooling: of the model's `PackedModel`. graphs: whether steps run as CUDA graphs on a GPU."""
 
-    def __init__(self, pooling: str | None, pack: Pack, **options: Any) -> None:
+    def __init__(self, pooling: str | None, pack: Pack, graphs: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        self.pooling, self.pack = pooling, pack
+        self.pooling, self.pack, self.graphs = pooling, pack, graphs
         # Of a step of every phase: ops, which on a GPU are launches, and there also the largest memory.
         self.ops_per_step: list[int] = []
         self.peak_memory_gb: list[float] = []
         self._lean: LeanStep | None = None
+        self._graphs: StepGraphs | None = None
         self.padded_tokens = 0  # of all batches, with their padding
         self._counted = False
         self._parameters = 0  # that take part in a pass
@@ -76,11 +84,11 @@ class FastTrainer(TrimTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        args, epoch, checkpoint, in_epoch = (
+        args, epoch, in_epoch, checkpoint = (
             self.args,
             run["epoch"],
-            run["resume_from_checkpoint"],
             run["steps_in_epoch"],
+            run["resume_from_checkpoint"],
         )
         resumed = epoch == run["epochs_trained"] and checkpoint is not None
         done = run["steps_trained_in_current_epoch"] if resumed else 0  # batches
@@ -122,22 +130,29 @@ class FastTrainer(TrimTrainer):
 
     def _optimizer_step(self, batches: list[list[int]]) -> Tensor:
         """Returns the norm of the gradients."""
-        assert self.optimizer is not None  # a training has begun
-        lean, loss = self._phase(), torch.zeros((), device=self.args.device)
-        for rows in batches:
-            batch, packing = self._batch(rows)
-            loss += lean.passes(batch, packing, partial(self._loss, batch, packing, 1 / len(batches)))
-            self.current_flos += 6 * batch["input_ids"].numel() * self._parameters
+        lean, packed = self._phase(), [self._batch(rows) for rows in batches]
+        if self._graphs is not None and len(packed) == 1 and not lean.optimizer.tracks:
+            loss, norm = self._graphs(*packed[0])
+        else:
+            loss, norm = self._eager_step(*packed)
         self._note(loss)
         self._tr_loss += loss
+        lean.zero_grad()
+        return norm
+
+    def _eager_step(self, *batches: tuple[dict[str, Tensor], Packing]) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the gradients. Nothing here reads from the device, so it can be captured."""
+        assert self.optimizer is not None and self._lean is not None  # `_phase` has made it
+        lean, losses = self._lean, []
+        for batch, packing in batches:
+            losses.append(lean.passes(batch, packing, partial(self._loss, batch, packing, 1 / len(batches))))
         self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
         norm = lean.total_norm()
         if self.args.max_grad_norm > 0:
             lean.optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
         self.optimizer.step()
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
-        lean.zero_grad()
-        return norm
+        return torch.stack(losses).sum(), norm
 
     def _phase(self) -> LeanStep:
         """The passes of the model as it is now."""
@@ -150,7 +165,28 @@ class FastTrainer(TrimTrainer):
             assert isinstance(optimizer, MaskedAdamW)  # `finetune` sees to it
             self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16)
             self._parameters = cast(PreTrainedModel, self.model).num_parameters(exclude_embeddings=True)
+            if self._captures():
+                self._set_rates(lambda rate: torch.as_tensor(rate, dtype=torch.float32, device=self.args.device))
+                self._graphs = StepGraphs(self._capturable_step, cuda_capture())
         return self._lean
+
+    def _capturable_step(self, batch: dict[str, Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
+        assert self._lean is not None
+        self._lean.zero_grad()  # gradients belong to the graph
+        return self._eager_step((batch, packing))
+
+    def _captures(self) -> bool:
+        """Whether steps may become CUDA graphs, which do not stop between the passes and the optimizer."""
+        watched = any(
+            getattr(type(callback), event) is not getattr(TrainerCallback, event)
+            for callback in self.callback_handler.callbacks
+            for event in ("on_pre_optimizer_step", "on_optimizer_step")
+        )
+        return self.graphs and self.args.device.type == "cuda" and not watched
+
+    def _set_rates(self, convert: Callable[[Any], Any]) -> None:
+        for group in unwrapped(self.optimizer).param_groups if self.optimizer is not None else ():
+            group["lr"] = convert(group["lr"])
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
@@ -169,16 +205,23 @@ class FastTrainer(TrimTrainer):
             self.peak_memory_gb.append(round(torch.cuda.max_memory_allocated() / 1e9, 2))
 
     def _end_phase(self) -> None:
+        if self._graphs is not None:
+            self._set_rates(float)
         if self._lean is not None:
             self._lean.end()
-        self._lean, self._counted = None, False
+        self._lean, self._graphs, self._counted = None, None, False
 
     def _batch(self, rows: list[int]) -> tuple[dict[str, Tensor], Packing]:
+        """The batch on the device. It is copied while the device still computes the step before."""
         batch, lengths = self.pack(rows)
+        tokens, device = batch["input_ids"].numel(), self.args.device
         self.state.num_input_tokens_seen += sum(lengths)
-        self.padded_tokens += batch["input_ids"].numel()
-        packing = Packing.of(lengths, batch["input_ids"].shape[1], self.args.device)
-        return {name: value.to(self.args.device, non_blocking=True) for name, value in batch.items()}, packing
+        self.padded_tokens += tokens
+        self.current_flos += 6 * tokens * self._parameters
+        if device.type == "cuda":
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        packing = Packing.of(lengths, tokens, device, None if device.type == "cpu" else self.pack.longest)
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}, packing
 
     def _loss(self, batch: Mapping[str, Tensor], packing: Packing, share: float, outputs: Any) -> Tensor:
         loss: Tensor = outputs["loss"]

@@ -30,7 +30,7 @@ def predict(
         for begin in range(0, len(order), batch_size):
             chosen = [int(i) for i in order[begin : begin + batch_size]]
             batch = collator([data[i] for i in chosen])
-            batch = padded_further(model, batch, collator, device, autocast == torch.bfloat16)
+            batch = padded_further(batch, collator, device)
             batch = {k: v.to(device) for k, v in batch.items() if k not in LABELS}
             mixed = torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
             with mixed, quick_attention(device):

@@ -28,11 +28,9 @@ from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
 
-# Batches are padded to a multiple of this many tokens on a GPU, and for a trimmed model also in bf16 on a CPU. Layers
-# of a trimmed model have different widths, so every new length brings many new matrix shapes, and cuBLAS and oneDNN
-# take longer to prepare those than the padding costs. On a CPU, with MiniLM at half and new lengths only, a step takes
-# 0.80 of the time (`bench/bench_step.py`). An untrimmed model has few shapes, and fp32 needs no preparation. squad has
-# 178 lengths in 331 batches of 32 rows, but only 38 multiples of 8.
+# On a GPU batches are padded to a multiple of this many tokens: layers of a trimmed model have different widths, so
+# every new length brings many new matrix shapes, and cuBLAS takes longer to prepare those than the padding costs. squad
+# has 178 lengths in 331 batches of 32 rows, but only 38 multiples of 8. On a CPU oneDNN keeps them (`library_caches`).
 MULTIPLE = 8
 LABELS = ("labels", "start_positions", "end_positions")
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # MaskedAdamW is used in their place
@@ -134,8 +132,7 @@ class TrimTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        assert self.model is not None  # a Trainer has one
-        inputs = padded_further(self.model, inputs, self.data_collator, self.args.device, self.args.bf16)
+        inputs = padded_further(inputs, self.data_collator, self.args.device)
         ids = inputs.get("input_ids")
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -219,6 +216,5 @@ class TrimTrainer(Trainer):
             raise SensibertError(f"{checkpoint}: its optimizer or schedule cannot be loaded ({reason})") from None
 
 
-def padded_further(model: nn.Module, batch: dict, collator: Callable, device: torch.device, bf16: bool) -> dict:
-    gains = device.type == "cuda" or (bf16 and is_trimmed(model))
-    return collator.extended(batch, MULTIPLE) if gains and hasattr(collator, "extended") else batch
+def padded_further(batch: dict, collator: Callable, device: torch.device) -> dict:
+    return collator.extended(batch, MULTIPLE) if device.type == "cuda" and hasattr(collator, "extended") else batch

@@ -185,25 +185,10 @@ def test_a_damaged_checkpoint_is_not_read(tmp_path):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), checkpoint=tmp_path / "checkpoint-2")
 
 
-@pytest.mark.parametrize("cut, bf16, padded", [(True, True, True), (True, False, False), (False, True, False)])
-def test_a_trimmed_model_meets_batches_in_bf16_on_to_a_multiple(tmp_path, cut, bf16, padded):
-    model, widths = tiny_model(), []
-    if cut:
-        trim(model, random_plan(layout_of(model)))
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    finetune(model, Rows(), Collator(0), arguments(tmp_path, bf16=bf16))
-    predict(model, Rows(), Collator(0), autocast=torch.bfloat16 if bf16 else None)
-    assert len(widths) == 5 and all(width in (8, 16) for width in widths) is padded
-
-
-def test_on_a_gpu_a_whole_model_meets_them_too():
+def test_on_a_gpu_batches_are_padded_to_a_multiple():
     collator = Collator(0)
     batch = collator([{"input_ids": [5] * 7, "attention_mask": [1] * 7}])
-    actual = {
-        name: padded_further(tiny_model(), batch, collator, torch.device(name), False) for name in ("cpu", "cuda")
-    }
+    actual = {name: padded_further(batch, collator, torch.device(name)) for name in ("cpu", "cuda")}
     assert actual["cpu"] is batch and actual["cuda"]["input_ids"].shape[1] == 8
 
 
