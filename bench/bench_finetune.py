@@ -95,7 +95,8 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
         arguments = replace(arguments, save_strategy="no", disable_tqdm=True, max_steps=total)
         if engine in OURS:
             packing = "off" if engine == "TrimTrainer" else "on"
-            trainer = finetune(model, data.train, data.collator, arguments, [clock], packing=packing)
+            graphs = engine == "ours"
+            trainer = finetune(model, data.train, data.collator, arguments, [clock], packing=packing, graphs=graphs)
             seen = trainer.state.num_input_tokens_seen
             real, every = clock.tokens, clock.tokens * getattr(trainer, "padded_tokens", seen) / seen
         else:

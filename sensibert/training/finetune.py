@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -39,13 +40,15 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: str | Path | None = None,
     packing: str = "auto",
+    graphs: bool = True,
     **trainer_options: Any,
 ) -> TrimTrainer:
     """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
 
     callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
-    arguments allow it, "on" raises SensibertError where they do not, "off" pads them. trainer_options: lr_shape,
-    teacher, distil of `TrimTrainer`. SensibertError for a loss that is not finite or a damaged checkpoint."""
+    arguments allow it, "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU packed steps run
+    as CUDA graphs. trainer_options: lr_shape, teacher, distil of `TrimTrainer`. SensibertError for a loss that is not
+    finite, a damaged checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
     want_one_process(arguments)
@@ -53,6 +56,7 @@ def finetune(
         raise SensibertError("finetune: train is empty, want at least one row")
     trainer = _trainer(
         packing,
+        graphs,
         model=model,
         args=arguments,
         train_dataset=train,
@@ -61,11 +65,19 @@ def finetune(
         **trainer_options,
     )
     with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            size, batches = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+            raise SensibertError(
+                f"finetune: the GPU is out of memory in step {trainer.state.global_step + 1} with batches of {size} "
+                f"rows; try --batch-size {max(1, size // 2)} --gradient-accumulation {2 * batches}, which takes the "
+                "same steps, --precision bf16, or a smaller --max-length"
+            ) from error
     return trainer
 
 
-def _trainer(packing: str, **options: Any) -> TrimTrainer:
+def _trainer(packing: str, graphs: bool, **options: Any) -> TrimTrainer:
     if packing == "off":
         return TrimTrainer(**options)
     arguments, packer = options["args"], getattr(options["data_collator"], "packer", None)
@@ -73,7 +85,7 @@ def _trainer(packing: str, **options: Any) -> TrimTrainer:
     reason = "the data are not those of a TaskData with its collator" if pack is None else why_not_packed(arguments)
     if pack is not None and reason is None:
         try:
-            return FastTrainer(pooling_of(options["model"]), pack, **options)
+            return FastTrainer(pooling_of(options["model"]), pack, graphs, **options)
         except SensibertError as error:
             if packing == "on":
                 raise

@@ -353,3 +353,13 @@ def test_data_of_somebody_else_is_padded(tmp_path):
         train(tmp_path, tiny_model(), data, "on")
     with pytest.raises(SensibertError, match="packing is 'yes', want one of auto, on, off"):
         train(tmp_path, tiny_model(), data, "yes")
+
+
+def test_a_gpu_without_enough_memory_is_named_with_what_to_try(tmp_path, monkeypatch):
+    def passes(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LeanStep, "passes", passes)
+    message = "out of memory in step 1 with batches of 8 rows; try --batch-size 4 --gradient-accumulation 4"
+    with pytest.raises(SensibertError, match=message):
+        train(tmp_path, tiny_model(), rows(), "on", gradient_accumulation_steps=2)
