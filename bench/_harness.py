@@ -21,7 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+BENCH = Path(__file__).resolve().parent
+RESULTS = Path(
+    os.environ.get("SENSIBERT_RESULTS") or BENCH / "results"
+)  # gpu.sh keeps rows apart until a bench succeeds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_S, MEASURE_S, MOST_CALLS = (0.3, 0.5, 500) if DEVICE == "cuda" else (0.0, 2.0, 50)
 
@@ -151,7 +154,7 @@ def copy_us(num_bytes: int) -> float:
 def machine() -> dict[str, str]:
     """Device, versions and commit of a row. SENSIBERT_COMMIT names the commit of a tree without .git."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{_cpu_name()} x {torch.get_num_threads()}"
-    command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(BENCH), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     commit = os.environ.get("SENSIBERT_COMMIT") or commit or "unknown"
     return {"device": name, "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()}
@@ -176,7 +179,7 @@ def record(
     row = {"bench": bench, "case": case, "metric": metric, "value": round(value, 4), "unit": unit, "rival": rival}
     row |= {"rival_value": None if rival_value is None else round(rival_value, 4), "ratio": None}
     if rival_value is not None:
-        row["ratio"] = round(rival_value / value if unit in ("us", "s") else value / rival_value, 3)
+        row["ratio"] = round(rival_value / value if unit in ("us", "ms", "s") else value / rival_value, 3)
     row |= machine()
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{bench}.jsonl").open("a") as file:

@@ -1,12 +1,15 @@
-"""Reads and summarizes rows of bench/results; needs the standard library only. As a script: condense the masked matmul.
+"""Reads and summarizes rows of bench/results; needs the standard library only.
 
-python bench/_rows.py    rewrites bench_masked_linear.jsonl: rows appended by test_layer become medians
+python bench/_rows.py              rewrites bench_masked_linear.jsonl: rows appended by test_layer become medians
+python bench/_rows.py show FILE    prints the rows of a file as a table
+python bench/_rows.py add FILE     appends them to bench/results, each to the file of its bench
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -103,7 +106,36 @@ def _median(case: str, metric: str, rival: str | None, device: str, group: list[
     return row | {"least": min(values), "most": max(values), "cases": len(values)}
 
 
-if __name__ == "__main__":
-    path = RESULTS / f"{MASKED}.jsonl"
+def table(rows: Iterable[dict]) -> str:
+    """One line per row: bench, case, metric, value, unit, and the rival with its value and the ratio, if any."""
+    names = ("bench", "case", "metric", "value", "unit", "rival", "rival_value", "ratio")
+    lines = [names, *(tuple("" if row.get(name) is None else str(row[name]) for name in names) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def add(rows: Iterable[dict], folder: Path = RESULTS) -> None:
+    for row in rows:
+        with (folder / f"{row['bench']}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _condense_file(path: Path) -> None:
     newest = {(row["case"], row["metric"], row["rival"], row["device"]): row for row in read(path)}
     path.write_text("".join(json.dumps(row) + "\n" for row in condense(newest.values())))
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case []:
+            _condense_file(RESULTS / f"{MASKED}.jsonl")
+        case ["show", name]:
+            print(table(read(Path(name))))
+        case ["add", name]:
+            add(read(Path(name)))
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
