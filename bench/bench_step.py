@@ -34,13 +34,14 @@ from sensibert.trimming.trim import trim
 REGIMES = ("one", "new", "eights")
 
 
-def tapered(model: torch.nn.Module, left: float = 0.5) -> Plan:
-    """From 0.4 times the fraction `left` of the units in the first layer to 1.6 times in the last."""
+def tapered(model: torch.nn.Module, left: float = 0.5, slope: float = 0.6) -> Plan:
+    """From 0.4 times the fraction `left` of the units in the first layer to 1.6 times in the last, or 1 - slope to
+    1 + slope times; slope 0 cuts all layers to one width."""
     layout = layout_of(model)
     last, step, keep = max(site.layer for site in layout.sites), default_width_multiple(layout.hidden), {}
     for site in layout.sites:
         unit = step if site.kind == "ffn" else 1
-        share = left * (0.4 + 1.2 * site.layer / max(1, last))
+        share = left * (1 - slope + 2 * slope * site.layer / max(1, last))
         keep[site.name] = torch.arange(site.units) < max(unit, round(share * site.units / unit) * unit)
     return UnitPlan(layout, keep, Budget.parse("50%params"), "tapered")
 
@@ -53,6 +54,24 @@ def lengths(regime: str, longest: int, steps: int) -> list[int]:
     return [n + -n % 8 for n in drawn] if regime == "eights" else drawn
 
 
+def train_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, ...], bf16: bool
+) -> None:
+    ids, mask, answers = batch
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16), quick_attention(ids.device, bf16, ids.shape[1]):
+        model(input_ids=ids, attention_mask=mask, start_positions=answers, end_positions=answers).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def random_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """ids, attention mask, answers. Every second row ends in one token of padding, as rows of most batches do."""
+    ids = torch.randint(5, vocab_size, (rows, length), device=device)
+    mask, answers = torch.ones_like(ids), torch.zeros(rows, dtype=torch.int64, device=device)
+    mask[::2, -1] = 0
+    return ids, mask, answers
+
+
 def measure(queue, config, arguments: argparse.Namespace, trimmed: bool, regime: str) -> None:
     """Put the mean microseconds of a step on the queue."""
     torch.manual_seed(0)
@@ -63,13 +82,7 @@ def measure(queue, config, arguments: argparse.Namespace, trimmed: bool, regime:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(length: int) -> None:
-        ids = torch.randint(5, config.vocab_size, (arguments.batch, length), device=device)
-        mask, answers = torch.ones_like(ids), torch.zeros(arguments.batch, dtype=torch.int64, device=device)
-        mask[::2, -1] = 0  # padding, as in most batches
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), quick_attention(device, bf16, length):
-            model(input_ids=ids, attention_mask=mask, start_positions=answers, end_positions=answers).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(model, optimizer, random_batch(arguments.batch, length, config.vocab_size, device), bf16)
 
     def wait() -> None:
         if device.type == "cuda":
