@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from _harness import DEVICE, record
 from bench_step import tapered
-from transformers import AutoConfig, BertConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sensibert.inputs import load_data, load_model, load_tokenizer
 from sensibert.recipe import training_arguments
@@ -140,6 +140,7 @@ def main() -> None:
         max_length=arguments.max_length, precision=arguments.precision, batch_size=arguments.batch_size,
     ).resolved()  # fmt: skip
     context, metric = multiprocessing.get_context("spawn"), "tokens_per_s" if DEVICE == "cuda" else "tokens_per_cpu_s"
+    failed = False
     for size in arguments.sizes:
         facts = {}
         for engine in arguments.engines:
@@ -152,6 +153,7 @@ def main() -> None:
             process.join()
             if process.exitcode:
                 print(f"{size}, {engine}: the process ended with {process.exitcode}", file=sys.stderr)
+                failed = True
                 continue
             facts[engine] = queue.get()
             print(size, engine, *(f"{fact} {value:.4g}" for fact, value in facts[engine].items()), flush=True)
@@ -163,6 +165,8 @@ def main() -> None:
             for rival in rivals or [None]:
                 value = facts[rival]["tokens_per_s"] if rival else None
                 record("bench_finetune", f"{case} {engine}", metric, facts[engine]["tokens_per_s"], "1/s", rival, value)
+    if failed:
+        raise SystemExit("some measurements failed")
 
 
 if __name__ == "__main__":

@@ -137,9 +137,10 @@ class TrimTrainer(Trainer):
         with quick_attention(self.args.device, self.args.bf16, None if ids is None else ids.shape[-1]):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if ids is not None:
-            self._tokens = self._tokens + (
-                inputs["attention_mask"].sum() if "attention_mask" in inputs else ids.numel()
-            )
+            mask = inputs.get("attention_mask")
+            self._tokens = self._tokens + (ids.numel() if mask is None else mask.sum())
+            if ids.is_cpu:
+                self._count_tokens()
         self._note(loss)
         return loss
 
