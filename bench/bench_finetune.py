@@ -82,10 +82,8 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
     set_seed(0)
     model = load_model(options.model, data)
     if shape is not None:
-        config = AutoConfig.for_model("bert", **{**SHAPES[shape].to_dict(), "vocab_size": model.config.vocab_size})
-        model = data.auto_class().from_config(
-            type(model.config).from_dict({**config.to_dict(), **data.config_kwargs()})
-        )
+        sizes = {**SHAPES[shape].to_dict(), "vocab_size": model.config.vocab_size, **data.config_kwargs()}
+        model = data.auto_class().from_config(BertConfig(**sizes))
     if size != "dense":
         trim(model, tapered(model, float(size.partition("%")[0]) / 100))
     total, clock = steps + warm_up, Clock(warm_up)
@@ -161,7 +159,7 @@ def main() -> None:
             continue
         case = f"{name} {Path(arguments.train_file).parent.name} {size}"
         rivals = [engine for engine in facts if engine not in OURS]
-        for engine in facts.keys() - rivals:
+        for engine in (engine for engine in OURS if engine in facts):
             for rival in rivals or [None]:
                 value = facts[rival]["tokens_per_s"] if rival else None
                 record("bench_finetune", f"{case} {engine}", metric, facts[engine]["tokens_per_s"], "1/s", rival, value)
