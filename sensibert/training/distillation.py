@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 
 class Reordered(nn.Module):
-    """A classifier with its classes in another order: its class i is class order[i] of the model."""
+    """A classifier with its classes in another order: its class i is class order[i] of the model. All else is the
+    model's."""
 
     def __init__(self, model: nn.Module, order: list[int]):
         super().__init__()
         self.model, self.order = model, order
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
     def forward(self, **inputs: Any) -> Any:
         outputs = self.model(**inputs)

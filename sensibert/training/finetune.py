@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, one_of
@@ -54,6 +55,8 @@ def finetune(
     want_one_process(arguments)
     if isinstance(train, Sized) and not len(train):
         raise SensibertError("finetune: train is empty, want at least one row")
+    if packing == "auto" and checkpoint is not None and _of_earlier_version(Path(checkpoint)):
+        packing = "off"  # its rows come in the order that the run began with
     trainer = _trainer(
         packing,
         graphs,
@@ -77,6 +80,15 @@ def finetune(
     return trainer
 
 
+def _of_earlier_version(checkpoint: Path) -> bool:
+    """Whether the checkpoint is of a version that neither packed nor counted tokens."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):  # `check_checkpoint` says what is wrong with it
+        return False
+    return state.global_step > 0 and not state.num_input_tokens_seen
+
+
 def _trainer(packing: str, graphs: bool, **options: Any) -> TrimTrainer:
     if packing == "off":
         return TrimTrainer(**options)
@@ -85,6 +97,9 @@ def _trainer(packing: str, graphs: bool, **options: Any) -> TrimTrainer:
     reason = "the data are not those of a TaskData with its collator" if pack is None else why_not_packed(arguments)
     if pack is not None and reason is None:
         try:
+            teacher = options.get("teacher")
+            if teacher is not None and (given := teacher()) is not None:
+                pooling_of(given)
             return FastTrainer(pooling_of(options["model"]), pack, graphs, **options)
         except SensibertError as error:
             if packing == "on":

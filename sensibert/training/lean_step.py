@@ -120,10 +120,12 @@ class LeanStep:
     def __init__(self, model: nn.Module, pooling: str | None, optimizer: MaskedAdamW, bf16: bool) -> None:
         self.model, self.packed, self.optimizer = model, PackedModel(model, pooling), optimizer
         self.device = next(self.model.parameters()).device
-        masked = masks_of(self.model) is not None  # its layers have compact weights of their own
-        self._autocast, self._dtype = bf16 and masked, torch.bfloat16 if bf16 and not masked else None
+        self.masked = masks_of(self.model) is not None  # its layers have compact weights of their own
+        self._autocast = bf16 and self.masked
+        self._dtype = torch.bfloat16 if bf16 and not self.masked else None
         self._swaps: list[tuple[dict[str, Any], str, Any]] = []  # (dict of a module, name, value within a pass)
         self._copies: list[_Copy] = []
+        self._written: dict[Tensor, Tensor] = {}  # weight -> its working copy, which the optimizer writes
         self._tables: list[_Table] = []
         self._seen = self._structure()
         if self._dtype is not None:
@@ -163,7 +165,8 @@ class LeanStep:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for copy in self._copies:
             if id(copy.weight) in held and copy.weight.requires_grad:
-                self.optimizer.set_working_copy(copy.weight, copy.of(copy.leaf.detach()))
+                self._written[copy.weight] = copy.of(copy.leaf.detach())
+                self.optimizer.set_working_copy(copy.weight, self._written[copy.weight])
 
     def _alike(self, parts: list[nn.Module]) -> Iterator[list[nn.Linear]]:
         """Plain linear layers with the same input: q, k and v of a layer."""
@@ -258,10 +261,11 @@ class LeanStep:
             table.zero()
 
     def end(self) -> None:
-        """The optimizer no longer writes the working copies."""
+        """The optimizer no longer writes the working copies, unless it has others since (`follow`)."""
         self.optimizer.zero_grad()
-        for copy in self._copies:
-            self.optimizer.set_working_copy(copy.weight, None)
+        for weight, copy in self._written.items():
+            if self.optimizer.working_copy(weight) is copy:
+                self.optimizer.set_working_copy(weight, None)
 
 
 _ABSENT = object()
