@@ -134,11 +134,11 @@ class LeanStep:
             self._add_quick_modules()
 
     def _structure(self) -> list[tuple]:
-        """Parameters, which of them are frozen, configs, and dropout."""
+        """Modules and their classes, parameters, which of them are frozen, configs, and dropout."""
         seen: list[tuple] = []
         for module in self.model.modules():
             config, dropout = getattr(module, "config", None), getattr(module, "attention_dropout", None)
-            seen.append((id(module), id(config), getattr(module, "p", dropout)))
+            seen.append((id(module), type(module), id(config), getattr(module, "p", dropout)))
             seen += [(id(weight), weight.requires_grad) for weight in module._parameters.values() if weight is not None]
         return seen
 
