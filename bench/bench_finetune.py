@@ -43,7 +43,6 @@ SHAPES = {
     "bert-base": BertConfig(),
     "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
-FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # dense bf16
 
 
 class Clock(TrainerCallback):
@@ -64,7 +63,7 @@ class Clock(TrainerCallback):
 
 
 class Counting:
-    """A collator that counts the tokens of every batch, as those of transformers do always with an attention mask."""
+    """Counts the tokens of a collator's batches, and gives every batch an attention mask, as transformers does."""
 
     def __init__(self, collator: Any) -> None:
         self.collator, self.real, self.all = collator, [], []

@@ -54,8 +54,9 @@ class Packing:
         """lengths: of the rows, the longest first. total: T. max_length: by default that of the longest row."""
         longest = lengths[0] if max_length is None else max_length
         ends = torch.tensor([0, *lengths, *[longest] * -(-total // longest)]).cumsum(0).clamp(max=total).int()
-        on_cpu = torch.device(device).type == "cpu"
-        return cls(ends.to(device), len(lengths), longest, tuple(_groups(lengths)) if on_cpu else ())
+        if torch.device(device).type == "cpu":
+            return cls(ends, len(lengths), longest, tuple(_groups(lengths)))
+        return cls(ends.pin_memory().to(device, non_blocking=True), len(lengths), longest)
 
     def begins(self) -> Tensor:
         """The first token of each row."""
@@ -108,6 +109,8 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, p: float = 0.0, window: int | None = None
 ) -> Tensor:
     """q, k, v [T, H, D] -> [T, H, D]. p: dropout of the probabilities. window: tokens see those less than this away.
+
+    On a GPU in half precision only.
 
     Padding after the rows gets zeros on a CPU."""
     if not q.shape[1]:  # a layer without heads

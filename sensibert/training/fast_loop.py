@@ -1,7 +1,8 @@
 """The loop of `finetune`: packed batches and lean steps between the same events as in transformers.Trainer.
 
-Logging, evaluation, checkpoints, callbacks and the schedule are Trainer's, and either loop resumes the other's
-checkpoints. A step is the same number of rows. Nothing is read from the device but at the steps that log or save.
+Logging, evaluation, checkpoints, callbacks and the schedule are Trainer's. Either loop resumes the other's checkpoints,
+then with its own order of the rows. A step is the same number of rows. Nothing is read from the device but at the steps
+that log or save.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..models.packed import PackedModel, pooling_of
@@ -60,7 +61,7 @@ class FastTrainer(TrimTrainer):
     def __init__(self, pooling: str | None, pack: Pack, graphs: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.pooling, self.pack, self.graphs = pooling, pack, graphs
-        # Of a step of every phase: ops, which on a GPU are launches, and there also the largest memory.
+        # Of a step of every phase: its ops, and on a GPU its largest memory.
         self.ops_per_step: list[int] = []
         self.peak_memory_gb: list[float] = []
         self._lean: LeanStep | None = None
@@ -84,12 +85,8 @@ class FastTrainer(TrimTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        args, epoch, in_epoch, checkpoint = (
-            self.args,
-            run["epoch"],
-            run["steps_in_epoch"],
-            run["resume_from_checkpoint"],
-        )
+        args, epoch, checkpoint = self.args, run["epoch"], run["resume_from_checkpoint"]
+        in_epoch = run["steps_in_epoch"]  # batches
         resumed = epoch == run["epochs_trained"] and checkpoint is not None
         done = run["steps_trained_in_current_epoch"] if resumed else 0  # batches
         batches = self._batches(epoch, done)
@@ -164,7 +161,8 @@ class FastTrainer(TrimTrainer):
             optimizer = unwrapped(self.optimizer)
             assert isinstance(optimizer, MaskedAdamW)  # `finetune` sees to it
             self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16)
-            self._parameters = cast(PreTrainedModel, self.model).num_parameters(exclude_embeddings=True)
+            count = getattr(self.model, "num_parameters", None)  # a module around a model may have none
+            self._parameters = 0 if count is None else count(exclude_embeddings=True)
             if self._captures():
                 self._set_rates(lambda rate: torch.as_tensor(rate, dtype=torch.float32, device=self.args.device))
                 self._graphs = StepGraphs(self._capturable_step, cuda_capture())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, one_of
@@ -110,6 +111,7 @@ def _trainer(packing: str, graphs: bool, **options: Any) -> TrimTrainer:
     return TrimTrainer(**options)
 
 
+BY_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that step at an evaluation
 # Arguments of Trainer that the loop on packed batches does not read, and the values that it stands for.
 UNREAD = {
     "fp16": False, "label_smoothing_factor": 0.0, "torch_compile": False, "gradient_checkpointing": False,
@@ -124,6 +126,10 @@ def why_not_packed(arguments: TrainingArguments) -> str | None:
         return f"optim is {OptimizerNames(arguments.optim).value}"
     if arguments.n_gpu > 1:
         return f"n_gpu is {arguments.n_gpu}"
+    if arguments.device.type == "cuda" and not arguments.bf16:
+        return "the precision is fp32 on a GPU, where packed attention needs bf16"
+    if (schedule := SchedulerType(arguments.lr_scheduler_type)) in BY_METRICS:
+        return f"lr_scheduler_type is {schedule.value}"
     for name, usual in UNREAD.items():
         if (value := getattr(arguments, name, usual)) and value != usual:
             return f"{name} is {value}"

@@ -11,6 +11,7 @@ All this is in place only within a pass: callbacks, checkpoints and evaluations 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,8 +197,9 @@ class LeanStep:
         for module in self.model.modules():
             if type(module) is nn.Dropout and not module.inplace and "forward" not in module.__dict__:
                 self._swaps.append((module.__dict__, "forward", partial(_quick_dropout, module)))
+        holders = Counter(id(w) for module in self.model.modules() for w in module._parameters.values())
         for module in embeddings_of(self.model).modules():
-            if _Table.fits(module):
+            if _Table.fits(module) and holders[id(module.weight)] == 1:  # a tied weight has gradients in other rows
                 self._tables.append(_Table(module))
                 self._swaps.append((module.__dict__, "forward", self._tables[-1]))
 
@@ -229,34 +231,34 @@ class LeanStep:
 
     def _collect(self) -> None:
         """Adds the gradients of working copies to those of their weights."""
-        used = [
-            copy for copy in self._copies if copy.leaf.grad is not None
-        ]  # the others are frozen, or not in the pass
-        grads = [copy.of(copy.leaf.grad) for copy in used if copy.leaf.grad is not None]
+        # Others are frozen, or not in the pass.
+        used = [(copy, copy.of(copy.leaf.grad)) for copy in self._copies if copy.leaf.grad is not None]
         if not used:
             return
-        if all(copy.weight.grad is None for copy in used):
-            torch._foreach_copy_([copy.grad for copy in used], grads)
-            for copy in used:
+        totals, grads = [copy.grad for copy, _ in used], [grad for _, grad in used]
+        if all(copy.weight.grad is None for copy, _ in used):
+            torch._foreach_copy_(totals, grads)
+            for copy, _ in used:
                 copy.weight.grad = copy.grad
         else:  # of another batch of this step
-            torch._foreach_add_([copy.grad for copy in used], grads)
-        for copy in used:
+            torch._foreach_add_(totals, grads)
+        for copy, _ in used:
             copy.leaf.grad = None
+
+    def _others(self) -> Iterator[nn.Parameter]:
+        """The parameters that are not tables."""
+        tables = {id(table.weight) for table in self._tables}
+        return (weight for weight in self.model.parameters() if id(weight) not in tables)
 
     def total_norm(self) -> Tensor:
         """The 2-norm of all gradients."""
-        tables = {id(table.weight) for table in self._tables}
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in tables]
-        return nn.utils.get_total_norm(
-            grads + [table.used() for table in self._tables if table.weight.grad is not None]
-        )
+        grads = [weight.grad for weight in self._others() if weight.grad is not None]
+        grads += [table.used() for table in self._tables if table.weight.grad is not None]
+        return nn.utils.get_total_norm(grads)
 
     def zero_grad(self) -> None:
-        tables = {id(table.weight) for table in self._tables}
-        for weight in self.model.parameters():
-            if id(weight) not in tables:
-                weight.grad = None
+        for weight in self._others():
+            weight.grad = None
         for table in self._tables:
             table.zero()
 

@@ -16,7 +16,7 @@ VIEWS = frozenset(
 
 
 class OpCount(TorchDispatchMode):
-    """total: ops within the context except VIEWS, forward and backward; on a GPU about the number of launches."""
+    """total: ops within the context except VIEWS, forward and backward. On a GPU about as many are launched."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import described
 from ..nn.packed_attention import Packing
 
 Batch = dict[str, Tensor]
@@ -65,7 +66,6 @@ class StepGraphs:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self.failed = True
             self._graphs.clear()
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logging.getLogger("sensibert").warning("finetune: steps run without CUDA graphs (%s)", reason)
+            logging.getLogger("sensibert").warning("finetune: steps run without CUDA graphs (%s)", described(error))
             return
         self._graphs[shape] = replay, inputs, places, results

@@ -67,7 +67,10 @@ def test_a_failed_capture_leaves_steps_as_they_are_and_says_so(caplog):
             graphs(*batch(value))
     assert ran == [8, 16, 24]  # no step was lost or taken twice
     (record,) = caplog.records
-    assert "without CUDA graphs (CUDA error: operation not permitted when stream is capturing)" in record.message
+    assert (
+        "without CUDA graphs (RuntimeError: CUDA error: operation not permitted when stream is capturing)"
+        in record.message
+    )
 
 
 def even_rows(count):
