@@ -325,7 +325,6 @@ def test_a_family_that_cannot_pack_pads_and_says_so_once(tmp_path, caplog):
     [
         ({"optim": "adafactor"}, "optim is adafactor"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
-        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type is greedy"),
     ],
 )
 def test_arguments_that_the_loop_does_not_read_leave_it_to_the_trainer(tmp_path, caplog, changed, reason):
@@ -354,11 +353,19 @@ def test_a_gpu_without_enough_memory_is_named_with_what_to_try(tmp_path, monkeyp
         train(tmp_path, tiny_model(), rows(), "on", gradient_accumulation_steps=2)
 
 
-def test_on_a_gpu_packing_needs_bf16(tmp_path):
-    for bf16, reason in ((False, "the precision is fp32 on a GPU"), (True, None)):
-        on_gpu = {**vars(arguments(tmp_path)), "n_gpu": 1, "device": torch.device("cuda"), "bf16": bf16}
-        found = why_not_packed(SimpleNamespace(**on_gpu))
-        assert found == reason if reason is None else found.startswith(reason)
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"device": torch.device("cuda")}, "the precision is fp32 on a GPU"),
+        ({"device": torch.device("cuda"), "bf16": True}, None),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type is greedy"),
+        ({"n_gpu": 2}, "n_gpu is 2"),
+    ],
+)
+def test_packing_needs_bf16_on_one_gpu_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
+    usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "device": torch.device("cpu")}
+    found = why_not_packed(SimpleNamespace(**(usual | changed)))
+    assert found == reason if reason is None else found.startswith(reason)
 
 
 def test_a_tied_table_has_its_whole_gradient():
