@@ -94,8 +94,9 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
             packing = "off" if engine == "TrimTrainer" else "on"
             graphs = engine == "ours"
             trainer = finetune(model, data.train, data.collator, arguments, [clock], packing=packing, graphs=graphs)
-            seen = trainer.state.num_input_tokens_seen
-            real, every = clock.tokens, clock.tokens * getattr(trainer, "padded_tokens", seen) / seen
+            real, share = clock.tokens, None
+            if packing == "on":
+                share = trainer.state.num_input_tokens_seen / trainer.padded_tokens
         else:
             collator = Counting(data.collator)
             rival = TrainingArguments(
@@ -106,8 +107,11 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
                 torch_compile=engine == "Trainer, compiled",
             )  # fmt: skip
             Trainer(model, rival, collator, data.train, callbacks=[clock]).train()
-            real, every = sum(collator.real[warm_up:total]), sum(collator.all[warm_up:total])
-    facts = {"tokens_per_s": real / clock.seconds, "ms": 1e3 * clock.seconds / steps, "real": real / every}
+            real = sum(collator.real[warm_up:total])
+            share = real / sum(collator.all[warm_up:total])
+    facts = {"tokens_per_s": real / clock.seconds, "ms": 1e3 * clock.seconds / steps}
+    if share is not None:
+        facts["real_share"] = share  # of the tokens; the others are padding
     if DEVICE == "cuda":
         facts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     queue.put(facts)

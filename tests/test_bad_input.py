@@ -1,23 +1,21 @@
 """Every kind of bad input ends in exit code 2 and one line that says what to do, and leaves the disk as it was."""
 
-import errno
 import itertools
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sensibert import SensibertError, commands, load, recipe
+from sensibert import SensibertError, load, recipe
 from sensibert.optim import MaskedAdamW
 from tests import runs
-from tests.runs import command, tree
+from tests.refusals import finetune_arguments, folders, refused, untouched
+from tests.runs import command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,44 +27,7 @@ def no_pictures():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A base model, two fine-tuned ones, their sensitivities and a plan of the first. Nobody may change it."""
-    folder = tmp_path_factory.mktemp("bad")
-    runs.model_folder(folder / "model")
-    runs.sentence_file(folder / "train.csv", 32, seed=1)
-    runs.sentence_file(folder / "dev.csv", 16, seed=2)
-    for name, seed in (("tuned", 0), ("other", 1)):
-        runs.model_folder(folder / name, head="SequenceClassification", seed=seed, num_labels=2)
-        scores = folder / f"{name}.safetensors"
-        assert command("analyze", "--model", folder / name, "--method", "random", "--output", scores).code == 0
-    requested = ("plan", "--sensitivity", folder / "tuned.safetensors", "--step", 4, "--output", folder / "plan")
-    assert command(*requested).code == 0
-    return folder
-
-
-@contextmanager
-def untouched(*folders):
-    before = [tree(folder) for folder in folders]
-    yield
-    for folder, then in zip(folders, before, strict=True):
-        assert tree(folder).keys() == then.keys()
-        assert tree(folder) == then
-
-
-def refused(message: str, *arguments) -> str:
-    """Run a command that must be refused in one line that matches `message`; returns the line."""
-    done = command(*arguments)
-    lines = done.err.splitlines()
-    assert done.code == 2, done
-    assert len(lines) == 1 and lines[0].startswith("sensibert: error: ") and "Traceback" not in done.out, done
-    assert re.search(message, lines[0]), lines[0]
-    return lines[0]
-
-
-def finetune_arguments(here, output, **changed):
-    requested = {"model": here / "model", "output": output, "train-file": here / "train.csv"}
-    requested |= {"validation-file": here / "dev.csv", "max-steps": 3, "batch-size": 8, "width-multiple": 4} | changed
-    given = {name: value for name, value in requested.items() if value is not None}
-    return ["finetune", *(part for name, value in given.items() for part in (f"--{name}", value))]
+    return folders(tmp_path_factory.mktemp("bad"))
 
 
 def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
@@ -80,81 +41,6 @@ def test_an_unknown_family_lists_the_known_ones(here, tmp_path):
             refused(message, *finetune_arguments(here, tmp_path / "out", model=tmp_path / kind))
             refused(message, "inspect", tmp_path / kind)
             refused(message, "analyze", "--model", tmp_path / kind, "--method", "magnitude", "--output", tmp_path / "s")
-
-
-def test_an_output_that_appears_during_the_run_is_not_replaced(here, tmp_path, monkeypatch):
-    def appears(*args):
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / "mine").write_text("mine")
-
-    requested = finetune_arguments(here, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "write_report", appears)
-        refused("out exists and is not empty, want --resume --overwrite to write this run there", *requested)
-    assert tree(tmp_path / "out") == {"mine": b"mine"}
-    assert command(*requested, "--resume", "--overwrite").code == 0
-    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "mine").read_text() == "mine"
-
-
-def test_a_file_that_appears_during_the_analysis_is_not_replaced(here, tmp_path, monkeypatch):
-    ranked = commands.rank_tensors
-
-    def appears(*args):
-        (tmp_path / "s").write_text("mine")
-        return ranked(*args)
-
-    monkeypatch.setattr(commands, "rank_tensors", appears)
-    rows = ("--train-file", here / "train.csv", "--samples", 8)
-    requested = ("analyze", "--model", here / "tuned", *rows, "--output", tmp_path / "s")
-    refused("s exists, want a new file or --overwrite", *requested)
-    assert tree(tmp_path) == {"s": b"mine"}
-
-
-def test_a_home_folder_is_a_tilde_in_every_path_and_never_replaced(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(here / "tuned", tmp_path / "tuned")
-    plan = ("trim", "--model", tmp_path / "tuned", "--plan", here / "plan")
-    with untouched(tmp_path):
-        refused("holds the model of this run", *plan, "--output=~/tuned", "--overwrite")
-        away = ("trim", "--model", here / "tuned", "--plan", here / "plan")
-        refused("holds the home folder", *away, "--output=~", "--overwrite")
-        refused("holds the home folder", *finetune_arguments(here, "~"), "--overwrite")
-    assert command("trim", "--model=~/tuned", "--plan", here / "plan", "--output=~/small").code == 0
-    assert command(*finetune_arguments(here, "~/run")).code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "small", "run"}
-    assert command("inspect", "~/small").code == 0
-
-
-def test_links_into_the_output_are_inputs_too(here, tmp_path):
-    shutil.copytree(here / "tuned", tmp_path / "out")
-    (tmp_path / "linked").mkdir()
-    for file in (tmp_path / "out").iterdir():
-        (tmp_path / "linked" / file.name).symlink_to(file)
-    with untouched(tmp_path):
-        refused(
-            "holds the model", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "linked"), "--overwrite"
-        )
-
-
-def test_a_command_does_not_write_over_its_input(here, tmp_path):
-    shutil.copytree(here / "tuned", tmp_path / "m")
-    scores = tmp_path / "m" / "s"
-    shutil.copy(here / "tuned.safetensors", scores)
-    random = ("analyze", "--model", tmp_path / "m", "--method", "random", "--overwrite", "--output")
-    with untouched(tmp_path):
-        refused("model.safetensors is the model of this command", *random, tmp_path / "m" / "model.safetensors")
-        refused(
-            "s is the sensitivity of this command", "plan", "--sensitivity", scores, "--output", scores, "--overwrite"
-        )
-
-
-def test_the_input_of_a_trim_is_not_its_output(here, tmp_path):
-    shutil.copytree(here / "tuned", tmp_path / "tuned")
-    shutil.copy(here / "plan", tmp_path / "tuned" / "plan")
-    for model, plan, name in (("tuned", here / "plan", "model"), (here / "tuned", "tuned/plan", "plan")):
-        requested = ("trim", "--model", tmp_path / model, "--plan", tmp_path / plan)
-        with untouched(tmp_path):
-            refused(f"tuned holds the {name} of this run", *requested, "--output", tmp_path / "tuned", "--overwrite")
 
 
 def test_code_in_a_model_folder_is_never_run(here, tmp_path, monkeypatch):
@@ -373,27 +259,6 @@ def test_a_model_without_the_head_or_with_another(here, tmp_path):
         refused("2 classes, want 1 output", "eval", here / "tuned", *dev, "--task", "regression")
 
 
-def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    shutil.copy(here / "train.csv", tmp_path / "data" / "train.csv")
-    requested = {"train-file": tmp_path / "data" / "train.csv"}
-    monkeypatch.chdir(tmp_path / "data")
-    (tmp_path / "elsewhere").mkdir()
-    for place, message in (
-        (tmp_path / "data", "holds the train_file of this run"),
-        (here / "model", "holds the model of this run"),
-        ("..", "holds the .* of this run"),
-    ):
-        refused(message, *finetune_arguments(here, place, **requested), "--overwrite")
-    assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
-    (tmp_path / "data").rename(tmp_path / "run.partial")
-    requested = {"train-file": tmp_path / "run.partial" / "train.csv"}
-    refused("run.partial holds the train_file", *finetune_arguments(here, tmp_path / "run", **requested), "--overwrite")
-    assert (tmp_path / "run.partial" / "train.csv").exists()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    refused("holds the working folder", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
-
-
 def test_a_tokenizer_without_words_or_of_another_model_is_refused(here, tmp_path):
     shutil.copytree(here / "model", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("*token*"):
@@ -415,107 +280,12 @@ def test_ctrl_c_is_told_by_the_code(monkeypatch):
     assert done.code == 130 and "stopped; finetune --resume continues" in done.err
 
 
-def test_an_output_that_is_taken_is_kept(here, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    data = ("--train-file", here / "train.csv")
-    with untouched(here, tmp_path):
-        full, file = tmp_path / "out", tmp_path / "out" / "mine.txt"
-        refused("not empty, want a new folder or --overwrite", *finetune_arguments(here, full))
-        refused("not empty", *finetune_arguments(here, full), "--dry-run")
-        gone = finetune_arguments(here, full, **{"train-file": tmp_path / "gone.csv"})
-        refused("no such file", *gone, "--overwrite")  # what is there goes when the new one is complete
-        refused("not empty", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", full)
-        refused("exists, want a new file or --overwrite", "analyze", "--model", here / "tuned", "--output", file, *data)
-        refused("exists, want a new file", "plan", "--sensitivity", here / "tuned.safetensors", "--output", file)
-        refused("is a folder, want the name of a file", "plan", "--sensitivity", here / "plan", "--output", full)
-
-
-def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
-    checkpoint = tmp_path / "out.partial" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"half")
-    (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
-    with untouched(here, tmp_path):
-        refused("holds an unfinished run, want --resume or --overwrite", *finetune_arguments(here, tmp_path / "out"))
-        message = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
-        refused(message, *finetune_arguments(here, tmp_path / "out"), "--resume")
-        (checkpoint / "sensibert_manifest.json").write_text("{")
-        refused("not a complete checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
-        (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
-
-
 def test_a_truncated_model_is_named(here, tmp_path):
     shutil.copytree(here / "tuned", tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
     with untouched(here, tmp_path):
         refused("model: cannot load .*cut", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "cut"))
         refused("cut: not a model folder that can be loaded", "inspect", tmp_path / "cut")
-
-
-def test_a_place_where_nothing_can_be_written(here, tmp_path):
-    (tmp_path / "file").write_text("")
-    with untouched(here, tmp_path):
-        for place in (tmp_path / "file" / "out", "/proc/nowhere/out"):
-            refused("cannot write", *finetune_arguments(here, place))
-            refused("cannot write", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", place)
-            scores = here / "tuned.safetensors"
-            refused("output: cannot write", "plan", "--sensitivity", scores, "--output", place)
-            refused("cannot write", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
-
-
-@pytest.mark.parametrize("name, reason", [("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")])
-def test_a_name_that_no_file_can_have(here, tmp_path, monkeypatch, name, reason):
-    monkeypatch.chdir(tmp_path)
-    for call in (
-        finetune_arguments(here, name),
-        ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", name),
-        ("analyze", "--model", here / "tuned", "--method", "random", "--output", name),
-    ):
-        assert len(refused(rf"output: cannot write '.*\({reason}\)", *call)) < 200
-    refused("train_file: xxx", *finetune_arguments(here, "out", **{"train-file": "x" * 5000}))
-    refused("model: xxx", *finetune_arguments(here, "out", model="x" * 5000))
-    assert not list(tmp_path.iterdir())
-
-
-@contextmanager
-def files_up_to(size: int):
-    """No file may grow beyond size: to whoever writes, the same refusal as that of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_nothing_half_written(here, tmp_path):
-    trims = ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", tmp_path / "small")
-    scores = here / "tuned.safetensors"
-    with untouched(here, tmp_path):
-        with files_up_to(20_000):  # less than the weights
-            refused("cannot write a checkpoint to .*out.partial", *finetune_arguments(here, tmp_path / "out"))
-            refused("cannot write", *trims)
-        with files_up_to(1000):
-            refused("cannot be written|cannot write", "plan", "--sensitivity", scores, "--output", tmp_path / "plan")
-
-
-def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    requested = finetune_arguments(here, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "write_report", full)
-        message = (
-            r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
-        )
-        refused(message, *requested)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
-    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [".sensibert-run", "checkpoint-3"]
-    done = command(*requested, "--resume", "--json")
-    assert done.code == 0 and done.json["steps"] == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_config_that_cannot_be_meant(here, tmp_path):

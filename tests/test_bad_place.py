@@ -1,0 +1,217 @@
+"""Outputs that are taken, hold an input, or cannot be written: refused in one line, and nothing is lost."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+from sensibert import commands, recipe
+from tests.refusals import finetune_arguments, folders, refused, untouched
+from tests.runs import command, tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "write_report", lambda *args: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return folders(tmp_path_factory.mktemp("bad"))
+
+
+def test_an_output_that_appears_during_the_run_is_not_replaced(here, tmp_path, monkeypatch):
+    def appears(*args):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "mine").write_text("mine")
+
+    requested = finetune_arguments(here, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write_report", appears)
+        refused("out exists and is not empty, want --resume --overwrite to write this run there", *requested)
+    assert tree(tmp_path / "out") == {"mine": b"mine"}
+    assert command(*requested, "--resume", "--overwrite").code == 0
+    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_a_file_that_appears_during_the_analysis_is_not_replaced(here, tmp_path, monkeypatch):
+    ranked = commands.rank_tensors
+
+    def appears(*args):
+        (tmp_path / "s").write_text("mine")
+        return ranked(*args)
+
+    monkeypatch.setattr(commands, "rank_tensors", appears)
+    rows = ("--train-file", here / "train.csv", "--samples", 8)
+    requested = ("analyze", "--model", here / "tuned", *rows, "--output", tmp_path / "s")
+    refused("s exists, want a new file or --overwrite", *requested)
+    assert tree(tmp_path) == {"s": b"mine"}
+
+
+def test_a_home_folder_is_a_tilde_in_every_path_and_never_replaced(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(here / "tuned", tmp_path / "tuned")
+    plan = ("trim", "--model", tmp_path / "tuned", "--plan", here / "plan")
+    with untouched(tmp_path):
+        refused("holds the model of this run", *plan, "--output=~/tuned", "--overwrite")
+        away = ("trim", "--model", here / "tuned", "--plan", here / "plan")
+        refused("holds the home folder", *away, "--output=~", "--overwrite")
+        refused("holds the home folder", *finetune_arguments(here, "~"), "--overwrite")
+    assert command("trim", "--model=~/tuned", "--plan", here / "plan", "--output=~/small").code == 0
+    assert command(*finetune_arguments(here, "~/run")).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "small", "run"}
+    assert command("inspect", "~/small").code == 0
+
+
+def test_links_into_the_output_are_inputs_too(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "out")
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "out").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    with untouched(tmp_path):
+        refused(
+            "holds the model", *finetune_arguments(here, tmp_path / "out", model=tmp_path / "linked"), "--overwrite"
+        )
+
+
+def test_a_command_does_not_write_over_its_input(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "m")
+    scores = tmp_path / "m" / "s"
+    shutil.copy(here / "tuned.safetensors", scores)
+    random = ("analyze", "--model", tmp_path / "m", "--method", "random", "--overwrite", "--output")
+    with untouched(tmp_path):
+        refused("model.safetensors is the model of this command", *random, tmp_path / "m" / "model.safetensors")
+        refused(
+            "s is the sensitivity of this command", "plan", "--sensitivity", scores, "--output", scores, "--overwrite"
+        )
+
+
+def test_the_input_of_a_trim_is_not_its_output(here, tmp_path):
+    shutil.copytree(here / "tuned", tmp_path / "tuned")
+    shutil.copy(here / "plan", tmp_path / "tuned" / "plan")
+    for model, plan, name in (("tuned", here / "plan", "model"), (here / "tuned", "tuned/plan", "plan")):
+        requested = ("trim", "--model", tmp_path / model, "--plan", tmp_path / plan)
+        with untouched(tmp_path):
+            refused(f"tuned holds the {name} of this run", *requested, "--output", tmp_path / "tuned", "--overwrite")
+
+
+def test_a_folder_that_holds_an_input_is_not_replaced(here, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy(here / "train.csv", tmp_path / "data" / "train.csv")
+    requested = {"train-file": tmp_path / "data" / "train.csv"}
+    monkeypatch.chdir(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    for place, message in (
+        (tmp_path / "data", "holds the train_file of this run"),
+        (here / "model", "holds the model of this run"),
+        ("..", "holds the .* of this run"),
+    ):
+        refused(message, *finetune_arguments(here, place, **requested), "--overwrite")
+    assert (tmp_path / "data" / "train.csv").exists() and (here / "model" / "config.json").exists()
+    (tmp_path / "data").rename(tmp_path / "run.partial")
+    requested = {"train-file": tmp_path / "run.partial" / "train.csv"}
+    refused("run.partial holds the train_file", *finetune_arguments(here, tmp_path / "run", **requested), "--overwrite")
+    assert (tmp_path / "run.partial" / "train.csv").exists()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused("holds the working folder", *finetune_arguments(here, tmp_path / "elsewhere"), "--overwrite")
+
+
+def test_an_output_that_is_taken_is_kept(here, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    data = ("--train-file", here / "train.csv")
+    with untouched(here, tmp_path):
+        full, file = tmp_path / "out", tmp_path / "out" / "mine.txt"
+        refused("not empty, want a new folder or --overwrite", *finetune_arguments(here, full))
+        refused("not empty", *finetune_arguments(here, full), "--dry-run")
+        gone = finetune_arguments(here, full, **{"train-file": tmp_path / "gone.csv"})
+        refused("no such file", *gone, "--overwrite")  # what is there goes when the new one is complete
+        refused("not empty", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", full)
+        refused("exists, want a new file or --overwrite", "analyze", "--model", here / "tuned", "--output", file, *data)
+        refused("exists, want a new file", "plan", "--sensitivity", here / "tuned.safetensors", "--output", file)
+        refused("is a folder, want the name of a file", "plan", "--sensitivity", here / "plan", "--output", full)
+
+
+def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
+    checkpoint = tmp_path / "out.partial" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+    with untouched(here, tmp_path):
+        refused("holds an unfinished run, want --resume or --overwrite", *finetune_arguments(here, tmp_path / "out"))
+        message = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
+        refused(message, *finetune_arguments(here, tmp_path / "out"), "--resume")
+        (checkpoint / "sensibert_manifest.json").write_text("{")
+        refused("not a complete checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
+        (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+
+
+def test_a_place_where_nothing_can_be_written(here, tmp_path):
+    (tmp_path / "file").write_text("")
+    with untouched(here, tmp_path):
+        for place in (tmp_path / "file" / "out", "/proc/nowhere/out"):
+            refused("cannot write", *finetune_arguments(here, place))
+            refused("cannot write", "trim", "--model", here / "tuned", "--plan", here / "plan", "--output", place)
+            scores = here / "tuned.safetensors"
+            refused("output: cannot write", "plan", "--sensitivity", scores, "--output", place)
+            refused("cannot write", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
+
+
+@pytest.mark.parametrize("name, reason", [("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")])
+def test_a_name_that_no_file_can_have(here, tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        finetune_arguments(here, name),
+        ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", name),
+        ("analyze", "--model", here / "tuned", "--method", "random", "--output", name),
+    ):
+        assert len(refused(rf"output: cannot write '.*\({reason}\)", *call)) < 200
+    refused("train_file: xxx", *finetune_arguments(here, "out", **{"train-file": "x" * 5000}))
+    refused("model: xxx", *finetune_arguments(here, "out", model="x" * 5000))
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_up_to(size: int):
+    """No file may grow beyond size: to whoever writes, the same refusal as that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_half_written(here, tmp_path):
+    trims = ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", tmp_path / "small")
+    scores = here / "tuned.safetensors"
+    with untouched(here, tmp_path):
+        with files_up_to(20_000):  # less than the weights
+            refused("cannot write a checkpoint to .*out.partial", *finetune_arguments(here, tmp_path / "out"))
+            refused("cannot write", *trims)
+        with files_up_to(1000):
+            refused("cannot be written|cannot write", "plan", "--sensitivity", scores, "--output", tmp_path / "plan")
+
+
+def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    requested = finetune_arguments(here, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write_report", full)
+        message = (
+            r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
+        )
+        refused(message, *requested)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [".sensibert-run", "checkpoint-3"]
+    done = command(*requested, "--resume", "--json")
+    assert done.code == 0 and done.json["steps"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
