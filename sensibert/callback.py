@@ -33,6 +33,7 @@ from .models.untrimmed import Untrimmed
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
+from .sensitivity.ranking import StepRanking
 from .start_checks import check_analysis, check_trainer
 from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
 from .training.recovery import Recovery
@@ -83,7 +84,7 @@ class TrimCallback(TrainerCallback):
         self.warnings: list[str] = []  # of the last training
         self._model: nn.Module | None = None  # that memory belongs to
         self._seen: WeakKeyDictionary[nn.Module, Untrimmed] = WeakKeyDictionary()
-        self._ranks = True  # whether the loss can rank whole tensors
+        self._step_ranking: StepRanking | None = None  # of the step before the first cut
         self._checkpoint: Path | None = None  # the run resumes from it
         self._made_with: dict[str, object] | None = None  # settings saved in that checkpoint
 
@@ -170,7 +171,7 @@ class TrimCallback(TrainerCallback):
             raise SensibertError("TrimCallback: the Trainer has two, want one: each would trim the model")
         setattr(state, MARK, True)
         self.recovery.end()  # of a training that was interrupted
-        self.warnings = []
+        self.warnings, self._step_ranking = [], None
         if self.config.trims:
             for text in check_trainer(args, model, getattr(loader, "dataset", None), unwrapped(optimizer)):
                 self._warn(text)
@@ -201,12 +202,23 @@ class TrimCallback(TrainerCallback):
             _follow(optimizer, model, args)
         if any(step > state.global_step for step in self.cuts):
             rows, autocast = cast(Rows, loader.dataset), torch.bfloat16 if args.bf16 else None
-            self._ranks = check_analysis(
-                *(model, self.config, rows, loader.collate_fn, self.loss, args.seed, autocast, self.choose is not None)
-            )
+            chosen = self.choose is not None
+            check_analysis(model, self.config, rows, loader.collate_fn, self.loss, args.seed, autocast, chosen)
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock(tokens=state.num_input_tokens_seen)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.cuts and state.global_step == min(self.cuts) - 1 and self.choose is None:
+            self._step_ranking = StepRanking(kwargs["model"], unwrapped(kwargs["optimizer"]))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._step_ranking is not None:
+            self._step_ranking.read_gradients()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
@@ -246,10 +258,12 @@ class TrimCallback(TrainerCallback):
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
         plan, sensitivity = decide(
             model, self.config, self._target(self.cuts[state.global_step]), batches, samples, args.train_batch_size,
-            seed, self.loss, autocast, first and self._ranks, self.choose,
+            seed, self.loss, autocast, self.choose,
         )  # fmt: skip
         if first:
-            self.sensitivity = sensitivity
+            tensors = {} if self._step_ranking is None else self._step_ranking.end()
+            self._step_ranking = None
+            self.sensitivity = None if sensitivity is None else replace(sensitivity, tensors=tensors)
             allowed = min(allowed, len(rows))
             if allowed < self.config.samples != TrimConfig.samples:  # somebody asked for more
                 share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"

@@ -23,7 +23,6 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.task_data import TaskData
 from .data.tasks import PRESETS, get_task
-from .decide import RANKED_SAMPLES
 from .inputs import (
     check_family,
     check_room,
@@ -48,6 +47,7 @@ from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.predict import predict
 from .trimming.trim import trim
 
+RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
 
 

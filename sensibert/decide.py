@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,10 @@ from .core.config import TrimConfig
 from .core.errors import SensibertError
 from .core.statistics import STATISTICS
 from .models import layout_of
-from .sensitivity import analyze, collect_factors, rank_tensors
+from .sensitivity import analyze, collect_factors
 from .sensitivity.gradients import Loss
 from .trimming import compensate
 
-RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
@@ -40,13 +38,12 @@ def decide(
     seed: int,
     loss: Loss,
     autocast: torch.dtype | None = None,
-    rank: bool = False,
     choose: Choose | None = None,
 ) -> Decision:
     """Analyze the model and allocate the budget. With `compensate`, adjust the kept weights in place.
 
     config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
-    batch_size: rows a batch, where the size does not change the result (factors). rank: also rank whole tensors.
+    batch_size: rows a batch, where the size does not change the result (factors).
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     assert config.method is not None  # of a resolved config
     rule = None if choose is not None else STATISTICS[config.method]
@@ -59,9 +56,6 @@ def decide(
         plan, sensitivity = choose(model, few, budget), None
     else:
         sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
-        if rank:
-            few = batches(min(samples, RANKED_SAMPLES), config.micro_batch)
-            sensitivity = replace(sensitivity, tensors=rank_tensors(model, few, loss, seed, autocast))
         plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
     if config.compensate:
         if not isinstance(plan, UnitPlan):

@@ -69,11 +69,11 @@ def check_analysis(
     seed: int,
     autocast: torch.dtype | None = None,
     chosen: bool = False,
-) -> bool:
+) -> None:
     """Run what the cut needs of the model, a forward pass and a loss, on one micro-batch, and change nothing.
 
-    config: resolved. chosen: the plan comes from `choose`. Returns whether `loss` works, by which whole tensors are
-    ranked. SensibertError with what to change if the analysis would fail."""
+    config: resolved. chosen: the plan comes from `choose`. SensibertError with what to change if the analysis
+    would fail."""
     assert config.method is not None  # of a resolved config
     rule, units = STATISTICS[config.method], config.parsed_grid() is None
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
@@ -114,12 +114,6 @@ def check_analysis(
             raise SensibertError(
                 f"TrimCallback: method {config.method!r} cannot analyze {type(model).__name__} ({reason}); want {want}"
             ) from error
-    try:
-        if loss not in (needed for needed, _ in needs):
-            run(loss)
-    except Exception:  # only reports use the ranking
-        return False
-    return True
 
 
 Generator = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)

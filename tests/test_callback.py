@@ -25,9 +25,11 @@ from sensibert.core.grid import Grid
 from sensibert.core.schedule import Schedule
 from sensibert.data.files import load_examples
 from sensibert.data.task_data import TaskData
-from sensibert.models import embeddings_of, layout_of
+from sensibert.models import base_of, embeddings_of, layout_of
 from sensibert.models.masks import masks_of
 from sensibert.optim import optimizer_cls_and_kwargs
+from sensibert.sensitivity import ranking
+from sensibert.training.finetune import finetune
 from sensibert.training.trainer import TrimTrainer
 from tests import runs
 from tests.helpers import tiny_model
@@ -66,6 +68,38 @@ def test_the_callback_trims_inside_somebody_elses_trainer(here, tmp_path):
     )
     sensibert.export(model, tmp_path / "small")
     assert layout_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")) == layout
+
+
+class Gradients(TrainerCallback):
+    """The ranking of tensors by the weights and gradients of the step before the cut."""
+
+    def __init__(self, step):
+        self.step, self.expected = step, {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            weights = dict(base_of(kwargs["model"]).named_parameters())
+            layout = layout_of(kwargs["model"])
+            names = {m.parameter for site in layout.sites for m in site.members if m.parameter.endswith(".weight")}
+            self.expected = {n: float((weights[n] * weights[n].grad).abs().mean().detach()) for n in names}
+
+
+@pytest.mark.parametrize("kind", [Trainer, TrimTrainer, "ours"])
+def test_tensors_are_ranked_by_the_gradients_of_the_step_before_the_cut(here, tmp_path, kind, monkeypatch):
+    callback = TrimCallback(config(method="magnitude", compensate=False))
+    monkeypatch.setattr(ranking, "rank_tensors", None)  # takes passes of its own
+    if kind == "ours":
+        made = own_trainer(here, tmp_path, callback, max_grad_norm=0, learning_rate=1e-6)
+        watch, common = Gradients(min(callback.schedule.cuts(12))), (made.train_dataset, made.data_collator)
+        finetune(made.model, *common, made.args, [callback, watch], packing="on")
+    else:
+        trainer = own_trainer(here, tmp_path, callback, kind, max_grad_norm=0, learning_rate=1e-6)
+        watch = Gradients(min(callback.schedule.cuts(12)))
+        trainer.add_callback(watch)
+        trainer.train()
+    actual = callback.sensitivity.tensors
+    assert list(actual) == sorted(actual, key=lambda name: -actual[name]) and len(set(actual.values())) > 8
+    assert actual == pytest.approx(watch.expected, rel=1e-3)
 
 
 def test_a_trainer_of_ones_own_resumes_between_two_cuts(here, tmp_path):
