@@ -1,11 +1,13 @@
 """Reads a transformers model (family, layout, structure), and makes a trimmed one reloadable."""
 
-from .eval_mode import eval_mode, require_finite
+from .eval_mode import Losses, eval_mode, quick_attention
 from .families import Axis, Family, base_type, families
 from .layout_of import layout_of, sites
 from .modules import base_of, embeddings_of, family_of, layers
 
 __all__ = [
+    "Losses",
+    "quick_attention",
     "Axis",
     "Family",
     "base_of",
@@ -16,6 +18,5 @@ __all__ = [
     "families",
     "family_of",
     "layers",
-    "require_finite",
     "sites",
 ]

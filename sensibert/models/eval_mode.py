@@ -1,8 +1,9 @@
-"""How an analysis runs a model: in eval mode with gradients, with the fastest attention, and with a checked loss."""
+"""How an analysis runs a model: in eval mode with gradients, with the fastest attention, and with checked losses."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,15 +50,30 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
             module.training = True
 
 
-def require_finite(loss: Tensor, samples: int) -> None:
-    """SensibertError if the loss, computed after `samples` samples, is no scalar tensor, is NaN or inf, or has no
-    gradient."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else show(loss)
-        raise SensibertError(f"analyze: the loss is {came}, want a scalar tensor")
-    if not loss.requires_grad:
-        raise SensibertError("analyze: the loss has no gradient, want one of the model's outputs, not detached")
-    if not torch.isfinite(loss):
-        raise SensibertError(
-            f"analyze: the loss after {samples} samples is {float(loss.detach())}, want a finite number"
-        )
+class Losses:
+    """The losses of an analysis. They are read all at once (`check`), so that no batch waits for the one before."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._losses: list[tuple[int, Tensor]] = []  # samples before it, and the loss
+
+    def add(self, loss: Tensor, samples: int) -> int:
+        """Returns `samples`, the number of rows of the batch. SensibertError if the loss is no scalar tensor, or has no
+        gradient."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else show(loss)
+            raise SensibertError(f"analyze: the loss is {came}, want a scalar tensor")
+        if not loss.requires_grad:
+            raise SensibertError("analyze: the loss has no gradient, want one of the model's outputs, not detached")
+        self._losses.append((self.samples, loss.detach().flatten()))
+        self.samples += samples
+        return samples
+
+    def check(self) -> None:
+        """SensibertError for the first loss that is NaN or inf."""
+        if not self._losses:
+            return
+        values = torch.cat([loss.double() for _, loss in self._losses]).tolist()
+        for value, (samples, _) in zip(values, self._losses, strict=True):
+            if not math.isfinite(value):
+                raise SensibertError(f"analyze: the loss after {samples} samples is {value}, want a finite number")

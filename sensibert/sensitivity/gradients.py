@@ -13,7 +13,7 @@ from ..core.errors import SensibertError, described
 from ..core.grid import Grid
 from ..core.layout import Layout
 from ..core.statistics import Statistic
-from ..models import base_of, eval_mode, require_finite
+from ..models import Losses, base_of, eval_mode, quick_attention
 from ..ops import block_sensitivity
 
 Batch = Mapping[str, Tensor]
@@ -47,8 +47,11 @@ def passes(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> 
                 came = "a single number" if isinstance(value, Tensor) else show(value)
                 raise SensibertError(f"{place}[{show(name)}] is {came}, want a tensor with one row a sample")
         batch = {name: value.to(device) for name, value in batch.items()}
+        ids = batch.get("input_ids")
+        length = None if ids is None else ids.shape[-1]
         try:
-            outputs = model(**batch)
+            with quick_attention(device, torch.is_autocast_enabled(device.type), length):
+                outputs = model(**batch)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             if isinstance(error, SensibertError | torch.OutOfMemoryError):
                 raise
@@ -125,19 +128,19 @@ def gradient_scores(
     frozen = [p for p in weights if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    generator, out, samples = torch.Generator().manual_seed(seed), None, 0
+    generator, out, losses = torch.Generator().manual_seed(seed), None, Losses()
     try:
         with eval_mode(model, autocast) as device:
             for batch, outputs in passes(model, batches, device):
                 value = loss(outputs, batch, generator)
-                require_finite(value, samples)
+                losses.add(value, batch_size(batch))
                 # Computes no gradients of embeddings, and does not change any .grad.
                 grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
                 out = reduce_blocks(blocks, [w.detach() for w in weights], list(grads), statistic, out)
-                samples += batch_size(batch)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
     if out is None:
         raise SensibertError("analyze: batches is empty, want at least one micro-batch")
-    return collect_scores(blocks, out), samples
+    losses.check()
+    return collect_scores(blocks, out), losses.samples

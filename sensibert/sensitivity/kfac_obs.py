@@ -29,9 +29,10 @@ and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
-from ..models import base_of, eval_mode, require_finite, sites
+from ..models import Losses, base_of, eval_mode, sites
 from ..models.modules import attribute, is_linear
 from .gradients import Batch, Loss, batch_size, model_loss, passes
 
@@ -48,6 +49,9 @@ DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
 # 30 %), but weights grow only by a tenth, not by half or threefold, which is a better start for training.
 DAMP_WEIGHTS = 1.0
+# Products of wide inputs are computed in panels: 4 panels of the triangle take 10/16 of the time of the square.
+PANELS, LEAST = 4, 64
+TOGETHER = 2**27  # inputs of layers that are added up together: 512 MB in fp32
 TINY = 1e-30  # the least that is added, so that the C of inputs that never change has an inverse
 
 
@@ -56,46 +60,86 @@ class FisherFactors:
 
     With labels in the batches also the sums of delta and delta h^T, the gradients of bias and weight. Over samples: the
     squared gradient of a gate on each unit (the statistic `fisher` with one sample per micro-batch). fp32, or fp64 for
-    fp64 weights. The largest sum is K x K: 38 MB for an FFN layer of BERT-base."""
+    fp64 weights. Until `complete` the sum of a h h^T lacks panels below the diagonal. It is K x K: 38 MB for an FFN
+    layer of BERT-base.
+
+    layers: of several consumers of the same sizes; every sum then has that many entries in front, and factors[n] are
+    those of one of them, in the same memory."""
 
     def __init__(
-        self, width: int, height: int, device: torch.device, dtype: torch.dtype = torch.float32, units: int = 0
+        self,
+        width: int,
+        height: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        units: int = 0,
+        layers: int | None = None,
     ):
         self.samples = 0
         shapes = ((), (width,), (width, width), (height, height), (height,), (height, width), (units,))
-        self.weight, self.first, self.second, self.output, self.bias_slope, self.slope, self.gates = (
-            torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device) for shape in shapes
-        )
+        front, dtype = () if layers is None else (layers,), torch.promote_types(dtype, torch.float32)
+        self._name(torch.zeros((*front, *shape), dtype=dtype, device=device) for shape in shapes)
+
+    def _name(self, sums: Iterable[Tensor]) -> None:
+        self.weight, self.first, self.second, self.output, self.bias_slope, self.slope, self.gates = sums
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.weight, self.first, self.second, self.output, self.bias_slope, self.slope, self.gates
+
+    def __getitem__(self, part: int | slice) -> FisherFactors:
+        found = copy.copy(self)
+        found._name(total[part] for total in self._sums())
+        return found
 
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
-        """Add tokens: h [..., K], and the gradients of the loss at the output [..., N]: delta with drawn labels, given
-        with the labels of the batch."""
-        h, delta = (t.flatten(0, -2).to(self.second.dtype) for t in (h, delta))
+        """Add tokens: h [..., T, K], and the gradients of the loss at the output [..., T, N]: delta with drawn labels,
+        given with the labels of the batch."""
+        h, delta = (t.to(self.second.dtype) for t in (h, delta))
         if given is not None:
-            given = given.flatten(0, -2).to(self.second.dtype)
-            self.bias_slope += given.sum(0)
-            self.slope.addmm_(given.T, h)
-        a = delta.square().sum(-1, keepdim=True)
-        self._add(h, a)
-        self.output.addmm_(delta.T, delta)
+            given = given.to(self.second.dtype)
+            self.bias_slope += given.sum(-2)
+            _add_product(self.slope, given, h)
+        self._add(h, delta.square().sum(-1, keepdim=True))
+        _add_product(self.output, delta, delta)
 
-    def add_gates(self, h: Tensor, delta: Tensor, weight: Tensor, columns: Tensor) -> None:
-        """Add B samples: h [B, ..., K], delta [B, ..., N]; weight [N, K], columns [units, span]. If samples are not
-        separated ([tokens, K]), the gradient of their sum is squared: its mean is the same, since labels are drawn."""
-        h, delta = (t.flatten(1, -2) if t.dim() > 2 else t[None] for t in (h, delta))
-        gate = (h * (delta.to(weight.dtype) @ weight)).sum(1)[:, columns.to(h.device)].sum(-1)
-        self.gates += gate.to(self.gates.dtype).square().sum(0)
+    def add_gates(self, h: Tensor, slope: Tensor, columns: Tensor) -> None:
+        """Add B samples: h [..., B, S, K], slope: gradient of the loss with drawn labels at h. columns: [units, span],
+        in front of it the layers. If samples are not separated (B = 1), the gradient of their sum is squared: its mean
+        is the same, since labels are drawn."""
+        by_column = (h * slope).sum(-2, dtype=self.gates.dtype)  # [..., B, K]
+        place = columns.flatten(-2)[..., None, :].expand(*by_column.shape[:-1], -1)
+        self.gates += by_column.gather(-1, place).unflatten(-1, columns.shape[-2:]).sum(-1).square().sum(-2)
 
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
-        """Add tokens h [..., K] whose mask [...] is 1, with equal weights for all tokens and outputs (G = I)."""
-        a = mask.flatten()[:, None].to(self.second.dtype)
-        self._add(h.flatten(0, -2).to(self.second.dtype), a)
-        self.output.diagonal().add_(a.sum())
+        """Add tokens h [..., T, K] whose mask [..., T] is 1, with equal weights for all tokens and outputs (G = I)."""
+        a = mask[..., None].to(self.second.dtype)
+        self._add(h.to(self.second.dtype), a)
+        self.output.diagonal(dim1=-2, dim2=-1).add_(a.sum((-2, -1))[..., None])
 
     def _add(self, h: Tensor, a: Tensor) -> None:
-        self.weight += a.sum()
-        self.first += (a * h).sum(0)
-        self.second.addmm_(h.T, a * h)
+        weighted = a * h
+        self.weight += a.sum((-2, -1))
+        self.first += weighted.sum(-2)
+        for rows in self._panels():
+            _add_product(self.second[..., rows, rows.start :], h[..., rows], weighted[..., rows.start :])
+
+    def _panels(self) -> Iterator[slice]:
+        width = self.second.shape[-1]
+        size = -(-width // PANELS) if width >= PANELS * LEAST else max(width, 1)
+        yield from (slice(begin, begin + size) for begin in range(0, width, size))
+
+    def complete(self) -> None:
+        """Call it after the last token was added: copies the sums above the diagonal to below it."""
+        for rows in self._panels():
+            self.second[..., rows.stop :, rows] = self.second[..., rows, rows.stop :].mT
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [..., M, N] += left^T right, with left [..., T, M], right [..., T, N]."""
+    if total.dim() == 2:
+        total.addmm_(left.mT, right)
+    else:
+        total.baddbmm_(left.mT, right)
 
 
 def inner(group: Sequence[FisherFactors], centred: bool, damp: float) -> tuple[Tensor, Tensor]:
@@ -133,79 +177,131 @@ def collect_factors(
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
     """Name of each consuming weight -> its factors. One forward and one backward pass per batch, or two backward passes
-    if the batch has labels. The model is not changed.
+    if the batch has labels. The model is not changed, and nothing is read from the device before the last batch.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
     passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
     cannot run on, a loss that is not finite, or the layout of another model."""
     if layout.sites != sites(model):
         raise SensibertError("collect_factors: layout is that of another model, want layout_of(model)")
-    collected: dict[str, FisherFactors] = {}
-    handles, samples = [], 0
-    calls: list[Call] = []
     consumers = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
-    for name, site in consumers.items():
+    groups = _Groups(model, list(consumers.values()))
+    handles, losses = [], Losses()
+    calls: list[_Call] = []
+    for name in consumers:
+
+        def before(module: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if not torch.is_grad_enabled():
+                return args
+            h = args[0]  # a view, so that its gradient is that of this layer alone; without gradients if all is frozen
+            return (h.view_as(h) if h.requires_grad else h.detach().requires_grad_(), *args[1:])
+
+        def after(module: nn.Linear, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
+            calls.append(_Call(name, args[0], out))
+
         linear = consumer(model, name)
-        like = linear.weight
-        collected[name] = FisherFactors(linear.in_features, linear.out_features, like.device, like.dtype, site.units)
-
-        def watch(module: nn.Linear, args: tuple[Tensor], out: Tensor, site: Site = site) -> Tensor:
-            if torch.is_grad_enabled() and not out.requires_grad:  # a frozen encoder
-                out.requires_grad_()
-            calls.append(Call(site, module.weight.detach(), args[0].detach(), out))
-            return out
-
-        handles.append(linear.register_forward_hook(watch))
+        handles += [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
     generator = torch.Generator().manual_seed(seed)
     try:
         with eval_mode(model, autocast) as device, torch.set_grad_enabled(sampled_loss is not None):
             for batch, outputs in passes(model, batches, device):
-                rows = batch_size(batch)
                 if sampled_loss is None:
-                    _add_evenly(collected, calls, batch.get("attention_mask"))
+                    groups.add_evenly(calls, batch.get("attention_mask"))
+                    losses.samples += batch_size(batch)
                 else:
                     drawn, given = sampled_loss(outputs, batch, generator), model_loss(outputs)
-                    require_finite(drawn, samples)
-                    _add_gradients(collected, calls, drawn * rows, None if given is None else given * rows)
+                    rows = losses.add(drawn, batch_size(batch))
+                    groups.add_gradients(calls, drawn * rows, None if given is None else given * rows)
                 calls.clear()
-                samples += rows
     finally:
         for handle in handles:
             handle.remove()
-    if not samples:
+    if not losses.samples:
         raise SensibertError("analyze: batches is empty, want at least one micro-batch")
-    for factors in collected.values():
-        factors.samples = samples
-    return collected
+    losses.check()
+    return groups.factors(losses.samples)
 
 
-class Call(NamedTuple):
+class _Call(NamedTuple):
     """A call of a consumer in a forward pass: y = W h + b."""
 
-    site: Site
-    weight: Tensor  # [N, K]
+    consumer: str
     h: Tensor  # [..., K]
     y: Tensor  # [..., N]
 
 
-def _add_gradients(
-    collected: Mapping[str, FisherFactors], calls: list[Call], drawn: Tensor, given: Tensor | None
-) -> None:
-    grad = partial(torch.autograd.grad, inputs=[call.y for call in calls], allow_unused=True, materialize_grads=True)
-    slopes = repeat(None) if given is None else grad(given, retain_graph=True)
-    for call, delta, slope in zip(calls, grad(drawn), slopes):
-        factors = collected[call.site.consumer.parameter]
-        factors.add(call.h, delta, slope)
-        factors.add_gates(call.h, delta, call.weight, unit_columns(call.site))
+class _Groups:
+    """The factors of all consumers. Those of the same sizes share memory, and are added up together."""
+
+    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+        alike: dict[tuple, list[Site]] = {}
+        for site in sites:
+            weight = consumer(model, site.consumer.parameter).weight
+            key = weight.shape, weight.device, weight.dtype, site.units, site.consumer.span
+            alike.setdefault(key, []).append(site)
+        self.group_of: dict[str, tuple[int, int]] = {}  # name of a consumer -> (group, number in it)
+        self.groups: list[tuple[FisherFactors, Tensor]] = []  # and the columns of their units [L, units, span]
+        for ((height, width), device, dtype, units, _), members in alike.items():
+            for number, site in enumerate(members):
+                self.group_of[site.consumer.parameter] = len(self.groups), number
+            columns = torch.stack([unit_columns(site) for site in members]).to(device)
+            self.groups.append((FisherFactors(width, height, device, dtype, units, len(members)), columns))
+
+    def factors(self, samples: int) -> dict[str, FisherFactors]:
+        for sums, _ in self.groups:
+            sums.complete()
+        found = {}
+        for name, (group, number) in self.group_of.items():
+            found[name] = self.groups[group][0][number]
+            found[name].samples = samples
+        return found
+
+    def add_gradients(self, calls: list[_Call], drawn: Tensor, given: Tensor | None) -> None:
+        """drawn, given: sums of the losses over the rows of the batch."""
+        outputs, inputs = [call.y for call in calls], [call.h for call in calls]
+        grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
+        slopes = None if given is None else grad(given, outputs, retain_graph=True)
+        deltas = grad(drawn, outputs + inputs)
+        deltas, gates = deltas[: len(calls)], deltas[len(calls) :]
+        for factors, columns, numbers in self._together(calls):
+            h, gate, delta = (_stack(each, numbers) for each in (inputs, gates, deltas))
+            slope = None if slopes is None else _stack(slopes, numbers).flatten(1, -2)
+            apart = h.dim() == 4  # [L, B, S, K]; else [L, T, K], samples are not separated
+            factors.add_gates(*((h, gate) if apart else (h[:, None], gate[:, None])), columns)
+            factors.add(h.flatten(1, -2), delta.flatten(1, -2), slope)
+
+    def add_evenly(self, calls: list[_Call], mask: Tensor | None) -> None:
+        for factors, _, numbers in self._together(calls):
+            h = _stack([call.h for call in calls], numbers)
+            if mask is None or mask.numel() != h.shape[1:-1].numel():  # some models remove the padding
+                weights = torch.ones(h.shape[:-1], device=h.device)
+            else:
+                weights = mask.expand(len(h), *mask.shape)
+            factors.add_evenly(h.flatten(1, -2), weights.flatten(1))
+
+    def _together(self, calls: list[_Call]) -> Iterator[tuple[FisherFactors, Tensor, list[int]]]:
+        """(factors, columns of units, numbers of the calls) of calls that are added up together: one of every consumer
+        of a group, or of some that follow one another."""
+        turns: dict[tuple, list[tuple[int, int]]] = {}
+        seen: Counter[str] = Counter()
+        for number, call in enumerate(calls):
+            group, member = self.group_of[call.consumer]
+            turns.setdefault((group, seen[call.consumer], call.h.shape), []).append((member, number))
+            seen[call.consumer] += 1
+        for (group, *_), members in turns.items():
+            factors, columns = self.groups[group]
+            members.sort()
+            most = max(1, TOGETHER // max(1, calls[members[0][1]].h.numel()))
+            while members:
+                first = members[0][0]
+                run = [n for place, (member, n) in enumerate(members[:most]) if member == first + place]
+                part = slice(first, first + len(run))
+                yield factors[part], columns[part], run
+                del members[: len(run)]
 
 
-def _add_evenly(collected: Mapping[str, FisherFactors], calls: list[Call], mask: Tensor | None) -> None:
-    for call in calls:
-        if mask is None or mask.numel() * call.h.shape[-1] != call.h.numel():  # some models remove the padding
-            weights = torch.ones(call.h.shape[:-1], device=call.h.device)
-        else:
-            weights = mask
-        collected[call.site.consumer.parameter].add_evenly(call.h, weights)
+def _stack(tensors: Sequence[Tensor], numbers: list[int]) -> Tensor:
+    return torch.stack([tensors[n].detach() for n in numbers])
 
 
 def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.arguments import checked
 from ..core.errors import SensibertError
 from ..core.grid import Grid
-from ..models import base_of, eval_mode, layout_of, require_finite
+from ..models import Losses, base_of, eval_mode, layout_of
 from ..ops import block_sensitivity
 from ..optim import MaskedAdamW
 from .gradients import Batch, Loss, batch_size, given_loss, passes
@@ -32,16 +32,17 @@ def rank_tensors(
     `analyze`; without sampled_loss the labels of the batches are used."""
     ranked, out = _ranked(model), None
     weights = list(ranked.values())
-    generator, samples, count = torch.Generator().manual_seed(seed), 0, 0
+    generator, losses, count = torch.Generator().manual_seed(seed), Losses(), 0
     with eval_mode(model, autocast) as device:
         for batch, outputs in passes(model, batches, device):
             value = (sampled_loss or given_loss)(outputs, batch, generator)
-            require_finite(value, samples)
+            losses.add(value, batch_size(batch))
             grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)
-            samples, count = samples + batch_size(batch), count + 1
+            count += 1
     if out is None:
         raise SensibertError("rank_tensors: batches is empty, want at least one micro-batch")
+    losses.check()
     return _ranking(ranked, out, count)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .kfac_obs import DAMP, DAMP_WEIGHTS, FisherFactors, inner
 
-ROUND = 32  # each round removes one in 32 of the remaining units,
-LAST = 512  # and no fewer than one in 512 of all: the most valuable ones need no order of their own
+# Each round removes one in ROUND of the remaining units, and no fewer than one in LAST of all: the most valuable ones
+# need no order of their own. With rounds half as large or twice as large, accuracy right after the cut is the same:
+# 72.2 to 72.8 % at 50 % and 69.0 to 69.2 % at 30 % (banking77).
+ROUND, LAST = 16, 256
 COMPACT = 0.75  # once no more than this share of the columns is left, the others are dropped
 POINTS = 4  # of a predicted curve, without its origin; each needs a least-squares solution
 STEP_UP = 1 + 1e-6  # units removed later have larger scores, in fp32 too
@@ -76,15 +78,17 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
     """(rise of the loss with each removal, number of the unit removed), in the order of removal, [L, units] for L
     consumers of the same sizes."""
     units, span = group[0].columns.shape
-    device, height = group[0].weight.device, len(group[0].weight)
+    device = group[0].weight.device
     columns = torch.stack([each.columns.flatten() for each in group]).to(device)
     covariance = inner([each.factors for each in group], group[0].bias is not None, DAMP)[1]
-    inverse = _inverse(covariance, group)
+    # C is factored in fp64. The rest is in fp32 for weights of that precision: it chooses the same units.
+    working = torch.promote_types(group[0].weight.dtype, torch.float32)
+    inverse = _inverse(covariance, group, working)
     weight = torch.stack([each.weight for each in group]).double()
     output = torch.stack([each.factors.output.double() / each.factors.weight for each in group])
-    # H and R W, with R^T R = G, one below the other [L, K + N, K]: a removal changes both in the same way. In R W the
+    # H and (R W)^T, with R^T R = G, side by side [L, K, K + N]: a removal changes both in the same way. In R W the
     # errors of rounding stay small where W^T G W is a small difference of large numbers.
-    state = _kept(torch.cat([inverse, _root(output) @ weight], 1), columns, height)
+    state = _kept(torch.cat([inverse, (_root(output) @ weight).mT.to(working)], 2), columns)
     numbers = torch.arange(units, device=device).expand(len(group), -1)
     gone = torch.zeros_like(numbers, dtype=torch.bool)
     rises: list[Tensor] = []
@@ -94,9 +98,9 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
         if left <= COMPACT * numbers.shape[1]:
             order.append(numbers.gather(1, torch.cat(removed, 1)))
             kept = gone.to(torch.int8).argsort(dim=1, stable=True)[:, :left]
-            state = _kept(state, _positions(kept, span), height)
+            state = _kept(state, _positions(kept, span))
             numbers, gone, removed = numbers.gather(1, kept), torch.zeros_like(kept, dtype=torch.bool), []
-        rise = _rise(state, height, span).masked_fill_(gone, torch.inf)
+        rise = _rise(state, span).masked_fill_(gone, torch.inf)
         size = min(left, max(1, left // ROUND, units // LAST))
         values, chosen = (part[:, :size] for part in rise.sort(dim=1, stable=True))
         rises.append(values)
@@ -105,37 +109,45 @@ def _removals(group: list[Consumer]) -> tuple[Tensor, Tensor]:
         if left:
             gone.scatter_(1, chosen, True)
             positions = _positions(chosen, span)
-            lost = _last(state, positions)  # H_:D and R W_D
-            rows = lost[:, : state.shape[2]].mT
-            share = torch.linalg.solve_ex(_last(rows, positions), rows).result  # (H_DD)^-1 H_D:
-            state.baddbmm_(lost, share, alpha=-1)
+            lost = _rows(state, positions)  # H_D: and (R W_D)^T
+            share = torch.linalg.solve_ex(_last(lost, positions), lost).result
+            state.baddbmm_(lost[:, :, : state.shape[1]].mT, share, alpha=-1)
     if not rises:
         return weight.new_zeros(len(group), 0), numbers
     order.append(numbers.gather(1, torch.cat(removed, 1)))
-    return torch.cat(rises, 1).clamp_min(0).mul_(0.5), torch.cat(order, 1)
+    return torch.cat(rises, 1).double().clamp_min(0).mul_(0.5), torch.cat(order, 1)
 
 
-def _rise(state: Tensor, height: int, span: int) -> Tensor:
+def _rise(state: Tensor, span: int) -> Tensor:
     """tr(R W_u (H_uu)^-1 W_u^T R^T) of every unit u, [L, units]; anything for those that were removed."""
-    inverse, weight = state.split([state.shape[2], height], 1)
+    width = state.shape[1]
+    inverse, weight = state[:, :, :width], state[:, :, width:]
     if span == 1:
-        return weight.square().sum(1) / inverse.diagonal(dim1=1, dim2=2)
-    count = state.shape[2] // span
+        return weight.square().sum(2) / inverse.diagonal(dim1=1, dim2=2)
+    count = width // span
     blocks = inverse.unflatten(1, (count, span)).unflatten(3, (count, span)).diagonal(dim1=1, dim2=3)
-    weight = weight.unflatten(2, (count, span)).transpose(1, 2)  # [L, units, N, span]
-    return (torch.linalg.solve_ex(blocks.permute(0, 3, 1, 2), weight, left=False).result * weight).sum((2, 3))
+    weight = weight.unflatten(1, (count, span))  # [L, units, span, N]
+    return (torch.linalg.solve_ex(blocks.permute(0, 3, 1, 2), weight).result * weight).sum((2, 3))
 
 
-def _kept(state: Tensor, columns: Tensor, height: int) -> Tensor:
-    """The columns [L, k] of a state, and of its first part also the rows."""
-    below = torch.arange(state.shape[2], state.shape[2] + height, device=state.device).expand(len(state), -1)
-    rows = torch.cat([columns, below], 1)[:, :, None]
-    return _last(state, columns).gather(1, rows.expand(-1, -1, columns.shape[1]))
+def _kept(state: Tensor, columns: Tensor) -> Tensor:
+    """The rows [L, k] of a state [L, K, K + N], and of its first K columns the same."""
+    rows = _rows(state, columns)
+    width = state.shape[1]
+    return torch.cat([_last(rows[:, :, :width], columns), rows[:, :, width:]], 2)
 
 
 def _positions(units: Tensor, span: int) -> Tensor:
     """The columns of units [L, n] whose columns stand one after the other, [L, n * span]."""
     return units if span == 1 else (units[:, :, None] * span + torch.arange(span, device=units.device)).flatten(1)
+
+
+def _rows(matrix: Tensor, positions: Tensor) -> Tensor:
+    """Rows of matrices [L, N, K] at positions [L, n]. On a CPU faster than gather."""
+    layers, height, width = matrix.shape
+    if layers > 1:
+        positions = positions + torch.arange(0, layers * height, height, device=matrix.device)[:, None]
+    return matrix.view(-1, width).index_select(0, positions.flatten()).view(layers, -1, width)
 
 
 def _last(matrix: Tensor, positions: Tensor) -> Tensor:
@@ -154,7 +166,7 @@ def _root(gram: Tensor) -> Tensor:
     return spectrum.clamp_min(0).sqrt()[:, :, None] * axes.mT
 
 
-def _inverse(matrix: Tensor, group: list[Consumer]) -> Tensor:
+def _inverse(matrix: Tensor, group: list[Consumer], dtype: torch.dtype) -> Tensor:
     """Inverses of the C [L, K, K] of a group, which are positive definite up to rounding.
 
     The rounding error is added to the diagonal of those that are not: C is a sum in fp32 less the square of a mean, and
@@ -166,8 +178,8 @@ def _inverse(matrix: Tensor, group: list[Consumer]) -> Tensor:
         matrix.diagonal(dim1=1, dim2=2).add_(rounding[:, None])
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if failed.any():
-            return torch.linalg.inv_ex(matrix).inverse
-    return torch.cholesky_inverse(factor)
+            return torch.linalg.inv_ex(matrix).inverse.to(dtype)
+    return torch.cholesky_inverse(factor.to(dtype))
 
 
 @torch.no_grad()
@@ -194,9 +206,10 @@ def _predicted(group: list[Consumer], costs: Tensor) -> tuple[list[int], Tensor]
     device = group[0].weight.device
     columns = torch.stack([each.columns for each in group]).to(device)
     mean, covariance = inner([each.factors for each in group], group[0].bias is not None, DAMP_WEIGHTS)
-    weight = torch.stack([each.weight for each in group]).double()
-    slope = torch.stack([each.factors.slope for each in group]).double()
-    slope -= torch.stack([each.factors.bias_slope for each in group]).double()[:, :, None] * mean[:, None]
+    working = torch.promote_types(group[0].weight.dtype, torch.float32)
+    covariance, weight = covariance.to(working), torch.stack([each.weight for each in group]).to(working)
+    slope = torch.stack([each.factors.slope for each in group])
+    slope -= torch.stack([each.factors.bias_slope for each in group])[:, :, None] * mean.to(working)[:, None]
     gates = torch.stack([each.factors.gates for each in group])
     order = costs.to(device).argsort(dim=1, stable=True)
     alone = (costs.to(device) + 0.5 * gates).gather(1, order).cumsum(1)  # without the slope
@@ -208,7 +221,7 @@ def _predicted(group: list[Consumer], costs: Tensor) -> tuple[list[int], Tensor]
         lost, rise = _last(weight, drop), alone[:, gone - 1]
         rise = rise - (_last(slope, drop) * lost).sum((1, 2))
         if gone < units:
-            rows = covariance.gather(1, kept[:, :, None].expand(-1, -1, covariance.shape[2]))
+            rows = _rows(covariance, kept)
             share = torch.linalg.solve_ex(_last(rows, kept), _last(rows, drop)).result  # (C_SS)^-1 C_SD
             rise = rise + (_last(slope, kept) * (lost @ share.mT)).sum((1, 2))
         rises.append(rise)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.errors import SensibertError
 from ..core.layout import Layout
-from ..models import eval_mode, require_finite
+from ..models import Losses, eval_mode
 from .gradients import Batch, Loss, batch_size, passes
 from .kfac_obs import consumer
 
@@ -41,20 +41,20 @@ def soft_gate_scores(
     if not used:
         raise SensibertError("analyze: the model has no unit to score, want one with heads or FFN neurons")
     optimizer = torch.optim.Adam(used, lr=GATE_RATE)
-    generator, samples = torch.Generator().manual_seed(seed), 0
+    generator, losses = torch.Generator().manual_seed(seed), Losses()
     try:
         with eval_mode(model, autocast):
             for batch, outputs in passes(model, batches, device):
                 value = loss(outputs, batch, generator)
-                require_finite(value, samples)
+                losses.add(value, batch_size(batch))
                 total = value + GATE_PENALTY * torch.cat(used).abs().mean()
                 for gate, grad in zip(used, torch.autograd.grad(total, used), strict=True):
                     gate.grad = grad
                 optimizer.step()
-                samples += batch_size(batch)
     finally:
         for handle in handles:
             handle.remove()
-    if not samples:
+    if not losses.samples:
         raise SensibertError("analyze: batches is empty, want at least one micro-batch")
-    return {name: gate.detach().abs() for name, gate in gates.items()}, samples
+    losses.check()
+    return {name: gate.detach().abs() for name, gate in gates.items()}, losses.samples

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sensibert.allocation.allocate import allocate
 from sensibert.core.artifacts import Sensitivity
@@ -112,6 +113,63 @@ def test_obs_scores_every_unit_and_can_be_allocated():
     assert all(score.isfinite().all() and (score >= 0).all() for score in actual.scores.values())
     plan = allocate(actual, Budget.parse("50%params"), width_multiple=1)
     assert plan.params <= 0.5 * actual.layout.encoder_params
+
+
+def test_wide_layers_are_added_up_in_panels_and_in_half_precision_too():
+    """A width of 300 has panels, the last of them smaller."""
+    config = {"intermediate_size": 300, "num_attention_heads": 2}
+    model = tiny_model(**config).eval()
+    name, calls = "encoder.layer.0.output.dense.weight", []
+    linear = model.bert.encoder.layer[0].output.dense
+    linear.register_forward_pre_hook(lambda module, args: calls.append(args[0].detach().flatten(0, 1)))
+    actual = collect_factors(model, layout_of(model), rows(3), None)[name]
+    h = torch.cat(calls)
+    torch.testing.assert_close(actual.second, h.T @ h)
+    assert torch.equal(actual.second, actual.second.T)
+    scores = analyze(model, rows(3), "obs", sampled_loss).scores
+    half = analyze(tiny_model(**config).bfloat16(), rows(3), "obs", sampled_loss).scores
+    for site, expected in scores.items():
+        assert half[site].isfinite().all() and torch.corrcoef(torch.stack([expected, half[site]]))[0, 1] > 0.95
+
+
+class Counting(TorchDispatchMode):
+    """Counts the ops of a context, and those that read a number from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += not func.is_view
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def counted(function):
+    with Counting() as counting:
+        function()
+    return counting
+
+
+def test_sums_launch_little_beside_the_passes_and_read_nothing_from_the_device():
+    """Layers are added up together: six add little more than two. What they add is above all stacking."""
+    batches, ops = list(rows(2, 8)), {}
+    for layers in (2, 6):
+        model = tiny_model(num_hidden_layers=layers).eval()
+        layout = layout_of(model)
+        weights = [model.bert.embeddings.LayerNorm.weight]
+
+        def passes(model=model, weights=weights):
+            for batch in batches:
+                outputs = model(**batch)
+                torch.autograd.grad(outputs.loss, weights, retain_graph=True)
+                torch.autograd.grad(sampled_loss(outputs, batch, torch.Generator()), weights)
+
+        alone = counted(passes)
+        ours = counted(lambda: collect_factors(model, layout, batches, sampled_loss))  # noqa: B023
+        ops[layers] = (ours.ops - alone.ops) / len(batches)
+        assert ours.reads == alone.reads
+    assert ops[2] <= 50 and ops[6] <= ops[2] + 20
 
 
 def test_no_data_and_a_loss_that_is_not_finite_are_refused():
