@@ -6,7 +6,10 @@
 
 Counted are real tokens, without padding. On a GPU per second, on a CPU per processor second, which other processes do
 not change. Every measurement is a process of its own: `--steps` training steps after `--warm-up` ones, in bf16. A
-trimmed model is cut before the first step, to layers of different width (bench_step.py).
+trimmed model is cut before the first step, to layers of different width (bench_step.py). Beside the rows are printed:
+the milliseconds of the passes and of the optimizer in a step (not of a CUDA graph, which is one part); the share of
+tokens that is real; on a GPU the largest memory, and the share of the peak that the matrix products of the encoder use
+(MFU).
 
     ours                   what `finetune` runs
     ours, without graphs   the same without CUDA graphs (GPU only)
@@ -33,6 +36,7 @@ from bench_step import tapered
 from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sensibert.inputs import load_data, load_model, load_tokenizer
+from sensibert.models import layout_of
 from sensibert.recipe import training_arguments
 from sensibert.run_options import Options
 from sensibert.training import finetune
@@ -45,21 +49,53 @@ SHAPES = {
 }
 
 
-class Clock(TrainerCallback):
-    """Seconds and tokens from the end of step `first` to the end of the last step."""
+# Dense products in bf16, by the maker's data sheets.
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+PARTS = 3  # steps whose parts are timed, after the measured ones: on a GPU that waits for every part
 
-    def __init__(self, first: int) -> None:
-        self.first, self.begin, self.seconds, self.tokens = first, 0.0, 0.0, 0
-        self.read = time.perf_counter if DEVICE == "cuda" else time.process_time
+
+def flops_of_token(model: Any, length: float) -> float:
+    """Forward and backward pass of the encoder: 6 for every weight of it, 12 n D for n heads of D in every layer."""
+    layout = layout_of(model)
+    heads = sum(site.units * site.consumer.span for site in layout.sites if site.kind == "head")
+    return 6 * layout.encoder_params + 12 * length * heads
+
+
+class Clock(TrainerCallback):
+    """Seconds and tokens from the end of step `first` to the end of step `last`; then those of the parts of a step."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.begin, self.seconds, self.tokens = first, last, 0.0, 0.0, 0
+        self.parts: dict[str, float] = {}  # of the steps after the last one
+        self._mark = 0.0
+
+    def read(self) -> float:
+        if DEVICE == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _part(self, name: str | None, state: Any) -> None:
+        if state.global_step >= self.last:
+            now = self.read()
+            if name is not None:
+                self.parts[name] = self.parts.get(name, 0.0) + 1e3 * (now - self._mark) / PARTS
+            self._mark = now
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._part(None, state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._part("passes", state)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._part("optimizer", state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (self.first, state.max_steps):
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if state.global_step == self.first:
-                self.begin, self.tokens = self.read(), state.num_input_tokens_seen
-            else:
-                self.seconds, self.tokens = self.read() - self.begin, state.num_input_tokens_seen - self.tokens
+        if state.global_step == self.first:
+            self.begin, self.tokens = self.read(), state.num_input_tokens_seen
+        elif state.global_step == self.last:
+            self.seconds, self.tokens = self.read() - self.begin, state.num_input_tokens_seen - self.tokens
 
 
 class Counting:
@@ -85,7 +121,8 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
         model = data.auto_class().from_config(BertConfig(**sizes))
     if size != "dense":
         trim(model, tapered(model, float(size.partition("%")[0]) / 100))
-    total, clock = steps + warm_up, Clock(warm_up)
+    last = steps + warm_up
+    total, clock = last + PARTS, Clock(warm_up, last)
     options = replace(options, max_steps=total)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(options, Path(folder))
@@ -107,13 +144,19 @@ def measure(queue: Any, options: Options, size: str, engine: str, steps: int, wa
                 torch_compile=engine == "Trainer, compiled",
             )  # fmt: skip
             Trainer(model, rival, collator, data.train, callbacks=[clock]).train()
-            real = sum(collator.real[warm_up:total])
-            share = real / sum(collator.all[warm_up:total])
+            real = sum(collator.real[warm_up:last])
+            share = real / sum(collator.all[warm_up:last])
     facts = {"tokens_per_s": real / clock.seconds, "ms": 1e3 * clock.seconds / steps}
+    facts |= {f"{name}_ms": value for name, value in clock.parts.items()}
     if share is not None:
         facts["real_share"] = share  # of the tokens; the others are padding
     if DEVICE == "cuda":
         facts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        card = torch.cuda.get_device_name()
+        if (peak := next((p for name, p in PEAK_TFLOPS.items() if name in card), None)) is not None:
+            facts["mfu"] = (
+                facts["tokens_per_s"] * flops_of_token(model, real / (steps * options.batch_size)) / peak / 1e12
+            )
     queue.put(facts)
 
 
