@@ -146,8 +146,8 @@ def _rows(matrix: Tensor, positions: Tensor) -> Tensor:
     """Rows of matrices [L, N, K] at positions [L, n]. On a CPU faster than gather."""
     layers, height, width = matrix.shape
     if layers > 1:
-        positions = positions + torch.arange(0, layers * height, height, device=matrix.device)[:, None]
-    return matrix.view(-1, width).index_select(0, positions.flatten()).view(layers, -1, width)
+        positions = positions + torch.arange(layers, device=matrix.device)[:, None] * height
+    return matrix.flatten(0, 1).index_select(0, positions.flatten()).view(layers, positions.shape[1], width)
 
 
 def _last(matrix: Tensor, positions: Tensor) -> Tensor:

@@ -155,7 +155,10 @@ def test_inputs_that_never_change_and_layers_without_units_are_no_error():
     none = FisherFactors(0, 5, torch.device("cpu"))
     none.add(torch.ones(9, 0), torch.randn(9, 5))
     empty = Consumer(torch.zeros(5, 0), None, none, torch.zeros(0, 1, dtype=torch.long))
-    assert removal_costs([empty])[0].shape == (0,) and predicted_curves([empty], removal_costs([empty])) == [[(0, 0.0)]]
+    for consumers in ([empty], [empty, empty]):
+        costs = removal_costs(consumers)
+        assert all(cost.shape == (0,) for cost in costs)
+        assert predicted_curves(consumers, costs) == [[(0, 0.0)]] * len(consumers)
 
 
 def test_inputs_that_hardly_vary_are_scored_by_what_is_more_than_rounding():
