@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             learning_rate=2e-4,
             batch_size=BATCH,
             max_length=MAX_LENGTH,
+            precision="auto",
             overwrite=True,
             quiet=not sys.stderr.isatty(),
         )

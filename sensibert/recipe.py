@@ -61,7 +61,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=options.gradient_accumulation,
         weight_decay=options.weight_decay,
         optim="adamw_torch_fused",
-        bf16=options.precision == "bf16",
+        bf16=options.autocast() is not None,
         use_cpu=not torch.cuda.is_available(),
         seed=options.seed,
         save_strategy="steps" if options.save_steps else "epoch",

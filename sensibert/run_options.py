@@ -17,7 +17,7 @@ from .data.tasks import PRESETS, TASKS, get_task
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "auto")
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
 PATHS = ("model", "output", "train_file", "validation_file", "teacher")  # in which ~ is the home folder
@@ -70,7 +70,12 @@ class Options:
         bound=(lambda n: n >= 1 or n == -1, "at least 1, or -1"),
     )
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", TRAINING, bound=NOT_NEGATIVE)
-    precision: str = setting("fp32", "Precision of the forward and backward passes.", TRAINING, PRECISIONS)
+    precision: str = setting(
+        "fp32",
+        "Precision of the forward and backward passes. auto: bf16 where the processor or GPU computes in it.",
+        TRAINING,
+        PRECISIONS,
+    )
     packing: str = setting(
         "auto",
         "Batches without padding: auto packs where the model can, on fails where it cannot, off pads.",
@@ -138,7 +143,14 @@ class Options:
         """The dtype of a mixed-precision forward pass."""
         import torch
 
-        return torch.bfloat16 if self.precision == "bf16" else None
+        return torch.bfloat16 if self._precision() == "bf16" else None
+
+    def _precision(self) -> str:
+        if self.precision != "auto":
+            return self.precision
+        from .core.device import computes_in_bf16
+
+        return "bf16" if computes_in_bf16() else "fp32"
 
     def want_train_data(self) -> None:
         """SensibertError if there is neither a training file nor a preset that names one."""
@@ -151,7 +163,7 @@ class Options:
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
         chosen: dict[str, Any] = {name: value for name, value in usual.items() if getattr(self, name) is None}
-        return replace(self, trim=self.trim.resolved(), **chosen)
+        return replace(self, trim=self.trim.resolved(), precision=self._precision(), **chosen)
 
 
 def all_names() -> set[str]:

@@ -72,6 +72,14 @@ def test_precision_is_a_dtype():
     assert options().autocast() is None and options(precision="bf16").autocast() == torch.bfloat16
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_precision_auto_is_bf16_where_the_device_computes_in_it(quick, monkeypatch):
+    monkeypatch.setattr("sensibert.core.device.computes_in_bf16", lambda: quick)
+    options = Options(precision="auto")
+    assert options.resolved().precision == ("bf16" if quick else "fp32")
+    assert options.autocast() == (torch.bfloat16 if quick else None)
+
+
 @pytest.mark.parametrize(
     "requested, wanted",
     [
