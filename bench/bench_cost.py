@@ -5,7 +5,9 @@
 
 A run is warm-up, analysis, cut, recovery and saving. Measured are processor seconds (user and system) of the process
 `sensibert finetune`, minus those of a run of one step, since importing, reading and saving take the same time in both.
-Unlike wall time they do not depend on other processes. On a GPU wall time matters, so both are recorded.
+Unlike wall time they hardly depend on other processes. What they do depend on, such as the clock of a shared machine,
+changes with time, so on a CPU the runs that are compared run side by side: let OMP_NUM_THREADS be 1. On a GPU, where
+one follows the other, wall time matters, so both are recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from _harness import DEVICE, record
@@ -24,21 +28,35 @@ from _harness import DEVICE, record
 from sensibert.run_options import PRECISIONS, Options
 
 
-def run(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
-    """Processor and wall seconds of one run. Prints the seconds of its phases."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
-        command += ["--train-file", arguments.train_file, "--output", str(Path(scratch) / "out")]
-        command += ["--learning-rate", str(arguments.learning_rate), "--save-steps", str(10**9), *more]
-        command += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
-        begin = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
+class Run:
+    """A run in a process of its own, which has begun."""
+
+    def __init__(self, arguments: argparse.Namespace, *more: str) -> None:
+        self.more, self.scratch = more, tempfile.TemporaryDirectory()
+        self.command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
+        self.command += ["--train-file", arguments.train_file, "--output", str(Path(self.scratch.name) / "out")]
+        self.command += ["--learning-rate", str(arguments.learning_rate), "--save-steps", str(10**9), *more]
+        self.command += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
+        self.begin = time.perf_counter()
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+
+    def end(self) -> tuple[float, float]:
+        """Processor and wall seconds. Prints the seconds of its phases."""
+        _, status, usage = os.wait4(self.process.pid, 0)
+        seconds = time.perf_counter() - self.begin
         if status:
-            raise SystemExit(f"{' '.join(command)} failed")
-        phases = json.loads((Path(scratch) / "out" / "result.json").read_text())["seconds"]
-        print(*more, *(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()))
-        return usage.ru_utime + usage.ru_stime, time.perf_counter() - begin
+            raise SystemExit(f"{' '.join(self.command)} failed")
+        phases = json.loads((Path(self.scratch.name) / "out" / "result.json").read_text())["seconds"]
+        print(*self.more, *(f"{phase} {value:.1f}" for phase, value in phases.items()), flush=True)
+        self.scratch.cleanup()
+        return usage.ru_utime + usage.ru_stime, seconds
+
+
+def side_by_side(*runs: Callable[[], Run]) -> list[tuple[float, float]]:
+    """Processor and wall seconds of runs: at the same time on a CPU, one after the other on a GPU."""
+    if DEVICE == "cuda":
+        return [begin().end() for begin in runs]
+    return [run.end() for run in [begin() for begin in runs]]
 
 
 def main() -> None:
@@ -54,10 +72,12 @@ def main() -> None:
     arguments = parser.parse_args()
     precision = "--precision", arguments.precision
     length = "--epochs", str(arguments.epochs), *precision
-    start = run(arguments, "--method", "baseline", "--max-steps", "1", *precision)
-    dense = run(arguments, "--method", "baseline", *length)
+    baseline = "--method", "baseline"
+    (start,) = side_by_side(partial(Run, arguments, *baseline, "--max-steps", "1", *precision))
     for budget in arguments.budgets:
-        ours = run(arguments, "--budget", budget, *length)
+        dense, ours = side_by_side(
+            partial(Run, arguments, *baseline, *length), partial(Run, arguments, "--budget", budget, *length)
+        )
         case = f"{arguments.name} " if arguments.name else ""
         case += f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
         case += f" {arguments.precision}" if arguments.precision != Options.precision else ""
