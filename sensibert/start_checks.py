@@ -22,6 +22,7 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
+from .models.wrapped import inner_batches, inner_model
 from .sensitivity.gradients import Loss, given_loss
 from .training.finetune import want_one_process
 from .trimming.self_check import probe
@@ -61,7 +62,7 @@ BATCHES = "rows with input_ids, in batches that the model accepts"
 
 
 def check_analysis(
-    model: nn.Module,
+    trained: nn.Module,
     config: TrimConfig,
     rows: Rows,
     collate: Callable[[list], dict],
@@ -72,9 +73,10 @@ def check_analysis(
 ) -> bool:
     """Run what the cut needs of the model, a forward pass and a loss, on one micro-batch, and change nothing.
 
-    config: resolved. chosen: the plan comes from `choose`. Returns whether `loss` works, by which whole tensors are
+    trained: the model of the Trainer. config: resolved. chosen: the plan comes from `choose`. Returns whether `loss` works, by which whole tensors are
     ranked. SensibertError with what to change if the analysis would fail."""
     assert config.method is not None  # of a resolved config
+    model = inner_model(trained)
     rule, units = STATISTICS[config.method], config.parsed_grid() is None
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
@@ -88,7 +90,8 @@ def check_analysis(
 
     def run(needed: Loss | None) -> None:
         with eval_mode(model, autocast) as device, _undisturbed(device, collate, rows, model):
-            batch = next(micro_batches(rows, collate, config.micro_batch, config.micro_batch, seed))
+            few = micro_batches(rows, collate, config.micro_batch, config.micro_batch, seed)
+            batch = next(inner_batches(trained, few))
             batch = {name: value.to(device) for name, value in batch.items()}
             outputs = model(**batch)
             if needed is not None and not needed(outputs, batch, torch.Generator().manual_seed(seed)).requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,17 @@ def micro_batches(
     data: Rows, collator: Callable[[list], dict], samples: int, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of `size` rows from `samples` random rows, drawn without replacement and sorted by length, the longest
-    first, to save padding."""
+    first, to save padding. Rows with other columns, as in a concatenation of data sets, are not in the same batch."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
-    for begin in range(0, len(order), size):
-        yield collator([data[row] for row in order[begin : begin + size]])
+    drawn = sorted((data[row] for row in order), key=_length, reverse=True)
+    kinds: dict[Hashable, list] = {}
+    for row in drawn:
+        kinds.setdefault((*row, row.get("dataset_name")), []).append(row)
+    for rows in kinds.values():
+        for begin in range(0, len(rows), size):
+            yield collator(rows[begin : begin + size])
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    """The tokens of a row, or the characters of one that its collator will tokenize."""
+    return len(row["input_ids"]) if "input_ids" in row else sum(len(str(value)) for value in row.values())
