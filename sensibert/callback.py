@@ -279,7 +279,9 @@ class TrimCallback(TrainerCallback):
 
     def excess(self, model: nn.Module) -> str | None:
         """What the model has and what the budget allows, if that is less; None if the budget is met."""
-        if not self.config.trims or (actual := reached(inner_model(model), self.budget)) <= (allowed := self._allowed()):
+        if not self.config.trims or (actual := reached(inner_model(model), self.budget)) <= (
+            allowed := self._allowed()
+        ):
             return None
         return f"{actual:,} {self.budget.kind} of {self.memory.cost_before:,}, want at most {allowed:,} ({self.budget})"
 

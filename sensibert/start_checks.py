@@ -22,7 +22,8 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
-from .models.wrapped import inner_batches, inner_model
+from .models.wrapped import inner_batches, inner_model, is_wrapped
+from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss, given_loss
 from .training.finetune import want_one_process
 from .trimming.self_check import probe
@@ -58,6 +59,7 @@ def check_trainer(
     return warnings
 
 
+CLASSES = "ForSequenceClassification"  # the head of a CrossEncoder; that of a SparseEncoder gives term weights
 BATCHES = "rows with input_ids, in batches that the model accepts"
 
 
@@ -73,14 +75,19 @@ def check_analysis(
 ) -> bool:
     """Run what the cut needs of the model, a forward pass and a loss, on one micro-batch, and change nothing.
 
-    trained: the model of the Trainer. config: resolved. chosen: the plan comes from `choose`. Returns whether `loss` works, by which whole tensors are
-    ranked. SensibertError with what to change if the analysis would fail."""
+    trained: the model of the Trainer. config: resolved. chosen: the plan comes from `choose`. Returns whether `loss`
+    works, by which whole tensors are ranked. SensibertError with what to change if the analysis would fail."""
     assert config.method is not None  # of a resolved config
     model = inner_model(trained)
     rule, units = STATISTICS[config.method], config.parsed_grid() is None
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
         other = "layer-obs" if units else "magnitude"
+        if loss is sampled_loss and is_wrapped(trained) and not type(model).__name__.endswith(CLASSES):
+            raise SensibertError(
+                f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and "
+                f"{type(trained).__name__} has none; want method={other!r}, which needs no labels"
+            )
         needs.append((loss, f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
     if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
         other = "obs" if units else "fisher"

@@ -78,5 +78,7 @@ def micro_batches(
 
 
 def _length(row: Mapping[str, Any]) -> int:
-    """The tokens of a row, or the characters of one that its collator will tokenize."""
-    return len(row["input_ids"]) if "input_ids" in row else sum(len(str(value)) for value in row.values())
+    """The tokens of a row, or the characters of one with texts, which its collator tokenizes."""
+    if "input_ids" not in row and any(isinstance(value, str) for value in row.values()):
+        return sum(len(str(value)) for value in row.values())
+    return len(row["input_ids"])

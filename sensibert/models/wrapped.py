@@ -29,7 +29,9 @@ def inner_model(model: nn.Module) -> nn.Module:
     name, inner = type(model).__name__, getattr(model, INSIDE)
     if not isinstance(inner, PreTrainedModel):
         modules = ", ".join(type(module).__name__ for module in model.children())
-        raise SensibertError(f"model: {name} holds no transformers model (its modules are {modules}), want one that does")
+        raise SensibertError(
+            f"model: {name} holds no transformers model (its modules are {modules}), want one that does"
+        )
     own = {id(module) for module in inner.modules()}
     if any(isinstance(module, PreTrainedModel) and id(module) not in own for module in model.modules()):
         raise SensibertError(f"model: {name} holds several transformers models, want one with a single encoder")
@@ -52,7 +54,9 @@ def inner_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Ite
             raise SensibertError(f"batches: {type(model).__name__} gets {', '.join(batch)}, want columns of texts")
         for each in features:
             if "cu_seq_lens_q" in each:
-                raise SensibertError("batches: texts are packed for FlashAttention, want unpad_inputs=False in the model")
+                raise SensibertError(
+                    "batches: texts are packed for FlashAttention, want unpad_inputs=False in the model"
+                )
             yield {name: value for name, value in each.items() if name in accepted and isinstance(value, Tensor)}
 
 
