@@ -34,7 +34,7 @@ class Collator:
             if name == "attention_mask" and lengths == {longest}:
                 continue
             values = [item[name] for item in items]
-            if isinstance(first, list):
+            if isinstance(first, list) and not isinstance(first[0], float):  # those are several labels of one item
                 padded = np.full((len(items), longest), self.padding.get(name, 0), np.int64)
                 for row, value in zip(padded, values):
                     row[: len(value)] = value

@@ -68,7 +68,7 @@ def _columns(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _pairs(model: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The pairs of texts, encoded: the losses of a CrossEncoder do this themselves. A cell may be a list of texts."""
-    columns = [cells for name, cells in batch.items() if name not in NOT_TEXTS]
+    columns = [cells for name, cells in batch.items() if name not in NOT_TEXTS and isinstance(cells, list)]
     if len(columns) < 2:
         return
     first, others = columns[0], columns[1:]
