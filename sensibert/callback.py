@@ -46,7 +46,8 @@ MARK = "sensibert_trims"  # attribute of the state of a training that has a Trim
 
 
 class TrimCallback(TrainerCallback):
-    """Trims the model of a running transformers.Trainer. Add it to `callbacks=`; nothing else has to change.
+    """Trims the model of a running transformers.Trainer, or the one inside a SentenceTransformer, SparseEncoder or
+    CrossEncoder in the trainers of these. Add it to `callbacks=`; nothing else has to change.
 
     config: a `TrimConfig`, or a budget as text, "50%params". The analysis draws rows from the Trainer's training set
     and uses its seed and, with bf16=True, its precision. The trimmed model saves itself: `trainer.save_model(folder)`

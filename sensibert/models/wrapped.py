@@ -38,14 +38,14 @@ def inner_model(model: nn.Module) -> nn.Module:
     return inner
 
 
-def inner_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Tensor]]:
+def inner_batches(model: nn.Module, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Batches of the collator of a model's Trainer -> inputs of `inner_model(model)`; of any other model unchanged.
 
     A SentenceTransformer reads every column of texts by itself. A CrossEncoder reads pairs of a text of the first
     column and one of another, as many at a time as the batch has rows. SensibertError for a batch without texts, and
     for texts that are packed into one row."""
     if not is_wrapped(model):
-        yield from map(dict, batches)
+        yield from batches
         return
     accepted = inspect.signature(inner_model(model).forward).parameters
     for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path, PurePosixPath
@@ -88,8 +89,12 @@ def _folder(config: Any) -> Path | None:
     try:
         cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:  # a path
+        cached = None
+    if not isinstance(cached, str):
+        message = "export: %s, which the model was loaded from, is not there; modules beside it are not copied"
+        logging.getLogger("sensibert").warning(message, name)
         return None
-    if not isinstance(cached, str) or cached_file(name, MODULES, _raise_exceptions_for_missing_entries=False) is None:
+    if cached_file(name, MODULES, _raise_exceptions_for_missing_entries=False) is None:
         return None
     return Path(snapshot_download(name, allow_patterns=["*.json", "*_*/*"]))
 

@@ -171,3 +171,11 @@ def test_an_untrimmed_model_is_written_with_its_modules_too(tmp_path):
     model = sentence_model("SentenceTransformer", tmp_path)
     export(model, tmp_path / "out")
     assert torch.equal(outputs(CLASSES["SentenceTransformer"](str(tmp_path / "out"), device="cpu")), outputs(model))
+
+
+def test_a_source_that_is_gone_is_named_in_a_warning(tmp_path, caplog):
+    source = sentence_folder("SentenceTransformer", tmp_path)
+    model = AutoModel.from_pretrained(source)
+    shutil.rmtree(source)
+    export(model, tmp_path / "out")
+    assert f"export: {source}, which the model was loaded from, is not there; modules beside it are not" in caplog.text
