@@ -81,15 +81,20 @@ def check_analysis(
     model = inner_model(trained)
     rule, units = STATISTICS[config.method], config.parsed_grid() is None
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
+    other, name = "layer-obs" if units else "magnitude", type(trained).__name__
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
-        other = "layer-obs" if units else "magnitude"
         if loss is sampled_loss and is_wrapped(trained) and not type(model).__name__.endswith(CLASSES):
             raise SensibertError(
-                f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and "
-                f"{type(trained).__name__} has none; want method={other!r}, which needs no labels"
+                f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and {name} has none; "
+                f"want method={other!r}, which needs no labels"
             )
         needs.append((loss, f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
     if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
+        if is_wrapped(trained):
+            raise SensibertError(
+                f"TrimCallback: method {config.method!r} needs the loss, which is computed outside of the {name}; "
+                f"want method={other!r}"
+            )
         other = "obs" if units else "fisher"
         needs.append((given_loss, f"labels and a model that returns their loss, or method={other!r}"))
     if not needs and (config.compensate or (rule.data and not chosen)):

@@ -95,6 +95,18 @@ def test_it_trims_and_the_saved_folder_reloads(kind, method, tmp_path):
     assert torch.equal(outputs(again), outputs(model))
 
 
+@pytest.mark.parametrize("kind", ["pairs", "reranker"])
+@pytest.mark.parametrize("method, grid, other", [("taylor", "unit", "layer-obs"), ("saliency", "block8", "magnitude")])
+def test_a_method_that_needs_the_loss_is_refused_at_the_start(kind, method, grid, other, tmp_path):
+    name, columns, loss = KINDS[kind]
+    running = trainer(
+        sentence_model(name, tmp_path), columns, loss, tmp_path, TrimConfig("50%params", method=method, grid=grid)
+    )
+    message = f"'{method}' needs the loss, which is computed outside of the {name}; want method='{other}'"
+    with pytest.raises(SensibertError, match=message):
+        running.train()
+
+
 def test_two_data_sets_with_other_columns_and_losses(tmp_path):
     model = sentence_model("SentenceTransformer", tmp_path)
     data = {
