@@ -38,7 +38,7 @@ from ..nn import MaskedLinear
 from .model_card import CARD, card
 from .output_paths import check_apart, check_movable
 from .publish import publish
-from .sentence_transformers import copy_modules, fits, library_class, source_of
+from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 
 DENSE = "dense"  # subfolder of layout="both"
 # Entries of config.json that `info` does not override.
@@ -195,7 +195,9 @@ def export(
         parts[DENSE if parts else ""] = zero_filled(model)
     with _modules(whole) as modules, _new_folder(path, overwrite) as folder:
         if tokenizer is None and modules is not None:
-            tokenizer = AutoTokenizer.from_pretrained(modules, trust_remote_code=False)
+            beside = first_module(modules)
+            if (beside / "tokenizer_config.json").is_file():
+                tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
         for part, made in parts.items():
             made.save_pretrained(folder / part)
             if tokenizer is not None:

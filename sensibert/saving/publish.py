@@ -31,7 +31,7 @@ MODEL = (
     *("vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("spm.model", "chat_template.jinja"),
     # of sentence-transformers, with its modules: 1_Pooling, 2_Dense, ...
-    *(*BESIDE, "?_*/config.json", "?_*/model.safetensors", "?_*/pytorch_model.bin"),
+    *(*BESIDE, "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
 )
 RUN = ("result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors")
 REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png")

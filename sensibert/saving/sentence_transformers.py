@@ -39,13 +39,14 @@ def fits(folder: Path, model: PreTrainedModel) -> bool:
     their width. Those of an embedding model are not for a classifier made of it.
 
     SensibertError for modules that cannot be copied."""
-    modules, was = _read(folder / MODULES, list), _read(folder / "config.json", dict)
-    if not modules or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules):
-        raise SensibertError(f"export: {folder / MODULES} lists no modules, want a folder of sentence-transformers")
-    kind = modules[0]["type"].rpartition(".")[2]
-    first: dict[str, Any] = next((_read(folder / name, dict) for name in FIRST if (folder / name).is_file()), {})
+    modules = _modules(folder)
+    for path in (module["path"] for module in modules):
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise SensibertError(f"export: {folder / MODULES} names the path {path!r}, want a folder beside it")
+    kind, inside = modules[0]["type"].rpartition(".")[2], folder / modules[0]["path"]
+    first: dict[str, Any] = next((_read(inside / name, dict) for name in FIRST if (inside / name).is_file()), {})
     task = "fill-mask" if kind == "MLMTransformer" else first.get("transformer_task", "feature-extraction")
-    if not _has_head(model, HEADS.get(task), was):
+    if not _has_head(model, HEADS.get(task), _read(inside / "config.json", dict)):
         return False
     other = next((m["type"] for m in modules if not m["type"].startswith("sentence_transformers.")), None)
     if other is not None:
@@ -53,10 +54,12 @@ def fits(folder: Path, model: PreTrainedModel) -> bool:
             f"export: {folder} has the module {other}, whose code would not come along; want modules of "
             "sentence-transformers, or save_pretrained of the SentenceTransformer"
         )
-    for path in _paths(modules):
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise SensibertError(f"export: {folder / MODULES} names the path {path!r}, want a folder beside it")
     return True
+
+
+def first_module(folder: Path) -> Path:
+    """Where a folder of sentence-transformers has its transformers model and tokenizer."""
+    return folder / _modules(folder)[0]["path"]
 
 
 def library_class(folder: Path) -> str:
@@ -67,12 +70,15 @@ def library_class(folder: Path) -> str:
 
 def copy_modules(source: Path, target: Path, model: PreTrainedModel) -> None:
     """Copy modules and settings that fit the model from a folder into that of the model."""
-    for name in BESIDE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    for path in _paths(_read(source / MODULES, list)):
-        if (source / path).is_dir():  # a module without settings may have none
+    first, *others = _modules(source)
+    for file in (source / SETTINGS, *(source / first["path"] / name for name in FIRST)):
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+    for path in (module["path"] for module in others):
+        if path and (source / path).is_dir():  # a module without settings may have none
             shutil.copytree(source / path, target / path, dirs_exist_ok=True)
+    listed = [first | {"path": ""}, *others]  # the model is beside the list, in old folders it was in 0_Transformer
+    (target / MODULES).write_text(json.dumps(listed, indent=2), encoding="utf-8")
     settings = target / SETTINGS
     if settings.is_file() and model.config.problem_type == "regression":  # trained on logits as they are
         text = _read(settings, dict) | {"activation_fn": IDENTITY}
@@ -85,7 +91,11 @@ def _folder(config: Any) -> Path | None:
     if not name:
         return None
     if os.path.isdir(name):
-        return Path(name) if (Path(name) / MODULES).is_file() else None
+        here, outside = Path(name).resolve(), Path(name).resolve().parent
+        if (here / MODULES).is_file():
+            return here
+        inside = (outside / MODULES).is_file() and _modules(outside)[0]["path"] == here.name
+        return outside if inside else None
     try:
         cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:  # a path
@@ -119,5 +129,10 @@ def _has_head(model: PreTrainedModel, head: str | None, was: dict) -> bool:
     return all(own.get(name) == was[name] for name in same) and outputs in (0, model.config.num_labels)
 
 
-def _paths(modules: list[dict]) -> list[str]:
-    return [path for module in modules if (path := module.get("path", ""))]
+def _modules(folder: Path) -> list[dict[str, str]]:
+    modules = _read(folder / MODULES, list)
+    known = ({"path": "", **module} if isinstance(module, dict) else {} for module in modules)
+    listed = [module for module in known if all(isinstance(module.get(name), str) for name in ("type", "path"))]
+    if not listed or len(listed) < len(modules):
+        raise SensibertError(f"export: {folder / MODULES} lists no modules, want a folder of sentence-transformers")
+    return listed

@@ -179,3 +179,22 @@ def test_a_source_that_is_gone_is_named_in_a_warning(tmp_path, caplog):
     shutil.rmtree(source)
     export(model, tmp_path / "out")
     assert f"export: {source}, which the model was loaded from, is not there; modules beside it are not" in caplog.text
+
+
+def test_a_model_in_a_folder_of_its_own_as_in_old_versions(tmp_path):
+    """Without its modules it would be loaded with another pooling, without an error."""
+    source, old = Path(sentence_folder("SentenceTransformer", tmp_path)), tmp_path / "old"
+    expected = outputs(CLASSES["SentenceTransformer"](str(source), device="cpu"))
+    shutil.copytree(source, old)
+    (old / "0_Transformer").mkdir()
+    for file in filter(Path.is_file, source.iterdir()):
+        if file.name not in ("modules.json", "config_sentence_transformers.json"):
+            (old / file.name).rename(old / "0_Transformer" / file.name)
+    modules = json.loads((old / "modules.json").read_text())
+    (old / "modules.json").write_text(json.dumps([modules[0] | {"path": "0_Transformer"}, *modules[1:]]))
+    whole = CLASSES["SentenceTransformer"](str(old), device="cpu")
+    assert torch.equal(outputs(whole), expected)
+    model = AutoModel.from_pretrained(old / "0_Transformer")
+    for name, given in {"inside": model, "whole": whole, "model-of-whole": whole.transformers_model}.items():
+        export(given, tmp_path / name)
+        assert torch.equal(outputs(CLASSES["SentenceTransformer"](str(tmp_path / name), device="cpu")), expected), name
