@@ -30,6 +30,7 @@ from .models.masks import Masks, cost_of, masks_of
 from .models.structure import STRUCTURE, is_trimmed, read_structure
 from .models.unfinished import note_budget, reached
 from .models.untrimmed import Untrimmed
+from .models.wrapped import inner_batches, inner_model
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
@@ -46,7 +47,8 @@ MARK = "sensibert_trims"  # attribute of the state of a training that has a Trim
 
 
 class TrimCallback(TrainerCallback):
-    """Trims the model of a running transformers.Trainer. Add it to `callbacks=`; nothing else has to change.
+    """Trims the model of a running transformers.Trainer, or the one inside a SentenceTransformer, SparseEncoder or
+    CrossEncoder in the trainers of these. Add it to `callbacks=`; nothing else has to change.
 
     config: a `TrimConfig`, or a budget as text, "50%params". The analysis draws rows from the Trainer's training set
     and uses its seed and, with bf16=True, its precision. The trimmed model saves itself: `trainer.save_model(folder)`
@@ -109,6 +111,7 @@ class TrimCallback(TrainerCallback):
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Record the costs of the untrimmed model, or recall them if the callback trimmed it before; with a checkpoint,
         restore the run's memory from it. SensibertError for a budget that this model cannot meet."""
+        model = inner_model(model)
         seen = self._seen.get(model) or Untrimmed.of(model)
         if self.config.trims:
             grid = self.config.parsed_grid()
@@ -128,6 +131,7 @@ class TrimCallback(TrainerCallback):
 
     def restructure(self, model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn.Module:
         """Trim a model to the structure of a checkpoint. `TrimTrainer` calls this before it loads the weights."""
+        model = inner_model(model)
         if model is not self._model:
             self.prepare(model)
         restructure(model, structure)
@@ -152,9 +156,9 @@ class TrimCallback(TrainerCallback):
         return settings | learns_by(args)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module | None = kwargs.get("model")
-        if model is None:  # a Trainer with model_init has none yet
+        if kwargs.get("model") is None:  # a Trainer with model_init has none yet
             return
+        model = inner_model(kwargs["model"])
         self.recovery.end()  # of a training that was interrupted
         if model is not self._model:  # before a checkpoint is loaded: the model is untrimmed still
             self.prepare(model)
@@ -164,7 +168,7 @@ class TrimCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model = inner_model(kwargs["model"])
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         loader: DataLoader = kwargs["train_dataloader"]
         if hasattr(state, MARK):
@@ -203,7 +207,9 @@ class TrimCallback(TrainerCallback):
         if any(step > state.global_step for step in self.cuts):
             rows, autocast = cast(Rows, loader.dataset), torch.bfloat16 if args.bf16 else None
             chosen = self.choose is not None
-            check_analysis(model, self.config, rows, loader.collate_fn, self.loss, args.seed, autocast, chosen)
+            check_analysis(
+                *(kwargs["model"], self.config, rows, loader.collate_fn, self.loss, args.seed, autocast, chosen)
+            )
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock(tokens=state.num_input_tokens_seen)
@@ -212,7 +218,7 @@ class TrimCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.cuts and state.global_step == min(self.cuts) - 1 and self.choose is None:
-            self._step_ranking = StepRanking(kwargs["model"], unwrapped(kwargs["optimizer"]))
+            self._step_ranking = StepRanking(inner_model(kwargs["model"]), unwrapped(kwargs["optimizer"]))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,14 +231,14 @@ class TrimCallback(TrainerCallback):
             control.should_save = True
         if state.global_step not in self.cuts:
             return
-        model: nn.Module = kwargs["model"]
+        model = inner_model(kwargs["model"])
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         first = state.global_step == min(self.cuts)
         self.memory.spend("warm" if first else "trim", state.num_input_tokens_seen)
         if first and self.before_cut is not None:
-            self.memory.metrics_at_cut = self.before_cut(model)
+            self.memory.metrics_at_cut = self.before_cut(kwargs["model"])
             self.memory.spend("evaluate")
-        plan = self._decide(model, state, args, kwargs["train_dataloader"])
+        plan = self._decide(kwargs["model"], state, args, kwargs["train_dataloader"])
         self.memory.spend("analyze")
         trim(model, plan, optimizer)
         note_budget(model, self.budget, self._allowed())  # plan.budget is the absolute target of this cut
@@ -253,12 +259,12 @@ class TrimCallback(TrainerCallback):
         rows = cast(Rows, loader.dataset)  # `check_trainer` refuses one without a length
 
         def batches(number: int, size: int) -> Iterator[dict]:
-            return micro_batches(rows, loader.collate_fn, number, size, seed)
+            return inner_batches(model, micro_batches(rows, loader.collate_fn, number, size, seed))
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
         plan, sensitivity = decide(
-            model, self.config, self._target(self.cuts[state.global_step]), batches, samples, args.train_batch_size,
-            seed, self.loss, autocast, self.choose,
+            inner_model(model), self.config, self._target(self.cuts[state.global_step]), batches, samples,
+            args.train_batch_size, seed, self.loss, autocast, self.choose,
         )  # fmt: skip
         if first:
             tensors = {} if self._step_ranking is None else self._step_ranking.end()
@@ -285,11 +291,13 @@ class TrimCallback(TrainerCallback):
     def whole_plan(self, model: nn.Module) -> Plan:
         """All cuts so far as one plan of the untrimmed model."""
         assert self.config.method is not None  # of a resolved config
-        return self._untrimmed().whole_plan(model, self.budget, self.config.method)
+        return self._untrimmed().whole_plan(inner_model(model), self.budget, self.config.method)
 
     def excess(self, model: nn.Module) -> str | None:
         """What the model has and what the budget allows, if that is less; None if the budget is met."""
-        if not self.config.trims or (actual := reached(model, self.budget)) <= (allowed := self._allowed()):
+        if not self.config.trims or (actual := reached(inner_model(model), self.budget)) <= (
+            allowed := self._allowed()
+        ):
             return None
         return f"{actual:,} {self.budget.kind} of {self.memory.cost_before:,}, want at most {allowed:,} ({self.budget})"
 
@@ -309,16 +317,15 @@ class TrimCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs, model = kwargs.get("logs"), kwargs.get("model")
         if logs is not None and model is not None and "loss" in logs:
-            logs["sensibert/encoder_params"] = cost_of(model)[0]
+            logs["sensibert/encoder_params"] = cost_of(inner_model(model))[0]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = kwargs["model"]
         phase = "recover" if self.cuts and state.global_step >= max(self.cuts) else "warm"
         self.memory.spend(phase, state.num_input_tokens_seen)
         folder = _checkpoint_of(args, state)
         if self.sensitivity is not None:
             self.sensitivity.save(folder / SCORES)
-        seal(folder, model, self.memory.saved(self._settings(args, state)))
+        seal(folder, inner_model(kwargs["model"]), self.memory.saved(self._settings(args, state)))
         self.memory.spend("save")
 
     def on_train_end(

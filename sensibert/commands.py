@@ -21,12 +21,13 @@ from .core.errors import SensibertError, naming
 from .core.files import writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
-from .data.task_data import TaskData
+from .data.task_data import ONE_LOGIT, TaskData
 from .data.tasks import PRESETS, get_task
 from .inputs import (
     check_family,
     check_room,
     encode,
+    has_one_logit,
     load_folder,
     load_model,
     load_tokenizer,
@@ -213,9 +214,12 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     options = replace(
         options, max_length=max_length, doc_stride=noted.get("doc_stride") if doc_stride is None else doc_stride
     )
-    name = _task_of(model, options)
+    name, names = _task_of(model, options), output_names(model.config, options.model)
+    assert examples is not None  # both files were asked for above
+    if one_logit := has_one_logit(model.config, len(names), get_task(name).name, examples, options):
+        name, model.config.problem_type = "regression", ONE_LOGIT
     options = replace(options.resolved(), task=name)
-    task, names = get_task(name), output_names(model.config, options.model)
+    task = get_task(name)
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
         raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
     if task.name == "regression" and len(names) != 1:
@@ -226,7 +230,7 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     if classes is not None and len(classes) < 2:
         raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
     train, validation = (examples, None) if role == "train" else (None, examples)
-    data = encode(options, tokenizer, train, validation, classes)
+    data = encode(options, tokenizer, train, validation, classes, one_logit)
     check_room(model, data)
     to_best_device(model)
     return model, data

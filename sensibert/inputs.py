@@ -25,7 +25,7 @@ from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
 from .data.files import Examples, load_examples
-from .data.task_data import TaskData, guess_task
+from .data.task_data import ONE_LOGIT, TaskData, guess_task, zeros_and_ones
 from .data.tasks import PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
@@ -78,6 +78,8 @@ def outlined(options: Options, train: Examples) -> TaskData:
     classes = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
     said = any(kind in name for name in classes)
     names = output_names(config, options.model) if said or not classes else []  # a config may not say what the file has
+    if said and options.task not in PRESETS and has_one_logit(config, len(names), task.name, train, options):
+        return replace(TaskData.outlined("regression", train, *columns), one_logit=True)
     data = TaskData.outlined(task.name, train, *columns, [] if labels.generic(names) else names)
     if len(names) != len(data.label_names):  # `load_model` makes a new head
         return replace(data, own_names=data.label_names)
@@ -88,6 +90,16 @@ def outlined(options: Options, train: Examples) -> TaskData:
     return replace(data, label_names=ordered, own_names=data.label_names)
 
 
+def has_one_logit(config: PreTrainedConfig, outputs: int, task: str, examples: Examples, options: Options) -> bool:
+    """Whether a classifier has one output, the logit of label 1, as rerankers have, and the labels are for it.
+
+    config.problem_type decides; without one, as sentence-transformers leaves it, labels that are all 0 or 1."""
+    if outputs != 1 or task not in ("regression", "text-classification") or config.problem_type == "regression":
+        return False
+    binary = zeros_and_ones(examples, options.text_column, options.label_column, task)
+    return binary or (task == "regression" and config.problem_type == ONE_LOGIT)
+
+
 def _is_class(name: str) -> bool:
     return hasattr(transformers, name.removeprefix("Sensibert"))
 
@@ -96,8 +108,10 @@ def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features, with the classes of `outlined`."""
     train = training_examples(options)
     data = outlined(options, train)
-    options = replace(options, task=data.task.name) if options.task is None else options
-    encoded = encode(options, tokenizer, train, validation_examples(options), data.label_names or None)
+    if options.task is None or data.one_logit:
+        options = replace(options, task=data.task.name)
+    names = data.label_names or None
+    encoded = encode(options, tokenizer, train, validation_examples(options), names, data.one_logit)
     return replace(encoded, own_names=data.own_names)
 
 
@@ -107,12 +121,12 @@ def encode(
     train: Examples | None,
     validation: Examples | None,
     names: list[str] | None = None,
+    one_logit: bool = False,
 ) -> TaskData:
     """Encode rows for the task. names: the classes of an existing model; None: those of the training data."""
     columns = options.text_column, options.label_column
-    return TaskData.build(
-        options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
-    )
+    lengths = options.max_length, options.doc_stride
+    return TaskData.build(options.task, train, validation, tokenizer, *lengths, *columns, names, one_logit=one_logit)
 
 
 def check_family(source: str, argument: str = "model") -> None:

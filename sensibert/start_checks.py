@@ -22,6 +22,8 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
+from .models.wrapped import inner_batches, inner_model, is_wrapped
+from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss, given_loss
 from .training.finetune import want_one_process
 from .trimming.self_check import probe
@@ -57,11 +59,12 @@ def check_trainer(
     return warnings
 
 
+CLASSES = "ForSequenceClassification"  # the head of a CrossEncoder; that of a SparseEncoder gives term weights
 BATCHES = "rows with input_ids, in batches that the model accepts"
 
 
 def check_analysis(
-    model: nn.Module,
+    trained: nn.Module,
     config: TrimConfig,
     rows: Rows,
     collate: Callable[[list], dict],
@@ -72,15 +75,26 @@ def check_analysis(
 ) -> None:
     """Run what the cut needs of the model, a forward pass and a loss, on one micro-batch, and change nothing.
 
-    config: resolved. chosen: the plan comes from `choose`. SensibertError with what to change if the analysis
-    would fail."""
+    trained: the model of the Trainer. config: resolved. chosen: the plan comes from `choose`. SensibertError with what
+    to change if the analysis would fail."""
     assert config.method is not None  # of a resolved config
+    model = inner_model(trained)
     rule, units = STATISTICS[config.method], config.parsed_grid() is None
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
+    other, name = "layer-obs" if units else "magnitude", type(trained).__name__
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
-        other = "layer-obs" if units else "magnitude"
+        if loss is sampled_loss and is_wrapped(trained) and not type(model).__name__.endswith(CLASSES):
+            raise SensibertError(
+                f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and {name} has none; "
+                f"want method={other!r}, which needs no labels"
+            )
         needs.append((loss, f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
     if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
+        if is_wrapped(trained):
+            raise SensibertError(
+                f"TrimCallback: method {config.method!r} needs the loss, which is computed outside of the {name}; "
+                f"want method={other!r}"
+            )
         other = "obs" if units else "fisher"
         needs.append((given_loss, f"labels and a model that returns their loss, or method={other!r}"))
     if not needs and (config.compensate or (rule.data and not chosen)):
@@ -88,7 +102,8 @@ def check_analysis(
 
     def run(needed: Loss | None) -> None:
         with eval_mode(model, autocast) as device, _undisturbed(device, collate, rows, model):
-            batch = next(micro_batches(rows, collate, config.micro_batch, config.micro_batch, seed))
+            few = micro_batches(rows, collate, config.micro_batch, config.micro_batch, seed)
+            batch = next(inner_batches(trained, few))
             batch = {name: value.to(device) for name, value in batch.items()}
             outputs = model(**batch)
             if needed is not None and not needed(outputs, batch, torch.Generator().manual_seed(seed)).requires_grad:

@@ -4,7 +4,8 @@ from typing import Any, Protocol
 
 
 class Rows(Protocol):
-    """A data set with a length and an index, whose items hold input_ids."""
+    """A data set with a length and an index, whose items are dicts: of input_ids, or of texts for a collator that
+    tokenizes them."""
 
     def __len__(self) -> int: ...
 

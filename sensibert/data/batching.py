@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Collator:
             if name == "attention_mask" and lengths == {longest}:
                 continue
             values = [item[name] for item in items]
-            if isinstance(first, list):
+            if isinstance(first, list) and not isinstance(first[0], float):  # those are several labels of one item
                 padded = np.full((len(items), longest), self.padding.get(name, 0), np.int64)
                 for row, value in zip(padded, values):
                     row[: len(value)] = value
@@ -66,8 +66,19 @@ def micro_batches(
     data: Rows, collator: Callable[[list], dict], samples: int, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of `size` rows from `samples` random rows, drawn without replacement and sorted by length, the longest
-    first, to save padding."""
+    first, to save padding. Rows with other columns, as in a concatenation of data sets, are not in the same batch."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    order.sort(key=lambda row: len(data[row]["input_ids"]), reverse=True)
-    for begin in range(0, len(order), size):
-        yield collator([data[row] for row in order[begin : begin + size]])
+    drawn = sorted((data[row] for row in order), key=_length, reverse=True)
+    kinds: dict[Hashable, list] = {}
+    for row in drawn:
+        kinds.setdefault((*row, row.get("dataset_name")), []).append(row)
+    for rows in kinds.values():
+        for begin in range(0, len(rows), size):
+            yield collator(rows[begin : begin + size])
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    """The tokens of a row, or the characters of one with texts, which its collator tokenizes."""
+    if "input_ids" not in row and any(isinstance(value, str) for value in row.values()):
+        return sum(len(str(value)) for value in row.values())
+    return len(row["input_ids"])

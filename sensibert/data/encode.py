@@ -50,7 +50,7 @@ class Features(Dataset):
         tokens = slice(self.ends[i], self.ends[i + 1])
         item = {name: values[tokens].tolist() for name, values in self.per_token.items()}
         item["attention_mask"] = [1] * len(item["input_ids"])
-        return item | {name: values[i].item() for name, values in self.per_item.items()}
+        return item | {name: values[i].tolist() for name, values in self.per_item.items()}
 
 
 class Windows(Features):

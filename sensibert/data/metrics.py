@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+TOP = 10  # rows of a ranking that count
+
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
     """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without true positives)."""
@@ -22,6 +24,19 @@ def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels
 def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Values [rows] -> pearson and spearman (ties have their mean rank); 0 if either side is constant."""
     return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}
+
+
+def ranking_metrics(scores: np.ndarray, relevance: np.ndarray, queries: np.ndarray) -> dict[str, float]:
+    """Scores, relevance (0: none) and query ids [rows] -> mrr@10 and ndcg@10, means over the queries that have a
+    relevant row; 0 without any. Rows with equal scores are ranked with the least relevant first."""
+    reciprocal, gains = [], []
+    for query in np.unique(queries[relevance > 0]):
+        ours = np.flatnonzero(queries == query)
+        ranked = relevance[ours][np.lexsort((relevance[ours], -scores[ours]))]
+        hits = np.flatnonzero(ranked[:TOP] > 0)
+        reciprocal.append(1 / (hits[0] + 1) if len(hits) else 0.0)
+        gains.append(_dcg(ranked) / _dcg(np.sort(ranked)[::-1]))
+    return {f"mrr@{TOP}": _mean(reciprocal), f"ndcg@{TOP}": _mean(gains)}
 
 
 def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -85,6 +100,15 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _split_tag(tag: str) -> tuple[str, str]:
     return (tag[0].upper(), tag[2:]) if re.match(r"[BIES]-", tag, re.IGNORECASE) else ("I", tag)
+
+
+def _dcg(relevance: np.ndarray) -> float:
+    first = relevance[:TOP]
+    return float((first / np.log2(np.arange(len(first)) + 2)).sum())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def _f1(hits: int, num_predicted: int, num_wanted: int) -> float:

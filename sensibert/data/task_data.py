@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,12 +15,15 @@ from .batching import Collator
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
 from .labels import Cell, ClassIds, Column
-from .metrics import answer_metrics, classification_metrics, regression_metrics, tagging_metrics
+from .metrics import answer_metrics, classification_metrics, ranking_metrics, regression_metrics, tagging_metrics
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
+QUERY_IDS = ("query_id", "query-id", "qid")  # columns that make the rows of validation data rankings
+# transformers' problem_type of a logit for each label, here of a single one.
+ONE_LOGIT: Literal["multi_label_classification"] = "multi_label_classification"
 LABELLED = ("text-classification", "token-classification")
 Logits = Sequence[np.ndarray]  # of one output, or of start and end
 
@@ -56,7 +59,8 @@ class TaskData:
     """A task with its encoded data; made by `build`.
 
     num_labels: outputs of the head. label_names: the classes, [] for regression and question-answering. own_names: the
-    same in the order of the data, where the model has another."""
+    same in the order of the data, where the model has another. one_logit: regression of a probability, the only output
+    being its logit, with binary cross entropy. queries: the number of each validation row's query, if there are ids."""
 
     task: Task
     num_labels: int
@@ -65,6 +69,8 @@ class TaskData:
     validation: Features | None
     collator: Collator
     own_names: list[str] = field(default_factory=list)
+    one_logit: bool = False
+    queries: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -79,6 +85,7 @@ class TaskData:
         label_column: str | None = None,
         label_names: list[str] | None = None,
         pad_to_multiple_of: int | None = None,
+        one_logit: bool = False,
     ) -> TaskData:
         """Check and encode training data, validation data or both.
 
@@ -104,7 +111,12 @@ class TaskData:
         }
         longest = max(max(features.lengths) for features in encoded.values())
         collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of, longest)
-        return cls(task, _outputs(task, names), names, encoded.get(id(train)), encoded.get(id(validation)), collator)
+        if one_logit:
+            for examples in data:
+                _as_probabilities(encoded[id(examples)], Column.of(examples, label))
+        queries = None if validation is None else _queries(task, validation, encoded[id(validation)], label)
+        parts = encoded.get(id(train)), encoded.get(id(validation))
+        return cls(task, _outputs(task, names), names, *parts, collator, one_logit=one_logit, queries=queries)
 
     @classmethod
     def outlined(
@@ -156,7 +168,7 @@ class TaskData:
             "num_labels": self.num_labels,
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": problem.get(self.task.name),
+            "problem_type": ONE_LOGIT if self.one_logit else problem.get(self.task.name),
         }
 
     def compute_metrics(self, predictions: Any, label_ids: Any = None) -> dict[str, float]:
@@ -180,11 +192,21 @@ class TaskData:
 
     def _class_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
-        return classification_metrics(logits[0].argmax(-1), wanted, self.num_labels)
+        metrics = classification_metrics(logits[0].argmax(-1), wanted, self.num_labels)
+        if self.queries is not None and self.num_labels == 2:
+            metrics |= ranking_metrics(logits[0][:, 1] - logits[0][:, 0], wanted, self.queries)
+        return metrics
 
     def _number_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
-        return regression_metrics(logits[0].reshape(-1), wanted.reshape(-1))
+        predicted, wanted = logits[0].reshape(-1), wanted.reshape(-1)
+        metrics = {}
+        if self.one_logit:
+            metrics = classification_metrics(predicted > 0, wanted > 0.5, 2)
+            predicted = 1 / (1 + np.exp(-predicted))
+        if self.queries is not None:
+            metrics |= ranking_metrics(predicted, wanted, self.queries)
+        return metrics | regression_metrics(predicted, wanted)
 
     def _tag_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         if label_ids is None:
@@ -266,6 +288,36 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
         return list(given)
     column = Column.of(examples, label)
     return labels.class_names(column, _cells(task, column))
+
+
+def zeros_and_ones(train: Examples, text_column: str | None, label_column: str | None, task_name: str) -> bool:
+    """Whether the labels are only the numbers 0 and 1."""
+    column = Column.of(train, _columns(get_task(task_name), train, text_column, label_column)[1])
+    return all(str(value).strip() in ("0", "1", "0.0", "1.0") for _, value in column.filled())
+
+
+def _as_probabilities(features: Features, column: Column) -> None:
+    """Labels [rows] -> [rows, 1], one for each logit; SensibertError for one that is no probability."""
+    values = features.per_item["labels"]
+    for row in np.flatnonzero((values < 0) | (values > 1)).tolist():
+        raise column.error(
+            row, f"is {labels.show(column.values[row])}, want 0 to 1: the model has the logit of a label"
+        )
+    features.per_item["labels"] = values[:, None]
+
+
+def _queries(task: Task, examples: Examples, features: Features, label: str) -> np.ndarray | None:
+    """The number of each row's query, for tasks that score pairs; None without a column of ids.
+
+    SensibertError for an empty id, and for labels that are no relevance."""
+    name = next((name for name in QUERY_IDS if name in examples.columns), None)
+    if name is None or task.name not in ("text-classification", "regression"):
+        return None
+    values = features.per_item["labels"]
+    column, ids = Column.of(examples, label), [str(value) for _, value in Column.of(examples, name).filled()]
+    for row in np.flatnonzero(values.reshape(-1) < 0).tolist():
+        raise column.error(row, f"is {labels.show(column.values[row])}, want 0 or more in a file with {name}")
+    return np.unique(ids, return_inverse=True)[1]
 
 
 def _cells(task: Task, column: Column) -> Iterable[Cell]:

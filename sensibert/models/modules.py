@@ -13,6 +13,7 @@ from ..core.errors import SensibertError
 from .families import base_type, families
 from .families.family import Family
 from .modeling_sensibert import EmptyLinear
+from .wrapped import INSIDE, is_wrapped
 
 
 def unsupported(model_type: str, argument: str = "model") -> str:
@@ -28,6 +29,10 @@ def family_of(model: nn.Module) -> Family:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise SensibertError(f"model: is wrapped in {type(model).__name__}, want the model inside it (model.{inside})")
+    if is_wrapped(model):
+        raise SensibertError(
+            f"model: is a {type(model).__name__}, want the model inside it (model.{INSIDE}), which is trimmed in place"
+        )
     of_peft = any(kind.__module__.startswith("peft.") for kind in type(model).__mro__)
     if of_peft or getattr(model, "_hf_peft_config_loaded", False):  # of `add_adapter`, which saves the adapter only
         raise SensibertError(

@@ -7,14 +7,16 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -31,10 +33,12 @@ from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
 from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
+from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
 from .model_card import CARD, card
 from .output_paths import check_apart, check_movable
 from .publish import publish
+from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 
 DENSE = "dense"  # subfolder of layout="both"
 # Entries of config.json that `info` does not override.
@@ -141,6 +145,18 @@ def _check(
     check_movable(path)
 
 
+@contextmanager
+def _modules(model: nn.Module) -> Iterator[Path | None]:
+    """A context with the folder of the sentence-transformers modules that belong to a model; None without any."""
+    if not is_wrapped(model):
+        yield source_of(cast(PreTrainedModel, model))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        cast(Any, model).save_pretrained(temporary, create_model_card=False)
+        folder = Path(temporary)
+        yield folder if fits(folder, cast(PreTrainedModel, inner_model(model))) else None
+
+
 def export(
     model: PreTrainedModel,
     path: str | Path,
@@ -158,11 +174,16 @@ def export(
     untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
     structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace a model in the
     folder; its other files are kept. accept_unfinished: also write a model whose training ended between two cuts, with
-    the budget that it reached. SensibertError if the path is not empty or cannot be written."""
+    the budget that it reached.
+
+    model may be a SentenceTransformer, SparseEncoder or CrossEncoder, or come from the folder of one and fit its
+    modules. Those are written too, with pooling, prompts and tokenizer. SensibertError if the path is not empty or
+    cannot be written, and for modules whose code is not in sentence-transformers."""
     wanted = {"path": str | Path, "tokenizer": PreTrainedTokenizerBase | None, "overwrite": bool, "info": dict | None}
     for (name, hint), value in zip(wanted.items(), (path, tokenizer, overwrite, info), strict=True):
         want(f"export: {name}", value, hint)
-    path, info = Path(os.path.expanduser(path)).resolve(), info or {}
+    path, info, whole = Path(os.path.expanduser(path)).resolve(), info or {}, model
+    model = cast(PreTrainedModel, inner_model(whole))
     _check(model, path, layout, overwrite, info, accept_unfinished)
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
     masked, trimmed = masks_of(model) is not None, is_trimmed(model)
@@ -172,13 +193,20 @@ def export(
         parts[""] = _view(model, info) if trimmed else model
     if trimmed and layout != "trimmed":
         parts[DENSE if parts else ""] = zero_filled(model)
-    with _new_folder(path, overwrite) as folder:
+    with _modules(whole) as modules, _new_folder(path, overwrite) as folder:
+        if tokenizer is None and modules is not None:
+            beside = first_module(modules)
+            if (beside / "tokenizer_config.json").is_file():
+                tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
         for part, made in parts.items():
             made.save_pretrained(folder / part)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / part)
+            if modules is not None:
+                copy_modules(modules, folder / part, made)
             if is_trimmed(made):
-                (folder / CARD).write_text(card(path.name, made, _shapes(model)), encoding="utf-8")
+                library = None if modules is None else library_class(modules)
+                (folder / CARD).write_text(card(path.name, made, _shapes(model), library), encoding="utf-8")
         if masked:
             save_structure(model, folder / STRUCTURE)
     return path

@@ -13,7 +13,7 @@ from ..models.unfinished import UNFINISHED
 
 CARD, CODE = "README.md", modeling_sensibert.CODE_FILE
 _CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [sensibert, pruned]
 ---
 # {name}
@@ -33,15 +33,15 @@ Budget: {budget}. Method: {method}.
 
 ```python
 import sensibert  # registers the model class with transformers
-from transformers import {auto}, AutoTokenizer
+{imports}
 
-model = {auto}.from_pretrained("{name}")
+model = {load}("{name}")
 ```
 
 Without sensibert installed, the folder's own code (`{code}`) is used:
 
 ```python
-model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+model = {load}("{name}", trust_remote_code=True)
 ```
 
 Trimmed means that attention heads and feed-forward neurons were removed. `structure.safetensors` lists the indices of
@@ -53,12 +53,15 @@ def _numbers(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
 
 
-def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
-    """The model card: sizes of the model and of its base, origin, and both ways of loading."""
+def card(name: str, view: PreTrainedModel, base: PreTrainedModel, library_class: str | None = None) -> str:
+    """The model card: sizes of the model and of its base, origin, and both ways of loading.
+
+    library_class: of sentence-transformers, for a folder with its modules."""
     entry, encoder = view.config.sensibert, family_of(base).encoder
     full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
     base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())
     head = type(view).__name__
+    auto = next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel")
     return _CARD.format(
         name=name,
         head=type(base).__name__,
@@ -76,7 +79,11 @@ def card(name: str, view: PreTrainedModel, base: PreTrainedModel) -> str:
         budget=(entry["budget"] or "not noted")
         + (f", on the way to {entry[UNFINISHED]}" if UNFINISHED in entry else ""),
         method=entry["method"] or "not noted",
-        auto=next((auto for auto, path in view.config.auto_map.items() if path.endswith(f".{head}")), "AutoModel"),
+        library="transformers" if library_class is None else "sentence-transformers",
+        imports=f"from transformers import {auto}, AutoTokenizer"
+        if library_class is None
+        else f"from sentence_transformers import {library_class}",
+        load=f"{auto}.from_pretrained" if library_class is None else library_class,
         code=CODE,
     )
 

@@ -19,6 +19,7 @@ from ..core.files import make_folder, sync_entries, sync_tree
 from ..models.structure import STRUCTURE
 from .model_card import CODE, is_card
 from .output_paths import aside_of, check_movable
+from .sentence_transformers import BESIDE
 
 # What a model folder consists of: not kept when another model takes its place.
 MODEL = (
@@ -29,6 +30,8 @@ MODEL = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("spm.model", "chat_template.jinja"),
+    # of sentence-transformers, with its modules: 1_Pooling, 2_Dense, ...
+    *(*BESIDE, "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
 )
 RUN = ("result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors")
 REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png")

@@ -99,7 +99,8 @@ def refuse_trimmed_weights(model: nn.Module, weights: Mapping[str, Tensor], pref
         if id(weight) in trimmable and given is not None and given.numel() < weight.numel():
             raise SensibertError(
                 f"resume: {name} is {tuple(given.shape)} in the checkpoint of a trimmed model, and "
-                f"{tuple(weight.shape)} in this one: want TrimTrainer in place of Trainer, which trims the model first"
+                f"{tuple(weight.shape)} in this one: want TrimTrainer in place of Trainer (or "
+                "a subclass of TrimTrainer and your trainer), which trims the model first"
             )
 
 

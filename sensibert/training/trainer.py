@@ -24,6 +24,7 @@ from ..core.arguments import checked, show, want
 from ..core.errors import SensibertError
 from ..models.eval_mode import quick_attention
 from ..models.structure import STRUCTURE, is_trimmed, read_structure
+from ..models.wrapped import inner_model
 from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
@@ -194,7 +195,7 @@ class TrimTrainer(Trainer):
                 callback.resume_from(resume_from_checkpoint)
         structure, trained = Path(resume_from_checkpoint) / STRUCTURE, self.model if model is None else model
         assert trained is not None  # a Trainer has one
-        if not structure.exists() and is_trimmed(trained):
+        if not structure.exists() and is_trimmed(inner_model(trained)):
             raise SensibertError(
                 f"resume: {resume_from_checkpoint} is of an untrimmed model, and this one is trimmed, want the model "
                 "that the run began with"
@@ -207,7 +208,8 @@ class TrimTrainer(Trainer):
                     "trim this one"
                 )
             restructure[0](trained, read_structure(structure))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The trainers of sentence-transformers take the checkpoint alone.
+        super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

@@ -83,3 +83,16 @@ def test_micro_batches_hold_random_rows_once_each_by_falling_length():
     }
     assert len(picks) > 1, "another seed draws other rows"
     assert sum(len(batch) for batch in micro_batches(features, list, samples=100, size=4, seed=0)) == 7
+
+
+def test_micro_batches_of_texts_are_sorted_by_characters_and_not_mixed_over_columns():
+    texts = [{"a": "x" * n, "b": "y"} for n in (1, 5, 3)]
+    rows = [*texts, {"a": "x", "score": 1.0}, {"a": "xx", "score": 1.0}]
+    batches = list(micro_batches(rows, list, 5, 2, 0))
+    assert [[len(row["a"]) for row in batch] for batch in batches] == [[5, 3], [1], [2, 1]]
+    assert all(len({tuple(row) for row in batch}) == 1 for batch in batches)
+
+
+def test_several_labels_of_an_item_are_not_padded():
+    items = [{"input_ids": [1, 2, 3], "labels": [0.5]}, {"input_ids": [1], "labels": [1.0]}]
+    assert Collator(0)(items)["labels"].tolist() == [[0.5], [1.0]]

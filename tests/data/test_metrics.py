@@ -9,6 +9,7 @@ from sensibert.data.metrics import (
     classification_metrics,
     entities,
     normalize_answer,
+    ranking_metrics,
     regression_metrics,
     tagging_metrics,
 )
@@ -44,6 +45,36 @@ def test_ties_share_their_mean_rank():
 
 def test_a_constant_side_has_no_correlation():
     assert regression_metrics(np.full(3, 0.1), np.array([1.0, 2.0, 3.0])) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_a_ranking_by_hand():
+    """Query a: the relevant row is second. Query b: first, with a gain of 2, then 0 and 1. Query c has none."""
+    queries = np.array([*"aabbbc"])
+    relevance, scores = np.array([0, 1, 2, 1, 0, 0.0]), np.array([0.9, 0.1, 0.8, -1.0, 0.3, 0.7])
+    second, ideal = 1 / np.log2(3), 2 + 1 / np.log2(3)
+    expected = {"mrr@10": (1 / 2 + 1) / 2, "ndcg@10": (second + (2 + 1 / np.log2(4)) / ideal) / 2}
+    assert ranking_metrics(scores, relevance, queries) == pytest.approx(expected)
+
+
+def test_only_ten_rows_of_a_ranking_count():
+    scores, relevance = -np.arange(11.0), np.eye(11)[10]
+    assert ranking_metrics(scores, relevance, np.zeros(11, int)) == {"mrr@10": 0.0, "ndcg@10": 0.0}
+
+
+def test_equal_scores_rank_the_least_relevant_first():
+    assert ranking_metrics(np.zeros(3), np.array([1, 0, 0.0]), np.zeros(3, int))["mrr@10"] == pytest.approx(1 / 3)
+
+
+def test_queries_without_a_relevant_row_do_not_count():
+    assert ranking_metrics(np.ones(2), np.zeros(2), np.zeros(2, int)) == {"mrr@10": 0.0, "ndcg@10": 0.0}
+
+
+def test_ndcg_is_that_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    scores, relevance = rng.random((5, 20)), rng.integers(0, 4, (5, 20)).astype(float)
+    ours = ranking_metrics(scores.ravel(), relevance.ravel(), np.repeat(np.arange(5), 20))
+    assert ours["ndcg@10"] == pytest.approx(sklearn.ndcg_score(relevance, scores, k=10))
 
 
 @pytest.mark.parametrize(

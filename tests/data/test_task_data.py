@@ -340,3 +340,45 @@ def test_windows_in_another_order_are_refused():
     assert not np.array_equal(starts, starts[::-1])
     with pytest.raises(SensibertError, match="the windows are in another order"):
         data.compute_metrics(order)
+
+
+def pairs(labels, **more) -> Examples:
+    return examples(sentence1=["good"] * len(labels), sentence2=["bad"] * len(labels), label=labels, **more)
+
+
+def test_one_logit_has_its_labels_in_a_column_and_metrics_of_both_kinds():
+    data = TaskData.build("regression", None, pairs([1, 0, 0.25]), word_piece(), one_logit=True)
+    assert data.config_kwargs()["problem_type"] == "multi_label_classification" and data.num_labels == 1
+    batch = data.collator([data.validation[i] for i in range(3)])
+    assert batch["labels"].tolist() == [[1.0], [0.0], [0.25]]
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        tiny_config(vocab_size=200, num_labels=1, problem_type="multi_label_classification")
+    ).eval()
+    outputs = model(**batch)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, batch["labels"])
+    assert torch.equal(outputs.loss, expected)
+    metrics = data.compute_metrics(np.array([[3.0], [-3.0], [1.0]]))
+    assert metrics.keys() == {"accuracy", "f1", "pearson", "spearman"} and metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("label", [-0.5, 1.5])
+def test_a_label_that_is_no_probability_is_named(label):
+    with pytest.raises(SensibertError, match=rf"row 2, column 'label' is {label} .*, want 0 to 1: the model has the"):
+        TaskData.build("regression", pairs([0.0, label]), None, word_piece(), one_logit=True)
+
+
+@pytest.mark.parametrize("name", ["query_id", "query-id", "qid"])
+@pytest.mark.parametrize(
+    "task, logits", [("regression", [[1.0], [2.0], [0.5]]), ("text-classification", [[0, 1.0], [0, 2.0], [0, 0.5]])]
+)
+def test_query_ids_give_the_metrics_of_a_ranking(task, logits, name):
+    data = TaskData.build(task, None, pairs([1, 0, 1], **{name: ["a", "a", "b"]}), word_piece())
+    metrics = data.compute_metrics(np.array(logits))
+    assert metrics["mrr@10"] == 0.75 and metrics["ndcg@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
+
+
+def test_an_empty_query_id_and_a_negative_relevance_are_named():
+    with pytest.raises(SensibertError, match="row 2, column 'qid' is empty"):
+        TaskData.build("regression", None, pairs([1, 0], qid=["a", ""]), word_piece())
+    with pytest.raises(SensibertError, match="row 2, column 'label' is -1 .int., want 0 or more in a file with qid"):
+        TaskData.build("regression", None, pairs([1, -1], qid=["a", "a"]), word_piece())
