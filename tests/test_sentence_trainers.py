@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from sensibert import SensibertError, TrimCallback, TrimConfig, TrimTrainer, layout_of
 from sensibert.core.schedule import Schedule
 from sensibert.models.wrapped import inner_batches
+from sensibert.optim import MaskedAdamW, unwrapped
 from tests.runs import sentences
 from tests.sentence_models import CLASSES, outputs, sentence_folder, sentence_model
 
@@ -152,6 +153,19 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(kind, step, t
     if step == 6:
         with pytest.raises(SensibertError, match="want TrimTrainer in place of Trainer .or a subclass of"):
             run("plain", checkpoint=checkpoint, trainer_class=TRAINERS[name][0])
+
+
+def test_weights_of_a_loss_are_trained_in_a_subclass_of_trim_trainer(tmp_path):
+    model = sentence_model("SentenceTransformer", tmp_path)
+    loss = losses.SoftmaxLoss(model, 32, 2)
+    before, resumable = (
+        loss.classifier.weight.detach().clone(),
+        type("R", (TrimTrainer, SentenceTransformerTrainer), {}),
+    )
+    config, columns = TrimConfig(method="layer-obs"), KINDS["classes"][1]
+    running = trainer(model, columns, lambda model: loss, tmp_path / "run", config, trainer_class=resumable)
+    running.train()
+    assert not torch.equal(loss.classifier.weight, before) and isinstance(unwrapped(running.optimizer), MaskedAdamW)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):

@@ -203,7 +203,9 @@ def export(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / part)
             if modules is not None:
-                copy_modules(modules, folder / part, made)
+                copy_modules(
+                    modules, folder / part, not is_wrapped(whole) and model.config.problem_type == "regression"
+                )
             if is_trimmed(made):
                 library = None if modules is None else library_class(modules)
                 (folder / CARD).write_text(card(path.name, made, _shapes(model), library), encoding="utf-8")

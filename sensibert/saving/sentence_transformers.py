@@ -68,8 +68,9 @@ def library_class(folder: Path) -> str:
     return settings.get("model_type", "SentenceTransformer")
 
 
-def copy_modules(source: Path, target: Path, model: PreTrainedModel) -> None:
-    """Copy modules and settings that fit the model from a folder into that of the model."""
+def copy_modules(source: Path, target: Path, logits: bool) -> None:
+    """Copy modules and settings that fit a model from a folder into that of the model. logits: it was trained on its
+    logits as they are, so a reranker predicts these, not their sigmoid."""
     first, *others = _modules(source)
     for file in (source / SETTINGS, *(source / first["path"] / name for name in FIRST)):
         if file.is_file():
@@ -80,7 +81,7 @@ def copy_modules(source: Path, target: Path, model: PreTrainedModel) -> None:
     listed = [first | {"path": ""}, *others]  # the model is beside the list, in old folders it was in 0_Transformer
     (target / MODULES).write_text(json.dumps(listed, indent=2), encoding="utf-8")
     settings = target / SETTINGS
-    if settings.is_file() and model.config.problem_type == "regression":  # trained on logits as they are
+    if settings.is_file() and logits:
         text = _read(settings, dict) | {"activation_fn": IDENTITY}
         settings.write_text(json.dumps(text, indent=2), encoding="utf-8")
 

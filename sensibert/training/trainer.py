@@ -85,9 +85,18 @@ class TrimTrainer(Trainer):
         self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW:
-            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(self.args)
-        return super().create_optimizer(model)
+        if self.optimizer_cls_and_kwargs is not None or self.args.optim not in ADAMW:
+            return super().create_optimizer(model)
+        kind, settings = optimizer_cls_and_kwargs(self.args)
+        trained: Any = self.model if model is None else model
+        usual = self.get_optimizer_cls_and_kwargs(self.args, trained)[1]
+        if "optimizer_dict" in usual:  # of sentence-transformers: the weights of its losses are among the parameters
+            settings["optimizer_dict"] = usual["optimizer_dict"]
+        self.optimizer_cls_and_kwargs = kind, settings
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None  # another model has other parameters
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         assert self.optimizer is not None  # there are gradients to clip

@@ -109,6 +109,9 @@ def test_a_reranker_trained_on_its_logits_predicts_them(tmp_path):
     model.config.problem_type = "regression"
     export(model, tmp_path / "small")
     assert type(CLASSES["CrossEncoder"](str(tmp_path / "small"), device="cpu").activation_fn) is torch.nn.Identity
+    whole = CLASSES["CrossEncoder"](str(tmp_path / "small"), device="cpu", activation_fn=torch.nn.Sigmoid())
+    export(whole, tmp_path / "chosen")
+    assert type(CLASSES["CrossEncoder"](str(tmp_path / "chosen"), device="cpu").activation_fn) is torch.nn.Sigmoid
 
 
 def test_modules_with_code_of_their_own_are_refused_and_nothing_is_written(tmp_path):
