@@ -11,13 +11,11 @@ from tests import runs
 from tests.runs import command
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-# What a run calls on every grid: the ranking of tensors and the scores, and its optimizer.
-ALWAYS = {"block_sensitivity", "masked_adamw"}
-EXPECTED = {
-    "unit": ALWAYS | {"gather_kept"},  # all tensors of the trim in one call
-    "element": ALWAYS | {"select_threshold", "masked_linear", "gather_kept"},  # the working copies, in bf16
-    "block16": ALWAYS | {"select_threshold", "masked_linear", "gather_kept"},
-}
+# What a run calls on every grid: its optimizer, which also ranks the tensors, and one call for all tensors of the trim or
+# all working copies.
+ALWAYS = {"masked_adamw", "gather_kept"}
+SCORES_BLOCKS = {"block_sensitivity", "select_threshold", "masked_linear"}
+EXPECTED = {"unit": ALWAYS, "element": ALWAYS | SCORES_BLOCKS, "block16": ALWAYS | SCORES_BLOCKS}
 
 
 class Calls(TorchDispatchMode):
