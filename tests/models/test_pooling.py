@@ -66,15 +66,15 @@ def test_lengths_and_prompts_are_read(tmp_path):
         ({"pooling": {"pooling_mode": "lasttoken"}}, "config.json has the pooling lasttoken; want mean, cls or max"),
         ({"pooling": OLD | {"pooling_mode_max_tokens": True}}, "has the pooling cls and max; want mean, cls or max"),
         ({"pooling": {"pooling_mode": 3}}, r"has the pooling 3; want"),
-        ({"pooling": []}, r"1_Pooling/config.json is \[\] \(list\), want an object"),
+        ({"pooling": []}, r"1_Pooling/config.json is a list, want an object"),
         ({"sentence_bert_config": "{"}, "sentence_bert_config.json cannot be read"),
         (
             {"config_sentence_transformers": {"prompts": [1]}},
-            r"has the prompts \[1\] \(list\), want an object of texts",
+            r"has the prompts a list, want an object of texts",
         ),
         (
             {"config_sentence_transformers": {"prompts": {"query": "q"}, "default_prompt_name": "passage"}},
-            r"default_prompt_name 'passage' \(str\), want one of its prompts \(query\)",
+            r"default_prompt_name .passage., want one of its prompts \(query\)",
         ),
         (
             {"config_sentence_transformers": {"prompts": {"q": "q: "}}, "pooling": OLD | {"include_prompt": False}},
