@@ -79,7 +79,7 @@ def outline(options: Options) -> dict:
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
         "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
         "schedule": trim.schedule.shape if trim.trims else None,
-        "cut_after": f"{100 * trim.schedule.trim_start:.0f} % of the steps" if trim.trims else None,
+        "cut_after": f"{100 * trim.schedule.start():.0f} % of the steps" if trim.trims else None,
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,

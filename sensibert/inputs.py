@@ -24,12 +24,14 @@ from transformers.utils import cached_file
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
+from .data.embedding_data import EmbeddingData
 from .data.files import Examples, load_examples
 from .data.task_data import TaskData, guess_task
-from .data.tasks import PRESETS, get_task
+from .data.tasks import EMBEDDING, PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import attribute, positions, unsupported
+from .models.pooling import read_pooling
 from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
 from .run_options import SNAPSHOT, Options
@@ -71,6 +73,8 @@ def outlined(options: Options, train: Examples) -> TaskData:
     """The task of a run and its classes, in the order of the model's head if it has one for them; nothing is encoded.
 
     SensibertError, showing both, if model and data name their classes differently."""
+    if options.task == EMBEDDING:
+        return EmbeddingData.of_folder(read_pooling(options.model))
     columns = options.text_column, options.label_column
     task = get_task(options.task or guess_task(train, *columns))
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
@@ -110,6 +114,11 @@ def encode(
 ) -> TaskData:
     """Encode rows for the task. names: the classes of an existing model; None: those of the training data."""
     columns = options.text_column, options.label_column
+    if options.task == EMBEDDING:
+        pooling, rows = read_pooling(options.model), options.rows()
+        return EmbeddingData.of_texts(
+            train, validation, tokenizer, pooling, options.max_length, *columns, rows, options.seed
+        )
     return TaskData.build(
         options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
     )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BLOCK = 1024  # rows whose similarities to all others are in memory at a time
+
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
     """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without true positives)."""
@@ -22,6 +24,29 @@ def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels
 def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Values [rows] -> pearson and spearman (ties have their mean rank); 0 if either side is constant."""
     return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}
+
+
+def embedding_metrics(embeddings: np.ndarray, original: np.ndarray, neighbours: int = 10) -> dict[str, float]:
+    """Embeddings [rows, H] of two models -> recall_at_10, the share of the original's nearest neighbours by cosine that
+    are among the nearest here, and cosine, the mean cosine of the two."""
+    ours, theirs = unit(embeddings), unit(original)
+    k, hits = min(neighbours, len(ours) - 1), 0
+    for begin in range(0, len(ours), BLOCK):
+        near = [_nearest(vectors, begin, k) for vectors in (ours, theirs)]
+        hits += int((near[0][:, :, None] == near[1][:, None]).sum())
+    return {"recall_at_10": hits / (k * len(ours)), "cosine": float((ours * theirs).sum(1).mean())}
+
+
+def _nearest(vectors: np.ndarray, begin: int, k: int) -> np.ndarray:
+    """The k nearest other rows of each row of a block, in no order."""
+    similar = vectors[begin : begin + BLOCK] @ vectors.T
+    similar[np.arange(len(similar)), np.arange(begin, begin + len(similar))] = -np.inf
+    return np.argpartition(-similar, k - 1, axis=1)[:, :k]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The rows [rows, H] with length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
