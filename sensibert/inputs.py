@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
-from .data.embedding_data import EmbeddingData
+from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples
 from .data.task_data import TaskData, guess_task
 from .data.tasks import EMBEDDING, PRESETS, get_task
@@ -74,6 +74,8 @@ def outlined(options: Options, train: Examples) -> TaskData:
 
     SensibertError, showing both, if model and data name their classes differently."""
     if options.task == EMBEDDING:
+        with naming("train_file"):
+            different_texts(train, options.text_column)
         return EmbeddingData.of_folder(read_pooling(options.model))
     columns = options.text_column, options.label_column
     task = get_task(options.task or guess_task(train, *columns))
@@ -99,6 +101,8 @@ def _is_class(name: str) -> bool:
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features, with the classes of `outlined`."""
     train = training_examples(options)
+    if options.task == EMBEDDING:
+        return encode_texts(options, tokenizer, train, validation_examples(options), options.rows())
     data = outlined(options, train)
     options = replace(options, task=data.task.name) if options.task is None else options
     encoded = encode(options, tokenizer, train, validation_examples(options), data.label_names or None)
@@ -114,13 +118,22 @@ def encode(
 ) -> TaskData:
     """Encode rows for the task. names: the classes of an existing model; None: those of the training data."""
     columns = options.text_column, options.label_column
-    if options.task == EMBEDDING:
-        pooling, rows = read_pooling(options.model), options.rows()
-        return EmbeddingData.of_texts(
-            train, validation, tokenizer, pooling, options.max_length, *columns, rows, options.seed
-        )
     return TaskData.build(
         options.task, train, validation, tokenizer, options.max_length, options.doc_stride, *columns, names
+    )
+
+
+def encode_texts(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples | None,
+    validation: Examples | None,
+    rows: int | None,
+) -> EmbeddingData:
+    """Encode the texts of an embedding model, at most `rows` of the training file."""
+    pooling, columns = read_pooling(options.model), (options.text_column, options.label_column)
+    return EmbeddingData.of_texts(
+        train, validation, tokenizer, pooling, options.max_length, *columns, rows, options.seed
     )
 
 
