@@ -57,8 +57,8 @@ AttentionInterface.register(ATTENTION, _attend)
 class PackedModel:
     """A transformers model, as it is now, on packed batches.
 
-    pooling (`pooling_of`): what the head reads of a row: "first", its first token, "mean", "max", or None for all tokens.
-    dtype: of the encoder, if it is another than that of embeddings and head, as with bf16 working copies."""
+    pooling (`pooling_of`): what the head reads of a row: "first", its first token, "mean", "max", or None for all
+    tokens. dtype: of the encoder, if it is another than that of embeddings and head, as with bf16 working copies."""
 
     def __init__(self, model: nn.Module, pooling: str | None) -> None:
         self.model, self.pooling = model, pooling
