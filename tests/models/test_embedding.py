@@ -32,7 +32,7 @@ def test_outputs_are_embeddings_with_a_loss_where_there_is_a_target():
     hidden = encoder(**batch).last_hidden_state
     assert torch.allclose(outputs["logits"], F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
     assert set(outputs) == {"logits"}
-    assert float(model(labels=outputs["logits"], **batch)["loss"]) < 1e-6
+    assert model(labels=outputs["logits"], **batch)["loss"].item() < 1e-6
 
 
 def test_the_encoder_is_trimmed_through_it_and_keeps_a_config_of_its_own():
