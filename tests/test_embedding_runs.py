@@ -54,8 +54,6 @@ def test_half_of_an_encoder_learns_the_embeddings_of_the_whole_one(here, tmp_pat
     assert type(reloaded).__name__ == "SensibertBertModel"
     assert layout_of(reloaded).encoder_params == result["encoder_params_after"] <= result["encoder_params_before"] / 2
     assert reloaded.config.sensibert["task"] == "embedding" and reloaded.config.sensibert["max_length"] == 32
-    before, after = (load_file(place / "model.safetensors") for place in (here / "model", folder))
-    assert before["embeddings.word_embeddings.weight"].equal(after["embeddings.word_embeddings.weight"])
     assert "recall_at_10" in done.out and not (tmp_path / "out.partial").exists()
     scored = command("eval", folder, "--validation-file", here / "dev.csv", "--json").json
     assert scored["metrics"] == {"spearman": pytest.approx(at_end["spearman"])}
