@@ -25,7 +25,7 @@ PATHS = ("model", "output", "train_file", "validation_file", "teacher")  # in wh
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
 # Defaults of embedding models, chosen by the results in docs/method.md. Steps: unless epochs are given.
 USUAL_OF_EMBEDDING = {"learning_rate": 2.5e-4, "batch_size": 32, "save_steps": 500}
-STEPS_OF_EMBEDDING = 2000
+STEPS_OF_EMBEDDING = 3000
 # Panels of the help. The most used options have none and come first.
 DATA, TRAINING, DISTILLATION, OUTPUT = "Data", "Training", "Distillation", "Output and checkpoints"
 
@@ -133,7 +133,7 @@ class Options:
         if self.trim.method in WITHOUT_GRADIENT:
             raise SensibertError(
                 f"method is {self.trim.method!r}, and for task {EMBEDDING} the loss has no gradient before the cut; "
-                "want layer-obs, obs, fisher, magnitude or random"
+                "want obs, layer-obs, fisher, magnitude or random"
             )
 
     @classmethod
@@ -169,7 +169,7 @@ class Options:
 
     def resolved(self) -> Options:
         """Replace settings that are None by those of the preset, the defaults, or what the method implies."""
-        preset, usual, trim = PRESETS.get(self.task or ""), dict(USUAL), self.trim
+        preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
         chosen: dict[str, Any] = {}
@@ -177,10 +177,8 @@ class Options:
             usual |= USUAL_OF_EMBEDDING
             if self.epochs is None and self.max_steps == -1:
                 chosen["max_steps"] = STEPS_OF_EMBEDDING
-            if trim.method is None and trim.parsed_grid() is None:
-                trim = replace(trim, method=get_task(EMBEDDING).method)
         chosen |= {name: value for name, value in usual.items() if getattr(self, name) is None}
-        return replace(self, trim=trim.resolved(), **chosen)
+        return replace(self, trim=self.trim.resolved(), **chosen)
 
     def rows(self) -> int | None:
         """How many rows max_steps reads; None if epochs tell how long the run is."""

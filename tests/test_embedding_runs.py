@@ -82,7 +82,7 @@ def test_scores_are_written_and_a_dry_run_describes_the_run(here, tmp_path):
         given = [part for name, value in requested.items() for part in (f"--{name}", value)]
         assert command("analyze", *given, "--samples", 64, "--output", scores, "--json").json["samples"] == 64
     shown = command(*arguments(here, tmp_path / "out", "--dry-run", **{"max-steps": None})).json
-    assert shown["steps"] == 2000 and shown["cut_after"] == "0 % of the steps" and shown["epochs"] is None
+    assert shown["steps"] == 3000 and shown["cut_after"] == "0 % of the steps" and shown["epochs"] is None
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, step, monkeypa
 
 def test_settings_hold_defaults_of_the_task():
     found = Options("m", "o", "t.txt", task="embedding").resolved()
-    assert (found.max_steps, found.trim.method) == (2000, "layer-obs") and found.rows() == 64000
+    assert (found.max_steps, found.trim.method) == (3000, "obs") and found.rows() == 96000
     assert Options("m", "o", "t.txt", task="embedding", epochs=2).resolved().rows() is None
     assert Options("m", "o", "t.txt", task="embedding", max_steps=3).resolved().rows() == 96
 

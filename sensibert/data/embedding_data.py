@@ -76,7 +76,9 @@ class EmbeddingData(TaskData):
             texts = [prompts[i % len(prompts)] + text for i, text in enumerate(texts)]
             return encode_text([[t.lower() for t in texts] if pooling.lower_case else texts], tokenizer, max_length)
 
-        pairs, learned, held = None, [], []  # type: ScoredPairs | None, list[str], list[str]
+        learned: list[str] = []
+        held: list[str] = []
+        pairs: ScoredPairs | None = None
         if validation is not None:
             with naming("validation_file"):
                 held, pairs = _scored_pairs(validation, text_column, label_column)

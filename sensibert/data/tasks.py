@@ -12,8 +12,8 @@ from ..core.errors import SensibertError
 class Task:
     """A kind of task: its columns, its model head and its defaults.
 
-    input_columns, label_columns: alternatives; the first that the data have are used. recovery, trim_start, method: the
-    defaults of the trim for the task, chosen by the results in docs/method.md."""
+    input_columns, label_columns: alternatives; the first that the data have are used. recovery, trim_start: the
+    defaults of `Schedule` for the task, chosen by the results in docs/method.md."""
 
     name: str
     auto_class_name: str
@@ -23,7 +23,6 @@ class Task:
     max_length: int = 128
     recovery: str = "rewarm"
     trim_start: float | None = None
-    method: str | None = None
 
 
 SENTENCES = (
@@ -54,15 +53,7 @@ TASKS: dict[str, Task] = {
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
-        Task(
-            EMBEDDING,
-            "AutoModel",
-            TEXTS,
-            ("score", "similarity_score", "label"),
-            "spearman",
-            trim_start=0.0,
-            method="layer-obs",
-        ),
+        Task(EMBEDDING, "AutoModel", TEXTS, ("score", "similarity_score", "label"), "spearman", trim_start=0.0),
     )
 }
 
