@@ -30,7 +30,7 @@ from .models.masks import Masks, cost_of, masks_of
 from .models.structure import STRUCTURE, is_trimmed, read_structure
 from .models.unfinished import note_budget, reached
 from .models.untrimmed import Untrimmed
-from .models.wrapped import inner_batches, inner_model
+from .models.wrapped import has_classes, inner_batches, inner_model
 from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
@@ -78,7 +78,7 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         if not isinstance(config, TrimConfig):
             config = TrimConfig(config)
-        self.config = config.resolved()
+        self._requested, self.config = config, config.resolved()
         self.loss, self.before_cut, self.save_before_cut, self.choose = loss, before_cut, save_before_cut, choose
         self.memory, self.recovery = RunMemory(), Recovery()
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
@@ -111,6 +111,7 @@ class TrimCallback(TrainerCallback):
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
         """Record the costs of the untrimmed model, or recall them if the callback trimmed it before; with a checkpoint,
         restore the run's memory from it. SensibertError for a budget that this model cannot meet."""
+        self.config = self._requested.resolved(labels=has_classes(model) or self.loss is not sampled_loss)
         model = inner_model(model)
         seen = self._seen.get(model) or Untrimmed.of(model)
         if self.config.trims:
@@ -131,9 +132,9 @@ class TrimCallback(TrainerCallback):
 
     def restructure(self, model: nn.Module, structure: Mapping[str, Tensor] | Masks) -> nn.Module:
         """Trim a model to the structure of a checkpoint. `TrimTrainer` calls this before it loads the weights."""
-        model = inner_model(model)
+        whole, model = model, inner_model(model)
         if model is not self._model:
-            self.prepare(model)
+            self.prepare(whole)
         restructure(model, structure)
         if (entry := getattr(model.config, "sensibert", None)) is not None:
             entry["method"] = self.config.method
@@ -161,7 +162,7 @@ class TrimCallback(TrainerCallback):
         model = inner_model(kwargs["model"])
         self.recovery.end()  # of a training that was interrupted
         if model is not self._model:  # before a checkpoint is loaded: the model is untrimmed still
-            self.prepare(model)
+            self.prepare(kwargs["model"])
         if (seen := self._seen[model]).guard is None:
             seen.guard = model.register_load_state_dict_pre_hook(refuse_trimmed_weights)
 
@@ -180,7 +181,7 @@ class TrimCallback(TrainerCallback):
             for text in check_trainer(args, model, getattr(loader, "dataset", None), unwrapped(optimizer)):
                 self._warn(text)
         if model is not self._model:  # from model_init, or another
-            self.prepare(model)
+            self.prepare(kwargs["model"])
         seen = self._seen[model]
         seen.remove_guard()
         self.cuts = self.schedule.cuts(state.max_steps) if self.config.trims else {}

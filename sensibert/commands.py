@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.allocate import allocate
 from .core import cost
@@ -21,12 +22,15 @@ from .core.errors import SensibertError, naming
 from .core.files import writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
+from .data.embedding_data import EmbeddingData
+from .data.files import Examples
 from .data.task_data import ONE_LOGIT, TaskData
-from .data.tasks import PRESETS, get_task
+from .data.tasks import EMBEDDING, PRESETS, get_task
 from .inputs import (
     check_family,
     check_room,
     encode,
+    encode_texts,
     has_one_logit,
     load_folder,
     load_model,
@@ -38,6 +42,7 @@ from .inputs import (
     validation_examples,
 )
 from .models import base_of, layout_of
+from .models.embedding import EmbeddingModel
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RECIPE, RESULT, check_place
@@ -63,10 +68,11 @@ def outline(options: Options) -> dict:
     data = outlined(options, train) if train else None  # of a preset nothing is fetched
     task = data.task.name if data else options.task
     assert task is not None  # options without a training file name a preset
-    layout, trim = layout_of(load_model(options.model, data)), options.trim
+    layout, trim, known = layout_of(load_model(options.model, data)), options.trim, get_task(task)
+    schedule = trim.schedule.for_task(known.recovery, known.trim_start)
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
     return {
-        "task": get_task(task).name,
+        "task": known.name,
         "model": options.model,
         "family": layout.family,
         "train_rows": len(train) if train else None,
@@ -79,9 +85,10 @@ def outline(options: Options) -> dict:
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
         "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
-        "schedule": trim.schedule.shape if trim.trims else None,
-        "cut_after": f"{100 * trim.schedule.trim_start:.0f} % of the steps" if trim.trims else None,
-        "epochs": options.epochs,
+        "schedule": schedule.shape if trim.trims else None,
+        "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
+        "epochs": options.epochs if options.max_steps == -1 else None,
+        "steps": options.max_steps if options.max_steps != -1 else None,
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,
         "output": options.output,
@@ -199,7 +206,7 @@ def _noted_lengths(model: str) -> dict:
     return {}
 
 
-def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskData]:
+def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel | EmbeddingModel, TaskData]:
     """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels."""
     if role == "validation" and options.validation_file is None and options.task not in PRESETS:
         raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
@@ -207,13 +214,14 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
     model, tokenizer = load_folder(options.model, "model" if role == "train" else "folder")
     if tokenizer is None:
         tokenizer = load_tokenizer(options.model)
+    noted = _noted_lengths(options.model) | (getattr(model.config, "sensibert", None) or {})
+    options = replace(options, max_length=options.max_length or noted.get("max_length"))
+    train, validation = (examples, None) if role == "train" else (None, examples)
+    if (options.task or noted.get("task")) == EMBEDDING:
+        return _embedding_model_and_data(options, model, tokenizer, train, validation)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")
-    noted = _noted_lengths(options.model) | (getattr(model.config, "sensibert", None) or {})
-    max_length, doc_stride = options.max_length or noted.get("max_length"), options.doc_stride
-    options = replace(
-        options, max_length=max_length, doc_stride=noted.get("doc_stride") if doc_stride is None else doc_stride
-    )
+    options = replace(options, doc_stride=noted.get("doc_stride") if options.doc_stride is None else options.doc_stride)
     name, names = _task_of(model, options), output_names(model.config, options.model)
     assert examples is not None  # both files were asked for above
     if one_logit := has_one_logit(model.config, len(names), get_task(name).name, examples, options):
@@ -229,10 +237,29 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel, TaskD
         raise SensibertError(f"task is {task.name!r}, but {options.model} has {len(names)} outputs, want 2")
     if classes is not None and len(classes) < 2:
         raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
-    train, validation = (examples, None) if role == "train" else (None, examples)
     data = encode(options, tokenizer, train, validation, classes, one_logit)
     check_room(model, data)
     to_best_device(model)
+    return model, data
+
+
+def _embedding_model_and_data(
+    options: Options,
+    loaded: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples | None,
+    validation: Examples | None,
+) -> tuple[EmbeddingModel, EmbeddingData]:
+    """The training texts, which an analysis reads, have the model's own embeddings as labels."""
+    encoder = base_of(loaded)
+    assert isinstance(encoder, PreTrainedModel)  # as the base model of every model in transformers
+    data = encode_texts(options, tokenizer, train, validation, options.trim.samples)
+    check_room(encoder, data)
+    model = EmbeddingModel(encoder, data.pooling)
+    to_best_device(model)
+    if train is not None:
+        autocast = options.autocast()
+        data = data.with_labels(lambda texts: np.asarray(predict(model, texts, data.collator, autocast=autocast)))
     return model, data
 
 

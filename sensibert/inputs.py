@@ -24,12 +24,14 @@ from transformers.utils import cached_file
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
+from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples
 from .data.task_data import ONE_LOGIT, TaskData, guess_task, zeros_and_ones
-from .data.tasks import PRESETS, get_task
+from .data.tasks import EMBEDDING, PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import attribute, positions, unsupported
+from .models.pooling import read_pooling
 from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
 from .run_options import SNAPSHOT, Options
@@ -71,6 +73,10 @@ def outlined(options: Options, train: Examples) -> TaskData:
     """The task of a run and its classes, in the order of the model's head if it has one for them; nothing is encoded.
 
     SensibertError, showing both, if model and data name their classes differently."""
+    if options.task == EMBEDDING:
+        with naming("train_file"):
+            different_texts(train, options.text_column)
+        return EmbeddingData.of_folder(read_pooling(options.model))
     columns = options.text_column, options.label_column
     task = get_task(options.task or guess_task(train, *columns))
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
@@ -107,6 +113,8 @@ def _is_class(name: str) -> bool:
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features, with the classes of `outlined`."""
     train = training_examples(options)
+    if options.task == EMBEDDING:
+        return encode_texts(options, tokenizer, train, validation_examples(options), options.rows())
     data = outlined(options, train)
     if options.task is None or data.one_logit:
         options = replace(options, task=data.task.name)
@@ -127,6 +135,20 @@ def encode(
     columns = options.text_column, options.label_column
     lengths = options.max_length, options.doc_stride
     return TaskData.build(options.task, train, validation, tokenizer, *lengths, *columns, names, one_logit=one_logit)
+
+
+def encode_texts(
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples | None,
+    validation: Examples | None,
+    rows: int | None,
+) -> EmbeddingData:
+    """Encode the texts of an embedding model, at most `rows` of the training file."""
+    pooling, columns = read_pooling(options.model), (options.text_column, options.label_column)
+    return EmbeddingData.of_texts(
+        train, validation, tokenizer, pooling, options.max_length, *columns, rows, options.seed
+    )
 
 
 def check_family(source: str, argument: str = "model") -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -19,10 +20,19 @@ from .callback import Choose, TrimCallback
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
+from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
-from .data.tasks import get_task
-from .inputs import check_family, check_room, load_data, load_model, load_teacher, load_tokenizer
+from .inputs import (
+    check_family,
+    check_room,
+    load_data,
+    load_model,
+    load_teacher,
+    load_tokenizer,
+    to_best_device,
+)
+from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
 from .models.modules import weights_digest
 from .models.structure import STRUCTURE
@@ -32,8 +42,9 @@ from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
-from .training.checkpoints import begin, partial_folder, want_same, workspace
+from .training.checkpoints import EMBEDDINGS, begin, partial_folder, want_same, workspace
 from .training.distillation import Distillation
+from .training.embeddings import saved_embeddings
 from .training.finetune import finetune
 from .training.predict import predict
 from .training.run_memory import RunMemory
@@ -114,10 +125,12 @@ def _run(
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
-    options = replace(options, trim=replace(options.trim, schedule=options.trim.schedule.for_task(data.task.recovery)))
+    schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
+    options = replace(options, trim=replace(options.trim, schedule=schedule))
     set_seed(options.seed)
-    model = load_model(options.model, data)
-    check_room(model, data)
+    loaded = load_model(options.model, data)
+    check_room(loaded, data)
+    model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:
@@ -132,14 +145,13 @@ def _run(
     def before_cut(model: nn.Module) -> dict[str, float] | None:
         nonlocal teacher
         if options.teacher == SNAPSHOT:
-            assert isinstance(model, PreTrainedModel)  # the one that was loaded above
+            assert isinstance(model, PreTrainedModel)  # the one that was loaded above: no embedding model has a teacher
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
             # atomic: a resumed run needs the same teacher
             export(model, folder / SNAPSHOT, tokenizer, accept_unfinished=True)
             teacher = load_teacher(options, data, folder)
         return score(model)
 
-    assert data.train is not None  # `load_data` reads the training file
     callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
     made_from = _made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
@@ -150,6 +162,11 @@ def _run(
         begin(folder, checkpoint)
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
+    if isinstance(data, EmbeddingData):
+        to_best_device(model)
+        data = _with_original(data, model, folder / EMBEDDINGS, autocast)
+        callback.memory.spend("embed")
+    assert data.train is not None  # `load_data` reads the training file
     trainer = finetune(
         model,
         data.train,
@@ -174,12 +191,23 @@ def _run(
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     result["throughput"] = _throughput(callback.memory, trainer)
-    _write_output(options, folder, model, tokenizer, callback, result)
+    _write_output(options, folder, loaded, tokenizer, callback, result)
     return result
 
 
+def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None) -> EmbeddingData:
+    """Adds the embeddings of the model as it is now."""
+
+    def embed(texts: Features) -> np.ndarray:
+        if texts is data.train:
+            return saved_embeddings(file, model, texts, data.collator, autocast)
+        return np.asarray(predict(model, texts, data.collator, autocast=autocast))
+
+    return data.with_labels(embed)
+
+
 def _made_from(
-    options: Options, data: TaskData, model: PreTrainedModel, teacher: nn.Module | None
+    options: Options, data: TaskData, model: PreTrainedModel | EmbeddingModel, teacher: nn.Module | None
 ) -> dict[str, object]:
     """What the weights of a run depend on besides its settings, with digests of weights and encoded rows."""
 
@@ -290,7 +318,7 @@ def _write_output(
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
         names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
         info = {name: result[name] for name in names}
-        info["max_length"] = options.max_length or get_task(result["task"]).max_length
+        info["max_length"] = callback.memory.inputs["max_length"]
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)

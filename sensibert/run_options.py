@@ -12,16 +12,20 @@ from .core.arguments import checked, show
 from .core.config import LAYOUTS, PACKING, TrimConfig, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
-from .data.tasks import PRESETS, TASKS, get_task
+from .data.tasks import EMBEDDING, PRESETS, TASKS, get_task
 
 if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "bf16", "auto")
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
+WITHOUT_GRADIENT = ("taylor", "saliency")  # statistics of a loss that is 0 for the original embeddings
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
 PATHS = ("model", "output", "train_file", "validation_file", "teacher")  # in which ~ is the home folder
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
+# Defaults of embedding models, chosen by the results in docs/method.md. Steps: unless epochs are given.
+USUAL_OF_EMBEDDING = {"learning_rate": 2.5e-4, "batch_size": 32, "save_steps": 500}
+STEPS_OF_EMBEDDING = 3000
 # Panels of the help. The most used options have none and come first.
 DATA, TRAINING, DISTILLATION, OUTPUT = "Data", "Training", "Distillation", "Output and checkpoints"
 
@@ -35,7 +39,9 @@ class Options:
     model: str = setting("", "Folder or hub name of a BERT-family model.")
     output: str = setting("", "Folder to write; it appears when the run is complete.")
     train_file: str | None = setting(
-        None, "Training data: a csv, tsv, jsonl, json or parquet file, also .gz, or a hub name."
+        None,
+        "Training data: a csv, tsv, jsonl, json or parquet file, also .gz, or a hub name; for embeddings also txt, one "
+        "text a line.",
     )
     validation_file: str | None = setting(None, "Validation data, in the same formats.")
     task: str | None = setting(
@@ -118,6 +124,22 @@ class Options:
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
         if self.task is not None:
             get_task(self.task)
+        if self.task == EMBEDDING:
+            self._check_embedding()
+
+    def _check_embedding(self) -> None:
+        usual = settings_of(Options)
+        for name in ("teacher", "distil", "temperature"):
+            if (value := getattr(self, name)) != usual[name].default:
+                raise SensibertError(
+                    f"{name} is {show(value)}, but task {EMBEDDING} learns the embeddings of the original model alone; "
+                    "want it left out"
+                )
+        if self.trim.method in WITHOUT_GRADIENT:
+            raise SensibertError(
+                f"method is {self.trim.method!r}, and for task {EMBEDDING} the loss has no gradient before the cut; "
+                "want obs, layer-obs, fisher, magnitude or random"
+            )
 
     @classmethod
     @checked
@@ -162,8 +184,19 @@ class Options:
         preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
-        chosen: dict[str, Any] = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        chosen: dict[str, Any] = {}
+        if self.task == EMBEDDING:
+            usual |= USUAL_OF_EMBEDDING
+            if self.epochs is None and self.max_steps == -1:
+                chosen["max_steps"] = STEPS_OF_EMBEDDING
+        chosen |= {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, trim=self.trim.resolved(), precision=self._precision(), **chosen)
+
+    def rows(self) -> int | None:
+        """How many rows max_steps reads; None if epochs tell how long the run is."""
+        if self.max_steps == -1 or self.batch_size is None:
+            return None
+        return self.max_steps * self.batch_size * self.gradient_accumulation
 
 
 def all_names() -> set[str]:

@@ -22,7 +22,7 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .models import base_of, eval_mode, sites
 from .models.reloadable import stock_class
-from .models.wrapped import inner_batches, inner_model, is_wrapped
+from .models.wrapped import has_classes, inner_batches, inner_model, is_wrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss, given_loss
 from .training.finetune import want_one_process
@@ -59,7 +59,6 @@ def check_trainer(
     return warnings
 
 
-CLASSES = "ForSequenceClassification"  # the head of a CrossEncoder; that of a SparseEncoder gives term weights
 BATCHES = "rows with input_ids, in batches that the model accepts"
 
 
@@ -83,7 +82,7 @@ def check_analysis(
     needs: list[tuple[Loss | None, str]] = []  # what the outputs must allow, and otherwise advice
     other, name = "layer-obs" if units else "magnitude", type(trained).__name__
     if config.method != "layer-obs" and (config.compensate or (rule.sampled and not chosen)):
-        if loss is sampled_loss and is_wrapped(trained) and not type(model).__name__.endswith(CLASSES):
+        if loss is sampled_loss and not has_classes(trained):
             raise SensibertError(
                 f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and {name} has none; "
                 f"want method={other!r}, which needs no labels"

@@ -76,12 +76,12 @@ def tag_file(path: Path, rows: int = 48, seed: int = 0) -> str:
     return str(path)
 
 
-def pair_file(path: Path, rows: int = 48, seed: int = 0) -> str:
+def pair_file(path: Path, rows: int = 48, seed: int = 0, header=("sentence1", "sentence2", "label")) -> str:
     """Do both sentences tell the same?"""
     first, second = sentences(rows, seed), sentences(rows, seed + 1000)
     with open(path, "w", newline="") as file:
         rows_ = [(a, b, ("differ", "same")[i == j]) for (a, i), (b, j) in zip(first, second, strict=True)]
-        csv.writer(file).writerows([("sentence1", "sentence2", "label"), *rows_])
+        csv.writer(file).writerows([header, *rows_])
     return str(path)
 
 
@@ -89,6 +89,32 @@ def number_file(path: Path, rows: int = 48, seed: int = 0) -> str:
     with open(path, "w", newline="") as file:
         rows_ = [(text, label + 0.25) for text, label in sentences(rows, seed)]
         csv.writer(file).writerows([("sentence", "label"), *rows_])
+    return str(path)
+
+
+def embedding_folder(folder: Path, mode: str = "mean", **config) -> str:
+    """A sentence-transformers folder that normalizes its embeddings."""
+    model_folder(folder, **({"initializer_range": 0.2} | config))  # so that heads and neurons matter
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": False}))
+    return str(folder)
+
+
+def text_file(path: Path, rows: int = 200, seed: int = 0) -> str:
+    path.write_text("".join(f"{text}\n" for text, _ in sentences(rows, seed)))
+    return str(path)
+
+
+def scored_file(path: Path, rows: int = 40, seed: int = 0) -> str:
+    """Pairs of sentences, with the number of words that they share as score."""
+    first, second = ([text for text, _ in sentences(rows, seed + more)] for more in (0, 1000))
+    scored = [(a, b, len({*a.split()} & {*b.split()})) for a, b in zip(first, second, strict=True)]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("sentence1", "sentence2", "score"), *scored])
     return str(path)
 
 

@@ -376,11 +376,11 @@ def test_what_is_no_model_folder_is_refused_under_the_name_of_its_argument(here,
 
 
 def test_a_file_that_is_none_is_refused_under_the_name_of_its_argument(here, tmp_path):
-    (tmp_path / "rows.txt").write_text("text")
+    (tmp_path / "rows.text").write_text("text")
     wrong = {
         tmp_path: "is a folder, want a file",
         tmp_path / "gone.csv": "no such file",
-        tmp_path / "rows.txt": "unknown suffix '.txt', want .csv",
+        tmp_path / "rows.text": "unknown suffix '.text', want .csv",
         "": "'' is no file",
     }
     output = tmp_path / "out"

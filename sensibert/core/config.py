@@ -131,9 +131,10 @@ class TrimConfig:
     def parsed_grid(self) -> Grid | None:
         return parse_grid(self.grid)
 
-    def resolved(self) -> TrimConfig:
-        """Replace method and compensate by their defaults if they are None."""
-        method = self.method or ("obs" if self.grid == "unit" else "fisher")
+    def resolved(self, labels: bool = True) -> TrimConfig:
+        """Replace method and compensate by their defaults if they are None. labels: whether they can be drawn from the
+        outputs of the model."""
+        method = self.method or (("obs" if labels else "layer-obs") if self.grid == "unit" else "fisher")
         usual = method != BASELINE and STATISTICS[method].compensates
         return replace(self, method=method, compensate=usual if self.compensate is None else self.compensate)
 

@@ -15,6 +15,7 @@ from .settings import AT_LEAST_ONE, FRACTION, POSITIVE, check, setting
 
 SHAPES = ("oneshot", "cubic")
 RECOVERIES = ("rewarm", "continue")
+TRIM_START = 1 / 3
 REWARM_PEAK = 1.6  # times the peak learning rate
 SCHEDULE, RECOVERY = "Schedule", "Recovery after trimming"  # panels of the help
 
@@ -37,9 +38,9 @@ class Schedule:
         SHAPES,
         flag="schedule",
     )
-    trim_start: float = setting(
-        1 / 3, "Fraction of the steps before the first cut.", SCHEDULE, bound=FRACTION, was="warm_share",
-        show_default="1/3",
+    trim_start: float | None = setting(
+        None, "Fraction of the steps before the first cut.", SCHEDULE, bound=FRACTION, was="warm_share",
+        show_default="1/3, for embeddings 0",
     )  # fmt: skip
     trim_duration: float = setting(
         0.2,
@@ -85,13 +86,18 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.trim_start + (self.trim_duration if self.shape == "cubic" else 0) >= 1:
+        if self.start() + (self.trim_duration if self.shape == "cubic" else 0) >= 1:
             raise SensibertError("schedule: trim_start + trim_duration leave no steps to recover, want a sum below 1")
 
     @checked
-    def for_task(self, recovery: str) -> Schedule:
-        """With the task's default recovery where none was chosen."""
-        return replace(self, recovery=self.recovery or recovery)
+    def for_task(self, recovery: str, trim_start: float | None = None) -> Schedule:
+        """With the task's defaults where nothing was chosen."""
+        start = trim_start if self.trim_start is None else self.trim_start
+        return replace(self, recovery=self.recovery or recovery, trim_start=start)
+
+    def start(self) -> float:
+        """`trim_start`, or its default."""
+        return TRIM_START if self.trim_start is None else self.trim_start
 
     def dropout(self) -> float | None:
         """Dropout after the last cut; None: the model's own."""
@@ -107,7 +113,7 @@ class Schedule:
     @checked
     def cuts(self, total: int) -> dict[int, float]:
         """Step -> progress of the trimming after it: 0 is untrimmed, 1 the budget. total: steps of the run."""
-        first = min(max(1, round(self.trim_start * total)), total)
+        first = min(max(1, round(self.start() * total)), total)
         if self.shape == "oneshot":
             return {first: 1.0}
         length, cuts = self.trim_duration * total, {}
@@ -142,21 +148,25 @@ class Schedule:
     @checked
     def lr(self, baseline: bool = False, left: float = 0.5) -> Callable[[int, int], float]:
         """(step, total steps) -> factor on the peak learning rate: warm-up, then linear decay to 0. After the last cut
-        the same again, with the peak of `peak`. baseline: without a cut."""
+        the same again, with the peak of `peak`. With trim_start 0 nothing is learned before the first cut. baseline:
+        without a cut."""
 
         def line(step: int, total: int) -> float:
             return max(0.0, 1 - step / max(1, total))
 
         def factor(step: int, total: int) -> float:
             warm = max(1, round(self.warmup_ratio * total))
-            if step < warm:
+            cuts = {total: 1.0} if baseline else self.cuts(total)
+            last, at_once = max(cuts), not baseline and self.start() == 0
+            if at_once and step < min(cuts):
+                return 0.0
+            if step < (min(warm, last) if at_once else warm):
                 return (step + 1) / warm
-            last = max(self.cuts(total)) if not baseline else total
             if step < last or baseline:
                 return line(step, total)
             again = max(1, round(self.rewarm_ratio * total))
-            begin = line(last, total)
-            peak = self.peak(begin, left)
+            peak = self.peak(line(last, total), left)
+            begin = 0.0 if at_once and len(cuts) == 1 else line(last, total)
             if step < last + again:
                 return begin + (peak - begin) * (step - last + 1) / again
             return peak * max(0.0, (total - step) / max(1, total - last - again))

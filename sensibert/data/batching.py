@@ -39,6 +39,8 @@ class Collator:
                 for row, value in zip(padded, values):
                     row[: len(value)] = value
                 batch[name] = torch.from_numpy(padded)
+            elif isinstance(first, np.ndarray):
+                batch[name] = torch.from_numpy(np.stack(values))
             else:
                 batch[name] = torch.tensor(values)
         return batch
@@ -49,7 +51,7 @@ class Collator:
         if more and "attention_mask" not in batch:
             batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         return {
-            name: pad(value, (0, more), value=self.padding.get(name, 0)) if value.dim() == 2 else value
+            name: pad(value, (0, more), value=self.padding.get(name, 0)) if _of_tokens(value) else value
             for name, value in batch.items()
         }
 
@@ -60,6 +62,11 @@ class Collator:
     def _width(self, longest: int, multiple: int | None) -> int:
         width = longest + -longest % multiple if multiple else longest
         return width if self.max_length is None else max(longest, min(width, self.max_length))
+
+
+def _of_tokens(value: Tensor) -> bool:
+    """Whether it has a number for each token; vectors of items are floats."""
+    return value.dim() == 2 and not value.is_floating_point()
 
 
 def micro_batches(

@@ -22,8 +22,9 @@ IGNORED = -100  # the label that cross entropy ignores
 class Features(Dataset):
     """Items as dicts: input_ids, attention_mask, token_type_ids if the tokenizer has them, and labels.
 
-    per_token: name -> [all tokens], split into items by lengths [items]. per_item: name -> [items]. Items are in the
-    order of the rows. Flat arrays need a tenth of the memory of a list of Python integers per item."""
+    per_token: name -> [all tokens], split into items by lengths [items]. per_item: name -> [items], or vectors
+    [items, H]. Items are in the order of the rows. Flat arrays need a tenth of the memory of a list of Python integers
+    per item."""
 
     def __init__(self, per_token: dict[str, np.ndarray], per_item: dict[str, np.ndarray], lengths: np.ndarray) -> None:
         self.per_token, self.per_item = per_token, per_item
@@ -50,7 +51,13 @@ class Features(Dataset):
         tokens = slice(self.ends[i], self.ends[i + 1])
         item = {name: values[tokens].tolist() for name, values in self.per_token.items()}
         item["attention_mask"] = [1] * len(item["input_ids"])
-        return item | {name: values[i].tolist() for name, values in self.per_item.items()}
+        return item | {name: v[i].tolist() if v.ndim == 1 else v[i] for name, v in self.per_item.items()}
+
+    def part(self, begin: int, end: int) -> Features:
+        """Items begin to end, which share the memory of these."""
+        tokens, ends = slice(self.ends[begin], self.ends[end]), self.ends[begin : end + 1]
+        per_token = {name: values[tokens] for name, values in self.per_token.items()}
+        return Features(per_token, {name: values[begin:end] for name, values in self.per_item.items()}, np.diff(ends))
 
 
 class Windows(Features):

@@ -35,7 +35,7 @@ class Examples:
 
 
 def load_examples(source: str, split: str | None = None) -> Examples:
-    """Read a csv, tsv, jsonl, json or parquet file (each also with .gz), or the data set `name` or `name:config`.
+    """Read a csv, tsv, jsonl, json, parquet or txt file (each also with .gz), or the data set `name` or `name:config`.
 
     split: of a data set on the hub, by default 'train'. SensibertError if the data are missing, empty or malformed; it
     names the file and line."""
@@ -195,12 +195,18 @@ def _read_parquet(data: bytes, name: str) -> dict[str, list]:
         raise SensibertError(f"{name}: not parquet ({str(error).splitlines()[0]})") from error
 
 
+def _read_txt(data: bytes, name: str) -> dict[str, list]:
+    """One text a line; empty lines are left out."""
+    return {"text": [line.strip() for line in _decode(data, name).splitlines() if line.strip()]}
+
+
 READERS: dict[str, Callable[[bytes, str], dict[str, list]]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,
     "json": _read_json,
     "parquet": _read_parquet,
+    "txt": _read_txt,
 }
 
 

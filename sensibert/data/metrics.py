@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 TOP = 10  # rows of a ranking that count
+BLOCK = 1024  # rows whose similarities to all others are in memory at a time
 
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
@@ -37,6 +38,29 @@ def ranking_metrics(scores: np.ndarray, relevance: np.ndarray, queries: np.ndarr
         reciprocal.append(1 / (hits[0] + 1) if len(hits) else 0.0)
         gains.append(_dcg(ranked) / _dcg(np.sort(ranked)[::-1]))
     return {f"mrr@{TOP}": _mean(reciprocal), f"ndcg@{TOP}": _mean(gains)}
+
+
+def embedding_metrics(embeddings: np.ndarray, original: np.ndarray, neighbours: int = 10) -> dict[str, float]:
+    """Embeddings [rows, H] of two models -> recall_at_10, the share of the original's nearest neighbours by cosine that
+    are among the nearest here, and cosine, the mean cosine of the two."""
+    ours, theirs = unit(embeddings), unit(original)
+    k, hits = min(neighbours, len(ours) - 1), 0
+    for begin in range(0, len(ours), BLOCK):
+        near = [_nearest(vectors, begin, k) for vectors in (ours, theirs)]
+        hits += int((near[0][:, :, None] == near[1][:, None]).sum())
+    return {"recall_at_10": hits / (k * len(ours)), "cosine": float((ours * theirs).sum(1).mean())}
+
+
+def _nearest(vectors: np.ndarray, begin: int, k: int) -> np.ndarray:
+    """The k nearest other rows of each row of a block, in no order."""
+    similar = vectors[begin : begin + BLOCK] @ vectors.T
+    similar[np.arange(len(similar)), np.arange(begin, begin + len(similar))] = -np.inf
+    return np.argpartition(-similar, k - 1, axis=1)[:, :k]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The rows [rows, H] with length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def answer_metrics(predicted: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -68,5 +68,7 @@ class Packer:
             flat[0, :tokens] = values
             batch[name] = torch.from_numpy(flat)
         for name, values in self.features.per_item.items():
-            batch[name] = torch.tensor(values[order].tolist())  # as the padding collator does
+            chosen = values[order]
+            # as the padding collator does
+            batch[name] = torch.tensor(chosen.tolist()) if chosen.ndim == 1 else torch.from_numpy(chosen)
         return batch, lengths.tolist()

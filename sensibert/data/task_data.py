@@ -188,6 +188,9 @@ class TaskData:
         if np.isnan(logits[0]).any():
             bad = int(np.isnan(logits[0]).reshape(len(logits[0]), -1).any(1).sum())
             raise SensibertError(f"compute_metrics: {bad} of {len(logits[0])} predictions are NaN")
+        return self._metrics(data, logits, label_ids)
+
+    def _metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         return _METRICS[self.task.name](self, data, logits, label_ids)
 
     def _class_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:

@@ -12,8 +12,8 @@ from ..core.errors import SensibertError
 class Task:
     """A kind of task: its columns, its model head and its defaults.
 
-    input_columns, label_columns: alternatives; the first that the data have are used. recovery: the default of
-    `Schedule.recovery` for the task, chosen by the results in docs/method.md."""
+    input_columns, label_columns: alternatives; the first that the data have are used. recovery, trim_start: the
+    defaults of `Schedule` for the task, chosen by the results in docs/method.md."""
 
     name: str
     auto_class_name: str
@@ -22,6 +22,7 @@ class Task:
     main_metric: str
     max_length: int = 128
     recovery: str = "rewarm"
+    trim_start: float | None = None
 
 
 SENTENCES = (
@@ -34,6 +35,16 @@ SENTENCES = (
 )
 QUESTIONS = (("question", "context"),)
 WORDS = (("tokens",),)
+TEXTS = (
+    ("anchor", "positive", "negative"),
+    ("anchor", "positive"),
+    ("query", "positive", "negative"),
+    ("query", "positive"),
+    ("question", "answer"),
+    ("question", "context"),
+    *SENTENCES,
+)
+EMBEDDING = "embedding"
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -42,6 +53,7 @@ TASKS: dict[str, Task] = {
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
+        Task(EMBEDDING, "AutoModel", TEXTS, ("score", "similarity_score", "label"), "spearman", trim_start=0.0),
     )
 }
 

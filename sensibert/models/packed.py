@@ -21,7 +21,7 @@ from ..nn.packed_attention import Packing, packed_attention
 from .modules import attribute, base_of, embeddings_of, family_of
 
 ATTENTION = "sensibert_packed"
-POOLINGS = ("first", "mean")  # what a head can read of a row
+POOLINGS = ("first", "mean", "max")  # what a head can read of a row
 PROBE = (5, 3, 2)  # tokens of the rows that a model is tried on
 # The largest difference of their logits, as a fraction of the largest logit: in fp32, and in bf16 on a GPU.
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
@@ -57,8 +57,8 @@ AttentionInterface.register(ATTENTION, _attend)
 class PackedModel:
     """A transformers model, as it is now, on packed batches.
 
-    pooling (`pooling_of`): what the head reads of a row: "first", its first token, "mean", or None for all tokens.
-    dtype: of the encoder, if it is another than that of embeddings and head, as with bf16 working copies."""
+    pooling (`pooling_of`): what the head reads of a row: "first", its first token, "mean", "max", or None for all
+    tokens. dtype: of the encoder, if it is another than that of embeddings and head, as with bf16 working copies."""
 
     def __init__(self, model: nn.Module, pooling: str | None) -> None:
         self.model, self.pooling = model, pooling
@@ -128,6 +128,11 @@ class PackedModel:
             return hidden[0].index_select(0, begins)[:, None]
         place = torch.arange(hidden.shape[1], device=hidden.device)
         member = (place >= begins[:, None]) & (place < ends[:, None])  # [rows, T]
+        if self.pooling == "max":
+            # padding goes to a row of its own
+            row = torch.where(member.any(0), member.long().argmax(0), len(member))
+            none = hidden.new_full((len(member) + 1, hidden.shape[2]), torch.finfo(hidden.dtype).min)
+            return none.scatter_reduce(0, row[:, None].expand_as(hidden[0]), hidden[0], "amax")[:-1, None]
         share = member.to(hidden.dtype) / (ends - begins)[:, None]
         return (share @ hidden[0])[:, None]
 

@@ -12,12 +12,18 @@ from transformers import PreTrainedModel
 from ..core.errors import SensibertError
 
 INSIDE = "transformers_model"  # property of SentenceTransformer, SparseEncoder and CrossEncoder
+CLASSES = "ForSequenceClassification"  # the head of a CrossEncoder; that of a SparseEncoder gives term weights
 NOT_TEXTS = ("label", "prompt", "task", "dataset_name")  # in a batch of CrossEncoderTrainer, beside columns of texts
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether it is a SentenceTransformer, SparseEncoder or CrossEncoder."""
     return hasattr(type(model), INSIDE)
+
+
+def has_classes(model: nn.Module) -> bool:
+    """Whether labels can be drawn from the outputs, as far as the class tells: not from embeddings or term weights."""
+    return not is_wrapped(model) or type(inner_model(model)).__name__.endswith(CLASSES)
 
 
 def inner_model(model: nn.Module) -> nn.Module:

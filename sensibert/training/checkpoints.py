@@ -25,6 +25,8 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
 SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
+EMBEDDINGS = "embeddings.npy"  # in the folder of the run: those of the original model
+PART = ".part"  # suffix of a file that is being written
 MARKER = ".sensibert-run"  # in the folder of an unfinished run; the process that runs in it holds its lock
 # Arguments of a Trainer (numbers and texts) that the weights at a step depend on.
 LEARNS_BY = (
@@ -169,6 +171,8 @@ def _clear(folder: Path) -> None:
     for path in (folder / "final", folder / SNAPSHOT, *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+    (folder / EMBEDDINGS).unlink(missing_ok=True)
+    (folder / EMBEDDINGS).with_suffix(PART).unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

@@ -82,7 +82,19 @@ def test_a_plain_recovery_rises_the_more_is_cut_beyond_half():
 def test_the_task_says_how_to_recover_unless_the_user_does():
     assert Schedule().for_task("continue").recovery == "continue"
     assert Schedule(recovery="rewarm").for_task("continue").recovery == "rewarm"
-    assert [task.recovery for task in TASKS.values()] == ["rewarm", "rewarm", "continue", "rewarm"]
+    assert [task.recovery for task in TASKS.values()] == ["rewarm", "rewarm", "continue", "rewarm", "rewarm"]
+    assert Schedule().for_task("rewarm").cuts(300) == {100: 1.0}
+    assert Schedule().for_task("rewarm", 0.0).cuts(300) == {1: 1.0}
+    assert Schedule(trim_start=0.5).for_task("rewarm", 0.0).cuts(300) == {150: 1.0}
+
+
+def test_a_cut_at_the_start_comes_before_anything_is_learned():
+    lr = Schedule(trim_start=0.0, rewarm_ratio=0.1).lr()
+    rates = [lr(step, 100) for step in range(101)]
+    assert rates[0] == 0 and rates[1:11] == pytest.approx([REWARM_PEAK * i / 10 for i in range(1, 11)])
+    assert rates[11:] == sorted(rates[11:], reverse=True) and rates[100] == 0
+    cubic = Schedule("cubic", trim_start=0.0, trim_duration=0.2, warmup_ratio=0.1).lr()
+    assert [cubic(step, 100) for step in (0, 1, 9, 15)] == pytest.approx([0, 0.2, 1, 0.85])
 
 
 def test_the_baseline_has_one_line():

@@ -67,6 +67,16 @@ def test_labels_keep_their_type():
     assert Collator(0)([features[0], features[1]])["labels"].dtype == torch.int64
 
 
+def test_labels_may_be_vectors():
+    features = encode_text([["bad", "good film"]], word_piece(), 8)
+    features.per_item["labels"] = np.arange(12, dtype=np.float32).reshape(2, 6)
+    batch = Collator(0)([features[1], features[0]])
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [[6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]]
+    longer = Collator(0).extended(batch, 8)
+    assert longer["input_ids"].shape == (2, 8) and torch.equal(longer["labels"], batch["labels"])
+
+
 def test_micro_batches_hold_random_rows_once_each_by_falling_length():
     features = encode_text([[" ".join(["film"] * length) for length in (1, 5, 3, 2, 4, 6, 7)]], word_piece(), 16)
     batches = list(micro_batches(features, Collator(0), samples=5, size=2, seed=0))

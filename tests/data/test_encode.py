@@ -144,3 +144,14 @@ def test_a_stride_that_leaves_no_step_is_named():
         encode_questions(QUESTIONS, [CONTEXT] * 2, [[], []], word_piece(), 40, 18)
     with pytest.raises(SensibertError, match="doc_stride is -1, want 0 to 17"):
         encode_questions(QUESTIONS, [CONTEXT] * 2, [[], []], word_piece(), 40, -1)
+
+
+def test_a_part_shares_the_items_in_a_range():
+    features = encode_text([["the film", "bad", "a good film", "great"]], word_piece(), 8)
+    features.per_item["labels"] = np.arange(8.0).reshape(4, 2)
+    part = features.part(1, 3)
+    assert len(part) == 2 and part.lengths == features.lengths[1:3]
+    for i in range(2):
+        mine, whole = part[i], features[1 + i]
+        assert mine.pop("labels").tolist() == whole.pop("labels").tolist() and mine == whole
+    assert np.shares_memory(part.per_token["input_ids"], features.per_token["input_ids"])

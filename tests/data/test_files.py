@@ -121,7 +121,11 @@ BROKEN = {
     "uneven columns": ("x.json", '{"a": [1, 2], "b": [1]}', "x.json: columns differ in length (a 2, b 1)"),
     "half squad": ("x.json", '{"data": [{"paragraphs": [{}]}]}', "'data' holds paragraphs but is not a SQuAD file"),
     "deep json": ("x.json", "[" * 200_000, "x.json: JSON nested too deeply"),
-    "suffix": ("x.xlsx", "PK", "x.xlsx: unknown suffix '.xlsx', want .csv, .tsv, .jsonl, .json, .parquet, each also"),
+    "suffix": (
+        "x.xlsx",
+        "PK",
+        "x.xlsx: unknown suffix '.xlsx', want .csv, .tsv, .jsonl, .json, .parquet, .txt, each also",
+    ),
     "no gzip": ("x.csv.gz", "sentence,label\n", "x.csv.gz is not a complete gzip file (Not a gzipped file"),
     "cut gzip": ("x.csv.gz", gzip.compress(b"sentence,label\na,1\n" * 50)[:40], "x.csv.gz is not a complete gzip file"),
     "no parquet": ("x.parquet", "PAR", "x.parquet: not parquet ("),

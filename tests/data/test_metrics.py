@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 
+from sensibert.data import metrics
 from sensibert.data.metrics import (
     answer_f1,
     answer_metrics,
     classification_metrics,
+    embedding_metrics,
     entities,
     normalize_answer,
     ranking_metrics,
     regression_metrics,
     tagging_metrics,
+    unit,
 )
 
 
@@ -141,3 +144,26 @@ def test_tags_in_lower_case_are_the_same_entities():
     tags = ["B-PER", "I-PER", "O", "B-LOC", "O"]
     spans = [(first, last) for _, first, last in entities(tags)]
     assert [(first, last) for _, first, last in entities([tag.lower() for tag in tags])] == spans == [(0, 1), (3, 3)]
+
+
+def test_neighbours_kept_and_cosine_by_hand(monkeypatch):
+    original = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [-1, 0.0]])
+    assert embedding_metrics(2 * original, original, 1) == pytest.approx({"recall_at_10": 1.0, "cosine": 1.0})
+    moved = original.copy()
+    moved[4] = [1, 0.05]  # now nearest to 0 and 1, and they to it
+    monkeypatch.setattr(metrics, "BLOCK", 2)
+    found = embedding_metrics(moved, original, 1)
+    assert found["recall_at_10"] == pytest.approx(2 / 5)
+    assert found["cosine"] == pytest.approx((4 - 1 / np.sqrt(1 + 0.05**2)) / 5)
+    assert embedding_metrics(moved, original, 10)["recall_at_10"] == 1.0  # all others are among so many
+
+
+def test_neighbours_are_the_same_in_blocks(monkeypatch):
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(size=(2, 40, 6))
+    cosine = [unit(vectors) @ unit(vectors).T - 9 * np.eye(40) for vectors in (ours, theirs)]
+    near = [[set(np.argsort(-row)[:10]) for row in similar] for similar in cosine]
+    expected = np.mean([len(a & b) / 10 for a, b in zip(*near, strict=True)])
+    assert embedding_metrics(ours, theirs)["recall_at_10"] == pytest.approx(expected)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert embedding_metrics(ours, theirs)["recall_at_10"] == pytest.approx(expected)

@@ -65,6 +65,13 @@ def test_labels_of_tokens_and_numbers_and_answers():
     assert numbers["labels"].dtype == torch.float32 and numbers["labels"].tolist() == [1.5, 0.5]
 
 
+def test_vectors_of_rows_keep_their_order():
+    data = features([2, 3])
+    data.per_item["labels"] = np.array([[1, 2], [3, 4]], np.float32)
+    batch, lengths = Packer(data, 2, {})([0, 1])
+    assert lengths == [3, 2] and batch["labels"].tolist() == [[3, 4], [1, 2]]
+
+
 def test_a_batch_beyond_the_largest_total_is_rounded_up_alone():
     packer = Packer(features([4] * 50 + [400]), 4, {})
     assert packer.total(packer.totals[-1] + 1) == packer.totals[-1] + ROUND

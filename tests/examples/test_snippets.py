@@ -80,6 +80,10 @@ def here(tmp_path, monkeypatch):
     runs.tag_file(tmp_path / "tags.jsonl")
     runs.question_file(tmp_path / "squad-train.jsonl")
     runs.question_file(tmp_path / "squad-dev.jsonl", seed=1)
+    runs.embedding_folder(tmp_path / "all-MiniLM-L6-v2")
+    runs.text_file(tmp_path / "texts.txt")
+    runs.pair_file(tmp_path / "triplets.csv", header=("anchor", "positive", "negative"))
+    runs.scored_file(tmp_path / "similar.csv")
     return tmp_path
 
 
