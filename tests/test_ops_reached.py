@@ -11,8 +11,8 @@ from tests import runs
 from tests.runs import command
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-# What a run calls on every grid: its optimizer, which also ranks the tensors, and one call for all tensors of the trim or
-# all working copies.
+# What a run calls on every grid: its optimizer, which also ranks the tensors, and one call for all tensors of the trim
+# or for all working copies.
 ALWAYS = {"masked_adamw", "gather_kept"}
 SCORES_BLOCKS = {"block_sensitivity", "select_threshold", "masked_linear"}
 EXPECTED = {"unit": ALWAYS, "element": ALWAYS | SCORES_BLOCKS, "block16": ALWAYS | SCORES_BLOCKS}
