@@ -1,4 +1,4 @@
-# Two commands from a bare clone: `make demo` runs the main job, `make test` the tests. Both make their own .venv first.
+# From a bare clone: `make demo` runs the main job, `make demo-embeddings` that of embedding models, `make test` the tests. They make their own .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 # What to ask pip for to get torch. On Linux the plain request may bring the CUDA build; for the (smaller) CPU build name its index:
@@ -13,10 +13,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format dist bench readme docs kernels install clean
+.PHONY: demo demo-embeddings test lint format dist bench readme docs kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+demo-embeddings: $(VENV)/.demo
+	$(BIN)/python examples/demo_embeddings.py
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

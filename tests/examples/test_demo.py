@@ -1,4 +1,4 @@
-"""The whole of examples/demo.py on a tiny model and two small libraries, with its second process."""
+"""The whole of both demos on a tiny model and two small libraries, that of examples/demo.py with its second process."""
 
 import re
 import sys
@@ -28,8 +28,8 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "packaged_model", lambda: base)
     monkeypatch.setattr(docstrings, "sources", lambda: libraries)
     yield demo
-    for name in ("demo", "docstrings"):
-        sys.modules.pop(name)
+    for name in ("demo", "demo_embeddings", "docstrings"):
+        sys.modules.pop(name, None)
 
 
 def test_it_trims_compares_and_reloads(demo, tmp_path, capfd):
@@ -41,3 +41,16 @@ def test_it_trims_compares_and_reloads(demo, tmp_path, capfd):
     trimmed = re.search(r"accuracy on the validation set +[\d.]+ % +([\d.]+) %", printed)[1]
     assert re.search(r"Reloaded from .*: accuracy ([\d.]+) %", printed)[1] == trimmed
     assert len(re.findall(r"^ +(?:alpha|beta) +\d+ %  ", printed, flags=re.MULTILINE)) == len(demo.LINES)
+
+
+def test_an_embedding_model_is_trimmed_without_labels_and_searched(demo, tmp_path, capfd, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    import demo_embeddings
+
+    base = model_folder(tmp_path / "encoder", max_position_embeddings=128)
+    monkeypatch.setattr(demo_embeddings, "packaged_model", lambda: base)
+    demo_embeddings.main(["--output", str(tmp_path / "out"), "--max-steps", "4"])
+    printed = capfd.readouterr().out
+    before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", printed).groups()
+    assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
+    assert printed.count("\n  original  ") == printed.count("\n  trimmed   ") == len(demo_embeddings.QUERIES)
