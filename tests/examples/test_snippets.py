@@ -54,7 +54,7 @@ def complaint(words: list[str], fails: bool) -> str | None:
             return None if done.code == 2 and len(done.err.splitlines()) == 1 else f"exit code {done.code}: {done.err}"
         return f"exit code {done.code}: {done.err}" if done.code else None
     if program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         return None if rest[0] in targets else f"{rest[0]} is no target of the Makefile"
     if program == "pip":
         wanted = set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", rest[-1]))))
