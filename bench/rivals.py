@@ -5,6 +5,7 @@ returns a plan. Trimming, recovery, steps and learning rates are those of `recip
 
 uniform          our statistic, the same share of every site (`--allocation uniform`)
 layers           keeps the lowest layers and drops the upper ones (Sajjad et al., arXiv 2004.03844)
+spread layers    keeps layers at equal distances, as the examples of sentence-transformers do
 torch-pruning    Torch-Pruning (Fang et al., arXiv 2301.12900): its dependency graph, its group importance with its own
                  normalisation, its global ranking of heads and of FFN channels at one pruning ratio for both; the
                  ratio is searched so that the result is at or just below the budget. Taylor importance from gradients
@@ -40,15 +41,17 @@ COARSE, FINE = 16, 8  # ratios tried in order, then bisections of the last inter
 
 
 class Layers:
-    """Keeps the lowest layers: the largest number within the budget, or the nearest one where that is far below it.
+    """Keeps the lowest layers, or some at equal distances: the largest number within the budget, or the nearest one
+    where that is far below it.
 
-    The upper layers pass their input on unchanged until `finish` writes the shallow model: a plan alone would leave
-    their layer norms in place."""
+    The others pass their input on unchanged until `finish` writes the shallow model: a plan alone would leave their
+    layer norms in place."""
 
-    def __init__(self, tolerance: float = 0.02):
+    def __init__(self, tolerance: float = 0.02, spread: bool = False):
         self.tolerance = tolerance  # how far below the budget is still "close", as a share of the dense model
+        self.spread = spread
         self.model: nn.Module | None = None
-        self.kept = 0
+        self.kept: list[int] = []
 
     def __call__(self, model: nn.Module, batches: Batches, budget: Budget) -> Plan:
         layout, stack = layout_of(model), layers(model)
@@ -57,10 +60,13 @@ class Layers:
         fitting = max((n for n, size in enumerate(sizes) if size <= allowed), default=0)
         if allowed - sizes[fitting] > self.tolerance * sizes[-1] or not fitting:
             fitting = min(range(1, len(sizes)), key=lambda n: abs(sizes[n] - allowed))
-        self.model, self.kept = model, fitting
-        for _, layer in stack[fitting:]:
-            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-        keep = {s.name: torch.full((s.units,), s.layer < fitting) for s in layout.sites}
+        self.model, self.kept = model, list(range(fitting))
+        if self.spread:
+            self.kept = [place * len(stack) // fitting for place in range(fitting)]
+        for number, (_, layer) in enumerate(stack):
+            if number not in self.kept:
+                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        keep = {s.name: torch.full((s.units,), s.layer in self.kept) for s in layout.sites}
         for site in layout.sites:
             keep[site.name][: site.minimum] = True
         return UnitPlan(layout, keep, budget, "layers")
@@ -78,8 +84,9 @@ class Layers:
         """Write the model without the dropped layers in place of the folder's; returns its encoder parameters."""
         path = family_of(self.model).layers.removesuffix(".*")
         owner, _, name = path.rpartition(".")
-        setattr(attribute(base_of(self.model), owner), name, attribute(base_of(self.model), path)[: self.kept])
-        self.model.config.num_hidden_layers = self.kept
+        stack = attribute(base_of(self.model), path)
+        setattr(attribute(base_of(self.model), owner), name, nn.ModuleList(stack[number] for number in self.kept))
+        self.model.config.num_hidden_layers = len(self.kept)
         tokenizer = load(str(folder))[1]
         shutil.rmtree(folder)
         self.model.save_pretrained(folder)
@@ -212,6 +219,7 @@ class Simulated:
 
 RIVALS = {
     "layers": Layers,
+    "spread layers": lambda: Layers(spread=True),
     "torch-pruning": lambda: TorchPruning("taylor"),
     "torch-pruning-magnitude": lambda: TorchPruning("magnitude"),
 }
