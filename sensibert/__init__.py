@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .core.grid import Grid
     from .core.layout import Layout, Site
     from .core.schedule import Schedule
+    from .decide import trim_model
     from .models import families, layout_of
     from .nn import MaskedLinear, replace, restore
     from .ops.block_sensitivity import block_sensitivity
@@ -50,6 +51,7 @@ _HOME = {
     "core.grid": ("Grid",),
     "core.layout": ("Layout", "Site"),
     "core.schedule": ("Schedule",),
+    "decide": ("trim_model",),
     "models": ("families", "layout_of"),
     "nn": ("MaskedLinear", "replace", "restore"),
     "ops": ("Selection", "block_sensitivity", "gather_kept", "masked_adamw", "masked_linear", "select_threshold"),
@@ -101,6 +103,7 @@ __all__ = [
     "select_threshold",
     "slice_state",
     "trim",
+    "trim_model",
 ]
 
 

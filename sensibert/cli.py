@@ -158,7 +158,9 @@ EXTRA = {
         False,
     ),
     "folder": _parameter("folder", str, typer.Argument(help="A model folder, trimmed or not.")),
-    "plan": _parameter("plan", str, typer.Option(help="Plan file of `sensibert plan`.")),
+    "plan": _parameter(
+        "plan", str | None, typer.Option(help="Plan file of `sensibert plan`; without one, a training file."), None
+    ),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
 PATHS = ("folder", "model", "output", "plan", "sensitivity")  # in which ~ is the home folder; Options has others
@@ -185,6 +187,13 @@ def _command(names: Iterable[str], name: str | None = None, **changed: dict[str,
 def _options(values: dict[str, Any], **more: Any) -> Options:
     given = {name: value for name, value in values.items() if name in all_names() and value is not None}
     return Options.from_settings(given | more)
+
+
+def _want_plan_alone(context: typer.Context) -> None:
+    """SensibertError for an option of the trim without a plan."""
+    given = [name for name in OF_ONE_STEP if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise SensibertError(f"{given[0]} and plan are both given, want one of them: a plan has its budget")
 
 
 def _show_version(requested: bool) -> None:
@@ -308,18 +317,30 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], result, f"{made.table()}\n\n{_sizes(result)}{_written(result)}")
 
 
-@_command(["model", "output", "plan", "config", "layout", "overwrite", "dry_run", "as_json"])
+OF_ONE_STEP = (
+    *("train_file", "budget", "method", "scope", "flops_length", "width_multiple", "allocation", "grid", "samples"),
+    *("micro_batch", "compensate", *DATA_NAMES, "seed"),
+)
+
+
+@_command(["model", "output", "plan", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"])
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
-    """Trim a model by a plan, without training, and write the folder.
+    """Trim a model without training, by a plan, or to a budget on a training file, and write the folder.
 
     \b
-    Example:
+    Examples:
       sensibert trim --model tuned --plan plan.safetensors --output small
+      sensibert trim --model all-MiniLM-L6-v2 --train-file texts.txt \\
+          --budget 50%params --output small
     """
-    from .commands import trim_folder
+    from .commands import trim_folder, trim_on_data
 
-    names = ("model", "plan", "output", "layout", "overwrite", "dry_run")
-    result = trim_folder(*(values[name] for name in names))
+    if values["plan"] is None:
+        result = trim_on_data(_options(values), values["dry_run"])
+    else:
+        _want_plan_alone(context)
+        names = ("model", "plan", "output", "layout", "overwrite", "dry_run")
+        result = trim_folder(*(values[name] for name in names))
     _print(values["as_json"], result, f"{_sizes(result)}{_written(result)}")
 
 

@@ -26,6 +26,7 @@ from .data.embedding_data import EmbeddingData
 from .data.files import Examples
 from .data.task_data import ONE_LOGIT, TaskData
 from .data.tasks import EMBEDDING, PRESETS, get_task
+from .decide import cut_once
 from .inputs import (
     check_family,
     check_room,
@@ -180,6 +181,37 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
 
 
+def trim_on_data(options: Options, dry_run: bool) -> dict:
+    """Trim the model in a folder to a budget on a training file, without training, and export it."""
+    if options.train_file is None and options.task not in PRESETS:
+        raise SensibertError("plan and train_file are missing, want one of them")
+    inputs = {"model": options.model, "train_file": options.train_file}
+    check_output(options.output, options.overwrite)
+    check_apart(options.output, **inputs)
+    options = options.resolved()
+    config = options.trim
+    if not config.trims:
+        raise SensibertError(f"method is {config.method!r}, which trims nothing, want another")
+    model, data = _model_and_data(options, "train", embeds=True)
+    rows = data.train
+    assert rows is not None  # of this role
+
+    def batches(samples: int, size: int) -> Iterator[dict[str, Tensor]]:
+        return micro_batches(rows, data.collator, samples, size, options.seed)
+
+    assert options.batch_size is not None  # of resolved options
+    samples = min(config.samples, len(rows))
+    plan = cut_once(model, config, batches, samples, options.batch_size, options.seed, autocast=options.autocast())
+    if not dry_run:
+        info: dict[str, object] = {"method": plan.method, "budget": str(plan.budget), "task": data.task.name}
+        info["max_length"] = options.max_length or data.task.max_length
+        encoder = model.base_model if isinstance(model, EmbeddingModel) else model
+        tokenizer = load_tokenizer(options.model)
+        with writing(options.output):
+            export(encoder, options.output, tokenizer, options.layout, info=info, overwrite=options.overwrite)
+    return {"model": options.model, **plan_result(plan), "output": None if dry_run else options.output}
+
+
 def _task_of(model: PreTrainedModel, options: Options) -> str:
     """The task of a fine-tuned model: the one requested, the one noted in its folder, or the one of its head."""
     known = options.task or (getattr(model.config, "sensibert", None) or {}).get("task")
@@ -206,8 +238,12 @@ def _noted_lengths(model: str) -> dict:
     return {}
 
 
-def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel | EmbeddingModel, TaskData]:
-    """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels."""
+def _model_and_data(
+    options: Options, role: str, embeds: bool = False
+) -> tuple[PreTrainedModel | EmbeddingModel, TaskData]:
+    """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels.
+
+    embeds: whether a model without a head counts as an embedding model."""
     if role == "validation" and options.validation_file is None and options.task not in PRESETS:
         raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
     examples = training_examples(options) if role == "train" else validation_examples(options)
@@ -217,7 +253,8 @@ def _model_and_data(options: Options, role: str) -> tuple[PreTrainedModel | Embe
     noted = _noted_lengths(options.model) | (getattr(model.config, "sensibert", None) or {})
     options = replace(options, max_length=options.max_length or noted.get("max_length"))
     train, validation = (examples, None) if role == "train" else (None, examples)
-    if (options.task or noted.get("task")) == EMBEDDING:
+    embeds = embeds and options.task is None and base_of(model) is model
+    if embeds or (options.task or noted.get("task")) == EMBEDDING:
         return _embedding_model_and_data(options, model, tokenizer, train, validation)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")

@@ -1,23 +1,27 @@
-"""One decision: factors -> scores -> plan, for one cut of a model in training."""
+"""One decision: factors -> scores -> plan, for one cut of a model in training, or of one that is not trained at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import allocate
+from .core import cost
+from .core.arguments import checked
 from .core.artifacts import Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
 from .core.statistics import STATISTICS
-from .models import layout_of
-from .sensitivity import analyze, collect_factors
-from .sensitivity.gradients import Loss
-from .trimming import compensate
+from .models import base_of, layout_of
+from .models.unfinished import note_budget
+from .models.wrapped import has_classes, inner_model, is_wrapped
+from .sensitivity import analyze, collect_factors, sampled_loss
+from .sensitivity.gradients import Batch, Loss
+from .trimming import compensate, trim
 
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
@@ -63,3 +67,52 @@ def decide(
         assert factors is not None  # collected above
         compensate(model, plan, factors)
     return Decision(plan, sensitivity)
+
+
+@checked
+def trim_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: TrimConfig | str = "50%params",
+    loss: Loss = sampled_loss,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> nn.Module:
+    """Trim a model to a budget without training it: analyze, allocate, compensate, trim. In place; returns the model.
+
+    model: of transformers, or a SentenceTransformer, SparseEncoder or CrossEncoder. batches: dicts of tensors, inputs
+    of the (inner) model, no labels needed by the default method; some hundred rows are enough. For `fisher` 1 to 8 rows
+    each. config: a `TrimConfig`, whose schedule and samples are not used, or a budget as text; its method is by default
+    `obs`, and `layer-obs` for a model without a head of classes. loss, seed, autocast: see `analyze`. SensibertError
+    for a budget that the model cannot meet, or what `analyze` refuses; the model is then unchanged."""
+    config = config if isinstance(config, TrimConfig) else TrimConfig(config)
+    inner = inner_model(model)
+    headless = base_of(inner) is inner or not has_classes(model)
+    config = config.resolved(labels=not headless or loss is not sampled_loss)
+    if not config.trims:
+        raise SensibertError(f"trim_model: method is {config.method!r}, which trims nothing, want another")
+    rows = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
+    for batch in rows if is_wrapped(model) else ():  # whose features hold more than tensors
+        for name in [name for name, value in batch.items() if not isinstance(value, Tensor)]:
+            del batch[name]
+    cut_once(inner, config, lambda *_: iter(rows), 0, 0, seed, loss, autocast)  # as many rows as there are
+    return model
+
+
+def cut_once(
+    model: nn.Module,
+    config: TrimConfig,
+    batches: Batches,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    loss: Loss = sampled_loss,
+    autocast: torch.dtype | None = None,
+) -> Plan:
+    """Decide and trim, in place, to the whole budget. Arguments as for `decide`."""
+    layout, budget, grid = layout_of(model), config.parsed_budget(), config.parsed_grid()
+    cost.want_reach(layout, budget, grid)
+    plan = decide(model, config, budget, batches, samples, batch_size, seed, loss, autocast).plan
+    trim(model, plan)
+    note_budget(model, budget, cost.limit(layout, budget, grid))
+    return plan
