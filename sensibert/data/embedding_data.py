@@ -23,9 +23,8 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 LEAST = 20  # different texts
-HELD_OUT = (
-    1000  # texts of the training file, at most a tenth of them, that are not trained on without a validation file
-)
+# Texts of the training file, at most a tenth of them, that are not trained on where there is no validation file.
+HELD_OUT = 1000
 LONGEST = 512  # tokens, where neither folder nor tokenizer has a limit
 
 

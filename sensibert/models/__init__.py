@@ -6,10 +6,9 @@ from .layout_of import layout_of, sites
 from .modules import base_of, embeddings_of, family_of, layers
 
 __all__ = [
-    "Losses",
-    "quick_attention",
     "Axis",
     "Family",
+    "Losses",
     "base_of",
     "base_type",
     "layout_of",
@@ -18,5 +17,6 @@ __all__ = [
     "families",
     "family_of",
     "layers",
+    "quick_attention",
     "sites",
 ]

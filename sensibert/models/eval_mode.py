@@ -57,9 +57,8 @@ class Losses:
         self.samples = 0
         self._losses: list[tuple[int, Tensor]] = []  # samples before it, and the loss
 
-    def add(self, loss: Tensor, samples: int) -> int:
-        """Returns `samples`, the number of rows of the batch. SensibertError if the loss is no scalar tensor, or has no
-        gradient."""
+    def add(self, loss: Tensor, samples: int) -> None:
+        """samples: rows of the batch. SensibertError if the loss is no scalar tensor, or has no gradient."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else show(loss)
             raise SensibertError(f"analyze: the loss is {came}, want a scalar tensor")
@@ -67,7 +66,6 @@ class Losses:
             raise SensibertError("analyze: the loss has no gradient, want one of the model's outputs, not detached")
         self._losses.append((self.samples, loss.detach().flatten()))
         self.samples += samples
-        return samples
 
     def check(self) -> None:
         """SensibertError for the first loss that is NaN or inf."""

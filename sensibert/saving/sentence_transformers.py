@@ -16,8 +16,9 @@ from transformers.utils import cached_file
 
 from ..core.errors import SensibertError
 from ..models import base_of
+from ..models.pooling import MODULES
+from ..models.pooling import PROMPTS as SETTINGS
 
-MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 # Settings of the first module, the transformers model; the later names are of old folders.
 FIRST = (
     *("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"),

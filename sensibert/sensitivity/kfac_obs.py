@@ -177,7 +177,7 @@ def collect_factors(
     autocast: torch.dtype | None = None,
 ) -> dict[str, FisherFactors]:
     """Name of each consuming weight -> its factors. One forward and one backward pass per batch, or two backward passes
-    if the batch has labels. The model is not changed, and nothing is read from the device before the last batch.
+    if the batch has labels. The model is not changed. The losses are read from the device after the last batch.
 
     sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
     passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
@@ -210,7 +210,8 @@ def collect_factors(
                     losses.samples += batch_size(batch)
                 else:
                     drawn, given = sampled_loss(outputs, batch, generator), model_loss(outputs)
-                    rows = losses.add(drawn, batch_size(batch))
+                    rows = batch_size(batch)
+                    losses.add(drawn, rows)
                     groups.add_gradients(calls, drawn * rows, None if given is None else given * rows)
                 calls.clear()
     finally:

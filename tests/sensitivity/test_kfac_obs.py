@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sensibert.allocation.allocate import allocate
 from sensibert.core.artifacts import Sensitivity
@@ -16,6 +15,7 @@ from sensibert.sensitivity.analyze import analyze
 from sensibert.sensitivity.gradients import given_loss
 from sensibert.sensitivity.kfac_obs import collect_factors
 from tests.helpers import tiny_batch, tiny_model
+from tests.sensitivity.test_removal import Counting
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -132,19 +132,6 @@ def test_wide_layers_are_added_up_in_panels_and_in_half_precision_too():
         assert half[site].isfinite().all() and torch.corrcoef(torch.stack([expected, half[site]]))[0, 1] > 0.95
 
 
-class Counting(TorchDispatchMode):
-    """Counts the ops of a context, and those that read a number from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops += not func.is_view
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def counted(function):
     with Counting() as counting:
         function()
@@ -167,8 +154,8 @@ def test_sums_launch_little_beside_the_passes_and_read_nothing_from_the_device()
 
         alone = counted(passes)
         ours = counted(lambda: collect_factors(model, layout, batches, sampled_loss))  # noqa: B023
-        ops[layers] = (ours.ops - alone.ops) / len(batches)
-        assert ours.reads == alone.reads
+        ops[layers] = (ours.launched - alone.launched) / len(batches)
+        assert ours.read == alone.read
     assert ops[2] <= 50 and ops[6] <= ops[2] + 20
 
 
