@@ -255,6 +255,7 @@ def _model_and_data(
     train, validation = (examples, None) if role == "train" else (None, examples)
     embeds = embeds and options.task is None and base_of(model) is model
     if embeds or (options.task or noted.get("task")) == EMBEDDING:
+        options = replace(options, task=EMBEDDING)  # refuses the methods that its loss rules out
         return _embedding_model_and_data(options, model, tokenizer, train, validation)
     if base_of(model) is model:
         raise SensibertError(f"model: {options.model} has no task head, want a fine-tuned model (sensibert finetune)")

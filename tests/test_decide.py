@@ -108,4 +108,6 @@ def test_a_plan_and_a_training_file_exclude_each_other(here, tmp_path):
     assert neither.code == 2 and "plan and train_file are missing, want one of them" in neither.err
     none = command(*requested, "--train-file", here / "texts.txt", "--method", "baseline")
     assert none.code == 2 and "method is 'baseline', which trims nothing" in none.err
+    flat = command(*requested, "--train-file", here / "texts.txt", "--method", "taylor")  # of a model without a head
+    assert flat.code == 2 and "the loss has no gradient before the cut; want obs, layer-obs" in flat.err
     assert not (tmp_path / "small").exists()
