@@ -2,6 +2,7 @@
 
     python bench/bench_cost.py --model MODEL --train-file F [--epochs 1] [--budgets 50%params 30%params]
     ... --model FOLDER --name bert-base --batch-size 128     # the row calls the model NAME
+    ... --options=--freeze-embeddings                        # of the trimming run; the row names them
 
 A run is warm-up, analysis, cut, recovery and saving. Measured are processor seconds (user and system) of the process
 `sensibert finetune`, minus those of a run of one step, since importing, reading and saving take the same time in both.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -69,19 +71,22 @@ def main() -> None:
     parser.add_argument("--name", help="of the model, for the row")
     parser.add_argument("--precision", choices=PRECISIONS, default=Options.precision)
     parser.add_argument("--budgets", nargs="+", default=["50%params"])
+    parser.add_argument("--options", default="", help="of `sensibert finetune`, for the run that trims")
     arguments = parser.parse_args()
     precision = "--precision", arguments.precision
     length = "--epochs", str(arguments.epochs), *precision
     baseline = "--method", "baseline"
     (start,) = side_by_side(partial(Run, arguments, *baseline, "--max-steps", "1", *precision))
     for budget in arguments.budgets:
+        trimming = "--budget", budget, *shlex.split(arguments.options)
         dense, ours = side_by_side(
-            partial(Run, arguments, *baseline, *length), partial(Run, arguments, "--budget", budget, *length)
+            partial(Run, arguments, *baseline, *length), partial(Run, arguments, *trimming, *length)
         )
         case = f"{arguments.name} " if arguments.name else ""
         case += f"{Path(arguments.train_file).parent.name} {budget} {arguments.epochs:g} epochs"
         case += f" {arguments.precision}" if arguments.precision != Options.precision else ""
         case += f" batch {arguments.batch_size}" if arguments.batch_size else ""
+        case += f" {arguments.options}" if arguments.options else ""
         metrics = ["processor_s"] + (["wall_s"] if DEVICE == "cuda" else [])
         for number, metric in enumerate(metrics):
             value, rival = ours[number] - start[number], dense[number] - start[number]
