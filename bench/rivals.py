@@ -189,7 +189,7 @@ class Simulated:
                 num_heads=dict(self.heads),
                 in_channel_groups={},
                 out_channel_groups={},
-                output_transform=lambda out: sum(value.sum() for value in out.to_tuple()),
+                output_transform=lambda out: sum(value.sum() for value in out.values()),
                 ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear) and m not in roots],
             )
         self.importance = {}
