@@ -44,6 +44,7 @@ OURS = {
     "element": {"grid": "element"},
     "block64": {"grid": "block64"},
 }
+SCORES = {"cola": "matthews"}  # sets with a score of their own; otherwise that of the task
 OURS |= {name: {"method": name} for name in ("fisher", "magnitude", "random")}
 # Options that change nothing before the cut: runs that differ in these alone share their warm-up.
 AFTER_THE_CUT = {"method", "allocation", "width_multiple", "grid", "samples", "micro_batch", "compensate", "schedule"}
@@ -175,7 +176,7 @@ def run(arguments: argparse.Namespace, key: dict, work: Path) -> dict:
         dense = min(partial.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         shutil.move(dense, warm / dense.name)
         shutil.rmtree(partial)
-    metric = get_task(scored["task"]).main_metric
+    metric = SCORES.get(key["task"], get_task(scored["task"]).main_metric)
     kept = ("steps", "encoder_params_before", "encoder_params_after", "flops_before", "flops_after", "seconds")
     facts = {"metric": metric, "score": scored["metrics"][metric], **{name: result[name] for name in kept}}
     facts["dense_steps"] = dense_steps(options, result)

@@ -122,7 +122,7 @@ def test_people_get_tables(chain):
 @pytest.mark.parametrize(
     "write, metrics",
     [
-        pytest.param(runs.pair_file, {"accuracy", "f1"}, id="pair"),
+        pytest.param(runs.pair_file, {"accuracy", "f1", "matthews"}, id="pair"),
         pytest.param(runs.number_file, {"pearson", "spearman"}, id="regression"),
         pytest.param(runs.question_file, {"em", "f1"}, id="answers"),
         pytest.param(runs.tag_file, {"f1", "precision", "recall", "accuracy"}, id="tags"),

@@ -56,7 +56,7 @@ def test_a_preset_scores_on_its_own_validation_data(tuned, monkeypatch):
 
     monkeypatch.setattr(sources, "load_examples", local)
     result = steps.evaluate_folder(Options(str(tuned / "tuned"), task="sst2"))
-    assert seen == [("nyu-mll/glue:sst2", "validation")] and set(result["metrics"]) == {"accuracy", "f1"}
+    assert seen == [("nyu-mll/glue:sst2", "validation")] and set(result["metrics"]) == {"accuracy", "f1", "matthews"}
 
 
 def test_labels_are_read_by_the_names_of_the_model_and_mixed_precision_runs(tuned):

@@ -50,7 +50,7 @@ def test_labels_0_and_1_train_the_logit_of_the_only_output(task, here):
     done = finetuned(here, *task)
     assert done.code == 0, done.err
     metrics = done.json["metrics"]
-    assert metrics.keys() == {"accuracy", "f1", "mrr@10", "ndcg@10", "pearson", "spearman"}
+    assert metrics.keys() == {"accuracy", "f1", "matthews", "mrr@10", "ndcg@10", "pearson", "spearman"}
     assert metrics["accuracy"] > 0.9 and metrics["mrr@10"] > 0.9
     assert problem(here / "out") == "multi_label_classification"
     assert load_file(here / "out" / "model.safetensors")["classifier.weight"].shape[0] == 1

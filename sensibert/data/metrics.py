@@ -14,11 +14,13 @@ BLOCK = 1024  # rows whose similarities to all others are in memory at a time
 
 
 def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels: int) -> dict[str, float]:
-    """Class ids [rows] -> accuracy, and with two classes f1 of class 1 (0 without true positives)."""
+    """Class ids [rows] -> accuracy; with two classes also f1 of class 1 (0 without true positives), and matthews, the
+    correlation of predicted and wanted classes (0 if either side is constant)."""
     metrics = {"accuracy": float(np.mean(predicted == wanted))}
     if num_labels == 2:
         hits = int(np.sum((predicted == 1) & (wanted == 1)))
         metrics["f1"] = _f1(hits, int(np.sum(predicted == 1)), int(np.sum(wanted == 1)))
+        metrics["matthews"] = _pearson(predicted == 1, wanted == 1)
     return metrics
 
 

@@ -21,12 +21,18 @@ from sensibert.data.metrics import (
 def test_two_classes_give_accuracy_and_the_f1_of_class_one():
     predicted, expected = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
     # class 1: 2 hits, 3 predicted, 3 there
-    assert classification_metrics(predicted, expected, 2) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
+    assert classification_metrics(predicted, expected, 2) == pytest.approx(
+        {"accuracy": 3 / 5, "f1": 4 / 6, "matthews": 1 / 6}
+    )
 
 
 def test_f1_is_zero_where_class_one_never_hits():
-    assert classification_metrics(np.zeros(3, int), np.ones(3, int), 2) == {"accuracy": 0.0, "f1": 0.0}
-    assert classification_metrics(np.zeros(3, int), np.zeros(3, int), 2) == {"accuracy": 1.0, "f1": 0.0}
+    assert classification_metrics(np.zeros(3, int), np.ones(3, int), 2) == {"accuracy": 0.0, "f1": 0.0, "matthews": 0.0}
+    assert classification_metrics(np.zeros(3, int), np.zeros(3, int), 2) == {
+        "accuracy": 1.0,
+        "f1": 0.0,
+        "matthews": 0.0,
+    }
 
 
 def test_three_classes_give_accuracy_alone():

@@ -40,7 +40,7 @@ def rows_of(task: str, n: int, name: str) -> Examples:
 
 
 METRICS = {
-    "text-classification": {"accuracy", "f1"},
+    "text-classification": {"accuracy", "f1", "matthews"},
     "regression": {"pearson", "spearman"},
     "token-classification": {"f1", "precision", "recall", "accuracy"},
     "question-answering": {"em", "f1"},
@@ -358,7 +358,8 @@ def test_one_logit_has_its_labels_in_a_column_and_metrics_of_both_kinds():
     expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, batch["labels"])
     assert torch.equal(outputs.loss, expected)
     metrics = data.compute_metrics(np.array([[3.0], [-3.0], [1.0]]))
-    assert metrics.keys() == {"accuracy", "f1", "pearson", "spearman"} and metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics.keys() == {"accuracy", "f1", "matthews", "pearson", "spearman"}
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("label", [-0.5, 1.5])
