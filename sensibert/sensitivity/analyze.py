@@ -34,7 +34,7 @@ from ..models.modules import want_finite
 from .gradients import Batch, Loss, collect_scores, given_loss, gradient_scores, reduce_blocks, scored_blocks
 from .kfac_obs import FisherFactors, collect_factors, consumer, unit_columns
 from .removal import Consumer, predicted_curves, removal_costs
-from .sampled_loss import sampled_loss
+from .sampled_loss import loss_of, sampled_loss
 from .soft_gates import soft_gate_scores
 
 
@@ -80,7 +80,7 @@ def analyze(
     curves: dict[str, list[tuple[int, float]]] = {}
     if grid is not None and rule.units_only:
         raise SensibertError(f"analyze: method {method!r} scores whole units, want another with a grid")
-    loss, blocks = sampled_loss if rule.sampled else given_loss, scored_blocks(layout, rule, grid)
+    loss, blocks = loss_of(model, sampled_loss) if rule.sampled else given_loss, scored_blocks(layout, rule, grid)
     device = next(model.parameters()).device
     if method == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -44,6 +44,7 @@ from ..core.layout import Layout, Site
 from ..models import Losses, base_of, eval_mode, sites
 from ..models.modules import attribute, is_linear
 from .gradients import Batch, Loss, batch_size, model_loss, passes
+from .sampled_loss import loss_of
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
@@ -186,6 +187,7 @@ def collect_factors(
         raise SensibertError("collect_factors: layout is that of another model, want layout_of(model)")
     consumers = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
     groups = _Groups(model, list(consumers.values()))
+    sampled_loss = loss_of(model, sampled_loss)
     handles, losses = [], Losses()
     calls: list[_Call] = []
     for name in consumers:

@@ -15,6 +15,7 @@ from ..models import Losses, base_of, eval_mode, layout_of
 from ..ops import block_sensitivity
 from ..optim import MaskedAdamW
 from .gradients import Batch, Loss, batch_size, given_loss, passes
+from .sampled_loss import loss_of
 
 
 @checked
@@ -30,12 +31,13 @@ def rank_tensors(
     The mean is over elements and micro-batches; g is the gradient of a micro-batch's mean loss. To first order |w * g|
     is the change of the loss if only that weight is set to 0. The mean does not favour large tensors. Arguments as for
     `analyze`; without sampled_loss the labels of the batches are used."""
+    loss = given_loss if sampled_loss is None else loss_of(model, sampled_loss)
     ranked, out = _ranked(model), None
     weights = list(ranked.values())
     generator, losses, count = torch.Generator().manual_seed(seed), Losses(), 0
     with eval_mode(model, autocast) as device:
         for batch, outputs in passes(model, batches, device):
-            value = (sampled_loss or given_loss)(outputs, batch, generator)
+            value = loss(outputs, batch, generator)
             losses.add(value, batch_size(batch))
             grads = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
             out = block_sensitivity([w.detach() for w in weights], grads, Grid.tensor(), "abs", out=out)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.arguments import checked, want
 from ..core.errors import SensibertError
+
+BINARY = "multi_label_classification"  # transformers' problem_type of binary cross entropy, with one logit too
 
 
 @checked
@@ -20,7 +22,8 @@ def sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Gen
     start_logits, end_logits [B, S]: both ends drawn among the tokens of attention_mask; mean of the two losses.
     logits [B, C], integer labels: a class.   logits [B, 1], or float labels: a unit Gaussian around the prediction.
     logits [B, S, C]: a class at every position whose label is not -100, or without labels, of attention_mask.
-    Equal generator states give equal labels. SensibertError for outputs without any of these."""
+    Equal generator states give equal labels. For a model that is trained with binary cross entropy (`loss_of`) the
+    labels are 0 and 1. SensibertError for outputs without any of these."""
     if not isinstance(outputs, Mapping):
         raise SensibertError(
             f"analyze: the model returns a {type(outputs).__name__}, want a mapping with logits "
@@ -48,6 +51,21 @@ def sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Gen
         noise = _draw(logits, generator, torch.Tensor.normal_)
         return 0.5 * (logits - (logits.detach() + noise)).square().sum(-1).mean()
     return _drawn_cross_entropy(logits, generator)
+
+
+def loss_of(model: nn.Module, loss: Any) -> Any:
+    """`sampled_loss` with labels 0 and 1, if the model is trained with binary cross entropy; any other loss itself."""
+    binary = getattr(getattr(model, "config", None), "problem_type", None) == BINARY
+    return _drawn_binary_loss if binary and loss is sampled_loss else loss
+
+
+def _drawn_binary_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    """Each label of logits [B, C] is 1 with the probability that the model gives it."""
+    if not isinstance(outputs, Mapping) or "logits" not in outputs or outputs["logits"].dim() != 2:
+        return sampled_loss(outputs, batch, generator)
+    logits = outputs["logits"].float()
+    labels = (_draw(logits, generator, torch.Tensor.uniform_) < logits.detach().sigmoid()).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator | None) -> Tensor:

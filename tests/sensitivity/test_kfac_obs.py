@@ -14,6 +14,7 @@ from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
 from sensibert.sensitivity.gradients import given_loss
 from sensibert.sensitivity.kfac_obs import collect_factors
+from sensibert.sensitivity.sampled_loss import loss_of
 from tests.helpers import tiny_batch, tiny_model
 from tests.sensitivity.test_removal import Counting
 
@@ -167,3 +168,26 @@ def test_no_data_and_a_loss_that_is_not_finite_are_refused():
         model.classifier.bias.fill_(torch.nan)
     with pytest.raises(SensibertError, match="the loss after 0 samples is nan, want a finite number"):
         collect_factors(model, layout_of(model), rows(3), sampled_loss)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("method", ["obs", "fisher"])
+def test_binary_cross_entropy_draws_zeros_and_ones(labels, method):
+    """A model that is sure of its answer has nothing to lose, as with classes; a Gaussian would add its noise."""
+    batch, scores = tiny_batch(4, 7), {}
+    for problem in ("regression", "multi_label_classification"):
+        model = tiny_model(num_labels=labels, problem_type=problem)
+        torch.nn.init.constant_(model.classifier.bias, 25.0)
+        found = analyze(model, [{**batch, "labels": torch.ones(4, labels)}], method).scores
+        scores[problem] = max(float(score.max()) for score in found.values())
+    assert scores["multi_label_classification"] < 1e-6 * scores["regression"]
+
+
+def test_zeros_and_ones_are_drawn_as_often_as_they_are_likely():
+    model = tiny_model(num_labels=2, problem_type="multi_label_classification")
+    logits = torch.tensor([0.2, 0.9]).logit().expand(20_000, 2).clone().requires_grad_()
+    loss = loss_of(model, sampled_loss)({"logits": logits}, {}, torch.Generator().manual_seed(0))
+    loss.backward()
+    # gradient = (probability - label) / elements: its column sums vanish if and only if the shares agree
+    assert logits.grad.sum(0).abs().max() < 0.005 and logits.grad.unique().numel() == 4
+    assert loss_of(tiny_model(), sampled_loss) is sampled_loss and loss_of(model, given_loss) is given_loss
