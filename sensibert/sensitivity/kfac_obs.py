@@ -29,11 +29,12 @@ and van der Ouderaa et al., arXiv 2312.17244, for structures of language models.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +96,10 @@ class FisherFactors:
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
         """Add tokens: h [..., T, K], and the gradients of the loss at the output [..., T, N]: delta with drawn labels,
         given with the labels of the batch."""
-        h, delta = (t.to(self.second.dtype) for t in (h, delta))
         if given is not None:
-            given = given.to(self.second.dtype)
-            self.bias_slope += given.sum(-2)
+            self.bias_slope += given.sum(-2, dtype=self.second.dtype)
             _add_product(self.slope, given, h)
-        self._add(h, delta.square().sum(-1, keepdim=True))
+        self._add(h, delta.to(self.second.dtype).square().sum(-1, keepdim=True))
         _add_product(self.output, delta, delta)
 
     def add_gates(self, h: Tensor, slope: Tensor, columns: Tensor) -> None:
@@ -114,15 +113,17 @@ class FisherFactors:
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
         """Add tokens h [..., T, K] whose mask [..., T] is 1, with equal weights for all tokens and outputs (G = I)."""
         a = mask[..., None].to(self.second.dtype)
-        self._add(h.to(self.second.dtype), a)
+        self._add(h, a)
         self.output.diagonal(dim1=-2, dim2=-1).add_(a.sum((-2, -1))[..., None])
 
     def _add(self, h: Tensor, a: Tensor) -> None:
-        weighted = a * h
         self.weight += a.sum((-2, -1))
-        self.first += weighted.sum(-2)
+        # The same numbers in both sums, or C may have negative eigenvalues.
+        root = a.sqrt()
+        h = (root * h).to(h.dtype)
+        self.first += (root.mT @ h.to(root.dtype)).squeeze(-2)
         for rows in self._panels():
-            _add_product(self.second[..., rows, rows.start :], h[..., rows], weighted[..., rows.start :])
+            _add_product(self.second[..., rows, rows.start :], h[..., rows], h[..., rows.start :])
 
     def _panels(self) -> Iterator[slice]:
         width = self.second.shape[-1]
@@ -137,10 +138,27 @@ class FisherFactors:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [..., M, N] += left^T right, with left [..., T, M], right [..., T, N]."""
-    if total.dim() == 2:
-        total.addmm_(left.mT, right)
-    else:
-        total.baddbmm_(left.mT, right)
+    with _products_of(left):
+        left, right = left.to(total.dtype), right.to(total.dtype)
+        if total.dim() == 2:
+            total.addmm_(left.mT, right)
+        else:
+            total.baddbmm_(left.mT, right)
+
+
+@contextlib.contextmanager
+def _products_of(inputs: Tensor) -> Iterator[None]:
+    """Products of fp32 matrices whose elements are bf16 numbers multiply in bf16 and add up in fp32, on a CPU."""
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if inputs.dtype != torch.bfloat16 or not hasattr(settings, "fp32_precision"):
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def inner(group: Sequence[FisherFactors], centred: bool, damp: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from sensibert.models import layout_of
 from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
 from sensibert.sensitivity.gradients import given_loss
-from sensibert.sensitivity.kfac_obs import collect_factors
+from sensibert.sensitivity.kfac_obs import FisherFactors, collect_factors, inner
 from sensibert.sensitivity.sampled_loss import loss_of
 from tests.helpers import tiny_batch, tiny_model
 from tests.sensitivity.test_removal import Counting
@@ -131,6 +131,22 @@ def test_wide_layers_are_added_up_in_panels_and_in_half_precision_too():
     half = analyze(tiny_model(**config).bfloat16(), rows(3), "obs", sampled_loss).scores
     for site, expected in scores.items():
         assert half[site].isfinite().all() and torch.corrcoef(torch.stack([expected, half[site]]))[0, 1] > 0.95
+
+
+def test_sums_of_half_precision_inputs_are_in_single_precision():
+    """Rounded to bf16 once a batch they would be off by 0.4 %, and C would have negative eigenvalues."""
+    generator, factors = torch.Generator().manual_seed(0), FisherFactors(300, 8, torch.device("cpu"))
+    h, delta = (torch.randn(64, size, generator=generator).bfloat16() for size in (300, 8))
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(settings, "fp32_precision", None)
+    for tokens in range(0, 64, 16):
+        factors.add(h[tokens : tokens + 16], delta[tokens : tokens + 16])
+    factors.complete()
+    assert getattr(settings, "fp32_precision", None) == before
+    h, a = h.double(), delta.double().square().sum(1, keepdim=True)
+    torch.testing.assert_close(factors.output.double(), delta.double().T @ delta.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(factors.second.double(), h.T @ (a * h), rtol=1e-2, atol=1.0)
+    assert torch.linalg.eigvalsh(inner([factors], True, 1e-3)[1][0]).min() > 0
 
 
 def counted(function):

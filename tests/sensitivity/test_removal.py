@@ -166,7 +166,8 @@ def test_inputs_that_hardly_vary_are_scored_by_what_is_more_than_rounding():
     generator = torch.Generator().manual_seed(0)
     h = 1 + 1e-5 * torch.randn(400, 32, generator=generator)
     factors = FisherFactors(32, 5, torch.device("cpu"), units=32)
-    factors.add(h, torch.randn(400, 5, generator=generator))
+    for batch in h.split(50):
+        factors.add(batch, torch.randn(50, 5, generator=generator))
     weight = torch.randn(5, 32, generator=generator)
     weight[:, 7] = 0
     covariance = inner([factors], True, DAMP)[1][0]
