@@ -88,7 +88,38 @@ def rank(rows: list[dict]) -> str:
     return markdown(["predicted by", *columns], lines)
 
 
+def embedding(rows: list[dict]) -> str:
+    """Embedding models: one line a budget and method, means over seeds with standard errors."""
+    runs: dict[tuple[float, str, int], dict[str, dict[str, float]]] = {}  # seed -> score -> value
+    original: dict[str, float] = {}
+    for row in rows:
+        found = re.fullmatch(r"\S+ (\d+)%params (\d+) steps (.+) seed (\d+)", row["case"])
+        if row["bench"] == "bench_embedding" and found:
+            run = runs.setdefault((float(found[1]), found[3], int(found[2])), {}).setdefault(found[4], {})
+            run[row["metric"]] = row["value"]
+            original[row["metric"]] = row["rival_value"]
+    names = [*original, "mean"]
+
+    def line(budget: str, method: str, steps: str, seeds: list[dict[str, float]]) -> list[str]:
+        columns = [[run[name] for run in seeds] for name in original]
+        columns.append([statistics.mean(run.values()) for run in seeds])
+        return [budget, method, steps, *map(mean_and_error, columns), str(len(seeds))]
+
+    lines = [line("all", "-", "-", [original])] if original else []
+    order = sorted(runs, key=lambda key: (-key[2], -key[0], key[1] != "ours", key[1]))
+    for budget, method, steps in order:
+        seeds = list(runs[budget, method, steps].values())
+        lines.append(line(f"{budget:.0f} %", method, f"{steps:,}", seeds))
+    return markdown(["encoder left", "units chosen by", "steps", *names, "seeds"], lines)
+
+
+def mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
+
+
 TABLES = {
+    "embedding": embedding,
     "summary": summary,
     "accuracy": accuracy,
     "elsewhere": elsewhere,

@@ -293,3 +293,19 @@ def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
 def test_a_table_without_rows_has_a_note(tables, tmp_path):
     text = tables.fill(README, tables.load(tmp_path))
     assert text.count(tables.NOTHING) == 2 and "old" not in text and text.endswith("after")
+
+
+def test_embedding_models_have_means_over_seeds_with_standard_errors(tables, tmp_path):
+    def scores(case, *values):
+        pairs = zip(("stsb", "recall"), values, (90, 100), strict=True)
+        return [row("bench_embedding", f"M {case}", v, name, rival="original", rival_value=o) for name, v, o in pairs]
+
+    rows = scores("50%params 800 steps random seed 0", 80, 60) + scores("50%params 800 steps ours seed 0", 84, 70)
+    rows += scores("50%params 800 steps ours seed 1", 86, 74) + scores("25%params 1 steps spread layers seed 0", 70, 40)
+    assert tables.TABLES["embedding"](tables.load(write(tmp_path, *rows))).splitlines()[2:] == [
+        "| all | - | - | 90.00 | 100.00 | 95.00 | 1 |",
+        "| 50 % | ours | 800 | 85.00 ± 1.00 | 72.00 ± 2.00 | 78.50 ± 1.50 | 2 |",
+        "| 50 % | random | 800 | 80.00 | 60.00 | 70.00 | 1 |",
+        "| 25 % | spread layers | 1 | 70.00 | 40.00 | 55.00 | 1 |",
+    ]
+    assert tables.TABLES["embedding"]([]) == "No rows yet."
