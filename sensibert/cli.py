@@ -161,6 +161,13 @@ EXTRA = {
     "plan": _parameter(
         "plan", str | None, typer.Option(help="Plan file of `sensibert plan`; without one, a training file."), None
     ),
+    "to": _parameter("to", str, typer.Option(help="Runtime of the graph: onnx, openvino or torch."), "onnx"),
+    "int8": _parameter(
+        "int8", bool, typer.Option("--int8", help="Write a second graph, with weights in 8 bits (onnx only)."), False
+    ),
+    "max_loss": _parameter(
+        "max_loss", str, typer.Option(help="Largest loss of the main metric by --int8, in % of it."), "0.5%"
+    ),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
 PATHS = ("folder", "model", "output", "plan", "sensitivity")  # in which ~ is the home folder; Options has others
@@ -357,6 +364,35 @@ def evaluate(context: typer.Context, values: dict[str, Any]) -> None:
 
     result = evaluate_folder(_options(values, model=values["folder"]))
     _print(values["as_json"], result, _scores(result["metrics"]))
+
+
+@_command(
+    [
+        *("folder", "output", "to", "int8", "max_loss", "validation_file", "config"),
+        *(name for name in DATA_NAMES if name != "precision"),  # of a graph it is fp32
+        *("overwrite", "as_json"),
+    ],
+    name="export",
+    output={"help": "Folder to write."},
+)
+def export_(context: typer.Context, values: dict[str, Any]) -> None:
+    """Write a model as a graph for another runtime, which loads without sensibert and without torch.
+
+    \b
+    Examples:
+      sensibert export small --to onnx --int8 --validation-file dev.csv --output small-onnx
+      sensibert export small --to openvino --output small-openvino
+    """
+    from .commands import export_folder
+    from .report import table
+
+    options = _options(values, model=values["folder"])
+    result = export_folder(options, values["to"], values["int8"], values["max_loss"])
+    files = table(("", "MB"), [(name, f"{size / 1e6:.1f}") for name, size in result["files"].items()])
+    scores = result.get("metrics", {})
+    rows = [(metric, *(f"{found[metric]:.4f}" for found in scores.values())) for metric in scores.get("model", ())]
+    parts = [files, table(("", *scores), rows) if rows else "", f"largest difference: {result['difference']:.1e}"]
+    _print(values["as_json"], result, "\n\n".join(filter(None, parts)) + _written(result))
 
 
 @_command(["folder", "config", "as_json"])

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.allocate import allocate
 from .core import cost
-from .core.arguments import one_of
+from .core.arguments import fraction, one_of
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import LAYOUTS, TrimConfig, grid_name
 from .core.errors import SensibertError, naming
@@ -27,6 +27,7 @@ from .data.files import Examples
 from .data.task_data import ONE_LOGIT, TaskData
 from .data.tasks import EMBEDDING, PRESETS, get_task
 from .decide import cut_once
+from .deploy import export_graph
 from .inputs import (
     check_family,
     check_room,
@@ -315,6 +316,28 @@ def evaluate_folder(options: Options) -> dict:
         "metrics": data.compute_metrics(logits),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
+
+
+def export_folder(options: Options, to: str, int8: bool, max_loss: str) -> dict:
+    """Write the graph of a model folder for a runtime. With a validation file the model and its graphs are scored."""
+    check_apart(options.output, folder=options.model, validation_file=options.validation_file)
+    score, bound = None, fraction("max_loss", max_loss)
+    model: PreTrainedModel | EmbeddingModel
+    if options.validation_file is None and options.task not in PRESETS:
+        model, tokenizer = load_folder(options.model, "folder")
+    else:
+        model, data = _model_and_data(options, "validation", embeds=True)
+        tokenizer, main = None, data.task.main_metric
+
+        def score(module: nn.Module) -> dict[str, float]:
+            whole = EmbeddingModel(module, data.pooling) if isinstance(data, EmbeddingData) else module
+            assert data.validation is not None  # of this role
+            metrics = data.compute_metrics(predict(whole, data.validation, data.collator))
+            return {main: metrics[main], **metrics} if main in metrics else metrics
+
+    encoder = model.base_model if isinstance(model, EmbeddingModel) else model
+    tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
+    return export_graph(encoder, options.output, to, tokenizer, int8, score, bound, options.overwrite)
 
 
 # Facts that only result.json has; null for a folder that was trimmed without a run.

@@ -20,7 +20,7 @@ ORDER = (
     ("models",),
     ("_register",),
     ("sensitivity", "allocation", "trimming", "data", "training", "saving"),  # the verbs
-    ("report",),
+    ("report", "deploy"),
     ("run_options",),
     ("inputs",),
     ("decide",),

@@ -46,6 +46,18 @@ def one_of(value: object, known: Iterable[str]) -> str:
     return f"want one of {', '.join(names)}{did_you_mean(value, names)}"
 
 
+def fraction(name: str, text: str) -> float:
+    """`0.5%` or `0.005` -> 0.005; SensibertError for anything else, or outside [0, 1)."""
+    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise SensibertError(f"{name} is {show(text)}, want for example 0.5%")
+    return value
+
+
 def did_you_mean(value: object, known: Iterable[str]) -> str:
     """`; did you mean 'b'?` for the known name that the value resembles; without one an empty text."""
     folded = {name.casefold(): name for name in known}

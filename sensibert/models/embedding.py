@@ -13,9 +13,9 @@ from .pooling import Pooling
 class EmbeddingModel(nn.Module):
     """The outputs have the embeddings [B, H] as `logits`, under which analysis, packing and prediction look for them.
 
-    base_model: the encoder, which is trimmed and saved by itself."""
+    base_model: the encoder, which is trimmed and saved by itself; or its graph in another runtime."""
 
-    def __init__(self, base_model: PreTrainedModel, pooling: Pooling) -> None:
+    def __init__(self, base_model: PreTrainedModel | Any, pooling: Pooling) -> None:
         super().__init__()
         self.base_model, self.pooling = base_model, pooling
 

@@ -87,7 +87,7 @@ def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
 
 
 @contextmanager
-def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A context with a new empty folder. On success it becomes `path`; on an error it is deleted."""
     anchor = next(parent for parent in path.parents if parent.exists())
     temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
@@ -193,7 +193,7 @@ def export(
         parts[""] = _view(model, info) if trimmed else model
     if trimmed and layout != "trimmed":
         parts[DENSE if parts else ""] = zero_filled(model)
-    with _modules(whole) as modules, _new_folder(path, overwrite) as folder:
+    with _modules(whole) as modules, new_folder(path, overwrite) as folder:
         if tokenizer is None and modules is not None:
             beside = first_module(modules)
             if (beside / "tokenizer_config.json").is_file():

@@ -1,0 +1,229 @@
+"""A model as a graph in a file, for ONNX Runtime, OpenVINO or torch alone, and that file as a module.
+
+Batch and length of a graph are free. Its inputs are int64 [B, S] (`input_names`), its outputs those of the model that
+OUTPUTS names, in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.errors import SensibertError, described
+
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# Shape of the example that a graph is traced with: neither size is 1, which torch.export would fix.
+EXAMPLE = (2, 16)
+
+
+def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    """Those of INPUTS that the model reads and its tokenizer makes."""
+    accepted = inspect.signature(model.forward).parameters
+    made = INPUTS if tokenizer is None else tokenizer.model_input_names
+    return tuple(name for name in INPUTS if name in accepted and name in (*made, *INPUTS[:2]))
+
+
+def example(model: PreTrainedModel, names: tuple[str, ...], rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of random tokens; the last row is half as long as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, max(1, tokens // 2) :] = 0 if rows > 1 else 1
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: values[name] for name in names}
+
+
+class Outputs(dict[str, Tensor]):
+    """Tensors by name, or by number like those of transformers."""
+
+    def __getitem__(self, key: str | int) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class _Traced(nn.Module):
+    """The model with inputs in a fixed order and a tuple of outputs."""
+
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
+        return tuple(found[name].float() for name in self.outputs)
+
+
+class Trace(NamedTuple):
+    """What a runtime's file is written from."""
+
+    program: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Trace:
+    """The graph of a model in eval mode. SensibertError if torch.export cannot make one."""
+    names = input_names(model, tokenizer)
+    inputs = example(model, names, *EXAMPLE)
+    with torch.no_grad():
+        found = model(**inputs, return_dict=True)
+    outputs = tuple(name for name in OUTPUTS if name in found)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(
+                _Traced(model, names, outputs), tuple(inputs.values()), dynamic_shapes=((free,) * len(names),)
+            )
+    except Exception as error:  # of torch.export, which has many
+        kind = type(model).__name__
+        raise SensibertError(f"export: torch.export has no graph of this {kind} ({described(error)})") from error
+    return Trace(program, names, outputs)
+
+
+class Graph(nn.Module):
+    """A graph in its runtime, with the inputs and outputs of the model. On a CPU.
+
+    run: (the inputs by name, int64 [B, S]) -> outputs in the order of `outputs`."""
+
+    def __init__(
+        self, run: Callable[[dict[str, Tensor]], list[Tensor]], inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.run, self.inputs, self.outputs = run, inputs, outputs
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask for the device of a parameter
+
+    def forward(self, **inputs: Tensor) -> Outputs:
+        ids = inputs["input_ids"]
+        usual = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        values = {name: (usual | inputs)[name].contiguous() for name in self.inputs}
+        return Outputs(zip(self.outputs, self.run(values), strict=True))
+
+
+class Runtime(NamedTuple):
+    """file: where the graph lies in an exported folder, as other libraries expect it. tolerance: of its outputs, as a
+    fraction of the largest. extra: of this package, which installs `packages`."""
+
+    file: str
+    tolerance: float
+    packages: tuple[str, ...]
+    extra: str | None
+    write: Callable[[Trace, Path], None]
+    open: Callable[[Path, Trace, int | None], Graph]
+
+    def want_packages(self, name: str) -> None:
+        for package in self.packages:
+            try:
+                import_module(package)
+            except ImportError:
+                raise SensibertError(
+                    f"to is {name!r}, which needs {package}: pip install 'sensibert[{self.extra}]'"
+                ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and log messages of exporters, which are for their developers."""
+    import warnings
+
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _write_onnx(traced: Trace, file: Path) -> None:
+    import onnx
+
+    with _quiet():
+        made = torch.onnx.export(
+            traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False
+        )
+        assert made is not None  # with dynamo
+        model = made.model_proto
+    for shape in (value.type.tensor_type.shape for value in (*model.graph.input, *model.graph.output)):
+        for size, name in zip(shape.dim[:2], ("batch", "sequence"), strict=False):
+            if size.HasField("dim_param"):
+                size.dim_param = name
+    # Shapes of inner values: quantization takes them for those of the model it has changed, and fails.
+    del model.graph.value_info[:]
+    onnx.save(model, file)
+
+
+def _open_onnx(file: Path, traced: Trace, threads: int | None = None) -> Graph:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        found = session.run(list(traced.outputs), {name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(value) for value in found]
+
+    return Graph(run, traced.inputs, traced.outputs)
+
+
+def _write_openvino(traced: Trace, file: Path) -> None:
+    import openvino
+
+    between = file.with_suffix(".onnx")
+    _write_onnx(traced, between)
+    openvino.save_model(openvino.convert_model(between), file, compress_to_fp16=False)
+    between.unlink()
+
+
+def _open_openvino(file: Path, traced: Trace, threads: int | None = None) -> Graph:
+    import openvino
+
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        found = compiled({name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(found[name].copy()) for name in traced.outputs]
+
+    return Graph(run, traced.inputs, traced.outputs)
+
+
+def _write_torch(traced: Trace, file: Path) -> None:
+    torch.export.save(traced.program, file)
+
+
+def _open_torch(file: Path, traced: Trace, threads: int | None = None) -> Graph:
+    module = torch.export.load(file).module()
+    return Graph(lambda inputs: list(module(*inputs.values())), traced.inputs, traced.outputs)
+
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+RUNTIMES = {
+    "onnx": Runtime("onnx/model.onnx", 1e-4, ONNX, "export", _write_onnx, _open_onnx),
+    "openvino": Runtime(
+        *("openvino/openvino_model.xml", 1e-3, (*ONNX, "openvino"), "openvino", _write_openvino, _open_openvino)
+    ),
+    "torch": Runtime("torch/model.pt2", 1e-4, (), None, _write_torch, _open_torch),
+}
+
+
+def quantize(file: Path, target: Path) -> None:
+    """Write an ONNX graph with int8 weights, those of the embeddings too, and activations quantized as they come.
+
+    Weights use 7 bits: with 8, processors without VNNI instructions lose the largest sums, without a word."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(file, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
