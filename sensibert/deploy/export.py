@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.arguments import one_of
+from ..core.artifacts import UnitPlan
+from ..core.budget import Budget
 from ..core.errors import SensibertError
+from ..models import layout_of
 from ..models.masks import masks_of
 from ..models.reloadable import stock_class, stock_config
+from ..models.structure import is_trimmed, structure_of
+from ..models.weights import from_pretrained
 from ..saving.folder import new_folder, zero_filled
 from ..saving.output_paths import check_output
 from ..saving.sentence_transformers import copy_modules, source_of
+from ..trimming.trim import trim
 from .graphs import RUNTIMES, Graph, Trace, example, quantize, trace
 
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -57,8 +64,7 @@ def export_graph(
     runtime.want_packages(to)
     check_output(output, overwrite)
     modules = source_of(model)
-    model = zero_filled(model) if masks_of(model) is not None else copy.deepcopy(model)
-    model = model.cpu().float().eval()
+    model = _plain(model, runtime.empty_layers)
     traced = trace(model, tokenizer)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
@@ -80,6 +86,27 @@ def export_graph(
         graphs = [path for path in folder.glob("*/*") if path.parent.name in RUNTIMES]
         facts["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(graphs)}
     return {**facts, "output": str(output)}
+
+
+def _plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
+    """A copy in fp32 on the CPU, in eval mode, of plain layers that compute the same: without masks, and unless
+    empty_layers with at least one unit of zeros in every sub-layer."""
+    layout = layout_of(model)
+    empty = [site.name for site in layout.sites if not site.units]
+    if masks_of(model) is None and (empty_layers or not empty):
+        return copy.deepcopy(model).cpu().float().eval()
+    structure = structure_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        made = zero_filled(model)
+        made.save_pretrained(folder)
+        whole = from_pretrained(type(made), folder).float()
+    if is_trimmed(model):
+        wide = layout_of(whole)
+        keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in wide.sites}
+        for name, kept in structure.items():
+            keep[name][kept if len(kept) else 0] = True
+        trim(whole, UnitPlan(wide, keep, Budget(1.0, "params", True), "export"))
+    return whole.eval()
 
 
 def _with_int8(folder: Path, traced: Trace, metrics: dict | None, score: Score | None, max_loss: float) -> dict:

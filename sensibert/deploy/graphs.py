@@ -110,7 +110,8 @@ class Graph(nn.Module):
 
 class Runtime(NamedTuple):
     """file: where the graph lies in an exported folder, as other libraries expect it. tolerance: of its outputs, as a
-    fraction of the largest. extra: of this package, which installs `packages`."""
+    fraction of the largest. extra: of this package, which installs `packages`. empty_layers: whether it computes layers
+    without heads or neurons rightly."""
 
     file: str
     tolerance: float
@@ -118,6 +119,7 @@ class Runtime(NamedTuple):
     extra: str | None
     write: Callable[[Trace, Path], None]
     open: Callable[[Path, Trace, int | None], Graph]
+    empty_layers: bool = True
 
     def want_packages(self, name: str) -> None:
         for package in self.packages:
@@ -213,7 +215,8 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 RUNTIMES = {
     "onnx": Runtime("onnx/model.onnx", 1e-4, ONNX, "export", _write_onnx, _open_onnx),
     "openvino": Runtime(
-        *("openvino/openvino_model.xml", 1e-3, (*ONNX, "openvino"), "openvino", _write_openvino, _open_openvino)
+        *("openvino/openvino_model.xml", 1e-3, (*ONNX, "openvino"), "openvino", _write_openvino, _open_openvino),
+        empty_layers=False,
     ),
     "torch": Runtime("torch/model.pt2", 1e-4, (), None, _write_torch, _open_torch),
 }

@@ -30,6 +30,9 @@ MODEL = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("spm.model", "chat_template.jinja"),
+    # of `deploy`: graphs for other runtimes
+    *("onnx/model.onnx", "onnx/model_quantized.onnx", "torch/model.pt2"),
+    *("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
     # of sentence-transformers, with its modules: 1_Pooling, 2_Dense, ...
     *(*BESIDE, "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
 )

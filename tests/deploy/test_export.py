@@ -1,0 +1,212 @@
+"""Graphs for other runtimes: they compute what the model computes, and their folders load without this package."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from sensibert.allocation import allocate
+from sensibert.core.errors import SensibertError
+from sensibert.core.grid import Grid
+from sensibert.deploy import RUNTIMES, export_graph, graphs
+from sensibert.models import layout_of
+from sensibert.saving.folder import export, load
+from sensibert.sensitivity import analyze
+from sensibert.trimming.trim import trim
+from tests import runs
+from tests.fresh import WITHOUT, run
+from tests.helpers import tiny_model
+from tests.models.test_families import FAMILIES, OTHERS
+from tests.plans import random_plan
+
+onnx = pytest.importorskip("onnx")
+for package in ("onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+ONE_EACH = {case.values[0]: case.values[1] for case in OTHERS} | dict.fromkeys(FAMILIES, {})
+
+
+def uneven(model, seed=0):
+    """Layers of different width, the first one without heads or neurons where that can be."""
+    first = next((site.name for site in layout_of(model).sites if not site.minimum), None)
+    return trim(model, random_plan(layout_of(model), seed, empty=filter(None, (first,))))
+
+
+def small(folder, head="SequenceClassification", **config):
+    """The folder of a trimmed model."""
+    source = runs.model_folder(folder / "whole", head=head, initializer_range=0.2, **config)
+    model, tokenizer = load(source)
+    return str(export(uneven(model), folder / "small", tokenizer))
+
+
+def graph_of(folder, to="onnx", file=None):
+    model, tokenizer = load(folder.parent / "small")
+    traced = graphs.trace(model, tokenizer)
+    return model, traced, RUNTIMES[to].open(folder / (file or RUNTIMES[to].file), traced, 1)
+
+
+@pytest.mark.parametrize("family", ONE_EACH)
+def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
+    """`export_graph` compares outputs on three shapes, and raises."""
+    try:
+        model = tiny_model(family, initializer_range=0.2, **ONE_EACH[family])
+    except ValueError:
+        pytest.skip(f"this transformers has no {family}")
+    facts = export_graph(uneven(model), str(tmp_path / "out"))
+    assert facts["difference"] < 1e-5 and facts["files"]["onnx/model.onnx"] > 0
+
+
+@pytest.mark.parametrize("to", RUNTIMES)
+@pytest.mark.parametrize(
+    "head, outputs",
+    [
+        ("", ["last_hidden_state"]),
+        ("TokenClassification", ["logits"]),
+        ("QuestionAnswering", ["start_logits", "end_logits"]),
+    ],
+)
+def test_outputs_are_those_of_the_head(head, outputs, to, tmp_path):
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    source = small(tmp_path, head)
+    model, tokenizer = load(source)
+    export_graph(model, str(tmp_path / "out"), to, tokenizer)
+    model, traced, graph = graph_of(tmp_path / "out", to)
+    batch = graphs.example(model, traced.inputs, 2, 9, seed=5)
+    wanted, found = model(**batch), graph(**batch)
+    assert list(found) == outputs and torch.equal(found[0], found[outputs[0]])
+    for name in outputs:
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(found[name][real], wanted[name][real], rtol=1e-3, atol=1e-4)
+
+
+ALONE = """
+import json, sys
+import numpy as np, onnxruntime, tokenizers
+folder = sys.argv[1]
+tokenizer = tokenizers.Tokenizer.from_file(folder + "/tokenizer.json")
+encoded = tokenizer.encode("the film was great")
+session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx")
+inputs = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
+print(json.dumps(session.run(None, {name: np.array([ids]) for name, ids in inputs.items()})[0].tolist()))
+assert not {"torch", "transformers", "sensibert"} & sys.modules.keys()
+"""
+
+
+def test_onnxruntime_and_tokenizers_are_enough(tmp_path):
+    done = runs.command("export", small(tmp_path), "--output", tmp_path / "out", "--json")
+    assert done.code == 0 and done.json["files"].keys() == {"onnx/model.onnx"}
+    assert f"written to {tmp_path / 'out'}" in done.out and "onnx/model.onnx" in done.out
+    found = json.loads(run(WITHOUT + ALONE, tmp_path / "out", cwd=tmp_path, isolated=True))
+    model, tokenizer = load(tmp_path / "small")
+    wanted = model(**tokenizer("the film was great", return_tensors="pt")).logits
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["model_type"] == "bert"
+    assert "sensibert" not in config and "auto_map" not in config
+
+
+def test_a_grid_is_exported_with_its_zeros_and_the_model_is_left_alone(tmp_path):
+    model = tiny_model(initializer_range=0.2).train()
+    trim(model, allocate(analyze(model, method="magnitude", grid=Grid.element()), "50%params"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_graph(model, str(tmp_path / "out"))
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    written = {tensor.name: tensor for tensor in onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph.initializer}
+    zeros = sum(int((onnx.numpy_helper.to_array(tensor) == 0).sum()) for tensor in written.values())
+    weights = [value for name, value in model.named_parameters() if ".layer." in name and value.dim() == 2]
+    assert zeros >= sum(int((value == 0).sum()) for value in weights) > 1000
+
+
+def test_int8_is_smaller_and_scored(tmp_path):
+    source, validation = small(tmp_path, hidden_size=64), runs.sentence_file(tmp_path / "dev.csv")
+    arguments = ("export", source, "--int8", "--validation-file", validation, "--output", tmp_path / "out")
+    done = runs.command(*arguments, "--max-loss", "60%", "--json")
+    files, metrics = done.json["files"], done.json["metrics"]
+    assert done.json["int8"] and files["onnx/model_quantized.onnx"] < 0.7 * files["onnx/model.onnx"]
+    assert metrics["model"] == pytest.approx(metrics["onnx"]) and metrics["int8"].keys() == metrics["onnx"].keys()
+    wanted = runs.command("eval", source, "--validation-file", validation, "--json").json["metrics"]
+    assert metrics["model"] == pytest.approx(wanted) and list(metrics["model"])[0] == "accuracy"
+    assert ["model", "onnx", "int8"] in [line.split() for line in done.out.splitlines()]
+    model, traced, graph = graph_of(tmp_path / "out", file="onnx/model_quantized.onnx")
+    batch = graphs.example(model, traced.inputs, 4, 8)
+    assert torch.corrcoef(torch.stack([graph(**batch)[0].flatten(), model(**batch)[0].flatten()]))[0, 1] > 0.98
+    # Exported again without int8: the old graph does not stay.
+    again = runs.command("export", source, "--output", tmp_path / "out", "--overwrite")
+    assert again.code == 0 and not (tmp_path / "out" / "onnx" / "model_quantized.onnx").exists()
+
+
+def test_int8_that_loses_too_much_is_not_written(tmp_path, caplog):
+    def score(module):
+        return {"f1": 0.8, "other": 1.0} if len(calls.append(module) or calls) < 3 else {"f1": 0.7, "other": 1.0}
+
+    calls = []
+    model, tokenizer = load(small(tmp_path))
+    with caplog.at_level(logging.WARNING, "sensibert"):
+        facts = export_graph(model, str(tmp_path / "out"), tokenizer=tokenizer, int8=True, score=score, max_loss=0.1)
+    assert not facts["int8"] and facts["int8_loss"] == pytest.approx(0.125) and len(calls) == 3
+    assert facts["files"].keys() == {"onnx/model.onnx"} and facts["metrics"]["int8"]["f1"] == 0.7
+    assert not (tmp_path / "out" / "onnx" / "model_quantized.onnx").exists()
+    assert "int8 loses 12.50 % of f1 (0.7000, was 0.8000), more than max_loss (10.00 %)" in caplog.text
+
+
+def test_a_folder_of_sentence_transformers_keeps_its_modules_and_is_scored(tmp_path):
+    source = runs.embedding_folder(tmp_path / "whole")
+    scored = runs.scored_file(tmp_path / "dev.csv")
+    done = runs.command("export", source, "--validation-file", scored, "--output", tmp_path / "out", "--json")
+    assert done.code == 0 and list(done.json["metrics"]["onnx"])[0] == "spearman"
+    assert done.json["metrics"]["onnx"] == pytest.approx(done.json["metrics"]["model"], abs=1e-4)
+    out = tmp_path / "out"
+    modules = json.loads((out / "modules.json").read_text())
+    assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
+    assert json.loads((out / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
+    assert (out / "sentence_bert_config.json").exists() and (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--to", "onxn"], "to is 'onxn', want one of onnx, openvino, torch; did you mean 'onnx'?"),
+        (["--to", "torch", "--int8"], "int8 is True and to is 'torch', want onnx"),
+        (["--max-loss", "much"], "max_loss is 'much', want for example 0.5%"),
+        (["--max-loss", "120%"], "max_loss is '120%', want for example 0.5%"),
+        (["--validation-file", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_bad_input_is_refused_in_words(options, message, tmp_path):
+    source = small(tmp_path)
+    done = runs.command("export", source, "--output", tmp_path / "out", *options)
+    assert done.code == 2 and message in done.err and not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(graphs, "import_module", absent)
+    for to, extra in (("onnx", "export"), ("openvino", "openvino")):
+        with pytest.raises(SensibertError, match=rf"'{to}', which needs onnx: pip install 'sensibert\[{extra}\]'"):
+            export_graph(tiny_model(), str(tmp_path / "out"), to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    runtime = RUNTIMES["onnx"]
+
+    def other(file, traced, threads):
+        graph = runtime.open(file, traced, threads)
+        return graphs.Graph(lambda inputs: [1.01 * value for value in graph.run(inputs)], graph.inputs, graph.outputs)
+
+    monkeypatch.setitem(RUNTIMES, "onnx", runtime._replace(open=other))
+    with pytest.raises(SensibertError, match=r"the outputs of the onnx graph are off by 1.0e-02 of the largest, want"):
+        export_graph(tiny_model(initializer_range=0.2), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_taken_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    monkeypatch.setattr("sensibert.deploy.export.trace", None)
+    with pytest.raises(SensibertError, match="exists and is not empty"):
+        export_graph(tiny_model(), str(tmp_path / "out"))
