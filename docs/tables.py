@@ -74,6 +74,11 @@ def speed(rows: list[dict]) -> str:
     return grouped([row for row in rows if row["bench"] in benches])
 
 
+def runtimes(rows: list[dict]) -> str:
+    """One forward pass in other runtimes."""
+    return grouped([row for row in rows if row["bench"] == "bench_runtimes"])
+
+
 def rank(rows: list[dict]) -> str:
     """One line a predictor, one column a measurement: rank correlation of the predicted and the measured loss."""
     cells: dict[str, dict[str, float]] = {}
@@ -132,6 +137,7 @@ TABLES = {
     "speed": speed,
     "ablation": ablation,
     "rank": rank,
+    "runtimes": runtimes,
 }
 
 

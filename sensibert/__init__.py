@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .core.layout import Layout, Site
     from .core.schedule import Schedule
     from .decide import trim_model
+    from .deploy import export_graph
     from .models import families, layout_of
     from .nn import MaskedLinear, replace, restore
     from .ops.block_sensitivity import block_sensitivity
@@ -52,6 +53,7 @@ _HOME = {
     "core.layout": ("Layout", "Site"),
     "core.schedule": ("Schedule",),
     "decide": ("trim_model",),
+    "deploy": ("export_graph",),
     "models": ("families", "layout_of"),
     "nn": ("MaskedLinear", "replace", "restore"),
     "ops": ("Selection", "block_sensitivity", "gather_kept", "masked_adamw", "masked_linear", "select_threshold"),
@@ -87,6 +89,7 @@ __all__ = [
     "analyze",
     "block_sensitivity",
     "export",
+    "export_graph",
     "families",
     "finetune",
     "finetune_and_trim",

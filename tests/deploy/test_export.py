@@ -53,8 +53,13 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         model = tiny_model(family, initializer_range=0.2, **ONE_EACH[family])
     except ValueError:
         pytest.skip(f"this transformers has no {family}")
-    facts = export_graph(uneven(model), str(tmp_path / "out"))
-    assert facts["difference"] < 1e-5 and facts["files"]["onnx/model.onnx"] > 0
+    facts = export_graph(uneven(model), str(tmp_path / "out"), int8=True)
+    assert facts["difference"] < 1e-5 and facts["files"].keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    traced = graphs.trace(model.eval(), None)
+    batch = graphs.example(model, traced.inputs, 2, 9)
+    wanted = model(**batch).logits
+    found = RUNTIMES["onnx"].open(tmp_path / "out" / "onnx" / "model_quantized.onnx", traced, 1)(**batch)["logits"]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("to", RUNTIMES)

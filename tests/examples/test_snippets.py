@@ -91,6 +91,9 @@ def here(tmp_path, monkeypatch):
 def test_the_snippets_of_a_page_run_in_order(page, here):
     if page.stem == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
+    if page.stem == "other-runtimes":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     namespace = {"__name__": "__main__"}
     for snippet in snippets(page.read_text(encoding="utf-8")):
         where = f"{page.relative_to(ROOT)}, line {snippet.line}"

@@ -159,18 +159,3 @@ def test_it_is_exported_by_torch(family):
     model, batch = Logits(emptied(family)), tuple(tiny_batch().values())
     exported = torch.export.export(model, batch).module()
     torch.testing.assert_close(exported(*batch), model(*batch))
-
-
-@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet", "nomic_bert"])
-def test_it_is_exported_to_onnx_and_quantized_there(family, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    quantization = pytest.importorskip("onnxruntime.quantization")
-    model, batch = Logits(emptied(family)), tiny_batch()
-    expected = outputs(model.model, batch).view(3, -1)
-    torch.onnx.export(model, tuple(batch.values()), tmp_path / "m.onnx", dynamo=True, verbose=False)
-    quantization.quantize_dynamic(tmp_path / "m.onnx", tmp_path / "int8.onnx")
-    for name, tolerance in (("m.onnx", 1e-5), ("int8.onnx", 0.05)):
-        session = runtime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
-        actual = torch.from_numpy(session.run(None, {key: value.numpy() for key, value in batch.items()})[0])
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
