@@ -20,7 +20,7 @@ from _harness import record
 from torch import nn
 
 from sensibert.deploy import RUNTIMES
-from sensibert.deploy.graphs import Trace, example, quantize, trace
+from sensibert.deploy.graphs import Trace, quantize, random_inputs, trace
 from sensibert.saving.folder import load
 
 GRAPHS = ("torch", "onnx", "int8", "openvino")
@@ -41,7 +41,7 @@ def graphs(folder: str, scratch: Path, names: list[str], threads: int) -> tuple[
         if name == "int8":
             quantize(file, file.with_name("int8.onnx"))
             file = file.with_name("int8.onnx")
-        found[name] = runtime.open(file, traced, threads)
+        found[name] = runtime.open(file, threads)
     return found, traced
 
 
@@ -70,7 +70,9 @@ def main() -> None:
         for part in ("model", "trimmed"):
             made, traced = graphs(getattr(arguments, part), Path(scratch) / part, arguments.runtimes, arguments.threads)
             models |= {(part, name): model for name, model in made.items()}
-        inputs = example(load(arguments.model)[0], traced.inputs, arguments.batch, arguments.length)
+        inputs = random_inputs(
+            traced.inputs, load(arguments.model)[0].config.vocab_size, arguments.batch, arguments.length
+        )
         inputs["attention_mask"].fill_(1)
         times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
         for _ in range(arguments.rounds + 2):

@@ -158,6 +158,12 @@ EXTRA = {
         False,
     ),
     "folder": _parameter("folder", str, typer.Argument(help="A model folder, trimmed or not.")),
+    "folders": _parameter("folders", list[Path], typer.Argument(help="Model folders, exported or not.")),
+    "length": _parameter("length", int, typer.Option(help="Tokens of every text."), 128),
+    "threads": _parameter(
+        "threads", int | None, typer.Option(help="Threads of a pass.", show_default="those of torch"), None
+    ),
+    "rounds": _parameter("rounds", int, typer.Option(help="Passes of every model; medians are shown."), 20),
     "plan": _parameter(
         "plan", str | None, typer.Option(help="Plan file of `sensibert plan`; without one, a training file."), None
     ),
@@ -393,6 +399,36 @@ def export_(context: typer.Context, values: dict[str, Any]) -> None:
     rows = [(metric, *(f"{found[metric]:.4f}" for found in scores.values())) for metric in scores.get("model", ())]
     parts = [files, table(("", *scores), rows) if rows else "", f"largest difference: {result['difference']:.1e}"]
     _print(values["as_json"], result, "\n\n".join(filter(None, parts)) + _written(result))
+
+
+@_command(["folders", "length", "threads", "rounds", "as_json"])
+def bench(context: typer.Context, values: dict[str, Any]) -> None:
+    """Time one forward pass of model folders, side by side, in every runtime that they have a file for.
+
+    \b
+    Example:
+      sensibert bench bert-base-uncased small small-onnx --threads 1
+    """
+    from .deploy import measure
+    from .report import table
+
+    folders = [os.path.expanduser(folder) for folder in values["folders"]]
+    machine, rows = measure(folders, values["length"], values["threads"], values["rounds"])
+    timed = [name for name in rows[0] if name.startswith("batch_")]
+    header = (
+        "",
+        "runtime",
+        "MB",
+        "load s",
+        *(f"{n.removesuffix('_ms').replace('_', ' ')}: ms (p10, p90)" for n in timed),
+    )
+    lines = []
+    for row in rows:
+        spreads = (row[name] for name in timed)
+        cells = (f"{each['median']:.1f} ({each['p10']:.1f}, {each['p90']:.1f})" for each in spreads)
+        lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", *cells))
+    shown = f"{machine['processor']}, {machine['threads']} threads, texts of {machine['length']} tokens"
+    _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 
 
 @_command(["folder", "config", "as_json"])

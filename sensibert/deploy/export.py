@@ -26,9 +26,8 @@ from ..saving.folder import new_folder, zero_filled
 from ..saving.output_paths import check_output
 from ..saving.sentence_transformers import copy_modules, source_of
 from ..trimming.trim import trim
-from .graphs import RUNTIMES, Graph, Trace, example, quantize, trace
+from .graphs import INT8_FILE, RUNTIMES, Graph, Trace, quantize, random_inputs, trace
 
-INT8_FILE = "onnx/model_quantized.onnx"
 # Rows and tokens of made-up text: one row, an odd length, and one that fills a batch.
 SHAPES = ((1, 7), (3, 64), (8, 33))
 
@@ -70,12 +69,12 @@ def export_graph(
     with new_folder(Path(output).resolve(), overwrite) as folder:
         (folder / runtime.file).parent.mkdir()
         runtime.write(traced, folder / runtime.file)
-        graph = runtime.open(folder / runtime.file, traced, None)
+        graph = runtime.open(folder / runtime.file, None)
         facts["difference"] = _want_same(model, graph, traced, to)
         if score is not None:
             facts["metrics"] = {"model": score(model), to: score(graph)}
         if int8:
-            facts |= _with_int8(folder, traced, facts.get("metrics"), score, max_loss)
+            facts |= _with_int8(folder, facts.get("metrics"), score, max_loss)
         config = stock_config(model.config)
         config.architectures = [stock_class(model).__name__]
         config.save_pretrained(folder)
@@ -109,7 +108,7 @@ def _plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
     return whole.eval()
 
 
-def _with_int8(folder: Path, traced: Trace, metrics: dict | None, score: Score | None, max_loss: float) -> dict:
+def _with_int8(folder: Path, metrics: dict | None, score: Score | None, max_loss: float) -> dict:
     """Write the quantized graph, and delete it again if it loses too much. Returns the facts."""
     file = folder / INT8_FILE
     quantize(folder / RUNTIMES["onnx"].file, file)
@@ -118,7 +117,7 @@ def _with_int8(folder: Path, traced: Trace, metrics: dict | None, score: Score |
             "export: nothing tells what int8 loses, want a validation file to measure it"
         )
         return {"int8": True}
-    found = score(RUNTIMES["onnx"].open(file, traced, None))
+    found = score(RUNTIMES["onnx"].open(file, None))
     name, full = next(iter(metrics["onnx"].items()))
     loss = (full - found[name]) / abs(full) if full else 0.0
     kept = loss <= max_loss
@@ -136,7 +135,7 @@ def _want_same(model: PreTrainedModel, graph: Graph, traced: Trace, to: str) -> 
     beyond the runtime's tolerance."""
     worst = 0.0
     for rows, tokens in SHAPES:
-        batch = example(model, traced.inputs, rows, tokens, seed=tokens)
+        batch = random_inputs(traced.inputs, model.config.vocab_size, rows, tokens, seed=tokens)
         with torch.no_grad():
             wanted, found = model(**batch, return_dict=True), graph(**batch)
         for name in traced.outputs:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.errors import SensibertError, described
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+INT8_FILE = "onnx/model_quantized.onnx"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Shape of the example that a graph is traced with: neither size is 1, which torch.export would fix.
 EXAMPLE = (2, 16)
@@ -33,10 +34,10 @@ def input_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return tuple(name for name in INPUTS if name in accepted and name in (*made, *INPUTS[:2]))
 
 
-def example(model: PreTrainedModel, names: tuple[str, ...], rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of random tokens; the last row is half as long as the others."""
+def random_inputs(names: tuple[str, ...], vocabulary: int, rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of random tokens; the last of several rows is half as long as the others."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator)
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, max(1, tokens // 2) :] = 0 if rows > 1 else 1
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
@@ -73,7 +74,7 @@ class Trace(NamedTuple):
 def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Trace:
     """The graph of a model in eval mode. SensibertError if torch.export cannot make one."""
     names = input_names(model, tokenizer)
-    inputs = example(model, names, *EXAMPLE)
+    inputs = random_inputs(names, model.config.vocab_size, *EXAMPLE)
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     outputs = tuple(name for name in OUTPUTS if name in found)
@@ -118,7 +119,7 @@ class Runtime(NamedTuple):
     packages: tuple[str, ...]
     extra: str | None
     write: Callable[[Trace, Path], None]
-    open: Callable[[Path, Trace, int | None], Graph]
+    open: Callable[[Path, int | None], Graph]
     empty_layers: bool = True
 
     def want_packages(self, name: str) -> None:
@@ -164,7 +165,7 @@ def _write_onnx(traced: Trace, file: Path) -> None:
     onnx.save(model, file)
 
 
-def _open_onnx(file: Path, traced: Trace, threads: int | None = None) -> Graph:
+def _open_onnx(file: Path, threads: int | None) -> Graph:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -173,10 +174,11 @@ def _open_onnx(file: Path, traced: Trace, threads: int | None = None) -> Graph:
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        found = session.run(list(traced.outputs), {name: value.numpy() for name, value in inputs.items()})
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         return [torch.from_numpy(value) for value in found]
 
-    return Graph(run, traced.inputs, traced.outputs)
+    inputs, outputs = (tuple(each.name for each in ends) for ends in (session.get_inputs(), session.get_outputs()))
+    return Graph(run, inputs, outputs)
 
 
 def _write_openvino(traced: Trace, file: Path) -> None:
@@ -188,7 +190,7 @@ def _write_openvino(traced: Trace, file: Path) -> None:
     between.unlink()
 
 
-def _open_openvino(file: Path, traced: Trace, threads: int | None = None) -> Graph:
+def _open_openvino(file: Path, threads: int | None) -> Graph:
     import openvino
 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -197,18 +199,24 @@ def _open_openvino(file: Path, traced: Trace, threads: int | None = None) -> Gra
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         found = compiled({name: value.numpy() for name, value in inputs.items()})
-        return [torch.from_numpy(found[name].copy()) for name in traced.outputs]
+        return [torch.from_numpy(found[name].copy()) for name in outputs]
 
-    return Graph(run, traced.inputs, traced.outputs)
+    inputs, outputs = (tuple(each.get_any_name() for each in ends) for ends in (compiled.inputs, compiled.outputs))
+    return Graph(run, inputs, outputs)
 
 
 def _write_torch(traced: Trace, file: Path) -> None:
-    torch.export.save(traced.program, file)
+    names = {"inputs": " ".join(traced.inputs), "outputs": " ".join(traced.outputs)}
+    torch.export.save(traced.program, file, extra_files=names)
 
 
-def _open_torch(file: Path, traced: Trace, threads: int | None = None) -> Graph:
-    module = torch.export.load(file).module()
-    return Graph(lambda inputs: list(module(*inputs.values())), traced.inputs, traced.outputs)
+def _open_torch(file: Path, threads: int | None) -> Graph:
+    names: dict[str, Any] = {"inputs": "", "outputs": ""}
+    module = torch.export.load(file, extra_files=names).module()
+    inputs, outputs = (tuple(str(text).split()) for text in names.values())
+    if not inputs or not outputs:
+        raise SensibertError(f"{file} does not name its inputs, want a file of sensibert export")
+    return Graph(lambda inputs: list(module(*inputs.values())), inputs, outputs)
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")

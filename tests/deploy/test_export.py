@@ -43,7 +43,7 @@ def small(folder, head="SequenceClassification", **config):
 def graph_of(folder, to="onnx", file=None):
     model, tokenizer = load(folder.parent / "small")
     traced = graphs.trace(model, tokenizer)
-    return model, traced, RUNTIMES[to].open(folder / (file or RUNTIMES[to].file), traced, 1)
+    return model, traced, RUNTIMES[to].open(folder / (file or RUNTIMES[to].file), 1)
 
 
 @pytest.mark.parametrize("family", ONE_EACH)
@@ -56,9 +56,9 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
     facts = export_graph(uneven(model), str(tmp_path / "out"), int8=True)
     assert facts["difference"] < 1e-5 and facts["files"].keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
     traced = graphs.trace(model.eval(), None)
-    batch = graphs.example(model, traced.inputs, 2, 9)
+    batch = graphs.random_inputs(traced.inputs, 64, 2, 9)
     wanted = model(**batch).logits
-    found = RUNTIMES["onnx"].open(tmp_path / "out" / "onnx" / "model_quantized.onnx", traced, 1)(**batch)["logits"]
+    found = RUNTIMES["onnx"].open(tmp_path / "out" / "onnx" / "model_quantized.onnx", 1)(**batch)["logits"]
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.2 * float(wanted.abs().max()))
 
 
@@ -78,7 +78,7 @@ def test_outputs_are_those_of_the_head(head, outputs, to, tmp_path):
     model, tokenizer = load(source)
     export_graph(model, str(tmp_path / "out"), to, tokenizer)
     model, traced, graph = graph_of(tmp_path / "out", to)
-    batch = graphs.example(model, traced.inputs, 2, 9, seed=5)
+    batch = graphs.random_inputs(traced.inputs, 64, 2, 9, seed=5)
     wanted, found = model(**batch), graph(**batch)
     assert list(found) == outputs and torch.equal(found[0], found[outputs[0]])
     for name in outputs:
@@ -135,7 +135,7 @@ def test_int8_is_smaller_and_scored(tmp_path):
     assert metrics["model"] == pytest.approx(wanted) and list(metrics["model"])[0] == "accuracy"
     assert ["model", "onnx", "int8"] in [line.split() for line in done.out.splitlines()]
     model, traced, graph = graph_of(tmp_path / "out", file="onnx/model_quantized.onnx")
-    batch = graphs.example(model, traced.inputs, 4, 8)
+    batch = graphs.random_inputs(traced.inputs, 64, 4, 8)
     assert torch.corrcoef(torch.stack([graph(**batch)[0].flatten(), model(**batch)[0].flatten()]))[0, 1] > 0.98
     # Exported again without int8: the old graph does not stay.
     again = runs.command("export", source, "--output", tmp_path / "out", "--overwrite")
@@ -199,8 +199,8 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     runtime = RUNTIMES["onnx"]
 
-    def other(file, traced, threads):
-        graph = runtime.open(file, traced, threads)
+    def other(file, threads):
+        graph = runtime.open(file, threads)
         return graphs.Graph(lambda inputs: [1.01 * value for value in graph.run(inputs)], graph.inputs, graph.outputs)
 
     monkeypatch.setitem(RUNTIMES, "onnx", runtime._replace(open=other))

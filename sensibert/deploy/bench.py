@@ -1,0 +1,121 @@
+"""How fast model folders are, side by side, in every runtime that they have a file for."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..core.errors import SensibertError
+from ..saving.folder import load
+from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
+
+BATCHES = (1, 32)
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+PAIRED = {".xml": ".bin"}  # a graph whose weights are in a second file
+
+
+class _Entry(NamedTuple):
+    """A model in a runtime. size: bytes of its files. seconds: of loading it."""
+
+    folder: str
+    runtime: str
+    size: int
+    seconds: float
+    model: nn.Module
+    inputs: tuple[str, ...]
+    vocabulary: int
+
+
+def measure(
+    folders: Sequence[str], length: int = 128, threads: int | None = None, rounds: int = 20
+) -> tuple[dict, list[dict]]:
+    """(the machine, one row for each model and runtime): size in MB, seconds to load, and for each of BATCHES the
+    median, 10th and 90th percentile of the milliseconds of one forward pass of rows of `length` tokens.
+
+    Passes of all models take turns, so that a machine whose speed drifts slows all of them. SensibertError for a folder
+    without a model."""
+    for name, value in (("length", length), ("threads", threads), ("rounds", rounds)):
+        if value is not None and value < 1:
+            raise SensibertError(f"{name} is {value}, want at least 1")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        entries = [entry for folder in folders for entry in _entries(folder, threads)]
+        times = {rows: _times(entries, rows, length, rounds) for rows in BATCHES}
+    finally:
+        torch.set_num_threads(before)
+    found = []
+    for number, entry in enumerate(entries):
+        row = {"folder": entry.folder, "runtime": entry.runtime, "mb": entry.size / 1e6, "load_s": entry.seconds}
+        found.append(row | {f"batch_{rows}_ms": _spread(times[rows][number]) for rows in BATCHES})
+    return {"processor": _processor(), "threads": threads or before, "length": length, "rounds": rounds}, found
+
+
+def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
+    path = Path(folder)
+    weights = [file for pattern in WEIGHTS for file in path.glob(pattern)]
+    graphs = {name: runtime.file for name, runtime in RUNTIMES.items()} | {"onnx int8": INT8_FILE}
+    there = {name: path / file for name, file in graphs.items() if (path / file).is_file()}
+    if not path.is_dir() or not (weights or there):
+        raise SensibertError(f"folder: {folder} holds no model and no graph, want a folder of finetune, trim or export")
+    if weights:
+        begin = time.perf_counter()
+        model = load(folder)[0].eval()
+        seconds = time.perf_counter() - begin
+        size = sum(file.stat().st_size for file in weights)
+        yield _Entry(folder, "torch", size, seconds, model, input_names(model, None), model.config.vocab_size)
+    if there:
+        vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+    for name, file in there.items():
+        runtime = RUNTIMES[name.partition(" ")[0]]
+        runtime.want_packages(name)
+        begin = time.perf_counter()
+        graph: Graph = runtime.open(file, threads)
+        seconds = time.perf_counter() - begin
+        size = file.stat().st_size
+        if file.suffix in PAIRED:
+            size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
+        shown = "torch.export" if name == "torch" else name
+        yield _Entry(folder, shown, size, seconds, graph, graph.inputs, vocabulary)
+
+
+@torch.inference_mode()
+def _times(entries: list[_Entry], rows: int, length: int, rounds: int) -> list[list[float]]:
+    """Milliseconds of the passes of each entry, without a first one that warms up."""
+
+    def one(entry: _Entry) -> float:
+        inputs: dict[str, Tensor] = random_inputs(entry.inputs, entry.vocabulary, rows, length)
+        inputs["attention_mask"].fill_(1)
+        begin = time.perf_counter()
+        entry.model(**inputs)
+        return 1e3 * (time.perf_counter() - begin)
+
+    times: list[list[float]] = [[] for _ in entries]
+    for _ in range(rounds + 1):
+        for taken, entry in zip(times, entries, strict=True):
+            taken.append(one(entry))
+    return [taken[1:] for taken in times]
+
+
+def _spread(milliseconds: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(milliseconds, n=10) if len(milliseconds) > 1 else milliseconds * 9
+    return {"median": statistics.median(milliseconds), "p10": cuts[0], "p90": cuts[-1]}
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

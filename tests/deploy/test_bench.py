@@ -1,0 +1,79 @@
+"""`sensibert bench`: one row a model and runtime, passes in turn."""
+
+import pytest
+import torch
+
+from sensibert.core.errors import SensibertError
+from sensibert.deploy import bench, measure
+from tests import runs
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    model = runs.model_folder(tmp_path / "model", head="SequenceClassification")
+    runs.command("export", model, "--int8", "--output", tmp_path / "onnx")
+    runs.command("export", model, "--to", "torch", "--output", tmp_path / "torch")
+    return [model, str(tmp_path / "onnx"), str(tmp_path / "torch")]
+
+
+def test_every_file_of_a_folder_is_timed(folders):
+    threads = torch.get_num_threads()
+    done = runs.command("bench", *folders, "--threads", 1, "--rounds", 3, "--length", 8, "--json")
+    assert done.code == 0 and torch.get_num_threads() == threads
+    rows, machine = done.json["rows"], done.json["machine"]
+    assert [row["runtime"] for row in rows] == ["torch", "onnx", "onnx int8", "torch.export"]
+    assert [row["folder"] for row in rows] == [folders[0], folders[1], folders[1], folders[2]]
+    for row in rows:
+        assert row["mb"] > 0 and row["load_s"] > 0
+        for spread in (row["batch_1_ms"], row["batch_32_ms"]):
+            assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
+    assert rows[2]["mb"] < rows[1]["mb"] and machine["threads"] == 1 and machine["processor"]
+    lines = done.out.splitlines()
+    assert "batch 32: ms" in lines[0] and all(row["runtime"] in line for row, line in zip(rows, lines[2:]))
+    assert f"{machine['processor']}, 1 threads, texts of 8 tokens" in done.out
+
+
+def test_passes_take_turns(folders, monkeypatch):
+    turns = []
+    forward = torch.nn.Module.__call__
+
+    def noted(module, *args, **kwargs):
+        if "input_ids" in kwargs and type(module).__name__ in ("BertForSequenceClassification", "Graph"):
+            turns.append((type(module).__name__, tuple(kwargs["input_ids"].shape)))
+        return forward(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", noted)
+    measure(folders[:2], length=4, rounds=1)
+    one = [("BertForSequenceClassification", (1, 4)), ("Graph", (1, 4)), ("Graph", (1, 4))]
+    assert turns == 2 * one + [(name, (32, 4)) for name, _ in 2 * one]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--rounds", 0], "rounds is 0, want at least 1"),
+        (["--length", -1], "length is -1, want at least 1"),
+        (["--threads", 0], "threads is 0, want at least 1"),
+        ([], "holds no model and no graph, want a folder of finetune, trim or export"),
+    ],
+)
+def test_bad_input_is_refused_in_words(options, message, tmp_path):
+    done = runs.command("bench", tmp_path, *options)
+    assert done.code == 2 and message in done.err
+
+
+def test_a_file_of_torch_export_that_names_no_inputs_is_refused(tmp_path):
+    file = tmp_path / "torch" / "model.pt2"
+    file.parent.mkdir()
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), file)
+    runs.model_folder(tmp_path / "model")
+    (tmp_path / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    with pytest.raises(SensibertError, match="model.pt2 does not name its inputs, want a file of sensibert export"):
+        measure([str(tmp_path)])
+
+
+def test_one_pass_has_no_spread():
+    assert bench._spread([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
