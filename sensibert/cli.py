@@ -431,6 +431,23 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 
 
+@_command(
+    ["folder", "output", "as_json"],
+    output={"help": "HTML file to write. Without it: report/report.html in the folder.", "default": None},
+)
+def report(context: typer.Context, values: dict[str, Any]) -> None:
+    """Write one HTML page about a trimmed model: what was cut, sizes, scores, sensitivity, and how to use it.
+
+    \b
+    Example:
+      sensibert report small
+    """
+    from .commands import report_folder
+
+    result = report_folder(values["folder"], values["output"])
+    _print(values["as_json"], result, f"written to {result['output']}")
+
+
 @_command(["folder", "config", "as_json"])
 def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     """Show what is left of a trimmed model, layer by layer.

@@ -19,7 +19,7 @@ from .core.arguments import fraction, one_of
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import LAYOUTS, TrimConfig, grid_name
 from .core.errors import SensibertError, naming
-from .core.files import writing
+from .core.files import write_atomically, writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
@@ -48,6 +48,7 @@ from .models.embedding import EmbeddingModel
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
 from .recipe import RECIPE, RESULT, check_place
+from .report.page import page
 from .run_options import Options
 from .saving.folder import DENSE, export, zero_filled
 from .saving.output_paths import check_apart, check_file, check_output
@@ -345,6 +346,20 @@ _NOTED = (
     *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
     *("warnings", "throughput"),
 )
+
+
+def report_folder(folder: str, output: str | None) -> dict:
+    """Write the HTML page of a trimmed model folder; by default into its folder `report`."""
+    facts, path = inspect_folder(folder), Path(folder)
+    scores, target = path / "sensitivity.safetensors", Path(output) if output else path / "report" / "report.html"
+    sensitivity = Sensitivity.load(scores) if scores.exists() else None
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
+    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None)
+    with writing(target):
+        if output is None:
+            target.parent.mkdir(exist_ok=True)
+        write_atomically(target, lambda part: Path(part).write_text(text, encoding="utf-8"))
+    return {"model": folder, "output": str(target)}
 
 
 def inspect_folder(folder: str) -> dict:

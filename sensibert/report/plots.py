@@ -94,9 +94,9 @@ def _draw_tensors(
 
     owner = {m.parameter: site.layer for site in layout.sites for m in site.members}
     layers = sorted(set(owner.values()))
-    rows: dict[str, dict[int, float]] = {_role(name): {} for name in owner if name in values}
+    rows: dict[str, dict[int, float]] = {role(name): {} for name in owner if name in values}
     for parameter, value in values.items():
-        rows[_role(parameter)][owner[parameter]] = value
+        rows[role(parameter)][owner[parameter]] = value
     cells = [[row.get(layer, float("nan")) for layer in layers] for row in rows.values()]
     figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(rows)), layout="constrained")
     axis = figure.subplots()
@@ -108,7 +108,7 @@ def _draw_tensors(
     figure.savefig(path, dpi=130)
 
 
-def _role(parameter: str) -> str:
+def role(parameter: str) -> str:
     """`encoder.layer.3.output.dense.weight` -> `output.dense`: the name of a tensor inside its layer."""
     parts = parameter.removesuffix(".weight").split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]

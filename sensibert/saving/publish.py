@@ -37,7 +37,7 @@ MODEL = (
     *(*BESIDE, "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
 )
 RUN = ("result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors")
-REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png")
+REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png", "report.html")
 REPLACED = (*MODEL, *RUN, *(f"dense/{name}" for name in MODEL), *(f"report/{name}" for name in REPORT))
 
 
