@@ -171,6 +171,9 @@ EXTRA = {
     "int8": _parameter(
         "int8", bool, typer.Option("--int8", help="Write a second graph, with weights in 8 bits (onnx only)."), False
     ),
+    "fp16_embeddings": _parameter(
+        "fp16_embeddings", bool, typer.Option("--fp16-embeddings", help="Store embedding tables in 16 bits."), False
+    ),
     "max_loss": _parameter(
         "max_loss", str, typer.Option(help="Largest loss of the main metric by --int8, in % of it."), "0.5%"
     ),
@@ -374,7 +377,7 @@ def evaluate(context: typer.Context, values: dict[str, Any]) -> None:
 
 @_command(
     [
-        *("folder", "output", "to", "int8", "max_loss", "validation_file", "config"),
+        *("folder", "output", "to", "fp16_embeddings", "int8", "max_loss", "validation_file", "config"),
         *(name for name in DATA_NAMES if name != "precision"),  # of a graph it is fp32
         *("overwrite", "as_json"),
     ],
@@ -393,7 +396,7 @@ def export_(context: typer.Context, values: dict[str, Any]) -> None:
     from .report import table
 
     options = _options(values, model=values["folder"])
-    result = export_folder(options, values["to"], values["int8"], values["max_loss"])
+    result = export_folder(options, *(values[name] for name in ("to", "int8", "fp16_embeddings", "max_loss")))
     files = table(("", "MB"), [(name, f"{size / 1e6:.1f}") for name, size in result["files"].items()])
     scores = result.get("metrics", {})
     rows = [(metric, *(f"{found[metric]:.4f}" for found in scores.values())) for metric in scores.get("model", ())]

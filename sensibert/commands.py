@@ -319,7 +319,7 @@ def evaluate_folder(options: Options) -> dict:
     }
 
 
-def export_folder(options: Options, to: str, int8: bool, max_loss: str) -> dict:
+def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: str) -> dict:
     """Write the graph of a model folder for a runtime. With a validation file the model and its graphs are scored."""
     check_apart(options.output, folder=options.model, validation_file=options.validation_file)
     score, bound = None, fraction("max_loss", max_loss)
@@ -338,7 +338,7 @@ def export_folder(options: Options, to: str, int8: bool, max_loss: str) -> dict:
 
     encoder = model.base_model if isinstance(model, EmbeddingModel) else model
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
-    return export_graph(encoder, options.output, to, tokenizer, int8, score, bound, options.overwrite)
+    return export_graph(encoder, options.output, to, tokenizer, int8, fp16_embeddings, score, bound, options.overwrite)
 
 
 # Facts that only result.json has; null for a folder that was trimmed without a run.

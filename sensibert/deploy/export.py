@@ -28,6 +28,7 @@ from ..saving.sentence_transformers import copy_modules, source_of
 from ..trimming.trim import trim
 from .graphs import INT8_FILE, RUNTIMES, Graph, Trace, quantize, random_inputs, trace
 
+HALF_TOLERANCE = 1e-2  # of the outputs with embeddings in fp16, which have 11 bits
 # Rows and tokens of made-up text: one row, an odd length, and one that fills a batch.
 SHAPES = ((1, 7), (3, 64), (8, 33))
 
@@ -40,6 +41,7 @@ def export_graph(
     to: str = "onnx",
     tokenizer: PreTrainedTokenizerBase | None = None,
     int8: bool = False,
+    fp16_embeddings: bool = False,
     score: Score | None = None,
     max_loss: float = 0.005,
     overwrite: bool = False,
@@ -47,7 +49,8 @@ def export_graph(
     """Write a folder with the model's graph, a stock config, its tokenizer and modules of sentence-transformers.
 
     to: `onnx` (onnx/model.onnx), `openvino` (openvino/openvino_model.xml) or `torch` (torch/model.pt2 of torch.export).
-    The outputs of the graph are compared with the model's on made-up text. int8: write onnx/model_quantized.onnx too,
+    The outputs of the graph are compared with the model's on made-up text. fp16_embeddings: store embedding tables in
+    16 bits (not with torch). int8: write onnx/model_quantized.onnx too,
     unless it loses more than the fraction max_loss of the main metric. score: metrics of a module, for the model and
     every graph.
 
@@ -57,6 +60,8 @@ def export_graph(
         raise SensibertError(f"to is {to!r}, {one_of(to, RUNTIMES)}")
     if int8 and to != "onnx":
         raise SensibertError(f"int8 is True and to is {to!r}, want onnx")
+    if fp16_embeddings and to == "torch":
+        raise SensibertError("fp16_embeddings is True and to is 'torch', want onnx or openvino")
     if not 0 <= max_loss < 1:
         raise SensibertError(f"max_loss is {max_loss}, want a fraction from 0 to 1")
     runtime = RUNTIMES[to]
@@ -64,7 +69,7 @@ def export_graph(
     check_output(output, overwrite)
     modules = source_of(model)
     model = _plain(model, runtime.empty_layers)
-    traced = trace(model, tokenizer)
+    traced = trace(model, tokenizer)._replace(half_tables=fp16_embeddings)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
         (folder / runtime.file).parent.mkdir()
@@ -74,7 +79,7 @@ def export_graph(
         if score is not None:
             facts["metrics"] = {"model": score(model), to: score(graph)}
         if int8:
-            facts |= _with_int8(folder, facts.get("metrics"), score, max_loss)
+            facts |= _with_int8(folder, traced, facts.get("metrics"), score, max_loss)
         config = stock_config(model.config)
         config.architectures = [stock_class(model).__name__]
         config.save_pretrained(folder)
@@ -108,10 +113,16 @@ def _plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
     return whole.eval()
 
 
-def _with_int8(folder: Path, metrics: dict | None, score: Score | None, max_loss: float) -> dict:
+def _with_int8(folder: Path, traced: Trace, metrics: dict | None, score: Score | None, max_loss: float) -> dict:
     """Write the quantized graph, and delete it again if it loses too much. Returns the facts."""
     file = folder / INT8_FILE
-    quantize(folder / RUNTIMES["onnx"].file, file)
+    source = folder / RUNTIMES["onnx"].file
+    if traced.half_tables:  # quantized, they are smaller still
+        source = file.with_name("full.onnx")
+        RUNTIMES["onnx"].write(traced._replace(half_tables=False), source)
+    quantize(source, file)
+    if traced.half_tables:
+        source.unlink()
     if score is None or metrics is None:
         logging.getLogger("sensibert").warning(
             "export: nothing tells what int8 loses, want a validation file to measure it"
@@ -140,10 +151,10 @@ def _want_same(model: PreTrainedModel, graph: Graph, traced: Trace, to: str) -> 
             wanted, found = model(**batch, return_dict=True), graph(**batch)
         for name in traced.outputs:
             worst = max(worst, _difference(wanted[name], found[name], batch["attention_mask"]))
-    if not worst <= RUNTIMES[to].tolerance:
+    tolerance = HALF_TOLERANCE if traced.half_tables else RUNTIMES[to].tolerance
+    if not worst <= tolerance:
         raise SensibertError(
-            f"export: the outputs of the {to} graph are off by {worst:.1e} of the largest, want at most "
-            f"{RUNTIMES[to].tolerance:.0e}"
+            f"export: the outputs of the {to} graph are off by {worst:.1e} of the largest, want at most {tolerance:.0e}"
         )
     return worst
 

@@ -69,6 +69,7 @@ class Trace(NamedTuple):
     program: torch.export.ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    half_tables: bool = False  # whether embedding tables are stored in fp16
 
 
 def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Trace:
@@ -162,7 +163,27 @@ def _write_onnx(traced: Trace, file: Path) -> None:
                 size.dim_param = name
     # Shapes of inner values: quantization takes them for those of the model it has changed, and fails.
     del model.graph.value_info[:]
+    if traced.half_tables:
+        _halve_tables(model)
     onnx.save(model, file)
+
+
+def _halve_tables(model: Any) -> None:
+    """Store the embedding tables of an ONNX model in fp16; the rows that are read become fp32 again."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    reads = {name: [node for node in graph.node if name in node.input] for name in weights}
+    for name, tensor in weights.items():
+        gathers = [node for node in reads[name] if node.op_type == "Gather" and node.input[0] == name]
+        if len(tensor.dims) != 2 or tensor.data_type != TensorProto.FLOAT or len(gathers) != len(reads[name]):
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), name))
+        for node in gathers:
+            wide, node.output[0] = node.output[0], f"{node.output[0]}_half"
+            cast = helper.make_node("Cast", [node.output[0]], [wide], to=TensorProto.FLOAT)
+            graph.node.insert(list(graph.node).index(node) + 1, cast)
 
 
 def _open_onnx(file: Path, threads: int | None) -> Graph:

@@ -142,6 +142,25 @@ def test_int8_is_smaller_and_scored(tmp_path):
     assert again.code == 0 and not (tmp_path / "out" / "onnx" / "model_quantized.onnx").exists()
 
 
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_embeddings_in_16_bits_take_half_of_the_place(to, tmp_path):
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    source, sizes = small(tmp_path, vocab_size=2000), []
+    for number, options in enumerate(((), ("--fp16-embeddings",))):
+        done = runs.command("export", source, "--to", to, "--output", tmp_path / str(number), *options, "--json")
+        sizes.append(sum(done.json["files"].values()))
+    assert 1e-5 < done.json["difference"] < 1e-2
+    if to == "onnx":  # tables in 8 bits
+        both = runs.command("export", source, "--int8", "--fp16-embeddings", "--output", tmp_path / "2", "--json")
+        files = both.json["files"]
+        assert files.keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+        assert files["onnx/model_quantized.onnx"] < files["onnx/model.onnx"] - 0.8 * 2000 * 32
+    model, tokenizer = load(source)
+    tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    assert sizes[0] - sizes[1] == pytest.approx(2 * tables, rel=0.02)
+
+
 def test_int8_that_loses_too_much_is_not_written(tmp_path, caplog):
     def score(module):
         return {"f1": 0.8, "other": 1.0} if len(calls.append(module) or calls) < 3 else {"f1": 0.7, "other": 1.0}
@@ -174,6 +193,7 @@ def test_a_folder_of_sentence_transformers_keeps_its_modules_and_is_scored(tmp_p
     [
         (["--to", "onxn"], "to is 'onxn', want one of onnx, openvino, torch; did you mean 'onnx'?"),
         (["--to", "torch", "--int8"], "int8 is True and to is 'torch', want onnx"),
+        (["--to", "torch", "--fp16-embeddings"], "fp16_embeddings is True and to is 'torch', want onnx or openvino"),
         (["--max-loss", "much"], "max_loss is 'much', want for example 0.5%"),
         (["--max-loss", "120%"], "max_loss is '120%', want for example 0.5%"),
         (["--validation-file", "missing.csv"], "missing.csv"),
