@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .sensitivity.sampled_loss import sampled_loss
     from .training import TrimTrainer, finetune
     from .trimming.trim import trim
+    from .trimming.vocabulary import trim_vocabulary
 
     __version__: str
 
@@ -63,6 +64,7 @@ _HOME = {
     "saving": ("export", "load", "load_structure"),
     "sensitivity": ("analyze", "sampled_loss"),
     "training": ("TrimTrainer", "finetune"),
+    "trimming.vocabulary": ("trim_vocabulary",),
     "trimming": ("trim",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -107,6 +109,7 @@ __all__ = [
     "slice_state",
     "trim",
     "trim_model",
+    "trim_vocabulary",
 ]
 
 

@@ -25,7 +25,7 @@ from .core.settings import former_names, settings_of
 from .core.version import version
 from .run_options import DATA, DISTILLATION, OUTPUT, TRAINING, Options, all_names
 
-SIZES = ("encoder_params", "total_params", "flops")
+SIZES = ("vocabulary", "encoder_params", "total_params", "flops")
 KINDS = (Options, TrimConfig, Schedule)
 PANELS = (None, TRIMMING, SCHEDULE, RECOVERY, DATA, TRAINING, DISTILLATION, OUTPUT)
 FORMER = {old.replace("_", "-"): new.replace("_", "-") for old, new in former_names(*KINDS).items()}
@@ -158,6 +158,11 @@ EXTRA = {
         False,
     ),
     "folder": _parameter("folder", str, typer.Argument(help="A model folder, trimmed or not.")),
+    "vocabulary": _parameter(
+        *("vocabulary", str | None),
+        typer.Option(help="File of texts: keep only the pieces of the vocabulary that they need."),
+        None,
+    ),
     "folders": _parameter("folders", list[Path], typer.Argument(help="Model folders, exported or not.")),
     "length": _parameter("length", int, typer.Option(help="Tokens of every text."), 128),
     "threads": _parameter(
@@ -179,7 +184,14 @@ EXTRA = {
     ),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
-PATHS = ("folder", "model", "output", "plan", "sensitivity")  # in which ~ is the home folder; Options has others
+PATHS = (
+    "folder",
+    "model",
+    "output",
+    "plan",
+    "sensitivity",
+    "vocabulary",
+)  # in which ~ is the home folder; Options has others
 DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
 
 
@@ -205,11 +217,12 @@ def _options(values: dict[str, Any], **more: Any) -> Options:
     return Options.from_settings(given | more)
 
 
-def _want_plan_alone(context: typer.Context) -> None:
-    """SensibertError for an option of the trim without a plan."""
-    given = [name for name in OF_ONE_STEP if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+def _want_alone(context: typer.Context, name: str, others: Iterable[str]) -> None:
+    """SensibertError for one of the others on the command line: they belong to another way to trim than `name`."""
+    given = [each for each in others if getattr(context.get_parameter_source(each), "name", "") == "COMMANDLINE"]
     if given:
-        raise SensibertError(f"{given[0]} and plan are both given, want one of them: a plan has its budget")
+        why = ": a plan has its budget" if name == "plan" else ""
+        raise SensibertError(f"{given[0]} and {name} are both given, want one of them{why}")
 
 
 def _show_version(requested: bool) -> None:
@@ -245,7 +258,7 @@ def _sizes(result: dict) -> str:
     """Sizes before and after, from the entries of result.json."""
     from .report import share, table
 
-    pairs = [(name, result[f"{name}_before"], result[f"{name}_after"]) for name in SIZES]
+    pairs = [(n, result[f"{n}_before"], result[f"{n}_after"]) for n in SIZES if f"{n}_before" in result]
     rows = [(name, before, after, share(after, before)) for name, before, after in pairs]
     return table(("", "before", "after", "left"), rows)
 
@@ -339,7 +352,9 @@ OF_ONE_STEP = (
 )
 
 
-@_command(["model", "output", "plan", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"])
+@_command(
+    ["model", "output", "plan", "vocabulary", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"]
+)
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
     """Trim a model without training, by a plan, or to a budget on a training file, and write the folder.
 
@@ -348,15 +363,21 @@ def trim(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert trim --model tuned --plan plan.safetensors --output small
       sensibert trim --model all-MiniLM-L6-v2 --train-file texts.txt \\
           --budget 50%params --output small
+      sensibert trim --model small --vocabulary texts.txt --output smaller
     """
-    from .commands import trim_folder, trim_on_data
+    from .commands import trim_folder, trim_on_data, trim_vocabulary_of
 
-    if values["plan"] is None:
+    def of(*names: str) -> list[Any]:
+        return [values[name] for name in names]
+
+    if values["vocabulary"] is not None:
+        _want_alone(context, "vocabulary", (*OF_ONE_STEP, "plan", "layout"))
+        result = trim_vocabulary_of(*of("model", "vocabulary", "output", "overwrite", "dry_run"))
+    elif values["plan"] is None:
         result = trim_on_data(_options(values), values["dry_run"])
     else:
-        _want_plan_alone(context)
-        names = ("model", "plan", "output", "layout", "overwrite", "dry_run")
-        result = trim_folder(*(values[name] for name in names))
+        _want_alone(context, "plan", OF_ONE_STEP)
+        result = trim_folder(*of("model", "plan", "output", "layout", "overwrite", "dry_run"))
     _print(values["as_json"], result, f"{_sizes(result)}{_written(result)}")
 
 

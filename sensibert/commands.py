@@ -23,7 +23,7 @@ from .core.files import write_atomically, writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
-from .data.files import Examples
+from .data.files import Examples, load_examples
 from .data.task_data import ONE_LOGIT, TaskData
 from .data.tasks import EMBEDDING, PRESETS, get_task
 from .decide import cut_once
@@ -55,6 +55,7 @@ from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.predict import predict
 from .trimming.trim import trim
+from .trimming.vocabulary import trim_vocabulary
 
 RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
@@ -181,6 +182,39 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
         with writing(output):
             export(loaded, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
+
+
+def trim_vocabulary_of(model: str, texts: str, output: str, overwrite: bool, dry_run: bool) -> dict:
+    """Keep the pieces of a model folder's vocabulary that the texts of a file need, and export the model."""
+    check_output(output, overwrite)
+    check_apart(output, model=model, vocabulary=texts)
+    with naming("vocabulary"):
+        examples = load_examples(texts)
+    loaded, tokenizer = load_folder(model)
+    tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+    before, params = len(tokenizer), cost_of(loaded, "model")[0]
+    smaller = trim_vocabulary(loaded, tokenizer, texts_of(examples))
+    if not dry_run:
+        with writing(output):
+            export(loaded, output, smaller, overwrite=overwrite)
+    return {
+        "model": model,
+        "vocabulary_before": before,
+        "vocabulary_after": len(smaller),
+        "total_params_before": params,
+        "total_params_after": cost_of(loaded, "model")[0],
+        "output": None if dry_run else output,
+    }
+
+
+def texts_of(examples: Examples) -> Iterator[str]:
+    """Every text of every column; words that are apart are joined by spaces."""
+    for column in examples.columns.values():
+        for value in column:
+            if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+                yield " ".join(value)
+            elif isinstance(value, str) and value:
+                yield value
 
 
 def trim_on_data(options: Options, dry_run: bool) -> dict:
