@@ -23,6 +23,7 @@ from .core.files import write_atomically, writing
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
+from .data.tasks import PRESETS
 from .inputs import (
     check_family,
     check_room,
@@ -303,6 +304,16 @@ def _throughput(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, 
     return {name: values for name, values in found.items() if values}
 
 
+def _told(options: Options, result: dict) -> dict[str, object]:
+    """What the model card tells of a run: scores, the names of its data, and the base model, if it is of the hub."""
+    told: dict[str, object] = {"metrics": result["metrics"] or None}
+    told["base_model"] = None if Path(options.model).exists() else options.model
+    for part in ("train", "validation"):
+        file = getattr(options, f"{part}_file")
+        told[f"{part}_data"] = Path(file).name if file else options.task if options.task in PRESETS else None
+    return {name: value for name, value in told.items() if value}
+
+
 def _write_output(
     options: Options,
     folder: Path,
@@ -319,6 +330,7 @@ def _write_output(
         names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
         info = {name: result[name] for name in names}
         info["max_length"] = callback.memory.inputs["max_length"]
+        info |= _told(options, result)
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)

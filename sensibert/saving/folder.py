@@ -35,7 +35,7 @@ from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
-from .model_card import CARD, card
+from .model_card import CARD, TOLD, card
 from .output_paths import check_apart, check_movable
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
@@ -172,9 +172,10 @@ def export(
     layout: "trimmed" (the sizes of the model), "dense" (a stock model of the original sizes with zeros in place of
     removed weights: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). An
     untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
-    structure.safetensors. info: more facts for the entry `sensibert` of config.json. overwrite: replace a model in the
-    folder; its other files are kept. accept_unfinished: also write a model whose training ended between two cuts, with
-    the budget that it reached.
+    structure.safetensors. info: more facts for the entry `sensibert` of config.json; `metrics`, `base_model`,
+    `train_data` and `validation_data` go on the model card instead. overwrite: replace a model in the folder; its other
+    files are kept. accept_unfinished: also write a model whose training ended between two cuts, with the budget that it
+    reached.
 
     model may be a SentenceTransformer, SparseEncoder or CrossEncoder, or come from the folder of one and fit its
     modules. Those are written too, with pooling, prompts and tokenizer. SensibertError if the path is not empty or
@@ -185,6 +186,7 @@ def export(
     path, info, whole = Path(os.path.expanduser(path)).resolve(), info or {}, model
     model = cast(PreTrainedModel, inner_model(whole))
     _check(model, path, layout, overwrite, info, accept_unfinished)
+    told, info = ({n: v for n, v in info.items() if (n in TOLD) is both} for both in (True, False))
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
     masked, trimmed = masks_of(model) is not None, is_trimmed(model)
     if masked:
@@ -208,7 +210,7 @@ def export(
                 )
             if is_trimmed(made):
                 library = None if modules is None else library_class(modules)
-                (folder / CARD).write_text(card(path.name, made, _shapes(model), library), encoding="utf-8")
+                (folder / CARD).write_text(card(path.name, made, _shapes(model), library, told), encoding="utf-8")
         if masked:
             save_structure(model, folder / STRUCTURE)
     return path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,7 +17,8 @@ CARD, CODE = "README.md", modeling_sensibert.CODE_FILE
 _CARD = """---
 library_name: {library}
 tags: [sensibert, pruned]
----
+pipeline_tag: {pipeline}
+{base_model}---
 # {name}
 
 `{head}` with a trimmed {family} encoder, made by sensibert {version}.
@@ -29,7 +32,7 @@ tags: [sensibert, pruned]
 
 Budget: {budget}. Method: {method}.
 
-## Load
+{scores}## Load
 
 ```python
 import sensibert  # registers the model class with transformers
@@ -49,14 +52,49 @@ those that are kept, in the base model.
 """
 
 
+# What `export` is told of a run for the card alone: in the config it would outlive the weights that it is true of.
+TOLD = ("metrics", "base_model", "train_data", "validation_data")
+# Part of a model's class -> the task by which people look for it.
+PIPELINES = {
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "MaskedLM": "fill-mask",
+    "MultipleChoice": "multiple-choice",
+}
+LIBRARY_PIPELINES = {"SentenceTransformer": "sentence-similarity", "CrossEncoder": "text-ranking"}
+
+
+def _pipeline(head: str, library_class: str | None) -> str:
+    found = next((task for part, task in PIPELINES.items() if part in head), "feature-extraction")
+    return LIBRARY_PIPELINES.get(library_class or "", found)
+
+
+def _scores(told: Mapping[str, Any]) -> str:
+    """A section with the scores of the run, if it had any."""
+    if not told.get("metrics"):
+        return ""
+    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in told["metrics"].items())
+    parts = ("validation", "train")
+    where = ", ".join(f"{part}: {told[f'{part}_data']}" for part in parts if told.get(f"{part}_data"))
+    return f"## Scores\n\n| | |\n|---|---|\n{rows}\n{f'Data ({where}).' if where else ''}\n\n"
+
+
 def _numbers(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
 
 
-def card(name: str, view: PreTrainedModel, base: PreTrainedModel, library_class: str | None = None) -> str:
+def card(
+    name: str,
+    view: PreTrainedModel,
+    base: PreTrainedModel,
+    library_class: str | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> str:
     """The model card: sizes of the model and of its base, origin, and both ways of loading.
 
-    library_class: of sentence-transformers, for a folder with its modules."""
+    library_class: of sentence-transformers, for a folder with its modules. told: facts of the run (TOLD)."""
+    told = told or {}
     entry, encoder = view.config.sensibert, family_of(base).encoder
     full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
     base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())
@@ -65,6 +103,9 @@ def card(name: str, view: PreTrainedModel, base: PreTrainedModel, library_class:
     return _CARD.format(
         name=name,
         head=type(base).__name__,
+        pipeline=_pipeline(head, library_class),
+        base_model=f"base_model: {told['base_model']}\n" if told.get("base_model") else "",
+        scores=_scores(told),
         family=entry["base_model_type"],
         version=entry["sensibert_version"],
         encoder=entry["encoder_params"],

@@ -1,6 +1,8 @@
 """The README.md of an exported folder: sizes, origin, and how to load it."""
 
-from sensibert import export, trim
+import json
+
+from sensibert import export, load, trim
 from sensibert.models import layout_of
 from tests.helpers import tiny_model
 from tests.plans import random_plan
@@ -18,4 +20,20 @@ def test_the_card_has_sizes_origin_and_both_ways_of_loading(tmp_path):
     share = after.encoder_params / before.encoder_params
     assert f"| {after.encoder_params:,} | {before.encoder_params:,} ({100 * share:.1f} % left) |" in card
     assert f"| {after.total_params:,} | {before.total_params:,} |" in card
+    assert "pipeline_tag: question-answering" in card and "Scores" not in card and "base_model:" not in card
     assert "Budget: 50%params. Method: random." in card, "info goes before what the plan says, which fills in the rest"
+
+
+def test_scores_data_and_base_model_are_on_the_card_of_a_run_and_nowhere_else(tmp_path):
+    model = tiny_model()
+    trim(model, random_plan(layout_of(model)))
+    told = {"metrics": {"accuracy": 0.91234}, "base_model": "google/bert", "validation_data": "dev.csv", "task": "t"}
+    export(model, tmp_path / "small", info=told)
+    lines = (tmp_path / "small" / "README.md").read_text().splitlines()
+    assert "base_model: google/bert" in lines[:6] and "| accuracy | 0.9123 |" in lines
+    assert "Data (validation: dev.csv)." in lines
+    entry = json.loads((tmp_path / "small" / "config.json").read_text())["sensibert"]
+    assert entry["task"] == "t" and not (set(told) - {"task"}) & entry.keys()
+    again, _ = load(tmp_path / "small")  # trimmed further, the scores would no longer be true
+    export(again, tmp_path / "again")
+    assert "accuracy" not in (tmp_path / "again" / "README.md").read_text()
