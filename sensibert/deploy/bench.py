@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..core.errors import SensibertError
+from ..core.errors import SensibertError, described
+from ..models.modules import positions
 from ..saving.folder import load
 from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
 
@@ -23,7 +24,7 @@ PAIRED = {".xml": ".bin"}  # a graph whose weights are in a second file
 
 
 class _Entry(NamedTuple):
-    """A model in a runtime. size: bytes of its files. seconds: of loading it."""
+    """A model in a runtime. size: bytes of its files. seconds: of loading it. longest: tokens of a text; None: any."""
 
     folder: str
     runtime: str
@@ -32,6 +33,7 @@ class _Entry(NamedTuple):
     model: nn.Module
     inputs: tuple[str, ...]
     vocabulary: int
+    longest: int | None
 
 
 def measure(
@@ -50,6 +52,11 @@ def measure(
         torch.set_num_threads(threads)
     try:
         entries = [entry for folder in folders for entry in _entries(folder, threads)]
+        for entry in entries:
+            if length > (entry.longest or length):
+                raise SensibertError(
+                    f"length is {length}, want at most {entry.longest}, the positions of {entry.folder}"
+                )
         times = {rows: _times(entries, rows, length, rounds) for rows in BATCHES}
     finally:
         torch.set_num_threads(before)
@@ -72,20 +79,27 @@ def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
         model = load(folder)[0].eval()
         seconds = time.perf_counter() - begin
         size = sum(file.stat().st_size for file in weights)
-        yield _Entry(folder, "torch", size, seconds, model, input_names(model, None), model.config.vocab_size)
+        names = input_names(model, None)
+        yield _Entry(folder, "torch", size, seconds, model, names, model.config.vocab_size, positions(model))
     if there:
-        vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, file in there.items():
+        longest = getattr(config, "max_position_embeddings", None)
         runtime = RUNTIMES[name.partition(" ")[0]]
         runtime.want_packages(name)
         begin = time.perf_counter()
-        graph: Graph = runtime.open(file, threads)
+        try:
+            graph: Graph = runtime.open(file, threads)
+        except SensibertError:
+            raise
+        except Exception as error:  # of the runtime
+            raise SensibertError(f"{file}: {name} cannot open it ({described(error)})") from error
         seconds = time.perf_counter() - begin
         size = file.stat().st_size
         if file.suffix in PAIRED:
             size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
         shown = "torch.export" if name == "torch" else name
-        yield _Entry(folder, shown, size, seconds, graph, graph.inputs, vocabulary)
+        yield _Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
 
 
 @torch.inference_mode()

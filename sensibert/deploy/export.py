@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.arguments import one_of
+from ..core.arguments import checked, one_of
 from ..core.artifacts import UnitPlan
 from ..core.budget import Budget
 from ..core.errors import SensibertError
 from ..models import layout_of
 from ..models.masks import masks_of
+from ..models.modules import positions
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import is_trimmed, structure_of
 from ..models.weights import from_pretrained
@@ -35,6 +36,7 @@ SHAPES = ((1, 7), (3, 64), (8, 33))
 Score = Callable[[nn.Module], dict[str, float]]  # (model or graph) -> metrics, the main one first
 
 
+@checked
 def export_graph(
     model: PreTrainedModel,
     output: str,
@@ -50,9 +52,8 @@ def export_graph(
 
     to: `onnx` (onnx/model.onnx), `openvino` (openvino/openvino_model.xml) or `torch` (torch/model.pt2 of torch.export).
     The outputs of the graph are compared with the model's on made-up text. fp16_embeddings: store embedding tables in
-    16 bits (not with torch). int8: write onnx/model_quantized.onnx too,
-    unless it loses more than the fraction max_loss of the main metric. score: metrics of a module, for the model and
-    every graph.
+    16 bits (not with torch). int8: write onnx/model_quantized.onnx too, unless it loses more than the fraction max_loss
+    of the main metric. score: metrics of a module, the main one first, for the model and every graph.
 
     Returns facts: files with their bytes, the largest difference of the outputs, metrics. SensibertError for a runtime
     that is not installed, a model without a graph, or a graph that computes something else; nothing is then written."""
@@ -145,7 +146,8 @@ def _want_same(model: PreTrainedModel, graph: Graph, traced: Trace, to: str) -> 
     """The largest difference of an output on made-up text, as a fraction of the largest output; SensibertError if it is
     beyond the runtime's tolerance."""
     worst = 0.0
-    for rows, tokens in SHAPES:
+    longest = positions(model) or max(tokens for _, tokens in SHAPES)
+    for rows, tokens in ((rows, min(tokens, longest)) for rows, tokens in SHAPES):
         batch = random_inputs(traced.inputs, model.config.vocab_size, rows, tokens, seed=tokens)
         with torch.no_grad():
             wanted, found = model(**batch, return_dict=True), graph(**batch)

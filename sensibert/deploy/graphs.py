@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import SensibertError, described
+from ..models.modules import positions
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -75,7 +76,8 @@ class Trace(NamedTuple):
 def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Trace:
     """The graph of a model in eval mode. SensibertError if torch.export cannot make one."""
     names = input_names(model, tokenizer)
-    inputs = random_inputs(names, model.config.vocab_size, *EXAMPLE)
+    rows, tokens = EXAMPLE
+    inputs = random_inputs(names, model.config.vocab_size, rows, min(tokens, positions(model) or tokens))
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     outputs = tuple(name for name in OUTPUTS if name in found)

@@ -1,5 +1,7 @@
 """`sensibert bench`: one row a model and runtime, passes in turn."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ def test_every_file_of_a_folder_is_timed(folders):
     lines = done.out.splitlines()
     assert "batch 32: ms" in lines[0] and all(row["runtime"] in line for row, line in zip(rows, lines[2:]))
     assert f"{machine['processor']}, 1 threads, texts of 8 tokens" in done.out
+
+
+def test_texts_that_the_models_have_no_positions_for_are_refused(folders):
+    for folder in folders:
+        done = runs.command("bench", folder, "--length", 100_000)
+        assert done.code == 2 and "length is 100000, want at most " in done.err and folder in done.err
 
 
 def test_passes_take_turns(folders, monkeypatch):
@@ -73,6 +81,13 @@ def test_a_file_of_torch_export_that_names_no_inputs_is_refused(tmp_path):
     (tmp_path / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
     with pytest.raises(SensibertError, match="model.pt2 does not name its inputs, want a file of sensibert export"):
         measure([str(tmp_path)])
+
+
+def test_a_broken_graph_is_named(folders):
+    file = Path(folders[1]) / "onnx" / "model.onnx"
+    file.write_bytes(file.read_bytes()[:1000])
+    done = runs.command("bench", folders[1])
+    assert done.code == 2 and f"{file}: onnx cannot open it (" in done.err and len(done.err.splitlines()) == 1
 
 
 def test_one_pass_has_no_spread():
