@@ -44,13 +44,13 @@ def trim_vocabulary(
     trimmed = _rewritten(tokenizer, whole, number)
     rows = torch.tensor(kept, device=table.weight.device)
     pad = number.get(model.config.pad_token_id)
-    made = nn.Embedding(len(kept), table.embedding_dim, padding_idx=None, device="meta")
+    made = nn.Embedding(len(kept), table.embedding_dim, None if table.padding_idx is None else pad, device="meta")
     made.weight = nn.Parameter(table.weight.detach().index_select(0, rows), table.weight.requires_grad)
-    made.padding_idx = pad if table.padding_idx is not None else None
     for module in base_of(model).modules():
         if module is not table and getattr(module, "padding_idx", None) == model.config.pad_token_id != pad:
-            raise SensibertError("trim_vocabulary: the positions of this model count from its padding token, whose "
-                                 "number would change")  # fmt: skip
+            raise SensibertError(
+                "trim_vocabulary: the positions of this model count from its padding token, whose number would change"
+            )
     model.set_input_embeddings(made.train(table.training))
     configs: list[Any] = [model.config, base_of(model).config]
     for config in {id(each): each for each in configs}.values():
