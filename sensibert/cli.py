@@ -184,14 +184,8 @@ EXTRA = {
     ),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
-PATHS = (
-    "folder",
-    "model",
-    "output",
-    "plan",
-    "sensitivity",
-    "vocabulary",
-)  # in which ~ is the home folder; Options has others
+# In which ~ is the home folder; Options has others.
+PATHS = ("folder", "model", "output", "plan", "sensitivity", "vocabulary")
 DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
 
 
@@ -406,7 +400,7 @@ def evaluate(context: typer.Context, values: dict[str, Any]) -> None:
     output={"help": "Folder to write."},
 )
 def export_(context: typer.Context, values: dict[str, Any]) -> None:
-    """Write a model as a graph for another runtime, which loads without sensibert and without torch.
+    """Write a model as a graph for another runtime, which loads without sensibert.
 
     \b
     Examples:

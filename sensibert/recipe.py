@@ -304,14 +304,14 @@ def _throughput(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, 
     return {name: values for name, values in found.items() if values}
 
 
-def _told(options: Options, result: dict) -> dict[str, object]:
-    """What the model card tells of a run: scores, the names of its data, and the base model, if it is of the hub."""
-    told: dict[str, object] = {"metrics": result["metrics"] or None}
-    told["base_model"] = None if Path(options.model).exists() else options.model
+def _card_facts(options: Options, result: dict) -> dict[str, object]:
+    """For the model card: scores, the names of its data, and the base model, if it is of the hub."""
+    facts: dict[str, object] = {"metrics": result["metrics"] or None}
+    facts["base_model"] = None if Path(options.model).exists() else options.model
     for part in ("train", "validation"):
         file = getattr(options, f"{part}_file")
-        told[f"{part}_data"] = Path(file).name if file else options.task if options.task in PRESETS else None
-    return {name: value for name, value in told.items() if value}
+        facts[f"{part}_data"] = Path(file).name if file else options.task if options.task in PRESETS else None
+    return {name: value for name, value in facts.items() if value}
 
 
 def _write_output(
@@ -330,7 +330,7 @@ def _write_output(
         names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
         info = {name: result[name] for name in names}
         info["max_length"] = callback.memory.inputs["max_length"]
-        info |= _told(options, result)
+        info |= _card_facts(options, result)
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)

@@ -131,7 +131,7 @@ class Runtime(NamedTuple):
                 import_module(package)
             except ImportError:
                 raise SensibertError(
-                    f"to is {name!r}, which needs {package}: pip install 'sensibert[{self.extra}]'"
+                    f"{name} needs the package {package}: pip install 'sensibert[{self.extra}]'"
                 ) from None
 
 

@@ -35,7 +35,7 @@ from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
-from .model_card import CARD, TOLD, card
+from .model_card import CARD, OF_RUN, card
 from .output_paths import check_apart, check_movable
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
@@ -186,7 +186,7 @@ def export(
     path, info, whole = Path(os.path.expanduser(path)).resolve(), info or {}, model
     model = cast(PreTrainedModel, inner_model(whole))
     _check(model, path, layout, overwrite, info, accept_unfinished)
-    told, info = ({n: v for n, v in info.items() if (n in TOLD) is both} for both in (True, False))
+    run, info = ({n: v for n, v in info.items() if (n in OF_RUN) is both} for both in (True, False))
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
     masked, trimmed = masks_of(model) is not None, is_trimmed(model)
     if masked:
@@ -210,7 +210,7 @@ def export(
                 )
             if is_trimmed(made):
                 library = None if modules is None else library_class(modules)
-                (folder / CARD).write_text(card(path.name, made, _shapes(model), library, told), encoding="utf-8")
+                (folder / CARD).write_text(card(path.name, made, _shapes(model), library, run), encoding="utf-8")
         if masked:
             save_structure(model, folder / STRUCTURE)
     return path

@@ -52,8 +52,8 @@ those that are kept, in the base model.
 """
 
 
-# What `export` is told of a run for the card alone: in the config it would outlive the weights that it is true of.
-TOLD = ("metrics", "base_model", "train_data", "validation_data")
+# Facts of a run that `export` writes on the card alone: in the config they would stay when the weights change.
+OF_RUN = ("metrics", "base_model", "train_data", "validation_data")
 # Part of a model's class -> the task by which people look for it.
 PIPELINES = {
     "SequenceClassification": "text-classification",
@@ -70,13 +70,13 @@ def _pipeline(head: str, library_class: str | None) -> str:
     return LIBRARY_PIPELINES.get(library_class or "", found)
 
 
-def _scores(told: Mapping[str, Any]) -> str:
+def _scores(run: Mapping[str, Any]) -> str:
     """A section with the scores of the run, if it had any."""
-    if not told.get("metrics"):
+    if not run.get("metrics"):
         return ""
-    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in told["metrics"].items())
+    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in run["metrics"].items())
     parts = ("validation", "train")
-    where = ", ".join(f"{part}: {told[f'{part}_data']}" for part in parts if told.get(f"{part}_data"))
+    where = ", ".join(f"{part}: {run[f'{part}_data']}" for part in parts if run.get(f"{part}_data"))
     return f"## Scores\n\n| | |\n|---|---|\n{rows}\n{f'Data ({where}).' if where else ''}\n\n"
 
 
@@ -89,12 +89,12 @@ def card(
     view: PreTrainedModel,
     base: PreTrainedModel,
     library_class: str | None = None,
-    told: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> str:
     """The model card: sizes of the model and of its base, origin, and both ways of loading.
 
-    library_class: of sentence-transformers, for a folder with its modules. told: facts of the run (TOLD)."""
-    told = told or {}
+    library_class: of sentence-transformers, for a folder with its modules. run: facts of the run (OF_RUN)."""
+    run = run or {}
     entry, encoder = view.config.sensibert, family_of(base).encoder
     full = {kind: [site.units for site in sites(base) if site.kind == kind] for kind in ("head", "ffn")}
     base_encoder = sum(p.numel() for p in attribute(base_of(base), encoder).parameters())
@@ -104,8 +104,8 @@ def card(
         name=name,
         head=type(base).__name__,
         pipeline=_pipeline(head, library_class),
-        base_model=f"base_model: {told['base_model']}\n" if told.get("base_model") else "",
-        scores=_scores(told),
+        base_model=f"base_model: {run['base_model']}\n" if run.get("base_model") else "",
+        scores=_scores(run),
         family=entry["base_model_type"],
         version=entry["sensibert_version"],
         encoder=entry["encoder_params"],

@@ -211,7 +211,7 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(graphs, "import_module", absent)
     for to, extra in (("onnx", "export"), ("openvino", "openvino")):
-        with pytest.raises(SensibertError, match=rf"'{to}', which needs onnx: pip install 'sensibert\[{extra}\]'"):
+        with pytest.raises(SensibertError, match=rf"{to} needs the package onnx: pip install 'sensibert\[{extra}\]'"):
             export_graph(tiny_model(), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 
