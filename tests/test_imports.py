@@ -22,6 +22,7 @@ ORDER = (
     ("sensitivity", "allocation", "trimming", "data", "training", "saving"),  # the verbs
     ("report", "deploy"),
     ("run_options",),
+    ("cli_options",),
     ("inputs",),
     ("decide",),
     ("start_checks",),
