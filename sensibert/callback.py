@@ -24,7 +24,7 @@ from .core.layout import Layout
 from .core.rows import Rows
 from .core.schedule import Schedule
 from .data.batching import micro_batches
-from .decide import Choose, decide
+from .decide import Choose, decide, with_costs
 from .models import layout_of
 from .models.masks import Masks, cost_of, masks_of
 from .models.structure import STRUCTURE, is_trimmed, read_structure
@@ -96,7 +96,9 @@ class TrimCallback(TrainerCallback):
 
     @property
     def budget(self) -> Budget:
-        return self.config.parsed_budget()
+        """With the table of its costs, where those are measured, once there is a model."""
+        budget = self.config.parsed_budget()
+        return budget if self.memory.table is None else replace(budget, table=self.memory.table)
 
     @property
     def layout(self) -> Layout | None:
@@ -114,14 +116,19 @@ class TrimCallback(TrainerCallback):
         self.config = self._requested.resolved(labels=has_classes(model) or self.loss is not sampled_loss)
         model = inner_model(model)
         seen = self._seen.get(model) or Untrimmed.of(model)
+        budget = self.config.parsed_budget()
         if self.config.trims:
             grid = self.config.parsed_grid()
-            cost.want_reach(seen.layout, self.budget, grid)
+            if checkpoint is not None and budget.measured:
+                (before := RunMemory()).restore(Path(checkpoint))
+                budget = replace(budget, table=before.table or budget.table)
+            budget = with_costs(budget, model, self.config)
+            cost.want_reach(seen.layout, budget, grid)
             if grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: units were removed already, want an untrimmed model for grid {grid}")
         self._seen[model], self._model = seen, model
         self.sensitivity = self._made_with = None
-        self.memory = RunMemory.of(seen.layout, self.budget)
+        self.memory = RunMemory.of(seen.layout, budget)
         if checkpoint is not None:
             self._remember(Path(checkpoint))
 
@@ -263,10 +270,12 @@ class TrimCallback(TrainerCallback):
             return inner_batches(model, micro_batches(rows, loader.collate_fn, number, size, seed))
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
-        plan, sensitivity = decide(
+        plan, sensitivity, measured = decide(
             inner_model(model), self.config, self._target(self.cuts[state.global_step]), batches, samples,
             args.train_batch_size, seed, self.loss, autocast, self.choose,
         )  # fmt: skip
+        if measured is not None:
+            self.memory.table, self.memory.measured = plan.budget.table, measured
         if first:
             tensors = {} if self._step_ranking is None else self._step_ranking.end()
             self._step_ranking = None
@@ -283,7 +292,7 @@ class TrimCallback(TrainerCallback):
 
     def _target(self, progress: float) -> Budget:
         """The budget at this point of the schedule, as an absolute number: the model may have been trimmed before."""
-        budget, before = self.budget, self.memory.cost_before
+        budget, before = self.budget, self._cost_before()
         value = budget.value
         if progress < 1 or budget.relative:
             value = before * self.schedule.ratio(progress, value if budget.relative else value / before)
@@ -300,7 +309,13 @@ class TrimCallback(TrainerCallback):
             allowed := self._allowed()
         ):
             return None
-        return f"{actual:,} {self.budget.kind} of {self.memory.cost_before:,}, want at most {allowed:,} ({self.budget})"
+        budget, before = self.budget, self._cost_before()
+        return f"{budget.amount(actual)} of {budget.amount(before)}, want at most {budget.amount(allowed)} ({budget})"
+
+    def _cost_before(self) -> int:
+        """The budget's cost of the untrimmed model."""
+        layout = self._untrimmed().layout
+        return cost.spent(layout, cost.counts_of(layout), self.budget)
 
     def _allowed(self) -> int:
         """The budget as an absolute number."""

@@ -12,14 +12,14 @@ import typer.core
 import yaml
 
 from .core.arguments import fits, in_words, one_of
-from .core.config import TRIMMING, TrimConfig, current_names
+from .core.config import MEASUREMENT, TRIMMING, TrimConfig, current_names
 from .core.errors import SensibertError
 from .core.schedule import RECOVERY, SCHEDULE, Schedule
 from .core.settings import former_names, settings_of
 from .run_options import DATA, DISTILLATION, OUTPUT, TRAINING, Options
 
 KINDS = (Options, TrimConfig, Schedule)
-PANELS = (None, TRIMMING, SCHEDULE, RECOVERY, DATA, TRAINING, DISTILLATION, OUTPUT)
+PANELS = (None, TRIMMING, MEASUREMENT, SCHEDULE, RECOVERY, DATA, TRAINING, DISTILLATION, OUTPUT)
 FORMER = {old.replace("_", "-"): new.replace("_", "-") for old, new in former_names(*KINDS).items()}
 
 

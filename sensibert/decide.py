@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .allocation import allocate
 from .core import cost
 from .core.arguments import checked
 from .core.artifacts import Plan, Sensitivity, UnitPlan
 from .core.budget import Budget
-from .core.config import TrimConfig
+from .core.config import TrimConfig, parse_shape
 from .core.errors import SensibertError
 from .core.statistics import STATISTICS
+from .deploy.costs import Target, measure_costs, settle
 from .models import base_of, layout_of
 from .models.unfinished import note_budget
 from .models.wrapped import has_classes, inner_model, is_wrapped
@@ -30,6 +33,27 @@ Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 class Decision(NamedTuple):
     plan: Plan
     sensitivity: Sensitivity | None  # None where `choose` made the plan
+    measured: float | None = None  # cost of the trimmed model, where the budget is of measured costs
+
+
+def with_costs(budget: Budget, model: nn.Module, config: TrimConfig) -> Budget:
+    """A budget of latency or size with a table of the model's costs: the one it has, or one that is measured now. Other
+    budgets are unchanged."""
+    if not budget.measured or not config.trims:
+        return budget
+    if budget.table is None:
+        target = Target(budget.kind, config.runtime, *parse_shape(config.latency_shape), config.latency_threads)
+        budget = replace(budget, table=measure_costs(_whole(model), target))
+    assert budget.table is not None
+    budget.table.want_fit(layout_of(model))
+    return budget
+
+
+def _whole(model: nn.Module) -> PreTrainedModel:
+    """The transformers model with its head, or the encoder of an embedding model."""
+    whole = model if isinstance(model, PreTrainedModel) else base_of(model)
+    assert isinstance(whole, PreTrainedModel)  # as every base model in transformers
+    return whole
 
 
 def decide(
@@ -48,10 +72,13 @@ def decide(
 
     config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
     batch_size: rows a batch, where the size does not change the result (factors).
-    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
+    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate.
+
+    Costs measured on this device are measured again for the plan: where they are not what the table says, it is
+    corrected, and the plan chosen again. The plan's budget has the corrected table."""
     assert config.method is not None  # of a resolved config
     rule = None if choose is not None else STATISTICS[config.method]
-    factors = None
+    factors, measured = None, None
     if config.compensate or (rule is not None and rule.reduce == "factors"):
         drawn = None if config.method == "layer-obs" else loss
         factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
@@ -60,13 +87,20 @@ def decide(
         plan, sensitivity = choose(model, few, budget), None
     else:
         sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
-        plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
+        scores = sensitivity
+
+        def allocated(budget: Budget) -> Plan:
+            return allocate(scores, budget, config.width_multiple, config.allocation)
+
+        plan = allocated(budget)
+        if budget.table is not None and (target := Target.of(budget.table)) is not None:
+            plan, measured = settle(_whole(model), plan, allocated, target)
     if config.compensate:
         if not isinstance(plan, UnitPlan):
             raise SensibertError("choose: returned a plan of blocks, and compensate is True; want compensate=False")
         assert factors is not None  # collected above
         compensate(model, plan, factors)
-    return Decision(plan, sensitivity)
+    return Decision(plan, sensitivity, measured)
 
 
 @checked
@@ -110,9 +144,11 @@ def cut_once(
     autocast: torch.dtype | None = None,
 ) -> Plan:
     """Decide and trim, in place, to the whole budget. Arguments as for `decide`."""
-    layout, budget, grid = layout_of(model), config.parsed_budget(), config.parsed_grid()
+    layout, grid = layout_of(model), config.parsed_grid()
+    budget = with_costs(config.parsed_budget(), model, config)
     cost.want_reach(layout, budget, grid)
     plan = decide(model, config, budget, batches, samples, batch_size, seed, loss, autocast).plan
     trim(model, plan)
+    budget = replace(budget, table=plan.budget.table)
     note_budget(model, budget, cost.limit(layout, budget, grid))
     return plan

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -24,6 +25,8 @@ from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
 from .data.tasks import PRESETS
+from .deploy.costs import measured_facts, missed
+from .deploy.export import RUNTIMES_OF_GRAPHS, export_for
 from .inputs import (
     check_family,
     check_room,
@@ -52,6 +55,7 @@ from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
 
 RESULT, RECIPE = "result.json", "recipe.json"
+GRAPH = "export"  # folder in the output with the graph that a budget of latency or size is met by
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
 NOT_COMPARED = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
@@ -134,10 +138,13 @@ def _run(
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
+    def metrics_of(model: nn.Module) -> dict[str, float]:
+        assert data.validation is not None
+        metrics = data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
+        return {data.main_metric: metrics[data.main_metric], **metrics}
+
     def score(model: nn.Module) -> dict[str, float] | None:
-        if data.validation is None:
-            return None
-        return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
+        return None if data.validation is None else metrics_of(model)
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
@@ -192,7 +199,10 @@ def _run(
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     result["throughput"] = _throughput(callback.memory, trainer)
-    _write_output(options, folder, loaded, tokenizer, callback, result)
+    if options.trim.trims and callback.budget.measured:
+        result["measured"] = measured_facts(loaded, callback.budget)
+        callback.warnings += missed(result["measured"])
+    _write_output(options, folder, loaded, tokenizer, callback, result, metrics_of)
     return result
 
 
@@ -321,6 +331,7 @@ def _write_output(
     tokenizer: PreTrainedTokenizerBase,
     callback: TrimCallback,
     result: dict,
+    score: Callable[[nn.Module], dict[str, float]],
 ) -> None:
     """Build the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
@@ -332,6 +343,9 @@ def _write_output(
         info["max_length"] = callback.memory.inputs["max_length"]
         info |= _card_facts(options, result)
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
+        if callback.budget.measured and options.trim.runtime in RUNTIMES_OF_GRAPHS:
+            score_graph = None if result["metrics"] is None else score
+            result["graph"] = export_for(options.trim.runtime, model, str(final / GRAPH), tokenizer, score_graph)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)

@@ -3,7 +3,7 @@
 Keep a unit while its score per cost is above one global multiplier: take units in descending order of score / cost
 until the budget is spent. Then round FFN widths down to a multiple of `width_multiple`, and spend the freed budget on
 the best dropped units, one head or one multiple of neurons at a time. `exact` includes the rounding, by dynamic
-programming.
+programming; so are budgets of measured costs met, which do not grow evenly with the units.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core.arguments import checked, one_of
 from ..core.artifacts import Plan, Sensitivity, UnitPlan
 from ..core.budget import Budget
 from ..core.config import ALLOCATIONS
-from ..core.cost import limit, spent, unit_cost
+from ..core.cost import limit, spent, unit_cost, units_cost
 from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from .blocks import allocate_blocks
@@ -73,7 +73,7 @@ def _exact(layout: Layout, ranks: Mapping[str, Tensor], budget: Budget, allowed:
         best = ranks[site.name][_order(ranks[site.name])].nan_to_num(nan=0.0, posinf=BEYOND_ALL, neginf=0.0) * price
         counts = range(site.units + 1) if site.kind == "head" else (*range(0, site.units, multiple), site.units)
         levels.append([count for count in counts if count >= site.minimum])
-        costs.append([count * price for count in levels[-1]])
+        costs.append([units_cost(site, count, budget) for count in levels[-1]])
         values.append([float(best[:count].sum()) for count in levels[-1]])
     chosen = solve_budget(costs, values, allowed - none)
     return {site.name: counts[level] for site, counts, level in zip(layout.sites, levels, chosen, strict=True)}
@@ -83,6 +83,11 @@ def _enlargement(site: Site, multiple: int, count: int) -> int:
     """Units that the next enlargement of a site adds: one head, or neurons up to the next multiple."""
     size = 1 if site.kind == "head" else multiple - count % multiple
     return min(size, site.units - count)
+
+
+def _price(site: Site, count: int, size: int, budget: Budget) -> int:
+    """Cost of `size` units beyond `count`."""
+    return units_cost(site, count + size, budget) - units_cost(site, count, budget)
 
 
 def _fill(
@@ -95,14 +100,14 @@ def _fill(
         for number, site in enumerate(layout.sites):
             count = counts[site.name]
             size = _enlargement(site, multiple, count)
-            if size and size * unit_cost(site, budget) <= room:
+            if size and _price(site, count, size, budget) <= room:
                 options.append((worth(site, count, size), -number, size))
         if not options:
             return counts
         _, number, size = max(options)
         site = layout.sites[-number]
+        room -= _price(site, counts[site.name], size, budget)
         counts[site.name] += size
-        room -= size * unit_cost(site, budget)
 
 
 def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
@@ -125,9 +130,9 @@ def allocate(
     budget: an upper bound, also as text ("50%params"). The plan is below it by less than the lowest cost of a dropped
     head or multiple of neurons. width_multiple: FFN widths become multiples of it; 1: no rounding; None: 64, or 32
     below a hidden size of 768. allocation: `global` (one threshold for all sites), `uniform` (the same fraction of
-    every site, units are compared within a site) or `exact` (the largest sum of kept scores among rounded widths). A
-    sensitivity of blocks gives a plan of blocks, without rounding. SensibertError for a budget below the cost of what
-    cannot be trimmed, or for an argument that does not fit."""
+    every site, units are compared within a site) or `exact` (the largest sum of kept scores among rounded widths; with
+    measured costs also in place of `global`). A sensitivity of blocks gives a plan of blocks, without rounding.
+    SensibertError for a budget below the cost of what cannot be trimmed, or for an argument that does not fit."""
     layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
     if allocation not in ALLOCATIONS:
         raise SensibertError(f"allocate: allocation is {allocation!r}, {one_of(allocation, ALLOCATIONS)}")
@@ -140,6 +145,10 @@ def allocate(
     multiple = default_width_multiple(layout.hidden) if width_multiple is None else width_multiple
     if multiple < 1:
         raise SensibertError(f"allocate: width_multiple is {multiple}, want at least 1")
+    if budget.table is not None:
+        budget.table.want_fit(layout)
+    if budget.measured and allocation == "global":
+        allocation = "exact"
     allowed, ranks = limit(layout, budget), _ranks(sensitivity, budget)
     if allocation == "uniform":
         counts = _uniform(layout, budget, allowed)
@@ -147,9 +156,10 @@ def allocate(
     else:
         ordered = {name: rank[_order(rank)].nan_to_num(nan=-torch.inf) for name, rank in ranks.items()}
         worth = lambda site, count, size: float(ordered[site.name][count : count + size].mean())  # noqa: E731
+    if allocation == "global":
         smallest = {site.name: site.minimum for site in layout.sites}
         counts = _threshold(layout, ranks, budget, allowed - spent(layout, smallest, budget))
-    if allocation == "exact":
+    elif allocation == "exact":
         counts = _exact(layout, ranks, budget, allowed, multiple)
     for site in layout.sites:
         if site.kind == "ffn" and counts[site.name] < site.units and allocation != "exact":

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .budget import Budget
+from .cost_table import CostTable
 from .errors import SensibertError
 from .files import write_atomically
 from .grid import Grid
@@ -26,12 +27,16 @@ Artifact = TypeVar("Artifact")
 
 _DECODE: dict[str, Callable[[Any], Any]] = {
     "layout": layout_from,
-    "budget": lambda data: Budget(**data),
+    "budget": lambda data: _budget(**data),
     "grid": lambda data: None if data is None else Grid(**data),
     "method": lambda name: FORMER_METHODS.get(name, name),
     "statistic": lambda name: FORMER_METHODS.get(name, name),
     "curves": lambda data: {name: [(gone, rise) for gone, rise in curve] for name, curve in data.items()},
 }
+
+
+def _budget(table: dict | None = None, **fields: Any) -> Budget:
+    return Budget(**fields, table=None if table is None else CostTable.from_dict(table))
 
 
 def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import checked, one_of, show
 from .budget import SCOPES, Budget
+from .cost_table import RUNTIMES, CostTable
 from .errors import SensibertError
 from .schedule import Schedule
 from .settings import POSITIVE, check, former_names, setting, settings_of
@@ -24,7 +25,7 @@ ALLOCATIONS = ("global", "uniform", "exact")
 GRIDS = ("unit", "element", "block64")
 LAYOUTS = ("trimmed", "dense", "both")  # of an exported folder
 PACKING = ("auto", "on", "off")
-TRIMMING = "Trimming"  # panel of the help
+TRIMMING, MEASUREMENT = "Trimming", "Budgets of latency and size"  # panels of the help
 # Removed settings -> the value that agrees with today's behaviour. Files with that value are still read.
 RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_decay": 0.99}
 
@@ -47,12 +48,22 @@ def grid_name(grid: Grid | None) -> str:
     return f"block{grid.block_rows}" if square else str(grid)
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """`1x128` -> (1 row, 128 tokens); SensibertError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text) if isinstance(text, str) else None
+    if not match:
+        raise SensibertError(f"latency_shape is {show(text)}, want rows x tokens, for example 1x128")
+    return int(match[1]), int(match[2])
+
+
 @dataclass(frozen=True)
 class TrimConfig:
     """What to trim, to which budget, when and how. Frozen; the constructor checks the settings.
 
     budget: an upper bound, `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`, of the encoder, or of the
-    model with scope="model"; FLOPs are those of one sequence of flops_length tokens. method: the statistic
+    model with scope="model"; FLOPs are those of one sequence of flops_length tokens. Or `8ms` (or `50%latency`) of a
+    forward pass of latency_shape rows x tokens in a runtime on latency_threads threads, or `12MB` (`50%size`) of the
+    weights file for that runtime: costs are measured first, or read from latency_table. method: the statistic
     that scores units; None: `obs`, for blocks of a grid `fisher`; `baseline` runs without trimming. grid: `unit`
     removes attention heads and FFN neurons; `element` and `block<size>` set single weights or blocks to 0. allocation:
     one threshold for the whole model (`global`), the same fraction of every layer (`uniform`), or dynamic programming
@@ -62,7 +73,8 @@ class TrimConfig:
     the first invalid setting."""
 
     budget: str = setting(
-        "50%params", "Upper bound on the encoder's size: 50%params, 30%flops, 5.3Mparams or 1.2Gflops."
+        "50%params",
+        "Upper bound on the encoder's size, or the model's latency or file: 50%params, 30%flops, 8ms, 12MB.",
     )
     method: str | None = setting(
         None,
@@ -102,10 +114,17 @@ class TrimConfig:
         TRIMMING,
         show_default="with obs and layer-obs",
     )
+    runtime: str = setting("torch", "Runtime whose latency or file a budget of ms or MB counts.", MEASUREMENT, RUNTIMES)
+    latency_shape: str = setting("1x128", "Rows x tokens of the forward pass that a budget of ms counts.", MEASUREMENT)
+    latency_threads: int = setting(1, "Threads of that pass on a CPU.", MEASUREMENT, bound=POSITIVE)
+    latency_table: str | None = setting(
+        None, "File of `sensibert latency`, for example of another device.", MEASUREMENT, show_default="measured here"
+    )
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
         check(self)
+        parse_shape(self.latency_shape)
         if not isinstance(self.schedule, Schedule):
             raise SensibertError(f"schedule is {show(self.schedule)}, want a Schedule")
         budget, grid = self.parsed_budget(), self.parsed_grid()
@@ -126,7 +145,13 @@ class TrimConfig:
                 raise SensibertError(f"{value}, and grid is {self.grid!r}: want grid unit, or another {name}")
 
     def parsed_budget(self) -> Budget:
-        return Budget.parse(self.budget, self.scope, self.flops_length)
+        """With the table of latency_table, if the budget is one of latency."""
+        budget = Budget.parse(self.budget, self.scope, self.flops_length)
+        if self.latency_table is None or not budget.measured:
+            return budget
+        if budget.kind != "latency":
+            raise SensibertError(f"latency_table is given, and budget is {budget}: want a budget of ms, or no table")
+        return replace(budget, table=CostTable.load(self.latency_table))
 
     def parsed_grid(self) -> Grid | None:
         return parse_grid(self.grid)

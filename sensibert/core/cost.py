@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .arguments import one_of, show, want
 from .budget import SCOPES, Budget
+from .cost_table import CostTable
 from .errors import SensibertError
 from .grid import Grid
 from .layout import Layout, Site, Weight
@@ -42,19 +43,44 @@ def flops(layout: Layout, counts: Mapping[str, int], scope: str = "encoder", bat
 
 
 def encoder_left(layout: Layout, budget: Budget) -> float:
-    """Fraction of the encoder's cost that remains when the budget is met. Only the encoder shrinks."""
+    """Fraction of the encoder's cost that remains when the budget is met. Only the encoder shrinks. Where costs are
+    measured, that of heads and neurons."""
     counts = counts_of(layout)
-    total, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
+    if budget.measured:
+        total = spent(layout, counts, budget)
+        encoder = total - table_of(budget).rest
+    else:
+        total, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
     return ((total if budget.relative else 1) * budget.value - (total - encoder)) / encoder
 
 
+def table_of(budget: Budget) -> CostTable:
+    """The measured costs of a budget; SensibertError if it has none."""
+    if budget.table is None:
+        raise SensibertError(
+            f"budget: {budget} needs measured costs, want a table of `sensibert latency`, or finetune, which measures"
+        )
+    return budget.table
+
+
 def unit_cost(site: Site, budget: Budget) -> int:
-    """Cost of one unit of a site: parameters, or FLOPs of one sequence of budget.length tokens."""
+    """Cost of one unit of a site: parameters, or FLOPs of one sequence of budget.length tokens. The mean over all
+    units, at least 1, where costs are measured."""
+    if budget.measured:
+        return max(1, table_of(budget).cost(site.kind, site.units) // max(1, site.units))
     return site.params if budget.kind == "params" else site.flops.at(1, budget.length)
 
 
+def units_cost(site: Site, count: int, budget: Budget) -> int:
+    """Cost of `count` units of a site."""
+    return table_of(budget).cost(site.kind, count) if budget.measured else count * unit_cost(site, budget)
+
+
 def spent(layout: Layout, counts: Mapping[str, int], budget: Budget) -> int:
-    """Cost of the budget's scope, in parameters or FLOPs as the budget, with counts[site name] units in every site."""
+    """Cost of the budget's scope, in the unit of its kind, with counts[site name] units in every site."""
+    if budget.measured:
+        table = table_of(budget)
+        return table.rest + sum(table.cost(site.kind, counts[site.name]) for site in layout.sites)
     if budget.kind == "params":
         return params(layout, counts, budget.scope)
     return flops(layout, counts, budget.scope, 1, budget.length)
@@ -108,9 +134,24 @@ def cost_of_blocks(
 
 
 def check_budget(budget: Budget, grid: Grid | None = None) -> None:
-    """SensibertError for a budget of FLOPs on a grid of single elements, which no model can meet."""
+    """SensibertError for a budget of FLOPs on a grid of single elements, or one of measured costs on any grid."""
+    if budget.measured and grid is not None:
+        raise SensibertError(f"budget: {budget}, but masked weights cost what they did, want grid unit")
     if budget.kind == "flops" and grid == Grid.element():
         raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
+
+
+def _as_budget(budget: Budget, cost: int) -> str:
+    """A text that `parse` reads as a budget of at least this cost."""
+    if budget.measured:
+        return str(replace(budget, value=float(cost + 1), relative=False))
+    return f"{cost}{budget.kind}"
+
+
+def _untrimmable(budget: Budget, smallest: int) -> str:
+    if not budget.measured:
+        return f"{smallest:,} cannot be trimmed"
+    return f"everything but heads and neurons takes {budget.amount(smallest)} ({table_of(budget).described()})"
 
 
 def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
@@ -118,7 +159,7 @@ def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     allowed, whole = limit(layout, budget, grid), spent(layout, counts_of(layout), budget)
     if allowed > whole:
         raise SensibertError(
-            f"budget: {budget}, and the {budget.scope} has {whole:,} {budget.kind}: nothing would be trimmed, want less"
+            f"budget: {budget}, and the {budget.scope} has {budget.amount(whole)}: nothing would be trimmed, want less"
         )
     return allowed
 
@@ -135,8 +176,10 @@ def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
         smallest = whole - sum(w.rows * w.cols * element_cost(w, budget) for w in layout.weights)
     allowed = int(whole * budget.value) if budget.relative else int(budget.value)
     if allowed < smallest:
+        share = f"{math.ceil(1e4 * smallest / whole) / 100:g} %"
         raise SensibertError(
-            f"budget: {budget} of the {budget.scope} is {allowed:,} {budget.kind}, but {smallest:,} cannot be trimmed; "
-            f"the smallest reachable budget is {smallest}{budget.kind} ({math.ceil(1e4 * smallest / whole) / 100:g} %)"
+            f"budget: {budget} of the {budget.scope} is {budget.amount(allowed)}, "
+            f"but {_untrimmable(budget, smallest)}; "
+            f"the smallest reachable budget is {_as_budget(budget, smallest)} ({share})"
         )
     return allowed

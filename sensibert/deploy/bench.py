@@ -64,7 +64,7 @@ def measure(
     for number, entry in enumerate(entries):
         row = {"folder": entry.folder, "runtime": entry.runtime, "mb": entry.size / 1e6, "load_s": entry.seconds}
         found.append(row | {f"batch_{rows}_ms": _spread(times[rows][number]) for rows in BATCHES})
-    return {"processor": _processor(), "threads": threads or before, "length": length, "rounds": rounds}, found
+    return {"processor": processor(), "threads": threads or before, "length": length, "rounds": rounds}, found
 
 
 def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
@@ -125,7 +125,7 @@ def _spread(milliseconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(milliseconds), "p10": cuts[0], "p90": cuts[-1]}
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

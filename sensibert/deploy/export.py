@@ -30,6 +30,8 @@ from ..trimming.trim import trim
 from .graphs import INT8_FILE, RUNTIMES, Graph, Trace, quantize, random_inputs, trace
 
 HALF_TOLERANCE = 1e-2  # of the outputs with embeddings in fp16, which have 11 bits
+ANY_LOSS = 0.999
+RUNTIMES_OF_GRAPHS = ("onnx", "onnx-int8", "openvino")  # of a budget; its others run the folder itself
 # Rows and tokens of made-up text: one row, an odd length, and one that fills a batch.
 SHAPES = ((1, 7), (3, 64), (8, 33))
 
@@ -69,7 +71,7 @@ def export_graph(
     runtime.want_packages(to)
     check_output(output, overwrite)
     modules = source_of(model)
-    model = _plain(model, runtime.empty_layers)
+    model = plain(model, runtime.empty_layers)
     traced = trace(model, tokenizer)._replace(half_tables=fp16_embeddings)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
@@ -93,7 +95,15 @@ def export_graph(
     return {**facts, "output": str(output)}
 
 
-def _plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
+def export_for(
+    runtime: str, model: PreTrainedModel, output: str, tokenizer: PreTrainedTokenizerBase, score: Score | None
+) -> dict:
+    """`export_graph` for a runtime of a budget. The graph in int8 is kept whatever it loses, which the facts tell."""
+    to, _, int8 = runtime.partition("-")
+    return export_graph(model, output, to, tokenizer, bool(int8), score=score, max_loss=ANY_LOSS)
+
+
+def plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
     """A copy in fp32 on the CPU, in eval mode, of plain layers that compute the same: without masks, and unless
     empty_layers with at least one unit of zeros in every sub-layer."""
     layout = layout_of(model)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..core.budget import Budget
+from ..core.cost import counts_of, spent
+from .layout_of import layout_of
 from .masks import NOTE, cost_of
 from .modules import base_of
 
@@ -15,7 +17,10 @@ UNFINISHED = "unfinished"  # the entry with the budget that was not reached
 
 
 def reached(model: nn.Module, budget: Budget) -> int:
-    """The parameters or FLOPs that the budget limits, without masked blocks."""
+    """The cost that the budget limits, without masked blocks."""
+    if budget.measured:
+        layout = layout_of(model)
+        return spent(layout, counts_of(layout), budget)
     return cost_of(model, budget.scope, budget.length)[budget.kind == "flops"]
 
 

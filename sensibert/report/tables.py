@@ -27,6 +27,8 @@ def summary(result: Mapping[str, Any]) -> str:
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     sizes.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
     parts = [f"{result['task']}, {made_by}", table(("", "before", "after", "left"), sizes)]
+    if measured := result.get("measured"):
+        parts.append(_measured(measured))
     speed = [
         (THROUGHPUT[name], values.get("before", "-"), values.get("after", "-"))
         for name, values in (result.get("throughput") or {}).items()
@@ -41,6 +43,13 @@ def summary(result: Mapping[str, Any]) -> str:
         parts.append(table(("", "at the end"), [(name, f"{value:.4f}") for name, value in metrics.items()]))
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """A budget of latency or size, and what was measured, in a sentence."""
+    unit, met = facts["unit"], f"{facts.get('after', facts['predicted']):.4g}"
+    before = f" (untrimmed: {facts['before']:.4g})" if "before" in facts else " by the table of costs"
+    return f"{met} {unit}{before}, budget {facts['budget']:.4g} {unit}: {facts['of']}."
 
 
 def _at_cut(result: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core import cost
 from ..core.budget import Budget
 from ..core.config import RETIRED, TrimConfig
+from ..core.cost_table import CostTable
 from ..core.errors import SensibertError
 from ..core.layout import Layout
 from ..core.schedule import Schedule
@@ -24,24 +25,24 @@ COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dro
 
 @dataclass
 class RunMemory:
-    """Sizes and score before trimming, seconds by phase, and what the run was made from."""
+    """Sizes, measured costs and score before trimming, seconds by phase, and what the run was made from."""
 
-    cost_before: int = 0  # the budget's cost of the untrimmed model
     params_before: tuple[int, int] = (0, 0)  # encoder, total
     flops_before: int = 0
     metrics_at_cut: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)  # trained on by phase, without padding
     inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
+    table: CostTable | None = None  # of a budget of measured costs, corrected at the cuts
+    measured: float | None = None  # cost of the trimmed model, as measured at the last cut
     _clock: float = field(default_factory=time.perf_counter)
     _tokens: int = 0  # at the last call of `spend`
 
     @classmethod
     def of(cls, layout: Layout, budget: Budget) -> RunMemory:
         """Of a run that begins. layout: of the untrimmed model."""
-        counts = cost.counts_of(layout)
-        before, flops = cost.spent(layout, counts, budget), cost.flops(layout, counts, budget.scope, 1, budget.length)
-        return cls(before, (layout.encoder_params, layout.total_params), flops)
+        flops = cost.flops(layout, cost.counts_of(layout), budget.scope, 1, budget.length)
+        return cls((layout.encoder_params, layout.total_params), flops, table=budget.table)
 
     def restart_clock(self, clock: float | None = None, tokens: int = 0) -> None:
         """Count from now, or from `clock`, a value of time.perf_counter(). tokens: trained on so far."""
@@ -65,7 +66,13 @@ class RunMemory:
 
     def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
         """The content of the checkpoint's file. settings: those that its weights depend on."""
-        known = {"metrics_at_cut": self.metrics_at_cut, "seconds": self.seconds, "tokens": self.tokens}
+        known: dict[str, object] = {
+            "metrics_at_cut": self.metrics_at_cut,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        if self.table is not None:
+            known |= {"table": self.table.to_dict(), "measured": self.measured}
         return {"settings": dict(settings), **known, "inputs": self.inputs}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
@@ -75,6 +82,8 @@ class RunMemory:
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
             self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
             self.tokens = content.get("tokens", {})
+            if (table := content.get("table")) is not None:
+                self.table, self.measured = CostTable.from_dict(table), content["measured"]
             return current_settings(content.get("settings", {}))
         except (OSError, ValueError, KeyError, AttributeError):
             raise SensibertError(
@@ -87,6 +96,8 @@ def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]
     encoder's cost that is left."""
     budget = config.parsed_budget()
     at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
+    if budget.measured:
+        at = f" in {config.runtime}, {config.latency_shape}, {config.latency_threads} threads"
     return {
         "budget": f"{budget} of the {budget.scope}{at}",
         "method": config.method,

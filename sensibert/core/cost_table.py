@@ -1,0 +1,139 @@
+"""What a sub-layer costs by the units it keeps, as measured: microseconds of a forward pass, or bytes of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arguments import one_of, show, want_fields
+from .errors import SensibertError
+from .files import write_atomically
+from .layout import Layout
+
+Points = tuple[tuple[int, int], ...]  # (units kept, cost), ascending, from 0 units at cost 0
+MEASURED = {"latency": "ms", "size": "MB"}  # kind of a budget -> its unit
+RUNTIMES = ("torch", "onnx", "onnx-int8", "openvino", "cuda")
+FORMAT = "sensibert.costs"
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of the sub-layers of a model in a runtime, between measured points by linear interpolation.
+
+    kind: `latency`, in microseconds of one forward pass, or `size`, in bytes. rest: cost of everything but heads and
+    FFN neurons. heads, ffn: points (units kept, cost of one sub-layer), the first (0, 0); costs never decrease. family,
+    hidden: of the model. device, threads, batch, length: what was measured, for latency. SensibertError for a field
+    that does not fit."""
+
+    kind: str
+    runtime: str
+    rest: int
+    heads: Points
+    ffn: Points
+    family: str
+    hidden: int
+    device: str = ""
+    threads: int = 1
+    batch: int = 1
+    length: int = 128
+
+    def __post_init__(self) -> None:
+        want_fields(self)
+        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES)):
+            if (value := getattr(self, name)) not in known:
+                raise SensibertError(f"CostTable: {name} is {show(value)}, {one_of(value, known)}")
+        for name in ("heads", "ffn"):
+            points = getattr(self, name)
+            counts, costs = zip(*points) if points else ((), ())
+            if not points or points[0] != (0, 0) or list(counts) != sorted(set(counts)) or list(costs) != sorted(costs):
+                raise SensibertError(
+                    f"CostTable: {name} is {show(str(points))}, want points (units, cost) from (0, 0) on, ascending"
+                )
+        for name in ("rest", "threads", "batch", "length"):
+            if getattr(self, name) < (0 if name == "rest" else 1):
+                raise SensibertError(f"CostTable: {name} is {getattr(self, name)}, want a positive number")
+
+    def cost(self, kind: str, count: int) -> int:
+        """Cost of one sub-layer ("head" or "ffn") that keeps `count` units. SensibertError beyond the last point."""
+        points = self.heads if kind == "head" else self.ffn
+        at = bisect_left(points, count, key=lambda point: point[0])
+        if at == len(points):
+            raise SensibertError(f"costs: a layer has {count} units, and the table ends at {points[-1][0]}")
+        units, cost = points[at]
+        if units == count:
+            return cost
+        below, least = points[at - 1]
+        return least + (cost - least) * (count - below) // (units - below)
+
+    def want_fit(self, layout: Layout) -> None:
+        """SensibertError if the table is of another kind of model than the layout."""
+        most = {"head": self.heads[-1][0], "ffn": self.ffn[-1][0]}
+        if (self.family, self.hidden) != (layout.family, layout.hidden) or any(
+            site.units > most[site.kind] for site in layout.sites
+        ):
+            raise SensibertError(
+                f"latency_table: it is of a {self.family} with hidden size {self.hidden}, at most {most['head']} heads "
+                f"and {most['ffn']} neurons; the model is a {layout.family} with hidden size {layout.hidden}"
+            )
+
+    def scaled(self, factor: float) -> CostTable:
+        """The table with every cost times a factor."""
+
+        def of(points: Points) -> Points:
+            return tuple((count, round(cost * factor)) for count, cost in points)
+
+        return dataclasses.replace(self, rest=round(self.rest * factor), heads=of(self.heads), ffn=of(self.ffn))
+
+    def described(self) -> str:
+        """What was measured, in words."""
+        if self.kind == "size":
+            return f"the weights file for {self.runtime}"
+        where = f" on {self.device}" if self.device else ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"one forward pass of {self.batch} x {self.length} tokens in {self.runtime}, {threads}{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostTable:
+        """Inverse of `to_dict`, also after JSON. SensibertError for anything else."""
+        try:
+            heads, ffn = (tuple((count, cost) for count, cost in data[name]) for name in ("heads", "ffn"))
+            return cls(**{**data, "heads": heads, "ffn": ffn})
+        except (KeyError, TypeError, ValueError) as error:
+            raise SensibertError(f"costs: not a table of costs ({error!r})") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, atomically."""
+        text = json.dumps({"format": FORMAT, **self.to_dict()}, indent=1)
+        write_atomically(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostTable:
+        """Read a file of `save`. SensibertError for any other file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise SensibertError(f"latency_table: {path} cannot be read ({reason})") from None
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise SensibertError(f"latency_table: {path} is no table of costs, want a file of sensibert latency")
+        return cls.from_dict(data)
+
+
+def points_of(measured: Mapping[int, float], sublayers: int) -> Points:
+    """Points of one sub-layer from the cost of a whole model by the units that each of its sub-layers keeps.
+
+    The cost with 0 units is subtracted; a cost below that of fewer units, which only noise explains, is raised."""
+    none, points, highest = measured[0], [], 0
+    for count in sorted(measured):
+        highest = max(highest, math.ceil((measured[count] - none) / sublayers))
+        points.append((count, highest))
+    return tuple(points)

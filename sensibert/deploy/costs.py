@@ -1,0 +1,291 @@
+"""Measured costs: how long a forward pass takes in a runtime, or how large its weights file is, by what layers keep.
+
+Probes are models of the same architecture with random weights, in which every layer keeps the same number of heads or
+of neurons. Passes of all probes take turns, so that a machine whose speed drifts slows all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.arguments import checked, one_of, show
+from ..core.artifacts import Plan, UnitPlan
+from ..core.budget import Budget
+from ..core.cost import counts_of, limit, spent
+from ..core.cost_table import MEASURED, RUNTIMES, CostTable, points_of
+from ..core.errors import SensibertError
+from ..core.layout import Layout
+from ..models import layout_of
+from ..models.modules import positions
+from ..models.reloadable import stock_class, stock_config
+from ..trimming.trim import trim
+from .bench import processor
+from .export import plain
+from .graphs import INT8_FILE, input_names, quantize, random_inputs, trace
+from .graphs import RUNTIMES as GRAPHS
+
+SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the units of a layer, in the probes of latency
+VOCABULARY = 1024  # of the probes of latency: rows that are not read cost nothing
+SECONDS, LEAST, MOST = 20.0, 9, 60  # that all passes of a measurement take together; rounds, at least and at most
+CLOSE = 0.03  # a measured cost this close to a predicted one confirms it
+PROMISED = 0.05  # a result costs no more than this above its budget, or the run says so
+TRIES = 3  # tables of costs that are corrected by a measurement, before the last plan is taken
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured. kind: `latency` or `size`. batch, length: rows and tokens of a forward pass, and threads: of a
+    CPU, for latency. SensibertError for a value that cannot be, or a runtime that is not installed."""
+
+    kind: str
+    runtime: str = "torch"
+    batch: int = 1
+    length: int = 128
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES)):
+            if (value := getattr(self, name)) not in known:
+                raise SensibertError(f"{name} is {show(value)}, {one_of(value, known)}")
+        for name in ("batch", "length", "threads"):
+            if getattr(self, name) < 1:
+                raise SensibertError(f"{name} is {getattr(self, name)}, want at least 1")
+        if self.runtime == "cuda" and (self.kind == "size" or not torch.cuda.is_available()):
+            why = "has no file of its own" if self.kind == "size" else "has no GPU here"
+            raise SensibertError(f"runtime is 'cuda', which {why}; want {', '.join(RUNTIMES[:-1])}")
+        if self.runtime not in ("torch", "cuda"):
+            GRAPHS[self.graph].want_packages(self.runtime)
+
+    @classmethod
+    def of(cls, table: CostTable) -> Target | None:
+        """What a table holds; None if it cannot be measured here: on another device, or without its runtime."""
+        try:
+            target = cls(table.kind, table.runtime, table.batch, table.length, table.threads)
+        except SensibertError:
+            return None
+        return target if target.device == table.device else None
+
+    @property
+    def graph(self) -> str:
+        """The name of the graph's format."""
+        return self.runtime.partition("-")[0]
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Of one thread of a CPU the processor's time, which other work on the machine hardly changes."""
+        return time.process_time if self.threads == 1 and self.runtime != "cuda" else time.perf_counter
+
+    @property
+    def device(self) -> str:
+        """The device that a measurement here is of."""
+        if self.kind == "size":
+            return ""
+        return torch.cuda.get_device_name() if self.runtime == "cuda" else processor()
+
+
+@checked
+def measure_costs(model: PreTrainedModel, target: Target) -> CostTable:
+    """The costs of a model's layers by the heads and neurons they keep; the model, trimmed or not, is unchanged.
+
+    Seconds for torch and for sizes; about a minute for a runtime of graphs, since every probe is exported."""
+    base = _random_model(model, target)
+    layout = layout_of(base)
+    levels = {kind: _levels(layout, kind, target) for kind in ("head", "ffn")}
+    full = {site.name: site.units for site in layout.sites}
+    probes = [full, *(_even(layout, kind, count) for kind, counts in levels.items() for count in counts)]
+    costs = costs_of([_trimmed(base, layout, probe) for probe in probes], target)
+    whole, rest, points = costs[0], costs[0], {}
+    for kind, counts in levels.items():
+        sites = [site for site in layout.sites if site.kind == kind]
+        measured = dict(zip(counts, costs[1 : 1 + len(counts)], strict=True))
+        del costs[1 : 1 + len(counts)]
+        if sites and counts:
+            points[kind] = points_of(measured | {max(site.units for site in sites): whole}, len(sites))
+            rest -= sum(points[kind][-1][1] for _ in sites)
+    none = ((0, 0),)
+    return CostTable(
+        target.kind,
+        target.runtime,
+        max(0, round(rest)),
+        points.get("head", none),
+        points.get("ffn", none),
+        layout.family,
+        layout.hidden,
+        target.device,
+        target.threads,
+        target.batch,
+        target.length,
+    )
+
+
+def costs_of(models: Sequence[PreTrainedModel], target: Target) -> list[float]:
+    """Microseconds of a forward pass of each model, the median of passes that take turns, or bytes of its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / str(number) for number in range(len(models))]
+        if target.kind == "size":
+            return [float(_write(model, place, target).stat().st_size) for model, place in zip(models, places)]
+        with _threads(target.threads):
+            ready = (_opened(model, place, target) for model, place in zip(models, places, strict=True))
+            return [1e3 * statistics.median(times) for times in _take_turns(list(ready), target.clock)]
+
+
+@checked
+def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan], target: Target) -> tuple[Plan, float]:
+    """Measure what a plan costs, and correct the table and choose again until both agree to CLOSE.
+
+    model: its architecture counts. Returns the plan, whose budget has the corrected table, and its measured cost."""
+    layout = plan.layout
+    base = _random_model(model, target)
+    for tries in range(TRIES + 1):
+        table, counts = plan.budget.table, {name: int(keep.sum()) for name, keep in plan.keep.items()}
+        assert table is not None  # of a budget of measured costs
+        predicted = table.rest + sum(table.cost(site.kind, counts[site.name]) for site in layout.sites)
+        measured = costs_of([_trimmed(base, layout, counts)], target)[0]
+        if abs(measured - predicted) <= CLOSE * predicted or tries == TRIES:
+            break
+        plan = choose(replace(plan.budget, table=table.scaled(measured / predicted)))
+    return plan, measured
+
+
+def measured_facts(model: PreTrainedModel, budget: Budget) -> dict[str, object]:
+    """What a trimmed model costs, and an untrimmed one beside it, in the unit of a budget of measured costs.
+
+    Keys: `of`, what is measured, in words; `unit`, `budget`, `predicted` by the table, and, if they can be measured on
+    this device, `before` and `after`."""
+    table, layout = budget.table, layout_of(model)
+    assert table is not None  # of a budget of measured costs
+    whole = _random_model(model, Target(table.kind))
+    allowed, predicted = limit(layout_of(whole), budget), spent(layout, counts_of(layout), budget)
+    costs = {"budget": float(allowed), "predicted": float(predicted)}
+    if (target := Target.of(table)) is not None:
+        alike = _trimmed(whole, layout_of(whole), counts_of(layout))
+        costs["before"], costs["after"] = costs_of([whole, alike], target)
+    shown = {name: budget.in_unit(cost) for name, cost in costs.items()}
+    return {"of": table.described(), "unit": MEASURED[table.kind], **shown}
+
+
+def missed(facts: Mapping[str, Any]) -> list[str]:
+    """Sentences about a budget that is not met by a measurement, or that was not measured here. facts: as above."""
+    unit, budget, after = facts["unit"], facts["budget"], facts.get("after")
+    if after is None:
+        return [
+            f"the budget of {budget:.4g} {unit} is met by the table of costs, and cannot be measured on this device"
+        ]
+    if after > budget * (1 + PROMISED):
+        return [f"{facts['of']} takes {after:.4g} {unit}, more than the budget of {budget:.4g} {unit}"]
+    return []
+
+
+def _levels(layout: Layout, kind: str, target: Target) -> list[int]:
+    """Units that the probes keep, without all of them."""
+    units = [site for site in layout.sites if site.kind == kind]
+    most, least = max((site.units for site in units), default=0), max((site.minimum for site in units), default=0)
+    shares = (0,) if target.kind == "size" else SHARES
+    few = (1,) if kind == "head" and target.kind == "latency" else ()
+    return sorted({max(least, count) for count in (*(round(most * share) for share in shares), *few)} - {most})
+
+
+def _even(layout: Layout, kind: str, count: int) -> dict[str, int]:
+    """Site -> units: `count` in sites of one kind, all in the others."""
+    return {site.name: min(count, site.units) if site.kind == kind else site.units for site in layout.sites}
+
+
+def _random_model(model: PreTrainedModel, target: Target) -> PreTrainedModel:
+    """A model with random weights, of the architecture before any trimming; with a small vocabulary for latency."""
+    config = copy.deepcopy(stock_config(model.config))
+    if target.kind == "latency" and model.get_output_embeddings() is None:
+        config.vocab_size = min(config.vocab_size, VOCABULARY)
+        config.pad_token_id = 0
+    return stock_class(model)(config).eval()
+
+
+def _trimmed(base: PreTrainedModel, layout: Layout, counts: dict[str, int]) -> PreTrainedModel:
+    """A copy with the first units of every site."""
+    keep = {site.name: torch.arange(site.units) < counts[site.name] for site in layout_of(base).sites}
+    made = copy.deepcopy(base)
+    if any(counts[site.name] < site.units for site in layout.sites):
+        trim(made, UnitPlan(layout_of(base), keep, Budget(1.0, "params", True), "probe"))
+    return made.eval()
+
+
+def _write(model: PreTrainedModel, folder: Path, target: Target) -> Path:
+    """The weights file of a model for a runtime."""
+    folder.mkdir()
+    if target.runtime == "torch":
+        model.save_pretrained(folder)
+        return folder / "model.safetensors"
+    runtime = GRAPHS[target.graph]
+    file = folder / "graph" / Path(runtime.file).name
+    file.parent.mkdir()
+    runtime.write(trace(plain(model, runtime.empty_layers), None), file)
+    if target.runtime.endswith("int8"):
+        quantized = file.with_name(Path(INT8_FILE).name)
+        quantize(file, quantized)
+        return quantized
+    return file if target.kind == "latency" or target.graph != "openvino" else file.with_suffix(".bin")
+
+
+def _opened(model: PreTrainedModel, folder: Path, target: Target) -> Callable[[], object]:
+    """One forward pass."""
+    if (longest := positions(model)) is not None and target.length > longest:
+        raise SensibertError(f"latency_shape: {target.length} tokens, want at most {longest}, the model's positions")
+    device = "cuda" if target.runtime == "cuda" else "cpu"
+    module: nn.Module
+    if target.runtime in ("torch", "cuda"):
+        module = nn.Module.to(model, device)
+        names = input_names(model, None)
+    else:
+        graph = module = GRAPHS[target.graph].open(_write(model, folder, target), target.threads)
+        names = graph.inputs
+    inputs = random_inputs(names, min(model.config.vocab_size, VOCABULARY), target.batch, target.length)
+    inputs["attention_mask"].fill_(1)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+
+    def run() -> None:
+        module(**inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+@torch.inference_mode()
+def _take_turns(passes: Sequence[Callable[[], object]], clock: Callable[[], float]) -> list[list[float]]:
+    """Milliseconds of every pass by a clock, in rounds that take SECONDS together."""
+    for run in passes:
+        run()
+    begin = time.perf_counter()
+    times = [[_timed(run, clock)] for run in passes]
+    rounds = int(SECONDS / max(1e-9, time.perf_counter() - begin))
+    for _ in range(max(LEAST, min(MOST, rounds))):
+        for taken, run in zip(times, passes, strict=True):
+            taken.append(_timed(run, clock))
+    return times
+
+
+def _timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    begin = clock()
+    run()
+    return 1e3 * (clock() - begin)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
