@@ -98,7 +98,7 @@ class TrimCallback(TrainerCallback):
     def budget(self) -> Budget:
         """With the table of its costs, where those are measured, once there is a model."""
         budget = self.config.parsed_budget()
-        return budget if self.memory.table is None else replace(budget, table=self.memory.table)
+        return budget if self.memory.table is None else budget.with_table(self.memory.table)
 
     @property
     def layout(self) -> Layout | None:
@@ -121,7 +121,7 @@ class TrimCallback(TrainerCallback):
             grid = self.config.parsed_grid()
             if checkpoint is not None and budget.measured:
                 (before := RunMemory()).restore(Path(checkpoint))
-                budget = replace(budget, table=before.table or budget.table)
+                budget = budget.with_table(before.table or budget.table)
             budget = with_costs(budget, model, self.config)
             cost.want_reach(seen.layout, budget, grid)
             if grid is not None and is_trimmed(model):

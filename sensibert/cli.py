@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer.core
 
-from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, PANELS, PATHS, option
+from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PANELS, PATHS, SHAPE_NAMES, option
 from .core.config import RETIRED
 from .core.errors import SensibertError
 from .core.settings import settings_of
@@ -166,7 +166,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
 @_command(
     [
         *("sensitivity", "output", "budget", "config", "scope", "flops_length", "width_multiple", "allocation"),
-        *("overwrite", "dry_run", "as_json"),
+        *("latency_table", "overwrite", "dry_run", "as_json"),
     ],
     output={"help": "Plan file to write (.safetensors).", "default": None},
 )
@@ -188,12 +188,13 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
 
 OF_ONE_STEP = (
     *("train_file", "budget", "method", "scope", "flops_length", "width_multiple", "allocation", "grid", "samples"),
-    *("micro_batch", "compensate", *DATA_NAMES, "seed"),
+    *("micro_batch", "compensate", *MEASUREMENT_NAMES, *DATA_NAMES, "seed"),
 )
 
 
 @_command(
-    ["model", "output", "plan", "vocabulary", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"]
+    ["model", "output", "plan", "vocabulary", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"],
+    vocabulary={"help": "File of texts: keep only the pieces of the vocabulary that they need.", "panel": None},
 )
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
     """Trim a model without training, by a plan, or to a budget on a training file, and write the folder.
@@ -293,6 +294,30 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
         lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", *cells))
     shown = f"{machine['processor']}, {machine['threads']} threads, texts of {machine['length']} tokens"
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
+
+
+@_command(["model", "save", "probes", *SHAPE_NAMES, "config", "overwrite", "as_json"])
+def latency(context: typer.Context, values: dict[str, Any]) -> None:
+    """Measure what layers cost by their heads and neurons in a runtime, for budgets in ms.
+
+    \b
+    Examples:
+      sensibert latency --model bert-base-uncased --runtime onnx --save laptop.json
+      sensibert latency --model bert-base-uncased --runtime onnx --probes probes
+    The second writes graphs and a script that measures on a device that has only the runtime.
+    """
+    from .commands import measure_latency
+    from .report import table
+
+    save, probes = values["save"], values["probes"]
+    result = measure_latency(_options(values, output="").trim, values["model"], save, probes, values["overwrite"])
+    text = f"written to {save or probes}"
+    if save is not None:
+        names = {"heads": "heads", "ffn": "neurons"}
+        rows = [(n, units, f"{cost / 1e3:.3f}") for kind, n in names.items() for units, cost in result[kind]]
+        rows.append(("all else", "", f"{result['rest'] / 1e3:.3f}"))
+        text = f"{table(('', 'of one layer', 'ms'), rows)}\n\n{result['of']}\n\n{text}"
+    _print(values["as_json"], result, text)
 
 
 @_command(

@@ -137,17 +137,16 @@ EXTRA = {
         False,
     ),
     "folder": _parameter("folder", str, typer.Argument(help="A model folder, trimmed or not.")),
-    "vocabulary": _parameter(
-        *("vocabulary", str | None),
-        typer.Option(help="File of texts: keep only the pieces of the vocabulary that they need."),
-        None,
-    ),
     "folders": _parameter("folders", list[Path], typer.Argument(help="Model folders, exported or not.")),
     "length": _parameter("length", int, typer.Option(help="Tokens of every text."), 128),
     "threads": _parameter(
         "threads", int | None, typer.Option(help="Threads of a pass.", show_default="those of torch"), None
     ),
     "rounds": _parameter("rounds", int, typer.Option(help="Passes of every model; medians are shown."), 20),
+    "save": _parameter("save", str | None, typer.Option(help="Table to write (.json)."), None),
+    "probes": _parameter(
+        "probes", str | None, typer.Option(help="Folder to write, with probes for another device."), None
+    ),
     "plan": _parameter(
         "plan", str | None, typer.Option(help="Plan file of `sensibert plan`; without one, a training file."), None
     ),
@@ -164,5 +163,7 @@ EXTRA = {
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
 # In which ~ is the home folder; Options has others.
-PATHS = ("folder", "model", "output", "plan", "sensitivity", "vocabulary")
+PATHS = ("folder", "model", "output", "plan", "sensitivity", "vocabulary", "save", "probes", "latency_table")
 DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
+SHAPE_NAMES = ("runtime", "latency_shape", "latency_threads")
+MEASUREMENT_NAMES = (*SHAPE_NAMES, "latency_table")

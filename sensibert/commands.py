@@ -17,17 +17,18 @@ from .allocation.allocate import allocate
 from .core import cost
 from .core.arguments import fraction, one_of
 from .core.artifacts import BlockPlan, Plan, Sensitivity
-from .core.config import LAYOUTS, TrimConfig, grid_name
+from .core.config import LAYOUTS, TrimConfig, grid_name, parse_shape
 from .core.errors import SensibertError, naming
 from .core.files import write_atomically, writing
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
-from .data.files import Examples, load_examples
+from .data.files import Examples, load_examples, texts_of
 from .data.task_data import ONE_LOGIT, TaskData
 from .data.tasks import EMBEDDING, PRESETS, get_task
 from .decide import cut_once
 from .deploy import export_graph
+from .deploy.costs import Target, measure_costs, write_probes
 from .inputs import (
     check_family,
     check_room,
@@ -75,6 +76,7 @@ def outline(options: Options) -> dict:
     layout, trim, known = layout_of(load_model(options.model, data)), options.trim, get_task(task)
     schedule = trim.schedule.for_task(known.recovery, known.trim_start)
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
+    counted = trim.trims and (budget.table is not None or not budget.measured)  # other costs are measured in the run
     return {
         "task": known.name,
         "model": options.model,
@@ -88,7 +90,7 @@ def outline(options: Options) -> dict:
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
+        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if counted else None,
         "schedule": schedule.shape if trim.trims else None,
         "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
         "epochs": options.epochs if options.max_steps == -1 else None,
@@ -163,6 +165,27 @@ def plan_result(plan: Plan) -> dict:
     return {**facts, **sizes, "flops_length": budget.length}
 
 
+def measure_latency(config: TrimConfig, model: str, save: str | None, probes: str | None, overwrite: bool) -> dict:
+    """Write a table of what a model's layers cost on this device, or the probes that measure it on another one."""
+    if (save is None) == (probes is None):
+        raise SensibertError(f"save and probes are {'missing' if save is None else 'both given'}, want one of them")
+    target = Target("latency", config.runtime, *parse_shape(config.latency_shape), config.latency_threads)
+    if save is not None:
+        check_file(save, overwrite, model=model)
+    else:
+        check_output(str(probes), False)
+    check_family(model)
+    loaded = load_folder(model)[0] if Path(model).exists() else load_model(model, None)
+    if save is None:
+        assert probes is not None
+        write_probes(loaded, probes, target)
+        return {"model": model, "output": probes}
+    table = measure_costs(loaded, target)
+    with writing(save):
+        table.save(save)
+    return {"model": model, **table.to_dict(), "of": table.described(), "output": save}
+
+
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
     """Trim the model in a folder by a plan file and export it. The plan must have been made for this model."""
     if layout not in LAYOUTS:
@@ -205,16 +228,6 @@ def trim_vocabulary_of(model: str, texts: str, output: str, overwrite: bool, dry
         "total_params_after": cost_of(loaded, "model")[0],
         "output": None if dry_run else output,
     }
-
-
-def texts_of(examples: Examples) -> Iterator[str]:
-    """Every text of every column; words that are apart are joined by spaces."""
-    for column in examples.columns.values():
-        for value in column:
-            if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
-                yield " ".join(value)
-            elif isinstance(value, str) and value:
-                yield value
 
 
 def trim_on_data(options: Options, dry_run: bool) -> dict:

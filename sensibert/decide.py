@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ def with_costs(budget: Budget, model: nn.Module, config: TrimConfig) -> Budget:
         return budget
     if budget.table is None:
         target = Target(budget.kind, config.runtime, *parse_shape(config.latency_shape), config.latency_threads)
-        budget = replace(budget, table=measure_costs(_whole(model), target))
+        budget = budget.with_table(measure_costs(_whole(model), target))
     assert budget.table is not None
     budget.table.want_fit(layout_of(model))
     return budget
@@ -149,6 +148,6 @@ def cut_once(
     cost.want_reach(layout, budget, grid)
     plan = decide(model, config, budget, batches, samples, batch_size, seed, loss, autocast).plan
     trim(model, plan)
-    budget = replace(budget, table=plan.budget.table)
+    budget = budget.with_table(plan.budget.table)
     note_budget(model, budget, cost.limit(layout, budget, grid))
     return plan

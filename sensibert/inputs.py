@@ -25,7 +25,7 @@ from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
 from .data.embedding_data import EmbeddingData, different_texts
-from .data.files import Examples, load_examples
+from .data.files import Examples, load_examples, texts_of
 from .data.task_data import ONE_LOGIT, TaskData, guess_task, zeros_and_ones
 from .data.tasks import EMBEDDING, PRESETS, get_task
 from .models import base_type, families
@@ -34,7 +34,7 @@ from .models.modules import attribute, positions, unsupported
 from .models.pooling import read_pooling
 from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
-from .run_options import SNAPSHOT, Options
+from .run_options import OF_TRAINING, SNAPSHOT, Options
 from .saving import load
 from .training.distillation import Reordered
 
@@ -56,6 +56,16 @@ def training_examples(options: Options) -> Examples:
     if preset is None:
         raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
     return load_examples(preset.source, preset.train_split)
+
+
+def vocabulary_texts(options: Options) -> list[str] | None:
+    """The texts whose pieces the vocabulary keeps; None if it keeps all."""
+    if options.vocabulary is None:
+        return None
+    if options.vocabulary == OF_TRAINING:
+        return list(texts_of(training_examples(options)))
+    with naming("vocabulary"):
+        return list(texts_of(load_examples(options.vocabulary)))
 
 
 def validation_examples(options: Options) -> Examples | None:

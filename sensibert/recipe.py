@@ -35,6 +35,7 @@ from .inputs import (
     load_teacher,
     load_tokenizer,
     to_best_device,
+    vocabulary_texts,
 )
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
@@ -42,7 +43,7 @@ from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
 from .report.plots import write_report
-from .run_options import SNAPSHOT, Options
+from .run_options import PATHS, SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
@@ -53,6 +54,7 @@ from .training.finetune import finetune
 from .training.predict import predict
 from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
+from .trimming.vocabulary import trim_vocabulary
 
 RESULT, RECIPE = "result.json", "recipe.json"
 GRAPH = "export"  # folder in the output with the graph that a budget of latency or size is met by
@@ -96,7 +98,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
 def check_place(options: Options) -> None:
     """SensibertError if the output is taken, or if replacing it would delete an input of the run."""
     check_output(options.output, options.overwrite)
-    inputs = {name: getattr(options, name) for name in ("model", "train_file", "validation_file", "teacher")}
+    inputs = {name: getattr(options, name) for name in PATHS if name != "output"}
     check_apart(options.output, **inputs)
     check_apart(partial_folder(options.output), **inputs)
 
@@ -128,12 +130,18 @@ def _run(
     accept_unfinished: bool,
 ) -> dict:
     check_family(options.model)
-    tokenizer = load_tokenizer(options.model)
+    whole = tokenizer = load_tokenizer(options.model)
+    if (texts := vocabulary_texts(options)) is not None:
+        tokenizer = trim_vocabulary(load_model(options.model), whole, texts)
     data = load_data(options, tokenizer)
     schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
     options = replace(options, trim=replace(options.trim, schedule=schedule))
     set_seed(options.seed)
     loaded = load_model(options.model, data)
+    before = {"total_params_before": cost_of(loaded, "model")[0]}
+    if texts is not None:
+        trim_vocabulary(loaded, whole, texts)
+        before |= {"vocabulary_before": len(whole), "vocabulary_after": len(tokenizer)}
     check_room(loaded, data)
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
@@ -197,7 +205,7 @@ def _run(
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-    result = _result(options, data, model, callback, trainer.state.global_step, metrics)
+    result = _result(options, data, model, callback, trainer.state.global_step, metrics) | before
     result["throughput"] = _throughput(callback.memory, trainer)
     if options.trim.trims and callback.budget.measured:
         result["measured"] = measured_facts(loaded, callback.budget)

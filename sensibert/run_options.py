@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "bf16", "auto")
+OF_TRAINING = "train"  # value of `vocabulary`: the texts of the training file
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 WITHOUT_GRADIENT = ("taylor", "saliency")  # statistics of a loss that is 0 for the original embeddings
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
-PATHS = ("model", "output", "train_file", "validation_file", "teacher")  # in which ~ is the home folder
+PATHS = ("model", "output", "train_file", "validation_file", "teacher", "vocabulary")  # in which ~ is the home folder
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
 # Defaults of embedding models, chosen by the results in docs/method.md. Steps: unless epochs are given.
 USUAL_OF_EMBEDDING = {"learning_rate": 2.5e-4, "batch_size": 32, "save_steps": 500}
@@ -60,6 +61,12 @@ class Options:
     label_column: str | None = setting(None, "Column with the labels.", DATA)
     max_length: int | None = setting(
         None, "Maximum number of tokens per row.", DATA, bound=POSITIVE, show_default="128, for questions 384"
+    )
+    vocabulary: str | None = setting(
+        None,
+        f"File of texts, or {OF_TRAINING}, the training file: keep only the pieces of the vocabulary that they need.",
+        DATA,
+        show_default="all pieces",
     )
     doc_stride: int | None = setting(
         None, "Tokens that two neighbouring windows of a long context share.", DATA, bound=NOT_NEGATIVE,
@@ -120,6 +127,8 @@ class Options:
             raise SensibertError(
                 f"teacher is {SNAPSHOT!r}, the model at the cut, but method baseline does not trim; want a model"
             )
+        if self.vocabulary is not None and self.teacher not in (None, SNAPSHOT):
+            raise SensibertError("vocabulary and teacher are both given, and the teacher has a vocabulary of its own")
         if self.teacher == "average":
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
         if self.task is not None:

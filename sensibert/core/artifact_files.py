@@ -83,4 +83,9 @@ def load_artifact(
 
 
 def _encode(value: object) -> object:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = dataclasses.asdict(value)
+    if isinstance(value, Budget) and value.table is None:
+        del fields["table"]  # as before there were budgets of measured costs
+    return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .arguments import one_of, show, want_fields
 from .cost_table import MEASURED, CostTable
@@ -71,6 +71,10 @@ class Budget:
     def measured(self) -> bool:
         """Whether costs are measured, not counted."""
         return self.kind in MEASURED
+
+    def with_table(self, table: CostTable | None) -> Budget:
+        """The same budget with measured costs."""
+        return replace(self, table=table)
 
     def in_unit(self, cost: float) -> float:
         """A measured cost in the unit of the budget's text: ms or MB."""

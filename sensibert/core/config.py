@@ -151,7 +151,7 @@ class TrimConfig:
             return budget
         if budget.kind != "latency":
             raise SensibertError(f"latency_table is given, and budget is {budget}: want a budget of ms, or no table")
-        return replace(budget, table=CostTable.load(self.latency_table))
+        return budget.with_table(CostTable.load(self.latency_table))
 
     def parsed_grid(self) -> Grid | None:
         return parse_grid(self.grid)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import one_of, show, want_fields
 from .errors import SensibertError
 from .files import write_atomically
-from .layout import Layout
+
+if TYPE_CHECKING:
+    from .layout import Layout
 
 Points = tuple[tuple[int, int], ...]  # (units kept, cost), ascending, from 0 units at cost 0
 MEASURED = {"latency": "ms", "size": "MB"}  # kind of a budget -> its unit
@@ -82,13 +83,17 @@ class CostTable:
                 f"and {most['ffn']} neurons; the model is a {layout.family} with hidden size {layout.hidden}"
             )
 
-    def scaled(self, factor: float) -> CostTable:
-        """The table with every cost times a factor."""
+    def corrected(self, predicted: float, measured: float) -> CostTable:
+        """The table that predicts what was measured. A clock that runs slower changes every time by the same factor; a
+        file that is larger than expected has more beside its weights."""
+        if self.kind == "size":
+            return dataclasses.replace(self, rest=max(0, self.rest + round(measured - predicted)))
 
         def of(points: Points) -> Points:
-            return tuple((count, round(cost * factor)) for count, cost in points)
+            return tuple((count, round(cost * measured / predicted)) for count, cost in points)
 
-        return dataclasses.replace(self, rest=round(self.rest * factor), heads=of(self.heads), ffn=of(self.ffn))
+        rest = round(self.rest * measured / predicted)
+        return dataclasses.replace(self, rest=rest, heads=of(self.heads), ffn=of(self.ffn))
 
     def described(self) -> str:
         """What was measured, in words."""
@@ -126,14 +131,3 @@ class CostTable:
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise SensibertError(f"latency_table: {path} is no table of costs, want a file of sensibert latency")
         return cls.from_dict(data)
-
-
-def points_of(measured: Mapping[int, float], sublayers: int) -> Points:
-    """Points of one sub-layer from the cost of a whole model by the units that each of its sub-layers keeps.
-
-    The cost with 0 units is subtracted; a cost below that of fewer units, which only noise explains, is raised."""
-    none, points, highest = measured[0], [], 0
-    for count in sorted(measured):
-        highest = max(highest, math.ceil((measured[count] - none) / sublayers))
-        points.append((count, highest))
-    return tuple(points)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,3 +225,13 @@ def _from_hub(source: str, split: str) -> Examples:
         if names:
             class_names[column] = list(names)
     return Examples(data.to_dict(), f"{source}[{split}]", class_names)
+
+
+def texts_of(examples: Examples) -> Iterator[str]:
+    """Every text of every column; words that are apart are joined by spaces."""
+    for column in examples.columns.values():
+        for value in column:
+            if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+                yield " ".join(value)
+            elif isinstance(value, str) and value:
+                yield value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from ..core.errors import SensibertError, described
 from ..models.modules import positions
 from ..saving.folder import load
 from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
+from .probe_timing import processor
 
 BATCHES = (1, 32)
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -123,13 +123,3 @@ def _times(entries: list[_Entry], rows: int, length: int, rounds: int) -> list[l
 def _spread(milliseconds: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(milliseconds, n=10) if len(milliseconds) > 1 else milliseconds * 9
     return {"median": statistics.median(milliseconds), "p10": cuts[0], "p90": cuts[-1]}
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -7,14 +7,15 @@ of neurons. Passes of all probes take turns, so that a machine whose speed drift
 from __future__ import annotations
 
 import copy
-import statistics
+import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,21 +25,23 @@ from ..core.arguments import checked, one_of, show
 from ..core.artifacts import Plan, UnitPlan
 from ..core.budget import Budget
 from ..core.cost import counts_of, limit, spent
-from ..core.cost_table import MEASURED, RUNTIMES, CostTable, points_of
+from ..core.cost_table import MEASURED, RUNTIMES, CostTable
 from ..core.errors import SensibertError
 from ..core.layout import Layout
 from ..models import layout_of
 from ..models.modules import positions
 from ..models.reloadable import stock_class, stock_config
+from ..saving.folder import new_folder
 from ..trimming.trim import trim
-from .bench import processor
-from .export import plain
+from . import probe_timing
+from .export import RUNTIMES_OF_GRAPHS, plain
 from .graphs import INT8_FILE, input_names, quantize, random_inputs, trace
 from .graphs import RUNTIMES as GRAPHS
+from .probe_timing import PROBES, clock_of, median_times, processor, table_from
 
+KINDS = {"heads": "head", "ffn": "ffn"}  # column of a table -> kind of a site
 SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the units of a layer, in the probes of latency
 VOCABULARY = 1024  # of the probes of latency: rows that are not read cost nothing
-SECONDS, LEAST, MOST = 20.0, 9, 60  # that all passes of a measurement take together; rounds, at least and at most
 CLOSE = 0.03  # a measured cost this close to a predicted one confirms it
 PROMISED = 0.05  # a result costs no more than this above its budget, or the run says so
 TRIES = 3  # tables of costs that are corrected by a measurement, before the last plan is taken
@@ -83,11 +86,6 @@ class Target:
         return self.runtime.partition("-")[0]
 
     @property
-    def clock(self) -> Callable[[], float]:
-        """Of one thread of a CPU the processor's time, which other work on the machine hardly changes."""
-        return time.process_time if self.threads == 1 and self.runtime != "cuda" else time.perf_counter
-
-    @property
     def device(self) -> str:
         """The device that a measurement here is of."""
         if self.kind == "size":
@@ -100,34 +98,51 @@ def measure_costs(model: PreTrainedModel, target: Target) -> CostTable:
     """The costs of a model's layers by the heads and neurons they keep; the model, trimmed or not, is unchanged.
 
     Seconds for torch and for sizes; about a minute for a runtime of graphs, since every probe is exported."""
+    probes = _probes(model, target)
+    costs = costs_of(probes.models, target)
+    return CostTable.from_dict(table_from(probes.facts | {"device": target.device}, probes.levels, probes.sites, costs))
+
+
+@checked
+def write_probes(model: PreTrainedModel, folder: str | Path, target: Target) -> None:
+    """Write graphs and a script that times them on a device with nothing but the runtime, to a new folder."""
+    if target.runtime not in RUNTIMES_OF_GRAPHS or target.kind != "latency":
+        raise SensibertError(f"runtime is {target.runtime!r}, {one_of(target.runtime, RUNTIMES_OF_GRAPHS)}")
+    probes = _probes(model, target)
+    with new_folder(Path(folder).resolve(), False) as made:
+        files = [_write(each, made / str(number), target) for number, each in enumerate(probes.models)]
+        content = {
+            "facts": probes.facts,
+            "levels": probes.levels,
+            "sites": probes.sites,
+            "files": [file.relative_to(made).as_posix() for file in files],
+            "inputs": input_names(probes.models[0], None),
+            "vocabulary": probes.models[0].config.vocab_size,
+        }
+        (made / PROBES).write_text(json.dumps(content, indent=1) + "\n")
+        shutil.copy(probe_timing.__file__, made)
+
+
+class _Probes(NamedTuple):
+    """Models whose costs make a table, and what `table_from` needs beside these."""
+
+    models: list[PreTrainedModel]
+    facts: dict[str, Any]
+    levels: dict[str, list[int]]
+    sites: dict[str, int]
+
+
+def _probes(model: PreTrainedModel, target: Target) -> _Probes:
     base = _random_model(model, target)
     layout = layout_of(base)
-    levels = {kind: _levels(layout, kind, target) for kind in ("head", "ffn")}
-    full = {site.name: site.units for site in layout.sites}
-    probes = [full, *(_even(layout, kind, count) for kind, counts in levels.items() for count in counts)]
-    costs = costs_of([_trimmed(base, layout, probe) for probe in probes], target)
-    whole, rest, points = costs[0], costs[0], {}
-    for kind, counts in levels.items():
-        sites = [site for site in layout.sites if site.kind == kind]
-        measured = dict(zip(counts, costs[1 : 1 + len(counts)], strict=True))
-        del costs[1 : 1 + len(counts)]
-        if sites and counts:
-            points[kind] = points_of(measured | {max(site.units for site in sites): whole}, len(sites))
-            rest -= sum(points[kind][-1][1] for _ in sites)
-    none = ((0, 0),)
-    return CostTable(
-        target.kind,
-        target.runtime,
-        max(0, round(rest)),
-        points.get("head", none),
-        points.get("ffn", none),
-        layout.family,
-        layout.hidden,
-        target.device,
-        target.threads,
-        target.batch,
-        target.length,
-    )
+    levels = {name: _levels(layout, kind, target) for name, kind in KINDS.items()}
+    counts = [{site.name: site.units for site in layout.sites}]
+    for name, kind in KINDS.items():
+        counts += [_even(layout, kind, count) for count in levels[name][:-1]]
+    facts = {"kind": target.kind, "runtime": target.runtime, "family": layout.family, "hidden": layout.hidden}
+    facts |= {"threads": target.threads, "batch": target.batch, "length": target.length}
+    sites = {name: sum(site.kind == kind for site in layout.sites) for name, kind in KINDS.items()}
+    return _Probes([_trimmed(base, layout, each) for each in counts], facts, levels, sites)
 
 
 def costs_of(models: Sequence[PreTrainedModel], target: Target) -> list[float]:
@@ -138,7 +153,8 @@ def costs_of(models: Sequence[PreTrainedModel], target: Target) -> list[float]:
             return [float(_write(model, place, target).stat().st_size) for model, place in zip(models, places)]
         with _threads(target.threads):
             ready = (_opened(model, place, target) for model, place in zip(models, places, strict=True))
-            return [1e3 * statistics.median(times) for times in _take_turns(list(ready), target.clock)]
+            clock = time.perf_counter if target.runtime == "cuda" else clock_of(target.threads)
+            return median_times(list(ready), clock)
 
 
 @checked
@@ -155,7 +171,10 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
         measured = costs_of([_trimmed(base, layout, counts)], target)[0]
         if abs(measured - predicted) <= CLOSE * predicted or tries == TRIES:
             break
-        plan = choose(replace(plan.budget, table=table.scaled(measured / predicted)))
+        try:
+            plan = choose(plan.budget.with_table(table.corrected(predicted, measured)))
+        except SensibertError:  # the corrected table has no plan within the budget: `missed` tells by how much
+            break
     return plan, measured
 
 
@@ -189,12 +208,12 @@ def missed(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _levels(layout: Layout, kind: str, target: Target) -> list[int]:
-    """Units that the probes keep, without all of them."""
-    units = [site for site in layout.sites if site.kind == kind]
-    most, least = max((site.units for site in units), default=0), max((site.minimum for site in units), default=0)
+    """Units that the probes keep, all of them last."""
+    sites = [site for site in layout.sites if site.kind == kind]
+    most, least = max((site.units for site in sites), default=0), max((site.minimum for site in sites), default=0)
     shares = (0,) if target.kind == "size" else SHARES
     few = (1,) if kind == "head" and target.kind == "latency" else ()
-    return sorted({max(least, count) for count in (*(round(most * share) for share in shares), *few)} - {most})
+    return [*sorted({max(least, count) for count in (*(round(most * share) for share in shares), *few)} - {most}), most]
 
 
 def _even(layout: Layout, kind: str, count: int) -> dict[str, int]:
@@ -253,32 +272,13 @@ def _opened(model: PreTrainedModel, folder: Path, target: Target) -> Callable[[]
     inputs["attention_mask"].fill_(1)
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
+    @torch.inference_mode()
     def run() -> None:
         module(**inputs)
         if device == "cuda":
             torch.cuda.synchronize()
 
     return run
-
-
-@torch.inference_mode()
-def _take_turns(passes: Sequence[Callable[[], object]], clock: Callable[[], float]) -> list[list[float]]:
-    """Milliseconds of every pass by a clock, in rounds that take SECONDS together."""
-    for run in passes:
-        run()
-    begin = time.perf_counter()
-    times = [[_timed(run, clock)] for run in passes]
-    rounds = int(SECONDS / max(1e-9, time.perf_counter() - begin))
-    for _ in range(max(LEAST, min(MOST, rounds))):
-        for taken, run in zip(times, passes, strict=True):
-            taken.append(_timed(run, clock))
-    return times
-
-
-def _timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    begin = clock()
-    run()
-    return 1e3 * (clock() - begin)
 
 
 @contextmanager

@@ -23,6 +23,9 @@ def summary(result: Mapping[str, Any]) -> str:
     for label, name in (("encoder parameters", "encoder_params"), ("all parameters", "total_params")):
         before, after = result[f"{name}_before"], result[f"{name}_after"]
         sizes.append((label, before, after, share(after, before)))
+    if "vocabulary_before" in result:
+        before, after = result["vocabulary_before"], result["vocabulary_after"]
+        sizes.append(("vocabulary", before, after, share(after, before)))
     before, after = result["flops_before"], result["flops_after"]
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     sizes.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))

@@ -16,6 +16,11 @@ from sensibert.core.errors import SensibertError
         ("1.2Gflops", 1.2e9, "flops", False),
         ("123456params", 123456, "params", False),
         (".5Kparams", 500, "params", False),
+        ("8ms", 8000, "latency", False),
+        ("50%latency", 0.5, "latency", True),
+        ("12.5 MB", 12.5e6, "size", False),
+        ("800KB", 8e5, "size", False),
+        ("40%size", 0.4, "size", True),
     ],
 )
 def test_budgets_are_read(text, value, kind, relative):
@@ -36,7 +41,10 @@ def test_budgets_are_read(text, value, kind, relative):
         ("-1params", "is not a budget"),
         ("50%", "is not a budget"),
         ("50", "is not a budget"),
-        ("8ms", "is not a budget"),
+        ("8mss", "is not a budget"),
+        ("8%ms", "is not a budget"),
+        ("8latency", "is not a budget"),
+        ("0ms", r"outside \(0 %, 100 %\]"),
         ("nan%params", "is not a budget"),
         ("1e3params", "is not a budget"),
         ("50%params, 30%flops", "is not a budget"),
