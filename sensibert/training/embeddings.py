@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.files import write_atomically
+from ..core.files import write_atomically, writing
 from ..core.rows import Rows
 from .checkpoints import DIGEST, PART
 from .manifest import digest_of
@@ -51,7 +51,8 @@ def saved_embeddings(
     """Embeddings [texts, H], fp32, read from a file, which is written first if it does not exist or is damaged."""
     if not _is_whole(file):
         temporary = file.with_suffix(PART)
-        with open(temporary, "wb") as content:  # a map in memory would end the process when the disk is full
+        # A map in memory would end the process when the disk is full.
+        with writing(file), open(temporary, "wb") as content:
             for begin in range(0, len(texts), CHUNK):
                 some = texts.part(begin, min(begin + CHUNK, len(texts)))
                 part = np.asarray(predict(model, some, collator, autocast=autocast))
