@@ -286,7 +286,8 @@ def main() -> None:
     chosen = drops(layout, sensitivity.scores)
     rows = micro_batches(data.validation, data.collator, arguments.rows, 64, arguments.seed)
     if arguments.keep is not None and arguments.keep.exists():
-        by_row = torch.load(arguments.keep)  # not checked: it must be of the same drops, rows and method
+        # Not checked: it must be of the same drops, rows and method.
+        by_row = torch.load(arguments.keep, weights_only=True)
     else:
         by_row = measured(model, layout, chosen, list(rows), factors)
         if arguments.keep is not None:

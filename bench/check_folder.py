@@ -33,7 +33,7 @@ batch, out, auto, folder, *trust = sys.argv[1:]
 model = getattr(transformers, auto).from_pretrained(folder, **({"trust_remote_code": True} if trust else {})).eval()
 assert (sys.modules["sensibert"] is None) == bool(trust)
 with torch.no_grad():
-    outputs = model(**torch.load(batch))
+    outputs = model(**torch.load(batch, weights_only=True))
 torch.save([outputs[k] for k in outputs if k.endswith("logits")], out)
 """
 WITHOUT = "import sys; sys.modules['sensibert'] = None"  # makes imports of sensibert fail
@@ -43,7 +43,7 @@ def reload(folder: Path, auto: str, batch: Path, out: Path, trust: bool) -> list
     program = (WITHOUT if trust else "import sensibert") + LOGITS
     arguments = [str(batch), str(out), auto, str(folder), *(["trust"] if trust else [])]
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, stderr=subprocess.DEVNULL)
-    return torch.load(out)
+    return torch.load(out, weights_only=True)
 
 
 def check(folder: Path, scratch: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as signatures
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PA
 from .core.config import RETIRED
 from .core.errors import SensibertError
 from .core.settings import settings_of
+from .core.text import printable
 from .core.version import version
 from .run_options import Options, all_names
 
@@ -79,7 +81,7 @@ def _sensibert(
 
 
 def _print(as_json: bool, result: dict, text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
     if as_json:
         print(json.dumps(result), flush=True)
 
@@ -372,6 +374,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("sensibert").addFilter(_printable_record)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer returns this code after Ctrl-C
@@ -390,6 +393,11 @@ def main() -> None:
         _fail(_in_words(error), error.exit_code)
 
 
+def _printable_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 def _in_words(error: Any) -> str:
     """The message of a usage error, with the value that came; or that the option no longer exists."""
     name = getattr(error, "option_name", "")
@@ -405,5 +413,5 @@ def _in_words(error: Any) -> str:
 
 def _fail(message: str, code: int) -> None:
     if message:  # empty after the help text
-        print(f"sensibert: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"sensibert: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

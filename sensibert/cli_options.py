@@ -67,6 +67,7 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     `dry_run` for a command without that option, which would write its output."""
     if path is None or context.resilient_parsing:
         return path
+    path = path.expanduser()
     settings = _read_yaml(path)
     own = _names(context.command)
     group = context.parent.command if context.parent is not None else None
@@ -102,7 +103,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a file under today's names. SensibertError for a file that is not a mapping of names."""
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    # PyYAML lets errors of Python out for a malformed date or number.
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, OverflowError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark

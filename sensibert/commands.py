@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.allocate import allocate
 from .core import cost
-from .core.arguments import fraction, one_of
+from .core.arguments import fraction, one_of, show
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import LAYOUTS, TrimConfig, grid_name, parse_shape
 from .core.errors import SensibertError, naming
 from .core.files import write_atomically, writing
+from .core.folder_facts import read_result, want_facts
+from .core.json_text import parse_json
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
@@ -52,7 +53,7 @@ from .recipe import RECIPE, RESULT, check_place
 from .report.page import page
 from .run_options import Options
 from .saving.folder import DENSE, export, zero_filled
-from .saving.output_paths import check_apart, check_file, check_output
+from .saving.output_paths import check_apart, check_file, check_output, try_move
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.predict import predict
 from .trimming.trim import trim
@@ -194,8 +195,13 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
     check_apart(output, model=model, plan=plan)
     with naming("plan"):
         chosen = Plan.load(plan)
+    if not dry_run:
+        try_move(output)
     loaded, tokenizer = load_folder(model)
-    if layout_of(loaded).digest != chosen.layout.digest:
+    own, planned = layout_of(loaded), chosen.layout
+    if (own.digest, own.family, own.sites, own.encoder_params) != (
+        *(planned.digest, planned.family, planned.sites, planned.encoder_params),
+    ):
         raise SensibertError(
             f"plan: {plan} comes from the sensitivity of another model than {model} (their weights or shapes differ)"
         )
@@ -213,6 +219,8 @@ def trim_vocabulary_of(model: str, texts: str, output: str, overwrite: bool, dry
     check_apart(output, model=model, vocabulary=texts)
     with naming("vocabulary"):
         examples = load_examples(texts)
+    if not dry_run:
+        try_move(output)
     loaded, tokenizer = load_folder(model)
     tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
     before, params = len(tokenizer), cost_of(loaded, "model")[0]
@@ -241,6 +249,8 @@ def trim_on_data(options: Options, dry_run: bool) -> dict:
     config = options.trim
     if not config.trims:
         raise SensibertError(f"method is {config.method!r}, which trims nothing, want another")
+    if not dry_run:
+        try_move(options.output)
     model, data = _model_and_data(options, "train", embeds=True)
     rows = data.train
     assert rows is not None  # of this role
@@ -280,10 +290,16 @@ def _noted_lengths(model: str) -> dict:
     folder = Path(model)
     for recipe in (folder / RECIPE, folder.parent / RECIPE) if folder.name == DENSE else (folder / RECIPE,):
         try:
-            settings = json.loads(recipe.read_text())
-            return {name: settings[name] for name in ("max_length", "doc_stride") if settings.get(name)}
-        except (OSError, ValueError, TypeError, AttributeError):
+            settings = parse_json(recipe.read_text())
+        except FileNotFoundError:
             continue
+        except (OSError, ValueError) as error:
+            raise SensibertError(f"{recipe}: cannot be read ({str(error).splitlines()[0]})") from None
+        if not isinstance(settings, dict):
+            raise SensibertError(f"{recipe} holds {show(settings)}, want an object of settings")
+        lengths = {name: settings[name] for name in ("max_length", "doc_stride") if settings.get(name)}
+        want_facts(lengths, str(recipe))
+        return lengths
     return {}
 
 
@@ -369,6 +385,8 @@ def evaluate_folder(options: Options) -> dict:
 def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: str) -> dict:
     """Write the graph of a model folder for a runtime. With a validation file the model and its graphs are scored."""
     check_apart(options.output, folder=options.model, validation_file=options.validation_file)
+    check_output(options.output, options.overwrite)
+    try_move(options.output)
     score, bound = None, fraction("max_loss", max_loss)
     model: PreTrainedModel | EmbeddingModel
     if options.validation_file is None and options.task not in PRESETS:
@@ -417,10 +435,7 @@ def inspect_folder(folder: str) -> dict:
     grid = masks.grid if masks is not None else None
     before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
     entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
-    try:
-        known = json.loads(result_file.read_text()) if result_file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise SensibertError(f"{result_file}: cannot be read ({str(error).splitlines()[0]})") from None
+    known = read_result(result_file) if result_file.exists() else {}
     rows: dict[int, dict] = {}
     for now, then in zip(layout.sites, before.sites, strict=True):
         row = rows.setdefault(now.layer, {"layer": now.layer})

@@ -21,6 +21,8 @@ from .callback import Choose, TrimCallback
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
+from .core.folder_facts import read_result
+from .core.json_text import parse_json
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
@@ -45,12 +47,13 @@ from .models.unfinished import unfinished
 from .report.plots import write_report
 from .run_options import PATHS, SNAPSHOT, Options
 from .saving.folder import export
-from .saving.output_paths import check_apart, check_output
+from .saving.output_paths import check_apart, check_output, try_move
 from .saving.publish import publish
-from .training.checkpoints import EMBEDDINGS, begin, partial_folder, want_same, workspace
+from .training.checkpoints import EMBEDDINGS, begin, checkpoints, partial_folder, want_same, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
 from .training.finetune import finetune
+from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
 from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
@@ -63,6 +66,12 @@ NOT_COMPARED = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
     "sensibert",
 )
+OF_PLACE = ("output", "keep_checkpoints")  # settings that change nothing in the output
+# Entries of a result.json that a summary shows.
+NOTED = {
+    *("task", "method", "budget", "scope", "metrics", "metrics_at_cut", "warnings", "flops_length", "output"),
+    *(f"{size}_{when}" for size in ("encoder_params", "total_params", "flops") for when in ("before", "after")),
+}
 LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
@@ -113,12 +122,33 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
     started = time.perf_counter()
     options.want_train_data()
     options = options.resolved()
+    if options.resume and not options.overwrite and (result := finished(options)) is not None:
+        logging.getLogger("sensibert").warning("resume: %s is of this run, which is finished", options.output)
+        return result
     check_place(options)
     if options.quiet:
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
+        try_move(options.output, folder)
         return _run(options, folder, checkpoint, started, choose, accept_unfinished)
+
+
+def finished(options: Options) -> dict | None:
+    """The content of result.json if the output is of a finished run with these settings and nothing is left of an
+    unfinished one; else None. options: resolved."""
+    output, known = Path(options.output), options.settings()
+    if checkpoints(partial_folder(output)) or not (output / RESULT).is_file() or not (output / RECIPE).is_file():
+        return None
+    try:
+        was, result = (
+            Options.from_settings(parse_json((output / RECIPE).read_text())).settings(),
+            read_result(output / RESULT),
+        )
+    except (OSError, ValueError):  # `check_place` says that the output is taken
+        return None
+    same = all(value is None or was[name] == value for name, value in known.items() if name not in OF_PLACE)
+    return result if same and NOTED <= result.keys() else None
 
 
 def _run(
@@ -156,6 +186,8 @@ def _run(
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+    if (folder / SNAPSHOT / MANIFEST).exists():  # earlier versions wrote none
+        check_manifest(folder / SNAPSHOT, "teacher of this run")
     teacher = load_teacher(options, data, folder)
 
     def before_cut(model: nn.Module) -> dict[str, float] | None:
@@ -165,6 +197,7 @@ def _run(
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
             # atomic: a resumed run needs the same teacher
             export(model, folder / SNAPSHOT, tokenizer, accept_unfinished=True)
+            write_manifest(folder / SNAPSHOT)
             teacher = load_teacher(options, data, folder)
         return score(model)
 

@@ -6,10 +6,12 @@ import os
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from sensibert import commands, recipe
+from sensibert import SensibertError, commands, recipe
+from sensibert.saving.output_paths import check_output, is_mount, try_move
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command, tree
 
@@ -142,14 +144,15 @@ def test_checkpoints_that_are_truncated_or_in_the_way(here, tmp_path):
     checkpoint = tmp_path / "out.partial" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"half")
-    (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+    sizes = {"model.safetensors": 4000, "sensibert_run.json": 2}  # as version 0.1 listed them
+    (checkpoint / "sensibert_manifest.json").write_text(json.dumps(sizes))
     with untouched(here, tmp_path):
         refused("holds an unfinished run, want --resume or --overwrite", *finetune_arguments(here, tmp_path / "out"))
         message = "truncated checkpoint, model.safetensors has 4 bytes, want 4000"
         refused(message, *finetune_arguments(here, tmp_path / "out"), "--resume")
         (checkpoint / "sensibert_manifest.json").write_text("{")
         refused("not a complete checkpoint", *finetune_arguments(here, tmp_path / "out"), "--resume")
-        (checkpoint / "sensibert_manifest.json").write_text(json.dumps({"model.safetensors": 4000}))
+        (checkpoint / "sensibert_manifest.json").write_text(json.dumps(sizes))
 
 
 def test_a_place_where_nothing_can_be_written(here, tmp_path):
@@ -215,3 +218,92 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
     done = command(*requested, "--resume", "--json")
     assert done.code == 0 and done.json["steps"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("length", [246, 247, 255])
+def test_a_name_too_long_for_the_folders_beside_it_is_refused_before_the_work(here, tmp_path, monkeypatch, length):
+    """Of 255 bytes that a name may have, folders that are not complete take more than the output."""
+    place, trained = tmp_path / ("x" * length), []
+    monkeypatch.setattr(recipe, "load_data", lambda *args: trained.append(args))
+    monkeypatch.setattr(commands, "load_folder", lambda *args: trained.append(args))
+    plan = ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", place)
+    texts = ("trim", "--model", here / "tuned", "--train-file", here / "train.csv", "--budget", "50%params")
+    refused("File name too long", *finetune_arguments(here, place))
+    refused("File name too long", *plan)
+    refused("File name too long", *texts, "--output", place)
+    refused("File name too long", "export", here / "tuned", "--to", "torch", "--output", place)
+    refused("File name too long", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
+    assert not trained and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_place_that_nothing_can_be_moved_to_is_refused_before_the_work(here, tmp_path, monkeypatch, exists):
+    """As when OUTPUT.partial, or an empty OUTPUT, is a link to or a mount of another disk."""
+    move, trained = os.replace, []
+    monkeypatch.setattr(recipe, "load_data", lambda *args: trained.append(args))
+    if exists:
+        (tmp_path / "out").mkdir(mode=0o750)
+
+    def other_disk(old, new):
+        if os.fspath(new) == str(tmp_path / "out"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        move(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", other_disk)
+        refused(
+            r"cannot write .*out \(Invalid cross-device link, when a folder is moved there\)",
+            *finetune_arguments(here, tmp_path / "out"),
+        )
+        plan = ("trim", "--model", here / "tuned", "--plan", here / "plan", "--output", tmp_path / "out")
+        refused("cannot write .*out .Invalid cross-device", *plan)
+    assert not trained and [path.name for path in tmp_path.iterdir()] == ["out"] * exists
+    assert command(*plan).code == 0
+    if exists:
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_trying_a_place_leaves_it_as_it_was(tmp_path):
+    (tmp_path / "empty").mkdir(mode=0o711)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "work").mkdir()
+    inode = (tmp_path / "full").stat().st_ino
+    before = tree(tmp_path)
+    for name in ("new", "deep/er/new", "empty", "full"):
+        try_move(tmp_path / name)
+        try_move(tmp_path / name, tmp_path / "work")
+        assert tree(tmp_path) == before
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o711
+    assert (tmp_path / "full").stat().st_ino == inode
+
+
+def test_a_mount_of_the_same_disk_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "out here").mkdir()
+    assert not is_mount(tmp_path / "out here")
+    escaped = str(tmp_path / "out here").replace(" ", r"\040")
+    line, read_text = f"36 35 8:1 /elsewhere {escaped} rw - ext4 /dev/sda1 rw", Path.read_text
+    fake = lambda self, *args, **more: line if "mountinfo" in str(self) else read_text(self, *args, **more)  # noqa: E731
+    monkeypatch.setattr(Path, "read_text", fake)
+    with pytest.raises(SensibertError, match="out here is a mount point, want a folder inside it"):
+        check_output(tmp_path / "out here", overwrite=True)
+
+
+def test_a_config_in_the_home_folder(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("budget: 60%params\nwidth_multiple: 4\nsensitivity: ~/s\n")
+    shutil.copy(here / "tuned.safetensors", tmp_path / "s")
+    assert command("plan", "--dry-run", "--config=~/c.yaml").code == 0
+
+
+def test_a_finished_run_is_said_to_be_finished_when_it_is_resumed(here, tmp_path, caplog):
+    requested = finetune_arguments(here, tmp_path / "out")
+    first = command(*requested, "--json")
+    before = tree(tmp_path)
+    again = command(*requested, "--resume", "--json")
+    assert again.code == 0 and again.json == first.json and tree(tmp_path) == before
+    assert "out is of this run, which is finished" in caplog.text
+    refused("exists and is not empty", *requested, "--resume", "--seed", 5)
+    refused("exists and is not empty", *requested)
+    (tmp_path / "out" / "result.json").write_text("{}")
+    refused("exists and is not empty", *requested, "--resume")

@@ -30,10 +30,12 @@ def start(here, *more):
     return command("finetune", "--model", here / "model", *files, *more, "--json")
 
 
-def test_an_interrupted_run_resumes_to_the_weights_it_would_have_had(here, tmp_path):
+def test_an_interrupted_run_resumes_to_the_weights_it_would_have_had(here, tmp_path, caplog):
     shutil.copytree(V0_1 / "run.partial", tmp_path / "run.partial")
     done = start(here, *RUN, "--output", tmp_path / "run", "--resume")
     assert done.code == 0, done.err
+    said = [line for line in caplog.messages if "is of an earlier version, without digests" in line]
+    assert len(said) == 1 and "checkpoint-8" in said[0]
     written = json.loads((V0_1 / "run.json").read_text())
     assert done.json["metrics_at_cut"] == written["metrics_dense"] and done.json["steps"] == written["steps"]
     ours, theirs = load_file(tmp_path / "run" / "model.safetensors"), load_file(V0_1 / "run.safetensors")

@@ -121,6 +121,18 @@ def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
     return ranks
 
 
+def _want_numbers(sensitivity: Sensitivity) -> None:
+    """SensibertError if all scores of a site or weight are NaN: what is kept there would mean nothing."""
+    named = [(name, scores) for name, scores in sensitivity.scores.items() if scores.numel()]
+    bad = torch.stack([scores.isnan().all() for _, scores in named]).tolist() if named else []  # one transfer
+    if any(bad):
+        name = named[bad.index(True)][0]
+        raise SensibertError(
+            f"allocate: all scores of {name} are NaN in this sensitivity of method {sensitivity.statistic!r}, "
+            "want numbers: analyze again, with --precision fp32 or another method"
+        )
+
+
 @checked
 def allocate(
     sensitivity: Sensitivity, budget: Budget | str, width_multiple: int | None = None, allocation: str = "global"
@@ -136,6 +148,7 @@ def allocate(
     layout, budget = sensitivity.layout, Budget.parse(budget) if isinstance(budget, str) else budget
     if allocation not in ALLOCATIONS:
         raise SensibertError(f"allocate: allocation is {allocation!r}, {one_of(allocation, ALLOCATIONS)}")
+    _want_numbers(sensitivity)
     if sensitivity.grid is not None:
         if allocation == "exact":
             raise SensibertError("allocate: allocation is 'exact', which needs whole units; want global or uniform")

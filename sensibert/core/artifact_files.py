@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import show
 from .budget import Budget
 from .cost_table import CostTable
 from .errors import SensibertError
 from .files import write_atomically
 from .grid import Grid
+from .json_text import parse_json
 from .layout import Layout, layout_from
 from .statistics import FORMER_METHODS
 
@@ -70,13 +73,19 @@ def load_artifact(
     if metadata.get("format") != f"sensibert.{kind}":
         raise SensibertError(f"{path}: holds {metadata.get('format', 'something else')}, want a sensibert {kind} file")
     try:
+        if not re.fullmatch("[0-9]{1,9}", metadata["version"]):
+            raise SensibertError(f"its version is {show(metadata['version'])}, want a number")
         if (version := int(metadata["version"])) <= FORMAT_VERSION:
-            facts = json.loads(metadata["facts"])
+            facts = parse_json(metadata["facts"])
             facts = {name: _DECODE[name](value) if name in _DECODE else value for name, value in facts.items()}
             layout: Layout = facts["layout"]
             names = [w.parameter for w in layout.weights] if facts.get("grid") else [site.name for site in layout.sites]
+            if tensors.keys() != set(names):
+                name = min(tensors.keys() ^ set(names))
+                wrong = f"lacks {name!r}" if name in names else f"has {name!r}, which is not in its layout"
+                raise SensibertError(f"it {wrong}")
             return make({name: tensors[name] for name in names}, facts)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         what = error if isinstance(error, SensibertError) else repr(error)
         raise SensibertError(f"{path}: not a readable sensibert {kind} file ({what})") from None
     raise SensibertError(f"{path}: format version {version}, this sensibert reads up to {FORMAT_VERSION}")

@@ -7,8 +7,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .arguments import checked, one_of, want_fields
@@ -70,7 +72,33 @@ class Sensitivity:
     @checked
     def load(cls, path: str | Path) -> Sensitivity:
         """Read a file that `save` wrote; scores are on the CPU. SensibertError for any other file."""
-        return load_artifact(path, "sensitivity", lambda scores, facts: cls(scores=scores, **facts))
+        return load_artifact(path, "sensitivity", cls._of_file)
+
+    @classmethod
+    def _of_file(cls, scores: dict[str, Tensor], facts: dict[str, Any]) -> Sensitivity:
+        """SensibertError for scores, numbers or curves that do not fit the layout."""
+        made = cls(scores=scores, **facts)
+        grid, layout = made.grid, made.layout
+        shapes: dict[str, tuple[int, ...]] = {site.name: (site.units,) for site in layout.sites}
+        if grid is not None:
+            shapes = {weight.parameter: grid.shape(weight.rows, weight.cols) for weight in layout.weights}
+        for name, shape in shapes.items():
+            if scores[name].dtype != torch.float32 or scores[name].shape != shape:
+                got = f"{scores[name].dtype} {tuple(scores[name].shape)}"
+                raise SensibertError(f"scores of {name} are {got}, want torch.float32 {shape}")
+        units = {site.name: site.units for site in layout.sites}
+        for name, curve in made.curves.items():
+            gone = [point[0] for point in curve]
+            if (
+                name not in units
+                or not curve
+                or gone != sorted(set(gone))
+                or not 0 <= gone[0] <= gone[-1] <= units[name]
+            ):
+                raise SensibertError(f"the curve of {name} is not one of units removed from a site of the layout")
+        if made.samples < 0 or made.seed < 0:
+            raise SensibertError(f"samples is {made.samples} and seed {made.seed}, want at least 0")
+        return made
 
     def _facts(self) -> dict[str, object]:
         """Every field except the scores."""

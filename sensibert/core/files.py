@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from .errors import SensibertError
 
+_SIGNS = ("os error", "PytorchStreamWriter", "inline_container")  # in errors of libraries when they write
+_FULL = 2**16  # bytes that are free
 _CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP)
 
 
@@ -79,6 +82,12 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         raise
 
 
+def _is_full(path: Path) -> bool:
+    """Whether the disk of a path is full: not every library says so."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free < _FULL
+
+
 @contextmanager
 def writing(path: str | Path, hint: str = "") -> Iterator[None]:
     """A context that turns errors of the file system, from any library, into a SensibertError.
@@ -90,8 +99,8 @@ def writing(path: str | Path, hint: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         # tokenizers raises a bare Exception, torch.save a RuntimeError
-        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error).lower():
-            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-                raise
+        known = isinstance(error, (OSError, SafetensorError)) or any(sign in str(error) for sign in _SIGNS)
+        if not known and not (isinstance(error, RuntimeError) and _is_full(Path(path))):
+            raise
         reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SensibertError(f"output: cannot write {path} ({reason}){hint}") from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import one_of, show
+from .arguments import one_of, show, want_fields
 from .errors import SensibertError
 from .grid import Grid
+
+LARGEST = 10**15  # of a number of units, parameters or FLOPs in a file
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Layout:
 
 
 def layout_from(data: dict) -> Layout:
-    """Inverse of `dataclasses.asdict` for a Layout, also after JSON; empties `data`. Else KeyError or TypeError."""
+    """Inverse of `dataclasses.asdict` for a Layout, also after JSON; empties `data`. KeyError or TypeError for other
+    entries, SensibertError for values that no layout has."""
     sites = []
     for site in data.pop("sites"):
         members = tuple(Member(**m) for m in site.pop("members"))
@@ -117,4 +121,32 @@ def layout_from(data: dict) -> Layout:
         sites.append(Site(members=members, consumer=consumer, flops=flops, **site))
     encoder_rest, model_rest = Flops(**data.pop("encoder_rest")), Flops(**data.pop("model_rest"))
     weights = tuple(Weight(**weight) for weight in data.pop("weights", ()))
-    return Layout(sites=tuple(sites), weights=weights, encoder_rest=encoder_rest, model_rest=model_rest, **data)
+    made = Layout(sites=tuple(sites), weights=weights, encoder_rest=encoder_rest, model_rest=model_rest, **data)
+    _check(made)
+    for site in made.sites:
+        _check(site)
+        for part in (site.flops, site.consumer, *site.members):
+            _check(part)
+        if site.kind not in ("head", "ffn") or site.minimum > site.units or site.consumer not in site.members:
+            raise SensibertError(f"Site: {site.name} is no axis of a layer, want kind, minimum and consumer to fit")
+    for part in (*made.weights, made.encoder_rest, made.model_rest):
+        _check(part)
+    for names in ([site.name for site in made.sites], [weight.parameter for weight in made.weights]):
+        if len(set(names)) < len(names):
+            raise SensibertError("Layout: a site or weight is listed twice")
+    inside = sum(site.units * site.params for site in made.sites)
+    if not inside <= made.encoder_params <= made.total_params:
+        raise SensibertError(
+            f"Layout: its units have {inside:,} parameters, the encoder {made.encoder_params:,} and the model "
+            f"{made.total_params:,}, want each at least the one before"
+        )
+    return made
+
+
+def _check(part: Any) -> None:
+    """SensibertError for a field of a dataclass that is of another type, or a number that no model has."""
+    want_fields(part)
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, int) and not 0 <= value < LARGEST:
+            raise SensibertError(f"{type(part).__name__}: {field.name} is {show(value)}, want 0 to {LARGEST:,}")

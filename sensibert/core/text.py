@@ -1,8 +1,17 @@
-"""Numbers as aligned plain text."""
+"""Plain text for a terminal: numbers in aligned columns, and no character that commands it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
+
+# Characters that would command the terminal: controls other than tab and newline, changes of direction, half pairs.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with characters that would command a terminal as escapes, `\\x1b`: names from files may have them."""
+    return _COMMANDS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collection[int] = (0,)) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import os
 import re
 import sys
@@ -15,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SensibertError
+from ..core.errors import SensibertError, first_line
+from ..core.json_text import parse_json
 
+# Compressed content may have this many bytes, or this many times those of its file.
+FREE_BYTES, RATIO = 2**28, 100
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -62,12 +64,25 @@ def load_examples(source: str, split: str | None = None) -> Examples:
 
 def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+        return _decompressed(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SensibertError(f"{path} is not a complete gzip file ({error})") from error
     except OSError as error:
         raise SensibertError(f"{path}: {error.strerror or error}") from error
+
+
+def _decompressed(path: Path) -> bytes:
+    """The content of a gzip file, read in parts: nothing beyond the bounds is ever in memory."""
+    bound = max(FREE_BYTES, RATIO * path.stat().st_size)
+    content = bytearray()
+    with gzip.open(path) as file:
+        while part := file.read(2**20):
+            content += part
+            if len(content) > bound:
+                raise SensibertError(
+                    f"{path}: holds more than {bound / 1e6:.0f} MB, over {RATIO} times its own size; want it unpacked"
+                )
+    return bytes(content)
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -128,11 +143,10 @@ def _read_tsv(data: bytes, name: str) -> dict[str, list]:
 
 def _parse_json(text: str, name: str, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SensibertError(f"{name}: line {line or error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise SensibertError(f"{name}: JSON nested too deeply") from error
+        return parse_json(text, any_size=True)
+    except ValueError as error:
+        msg, place = getattr(error, "msg", error), line or getattr(error, "lineno", None)
+        raise SensibertError(f"{name}: {f'line {place}: ' if place else ''}not JSON ({msg})") from error
 
 
 def _records(rows: list[tuple[str, Any]], name: str) -> dict[str, list]:
@@ -190,9 +204,18 @@ def _read_parquet(data: bytes, name: str) -> dict[str, list]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
-    except pyarrow.ArrowException as error:
-        raise SensibertError(f"{name}: not parquet ({str(error).splitlines()[0]})") from error
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = max(sum(group.total_byte_size for group in groups), file.metadata.num_rows * file.metadata.num_columns)
+        if size > (bound := max(FREE_BYTES, RATIO * len(data))):
+            raise SensibertError(
+                f"{name}: holds more than {bound / 1e6:.0f} MB, over {RATIO} times its own size; want csv or jsonl"
+            )
+        return file.read().to_pydict()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, SensibertError):
+            raise
+        raise SensibertError(f"{name}: not parquet ({first_line(error)})") from error
 
 
 def _read_txt(data: bytes, name: str) -> dict[str, list]:

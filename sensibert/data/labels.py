@@ -4,7 +4,6 @@ Every error names file, row and column, the value, and what was expected."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..core.arguments import did_you_mean
 from ..core.errors import SensibertError
+from ..core.json_text import parse_json
 from .files import Examples
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -212,7 +212,7 @@ def numbers(column: Column) -> np.ndarray:
     for row, value in column.filled():
         try:
             result.append(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise column.error(row, f"is {show(value)}, want a number") from None
         if not abs(result[-1]) <= FLOAT32_MAX:
             raise column.error(row, f"is {show(value)}, want a finite number")
@@ -233,8 +233,8 @@ def lists(column: Column) -> list[list]:
 
 def _json(column: Column, row: int, value: str, want: str) -> Any:
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+        return parse_json(value, any_size=True)
+    except ValueError:
         raise column.error(row, f"is {show(value)}, want a JSON {want}") from None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.cost import cost_of_blocks, cost_of_units
 from ..core.errors import SensibertError
 from ..core.grid import Grid
+from ..core.json_text import parse_json
 from ..nn import MaskedLinear, replace
 from .layout_of import layout_of
 from .modules import base_of
@@ -40,12 +41,21 @@ class Masks:
 
     @classmethod
     def unpacked(cls, bits: Mapping[str, Tensor], facts: Mapping[str, str]) -> Masks:
-        """The inverse of `packed`; KeyError, ValueError or TypeError for anything else."""
+        """The inverse of `packed`; KeyError, ValueError, TypeError, AttributeError or IndexError for anything else."""
         keep = {}
-        for name, count in json.loads(facts["columns"]).items():
+        for name, count in parse_json(facts["columns"]).items():
+            if (
+                not isinstance(count, int)
+                or bits[name].dtype != torch.uint8
+                or not 0 <= 8 * bits[name].shape[1] - count < 8
+            ):
+                raise ValueError(f"{name} has {tuple(bits[name].shape)} bytes for {count} columns")
             blocks = np.unpackbits(bits[name].numpy(), axis=1, count=count, bitorder="little")
             keep[name] = torch.from_numpy(blocks).bool()
-        return cls(Grid.parse(facts["grid"]), keep, json.loads(facts.get("note", "{}")))
+        note = parse_json(facts.get("note", "{}"))
+        if keep.keys() != bits.keys() or not all(isinstance(text, str) for text in note.values()):
+            raise ValueError("its masks or note are not those that were written")
+        return cls(Grid.parse(facts["grid"]), keep, note)
 
 
 def masks_of(model: nn.Module) -> Masks | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.utils import cached_file
 
 from ..core.arguments import show
 from ..core.errors import SensibertError, first_line
+from ..core.json_text import parse_json
 
 POOLINGS = ("mean", "cls", "max")
 MODULES, LENGTHS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -71,7 +71,10 @@ def read_pooling(source: str, argument: str = "model") -> Pooling:
         raise SensibertError(f"{place} has the modules {', '.join(kinds) or 'none'}; {WANTED}")
     if inside := modules[0].get("path"):
         raise SensibertError(f"{place} has its Transformer in {inside}, want it in the folder itself")
-    path = f"{modules[1].get('path', '')}/config.json".lstrip("/")
+    inside = modules[1].get("path", "")
+    if not isinstance(inside, str) or ".." in inside.split("/"):
+        raise SensibertError(f"{place} has its Pooling in {show(inside)}, want the name of a folder")
+    path = f"{inside}/config.json".lstrip("/")
     pooling, lengths = _object(source, path, argument), _object(source, LENGTHS, argument)
     if pooling is None:
         raise SensibertError(f"{argument}: {source} has no {path}, which its {MODULES} names; {WANTED}")
@@ -124,6 +127,6 @@ def _read(source: str, name: str, argument: str) -> Any:
         if file is None:
             return None
         with open(file, encoding="utf-8") as text:
-            return json.load(text)
-    except (OSError, ValueError, RecursionError) as error:
+            return parse_json(text.read())
+    except (OSError, ValueError) as error:
         raise SensibertError(f"{argument}: {source}, {name} cannot be read ({first_line(error)})") from None

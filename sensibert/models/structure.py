@@ -21,7 +21,7 @@ from .masks import Masks, masks_of
 from .modeling_sensibert import STRUCTURE_FILE as STRUCTURE
 from .modules import base_of
 
-__all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "structure_of"]
+__all__ = ["STRUCTURE", "PickHeads", "is_trimmed", "read_structure", "save_structure", "structure_of", "want_structure"]
 
 
 def _known(model: nn.Module) -> dict[str, Tensor] | None:
@@ -51,6 +51,34 @@ class PickHeads(modeling_sensibert.PickHeads):
         return attention.register_forward_pre_hook(cls(kept), with_kwargs=True).remove
 
 
+def want_structure(model: nn.Module) -> None:
+    """SensibertError if the kept units of a trimmed model are not those of its layers and of its original model."""
+    structure, config = _known(model), getattr(model, "config", None)
+    if structure is None:
+        return
+    entry, present = getattr(config, "sensibert", {}), {site.name: site for site in sites(model)}
+    if structure.keys() != present.keys():
+        name = min(structure.keys() ^ present.keys())
+        raise SensibertError(
+            f"{STRUCTURE}: {'has' if name in structure else 'lacks'} {name}, want the model's own file"
+        )
+    heads = [structure[f"layer.{n}.head"].tolist() for n in range(len(present) // 2)]
+    if "kept_heads" in entry and heads != entry["kept_heads"]:
+        raise SensibertError(f"{STRUCTURE}: its heads are not the kept_heads of config.json, want the model's own file")
+    for name, kept in structure.items():
+        of = _original_units(config, present[name].kind)
+        if len(kept) != present[name].units or (len(kept) and of is not None and int(kept[-1]) >= of):
+            last, below = (f", the last {int(kept[-1])}" if len(kept) else ""), "" if of is None else f" below {of}"
+            raise SensibertError(f"{STRUCTURE}: {name} has {len(kept)} units{last}; want {present[name].units}{below}")
+
+
+def _original_units(config: Any, kind: str) -> int | None:
+    """Heads or FFN neurons of a layer in the original model, whose sizes the config keeps; None if it has other
+    names."""
+    names = ("num_attention_heads",) if kind == "head" else ("intermediate_size", "hidden_dim", "n_inner")
+    return next((size for name in names if isinstance(size := getattr(config, name, None), int)), None)
+
+
 def is_trimmed(model: nn.Module) -> bool:
     """Whether units were removed; masks of a grid do not count."""
     return _known(model) is not None
@@ -75,6 +103,18 @@ def read_structure(path: str | Path) -> dict[str, Tensor] | Masks:
             facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts.get("format") == MASKS:
             return Masks.unpacked(tensors, facts)
-        return {name: kept.long() for name, kept in tensors.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        return {name: _units(name, kept) for name, kept in tensors.items()}
+    except SensibertError as error:
         raise SensibertError(f"{path}: not a readable structure file ({error})") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise SensibertError(f"{path}: not a readable structure file ({error})") from None
+
+
+def _units(name: str, kept: Tensor) -> Tensor:
+    """The kept units of a site, int64; SensibertError unless every one is named once, in ascending order."""
+    if kept.dtype not in (torch.int32, torch.int64) or kept.dim() != 1:
+        raise SensibertError(f"{name} is {kept.dtype} {tuple(kept.shape)}, want one row of whole numbers")
+    kept = kept.long()
+    if len(kept) and (int(kept[0]) < 0 or not bool((kept[1:] > kept[:-1]).all())):
+        raise SensibertError(f"{name} is not ascending, want every kept unit once")
+    return kept

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.errors import SensibertError
+from ..core.errors import SensibertError, naming
 from .modules import base_of, family_of
+from .structure import want_structure
 
 # Prefixes that wrappers add to the names of all weights: DataParallel, torch.compile, FSDP, Lightning,
 # sentence-transformers.
@@ -53,6 +54,8 @@ def from_pretrained(
         _warn("%s: the prefix %r of its weights was taken off", source, prefix)
     _check(model, source, info, new_head)
     _want_floats(model, source)
+    with naming(str(source)):
+        want_structure(model)
     return model
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -23,7 +21,8 @@ from transformers.utils import cached_file
 from ..core.arguments import checked, one_of, want
 from ..core.config import LAYOUTS
 from ..core.errors import SensibertError, first_line
-from ..core.files import make_readable
+from ..core.files import make_readable, writing
+from ..core.folder_facts import want_facts
 from ..core.model_folder import want_model_folder
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
@@ -36,7 +35,7 @@ from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
 from .model_card import CARD, OF_RUN, card
-from .output_paths import check_apart, check_movable
+from .output_paths import check_apart, check_movable, unfinished_name
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 
@@ -90,15 +89,14 @@ def _view(model: PreTrainedModel, info: dict) -> PreTrainedModel:
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A context with a new empty folder. On success it becomes `path`; on an error it is deleted."""
     anchor = next(parent for parent in path.parents if parent.exists())
-    temporary = anchor / f".{path.name}.{secrets.token_hex(4)}"
+    temporary = anchor / unfinished_name(path.name)
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            make_readable(file)  # safetensors makes files that only their owner can read
-        publish(temporary, path, overwrite)
-    except (OSError, SafetensorError) as error:
-        raise SensibertError(f"export: cannot write {path} ({error})") from None
+        with writing(path):
+            temporary.mkdir()
+            yield temporary
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                make_readable(file)  # safetensors makes files that only their owner can read
+            publish(temporary, path, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -124,6 +122,7 @@ def _check(
         json.dumps(info)
     except (TypeError, ValueError) as error:
         raise SensibertError(f"export: info does not fit into a JSON file ({error})") from None
+    want_facts(info, "export: info")
     family_of(model)
     _check_class(model)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import SensibertError
@@ -38,19 +43,73 @@ def _possible(path: str | Path) -> Path:
 
 def check_movable(output: Path) -> None:
     """SensibertError if no folder can be moved to this path."""
-    if os.path.ismount(output):
+    if is_mount(output):
         raise SensibertError(f"output: {output} is a mount point, want a folder inside it")
     for name in ("dense", "report"):
         if os.path.lexists(output / name) and (output / name).is_symlink() | (not (output / name).is_dir()):
             raise SensibertError(f"output: {output / name} is no folder, and one of that name may be written")
+    if output.exists() and not _may_be_moved(output):
+        raise SensibertError(f"output: {output} belongs to another user, who alone may move it; want another folder")
     for folder, inside, _ in os.walk(output):
         for path in (os.path.join(folder, name) for name in inside):
-            if os.path.ismount(path):
+            if is_mount(path):
                 raise SensibertError(f"output: {path} is a mount point, want an output without one")
     if aside_of(output).exists() and not output.exists():
         raise SensibertError(
             f"output: {aside_of(output)} is what was in {output} when a command was killed; rename or delete it first"
         )
+
+
+def is_mount(path: str | Path) -> bool:
+    """Whether something is mounted there, also a folder or file of the same disk, which Python alone does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:  # not on Linux
+        return False
+    at = os.path.realpath(path)
+    return any(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) == at for line in lines)
+
+
+def _may_be_moved(path: Path) -> bool:
+    """In a folder with the sticky bit, such as /tmp, only its owner and that of the file may move a file."""
+    parent, user = path.absolute().parent.stat(), os.geteuid() if hasattr(os, "geteuid") else 0
+    return not parent.st_mode & stat.S_ISVTX or user in (0, parent.st_uid, path.lstat().st_uid)
+
+
+def unfinished_name(name: str) -> str:
+    """A new name for a folder that gets its final name when it is complete."""
+    return f".{name}.{secrets.token_hex(4)}"
+
+
+def try_move(output: str | Path, workplace: Path | None = None) -> None:
+    """Move an empty folder from the workplace, by default beside the output, to the output, and take it back:
+    SensibertError before the work if the last step of a command would fail. A folder with files is not moved."""
+    output = Path(output).absolute()
+    anchor = next(parent for parent in output.parents if parent.exists())
+    probe = (workplace or anchor) / unfinished_name(output.name)
+    moved = [probe]
+    try:
+        probe.mkdir()
+        if output.parent.exists() and not (output.exists() and any(output.iterdir())):
+            permissions = output.stat().st_mode if output.exists() else None
+            os.replace(probe, output)
+            moved = [output]
+            if permissions is not None:
+                output.chmod(stat.S_IMODE(permissions))  # as empty as it was
+                moved = []
+        else:
+            target = anchor / unfinished_name(output.name)
+            os.replace(probe, target)
+            moved = [target]
+    except OSError as error:
+        reason = error.strerror or error
+        raise SensibertError(f"output: cannot write {output} ({reason}, when a folder is moved there)") from None
+    finally:
+        for folder in (*moved, probe):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def aside_of(output: Path) -> Path:
@@ -86,6 +145,14 @@ def check_file(path: str | Path, overwrite: bool, **inputs: str | None) -> None:
         raise SensibertError(f"output: cannot write {path} (there is no folder {path.parent})")
     if not os.access(path.parent, os.W_OK):
         raise SensibertError(f"output: cannot write {path} (Permission denied)")
+    if is_mount(path) or (path.exists() and not _may_be_moved(path)):
+        raise SensibertError(f"output: {path} cannot be replaced (it is mounted, or another user's), want another file")
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # as `write_atomically` does
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise SensibertError(f"output: cannot write {path} ({error.strerror or error})") from None
     for name, given in inputs.items():
         if given is not None and os.path.exists(given) and path.exists() and path.resolve() in _files_of(given):
             raise SensibertError(f"output: {path} is the {name} of this command or a part of it, want another file")

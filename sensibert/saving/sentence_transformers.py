@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..core.errors import SensibertError
+from ..core.json_text import parse_json
 from ..models import base_of
 from ..models.pooling import MODULES
 from ..models.pooling import PROMPTS as SETTINGS
@@ -113,7 +114,7 @@ def _folder(config: Any) -> Path | None:
 
 def _read(file: Path, kind: type) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"), any_size=True)
     except (OSError, ValueError) as error:
         raise SensibertError(f"export: cannot read {file} ({error})") from None
     if not isinstance(content, kind):

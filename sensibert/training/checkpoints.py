@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,11 +20,11 @@ from ..models import base_of, sites
 from ..models.masks import masks_of
 from ..models.modules import want_finite
 from ..models.structure import STRUCTURE, is_trimmed, save_structure
+from .manifest import MANIFEST, MEMORY, check_manifest, check_without_digests, write_manifest
 
-MANIFEST = "sensibert_manifest.json"
-MEMORY = "sensibert_run.json"
 SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
 EMBEDDINGS = "embeddings.npy"  # in the folder of the run: those of the original model
+DIGEST = ".sha256"  # suffix of the file with the digest of a file
 PART = ".part"  # suffix of a file that is being written
 MARKER = ".sensibert-run"  # in the folder of an unfinished run; the process that runs in it holds its lock
 # Arguments of a Trainer (numbers and texts) that the weights at a step depend on.
@@ -33,19 +32,6 @@ LEARNS_BY = (
     *("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1"),
     *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "bf16", "fp16", "seed", "data_seed"),
 )
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
-
-
-def _checksum(file: Path) -> int:
-    """CRC-32, which is quick and finds damage."""
-    value = 0
-    with open(file, "rb") as content:
-        while part := content.read(2**22):
-            value = zlib.crc32(part, value)
-    return value
 
 
 def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
@@ -60,31 +46,22 @@ def seal(checkpoint: str | Path, model: nn.Module, memory: dict) -> None:
     write_atomically(folder / MEMORY, lambda path: Path(path).write_text(text))
     sync_tree(folder)  # before the manifest: a power cut may not leave a mark on files without content
     sync_entries(folder.parent)
-    sums = {name: _checksum(folder / name) for name in _files(folder)}
-    manifest = json.dumps({"sizes": _files(folder), "crc32": sums})
-    write_atomically(folder / MANIFEST, lambda path: Path(path).write_text(manifest))
+    write_manifest(folder)
 
 
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """SensibertError if the folder is not a complete checkpoint of a sensibert run with finite weights."""
+def check_checkpoint(checkpoint: str | Path) -> bool:
+    """SensibertError if the folder is not a complete checkpoint of a sensibert run with finite weights. Returns whether
+    its manifest has digests; those of version 0.1 have sizes alone."""
     folder = Path(checkpoint)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        sizes, sums = manifest.get("sizes", manifest), manifest.get("crc32", {})  # up to version 0.1: sizes alone
-    except (OSError, ValueError, AttributeError):
-        raise SensibertError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing or unreadable)") from None
-    actual = _files(folder)
-    for name, size in sizes.items():
-        if actual.get(name) != size:
-            raise SensibertError(f"{folder}: truncated checkpoint, {name} has {actual.get(name, 0)} bytes, want {size}")
-        if name in sums and sums[name] != _checksum(folder / name):
-            raise SensibertError(f"{folder}: damaged checkpoint, {name} has other content than when it was written")
+    if not (has_digests := check_manifest(folder, "checkpoint", required=(MEMORY,))):
+        check_without_digests(folder)
     for file in folder.glob("model*.safetensors"):
         try:
             with safe_open(file, "pt") as weights:
                 want_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(folder))  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise SensibertError(f"{folder}: damaged checkpoint, {file.name} cannot be read ({error})") from None
+    return has_digests
 
 
 def learns_by(arguments: TrainingArguments) -> dict[str, object]:
@@ -138,10 +115,11 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             damaged.append(error)
         else:
             for passed_over in damaged:
-                logging.getLogger("sensibert").warning("resume from %s: %s", checkpoint, passed_over)
+                message = "resume: %s; the run continues from %s, the newest checkpoint that is whole"
+                logging.getLogger("sensibert").warning(message, passed_over, checkpoint.name)
             return checkpoint
     if damaged:
-        raise damaged[0]
+        raise SensibertError(f"resume: {damaged[0]}, and no other checkpoint is whole; want --overwrite to begin again")
     return None
 
 
@@ -171,7 +149,8 @@ def _clear(folder: Path) -> None:
     for path in (folder / "final", folder / SNAPSHOT, *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    (folder / EMBEDDINGS).unlink(missing_ok=True)
+    for name in (EMBEDDINGS, EMBEDDINGS + DIGEST):
+        (folder / name).unlink(missing_ok=True)
     (folder / EMBEDDINGS).with_suffix(PART).unlink(missing_ok=True)
 
 

@@ -132,7 +132,8 @@ class FastTrainer(TrimTrainer):
             loss, norm = self._graphs(*packed[0])
         else:
             loss, norm = self._eager_step(*packed)
-        self._note(loss)
+        self._note(self._losses, loss)
+        self._note(self._norms, norm)
         self._tr_loss += loss
         lean.zero_grad()
         return norm

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core import cost
+from ..core.arguments import want
 from ..core.budget import Budget
 from ..core.config import RETIRED, TrimConfig
 from ..core.cost_table import CostTable
 from ..core.errors import SensibertError
+from ..core.json_text import parse_json
 from ..core.layout import Layout
 from ..core.schedule import Schedule
 from ..core.settings import former_names, settings_of
@@ -78,14 +80,17 @@ class RunMemory:
     def restore(self, checkpoint: Path) -> dict[str, object]:
         """Read a checkpoint's file. Returns its settings under today's names. SensibertError if it cannot be read."""
         try:
-            content = json.loads((checkpoint / MEMORY).read_text())
+            content = parse_json((checkpoint / MEMORY).read_text())
+            want("metrics_at_cut", content.get("metrics_at_cut"), dict[str, float] | None)
+            for name, kind in {"seconds": float, "tokens": int, "inputs": Any, "settings": Any}.items():
+                want(name, content.get(name, {}), dict[str, kind])  # type: ignore[valid-type]
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
             self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
             self.tokens = content.get("tokens", {})
             if (table := content.get("table")) is not None:
                 self.table, self.measured = CostTable.from_dict(table), content["measured"]
             return current_settings(content.get("settings", {}))
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError):  # a SensibertError is a ValueError
             raise SensibertError(
                 f"checkpoint: {checkpoint} is not of a run with a TrimCallback ({MEMORY} is missing or unreadable)"
             ) from None

@@ -1,12 +1,13 @@
 """Model and data -> fine-tuned model: a thin layer over transformers.Trainer.
 
 It adds a learning rate that is re-warmed after the cut, batches of similar length, MaskedAdamW, distillation, an error
-that names the first step whose loss is not finite, and checkpoints with a manifest and the model's structure. A
-callback trims the model between two steps.
+that names the first step whose loss or gradient is not finite, and checkpoints with a manifest and the model's
+structure. A callback trims the model between two steps.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +29,7 @@ from ..models.wrapped import inner_model
 from ..optim import MaskedAdamW, optimizer_cls_and_kwargs, unwrapped
 from .checkpoints import check_checkpoint
 from .distillation import Distillation
+from .first_non_finite import FirstNonFinite
 
 # On a GPU batches are padded to a multiple of this many tokens: layers of a trimmed model have different widths, so
 # every new length brings many new matrix shapes, and cuBLAS takes longer to prepare those than the padding costs. squad
@@ -80,8 +82,7 @@ class TrimTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
         self.teacher, self.distil = teacher, distil or Distillation()
-        self._bad_step: Tensor | None = None  # the first step whose loss is not finite, 0 for none, on the device
-        self._bad_loss = torch.zeros(())
+        self._losses, self._norms = FirstNonFinite(), FirstNonFinite()  # norms: of all gradients of a step
         self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -151,31 +152,34 @@ class TrimTrainer(Trainer):
             self._tokens = self._tokens + (ids.numel() if mask is None else mask.sum())
             if ids.is_cpu:
                 self._count_tokens()
-        self._note(loss)
+        self._note(self._losses, loss)
         return loss
 
-    def _note(self, loss: Tensor) -> None:
-        """Remember the first loss that is not finite, without reading it, and raise for one before a cut."""
+    def _note(self, seen: FirstNonFinite, value: Tensor) -> None:
+        """Remember the first value that is not finite, without reading it, and raise for one before a cut."""
         step = self.state.global_step + 1
-        if self._bad_step is None:
-            self._bad_step, self._bad_loss = torch.zeros((), dtype=torch.int64, device=loss.device), loss
-        first = (self._bad_step == 0) & ~torch.isfinite(loss)
-        self._bad_step, self._bad_loss = (
-            torch.where(first, now, then) for now, then in ((step, self._bad_step), (loss, self._bad_loss))
-        )
+        seen.note(step, value)
         if any(step in getattr(callback, "cuts", ()) for callback in self.callback_handler.callbacks):
             self._want_finite()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, Tensor) and not self.args.fp16:  # fp16: its scaler skips such steps
+            self._note(self._norms, norm)
+        return norm
 
     def _count_tokens(self) -> None:
         self.state.num_input_tokens_seen += int(self._tokens)
         self._tokens = 0
 
     def _want_finite(self) -> None:
-        """SensibertError if a loss was not finite. This reads from the device: not at every step."""
+        """SensibertError if a loss or gradient was not finite. This reads from the device: not at every step."""
         self._count_tokens()
-        if self._bad_step is not None and (step := int(self._bad_step)):
+        noted = [(*self._losses.read(), "loss is"), (*self._norms.read(), "norm of the gradients is")]
+        if bad := sorted((entry for entry in noted if entry[0]), key=lambda entry: entry[0]):
+            step, value, what = bad[0]
             raise SensibertError(
-                f"finetune: the loss is {float(self._bad_loss)} at step {step}; "
+                f"finetune: the {what} {value} at step {step}; "
                 "try a smaller learning rate, more warm-up, or --precision fp32"
             )
 
@@ -185,7 +189,7 @@ class TrimTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._bad_step, self._tokens = None, 0
+        self._losses, self._norms, self._tokens = FirstNonFinite(), FirstNonFinite(), 0
         output = super().train(*args, **kwargs)
         self._want_finite()
         return output
@@ -198,7 +202,9 @@ class TrimTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(resume_from_checkpoint)
+        if not check_checkpoint(resume_from_checkpoint):
+            message = "resume: %s is of an earlier version, without digests: only sizes and weights were checked"
+            logging.getLogger("sensibert").warning(message, resume_from_checkpoint)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
                 callback.resume_from(resume_from_checkpoint)

@@ -62,7 +62,8 @@ def problems(draw) -> tuple[Sensitivity, Budget, int]:
         units = draw(st.integers(0, 12))
         kind = draw(st.sampled_from(["head", "ffn"]))
         sites.append((kind, units, draw(st.integers(1, 40)), draw(st.integers(0, 1))))
-        scores.append(draw(st.lists(numbers, min_size=units, max_size=units)))
+        drawn = st.lists(numbers, min_size=units, max_size=units)
+        scores.append(draw(drawn.filter(lambda values: not values or not all(map(math.isnan, values)))))
     statistic = draw(st.sampled_from(["fisher", "random"]))
     sensitivity = make(*sites, scores=scores, statistic=statistic)
     what = draw(st.sampled_from(["params", "flops"]))
@@ -128,6 +129,15 @@ def test_nan_is_worth_less_than_anything():
     sensitivity = make(("ffn", 4, 1), ("ffn", 2, 1), scores=[[nan, -5.0, nan, -math.inf], [nan, 0.0]])
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 3}params"), width_multiple=1)) == [[1, 3], [1]]
     assert kept(allocate(sensitivity, Budget.parse(f"{REST + 4}params"), width_multiple=1)) == [[0, 1, 3], [1]]
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform", "exact"])
+def test_a_site_whose_scores_are_all_nan_gives_no_plan(allocation):
+    sensitivity = make(("ffn", 2, 1), ("ffn", 2, 1), scores=[[1.0, math.nan], [math.nan] * 2], statistic="taylor")
+    with pytest.raises(
+        SensibertError, match="all scores of layer.1.ffn are NaN in this sensitivity of method 'taylor'"
+    ):
+        allocate(sensitivity, "90%params", allocation=allocation)
 
 
 def test_a_complete_sublayer_can_be_removed():

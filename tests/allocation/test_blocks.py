@@ -169,3 +169,9 @@ def test_every_device_chooses_the_same_blocks_and_keeps_them_until_they_are_save
     there.save(tmp_path / "scores")
     plan.save(tmp_path / "plan")
     assert Sensitivity.load(tmp_path / "scores") == scored and Plan.load(tmp_path / "plan") == plan
+
+
+def test_a_weight_whose_scores_are_all_nan_gives_no_plan():
+    scored = make((2, 2), (2, 2), grid=Grid.element(), scores=[[1, 1, 1, 1], [math.nan] * 4])
+    with pytest.raises(SensibertError, match="all scores of .* are NaN in this sensitivity of method 'fisher'"):
+        allocate(scored, "50%params")

@@ -120,7 +120,7 @@ BROKEN = {
     "scalar json": ("x.json", "3", "x.json: want a list of objects, or one object of equally long lists"),
     "uneven columns": ("x.json", '{"a": [1, 2], "b": [1]}', "x.json: columns differ in length (a 2, b 1)"),
     "half squad": ("x.json", '{"data": [{"paragraphs": [{}]}]}', "'data' holds paragraphs but is not a SQuAD file"),
-    "deep json": ("x.json", "[" * 200_000, "x.json: JSON nested too deeply"),
+    "deep json": ("x.json", "[" * 200_000, "x.json: not JSON (it is nested too deeply)"),
     "suffix": (
         "x.xlsx",
         "PK",

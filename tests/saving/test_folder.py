@@ -362,7 +362,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     model, (soft, hard) = trimmed(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights do not fit
     try:
-        with pytest.raises(SensibertError, match="export: cannot write .*/a/m"):
+        with pytest.raises(SensibertError, match="output: cannot write .*/a/m"):
             export(model, tmp_path / "a" / "m")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -372,7 +372,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("layout", ["trimmed", "dense"])
 def test_an_unwritable_place_is_an_error(layout, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SensibertError, match="export: cannot write .*/file/m"):
+    with pytest.raises(SensibertError, match="output: cannot write .*/file/m"):
         export(trimmed(), tmp_path / "file" / "m", layout=layout)
     with pytest.raises(SensibertError, match="file is a file, want a folder"):
         export(trimmed(), tmp_path / "file", layout=layout)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -62,8 +63,23 @@ def without_sums(checkpoint, content=None):
     poison(checkpoint)
     if content is not None:
         (checkpoint / "model.safetensors").write_bytes(content)
-    sizes = json.loads((checkpoint / MANIFEST).read_text())["sizes"]
-    (checkpoint / MANIFEST).write_text(json.dumps(sizes))
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes_of(checkpoint)))
+
+
+def sizes_of(checkpoint):
+    """The manifest of version 0.1."""
+    return {name: entry["bytes"] for name, entry in listed(checkpoint)["files"].items()}
+
+
+def listed(checkpoint):
+    return json.loads((checkpoint / MANIFEST).read_text())
+
+
+def relist(checkpoint, change):
+    """Change the manifest, as damage to it would."""
+    manifest = listed(checkpoint)
+    change(manifest)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path, model):
@@ -71,10 +87,57 @@ def test_a_sealed_checkpoint_is_complete_and_has_the_memory_of_the_run(tmp_path,
     check_checkpoint(checkpoint)
     assert json.loads((checkpoint / MEMORY).read_text())["seconds"] == {"warm": 1.5}
     assert not (checkpoint / STRUCTURE).exists()  # of a model that was never cut
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    assert manifest["sizes"].keys() == manifest["crc32"].keys() == {"model.safetensors", MEMORY}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest["sizes"]))  # as version 0.1 wrote it
+    assert listed(checkpoint)["files"].keys() == {"model.safetensors", MEMORY}
+    assert all(len(entry["sha256"]) == 64 for entry in listed(checkpoint)["files"].values())
+
+
+def test_a_manifest_of_an_earlier_version_has_sizes_alone(tmp_path, model):
+    checkpoint = sealed(tmp_path, 3, model)
+    sizes = sizes_of(checkpoint)
+    assert check_checkpoint(checkpoint)
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes))
+    assert not check_checkpoint(checkpoint)
+    for name in ("trainer_state.json", MEMORY):
+        (checkpoint / name).write_text("[}")
+        sizes[name] = 2
+        (checkpoint / MANIFEST).write_text(json.dumps(sizes))
+        with pytest.raises(SensibertError, match="checkpoint-3: damaged checkpoint, its state cannot be read"):
+            check_checkpoint(checkpoint)
+
+
+def test_a_flipped_bit_in_any_file_is_found(tmp_path, model):
+    """Of a checkpoint as Trainer makes it, in the first, a middle and the last byte of every file, folders included."""
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / "1_Pooling").mkdir(parents=True)
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "1_Pooling/config.json")
+    for name in names:
+        (checkpoint / name).write_bytes(b"something " * 5)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
+    cut = tiny_model(head="")
+    layout = layout_of(cut)
+    keep = {site.name: torch.arange(site.units) > 1 for site in layout.sites}
+    save_file(WEIGHTS, checkpoint / "model.safetensors")
+    seal(checkpoint, trim(cut, UnitPlan(layout, keep, Budget.parse("50%params"), "fisher")), {"seconds": {}})
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+    assert {STRUCTURE, MEMORY, "model.safetensors", *map(os.path.basename, names)} <= {path.name for path in files}
+    for file in files:
+        content = file.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(SensibertError, match=f"damaged checkpoint, .*{file.name} has other content"):
+                check_checkpoint(checkpoint)
+        file.write_bytes(content)
     check_checkpoint(checkpoint)
+
+
+def test_a_flipped_bit_in_the_manifest_is_found(tmp_path, model):
+    checkpoint = sealed(tmp_path, 4, model)
+    content = (checkpoint / MANIFEST).read_bytes()
+    for place in (i for i, byte in enumerate(content) if byte not in b" \n"):
+        for bit in (1, 4, 64):
+            (checkpoint / MANIFEST).write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            with pytest.raises(SensibertError, match="checkpoint-4: (not a complete|damaged|truncated) checkpoint"):
+                check_checkpoint(checkpoint)
 
 
 def test_a_trimmed_model_leaves_its_structure(tmp_path):
@@ -89,10 +152,23 @@ def test_a_trimmed_model_leaves_its_structure(tmp_path):
     "damage, message",
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 3), f"model.safetensors has 3 bytes, want {SIZE}"),
-        (lambda folder: (folder / "model.safetensors").unlink(), f"model.safetensors has 0 bytes, want {SIZE}"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "damaged checkpoint, model.safetensors is missing"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not a complete checkpoint"),
         (lambda folder: (folder / MANIFEST).unlink(), "not a complete checkpoint"),
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "not a complete checkpoint"),
+        *(
+            (lambda folder, text=text: (folder / MANIFEST).write_text(text), "not a complete checkpoint")
+            for text in ("[]", "3", "null", '"x"', '{"x": "y"}', "[" * 100_000, '{"version": 2}', "\0")
+        ),
+        *(
+            (lambda folder, text=text: (folder / MANIFEST).write_text(text), f"{MANIFEST} does not list {MEMORY}")
+            for text in ("{}", '{"model.safetensors": 1}', '{"version": 2, "files": {}}')
+        ),
+        (lambda folder: relist(folder, lambda m: m["files"].pop(MEMORY)), f"does not list {MEMORY}"),
+        (lambda folder: relist(folder, lambda m: m["files"].pop("model.safetensors")), "does not list model.safetens"),
+        (lambda folder: relist(folder, lambda m: m["files"].update(x=3)), "not a complete checkpoint"),
+        (lambda folder: relist(folder, lambda m: m["files"][MEMORY].pop("sha256")), "not a complete checkpoint"),
+        (lambda folder: relist(folder, lambda m: m.update(version=3)), "not a complete checkpoint"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "does not list optimizer.pt"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * SIZE), "model.safetensors has other content"),
         (lambda folder: (folder / MEMORY).write_bytes(bytes((folder / MEMORY).stat().st_size)), f"{MEMORY} has other"),
         (lambda folder: without_sums(folder, b"x" * SIZE), "damaged checkpoint, model.safetensors cannot be read"),
@@ -114,7 +190,9 @@ def test_the_newest_complete_checkpoint_is_found_by_its_number(tmp_path, model):
     os.truncate(ten / "model.safetensors", 1)
     assert latest_checkpoint(tmp_path) == nine
     os.truncate(nine / "model.safetensors", 2)
-    with pytest.raises(SensibertError, match="checkpoint-10: truncated"):
+    with pytest.raises(
+        SensibertError, match="checkpoint-10: truncated.*no other checkpoint is whole; want --overwrite"
+    ):
         latest_checkpoint(tmp_path)
 
 
@@ -122,7 +200,8 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over_and_said(tmp
     nine, ten = sealed(tmp_path, 9, model), sealed(tmp_path, 10, model)
     without_sums(ten)
     assert latest_checkpoint(tmp_path) == nine
-    assert "checkpoint-9: " in caplog.text and "checkpoint-10: weight has NaN or infinite values" in caplog.text
+    message = r"resume: .*checkpoint-10: weight has NaN or infinite values.*; the run continues from checkpoint-9,"
+    assert re.search(message, caplog.text)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

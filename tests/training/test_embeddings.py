@@ -27,7 +27,7 @@ def test_they_are_computed_part_by_part_and_read_again(texts, tmp_path, monkeypa
     monkeypatch.setattr(embeddings, "IN_MEMORY", 0)
     parts = saved_embeddings(tmp_path / "b.npy", model, texts, Collator(0))
     assert isinstance(parts, np.memmap) and np.allclose(parts, whole, atol=1e-6)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "b.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "b.npy", "a.npy.sha256", "b.npy.sha256"}
     monkeypatch.setattr(embeddings, "predict", None)  # nothing is computed again
     assert np.array_equal(saved_embeddings(tmp_path / "a.npy", model, texts, Collator(0)), whole)
 
@@ -48,3 +48,13 @@ def test_an_interrupted_file_is_not_taken_for_a_complete_one(texts, tmp_path, mo
         saved_embeddings(tmp_path / "a.npy", model, texts, Collator(0))
     assert not (tmp_path / "a.npy").exists()
     assert len(saved_embeddings(tmp_path / "a.npy", model, texts, Collator(0))) == 5 and len(calls) == 5
+
+
+def test_a_damaged_file_is_made_again(texts, tmp_path, caplog):
+    model, file = EmbeddingModel(tiny_model(head=""), Pooling()), tmp_path / "a.npy"
+    whole = np.array(saved_embeddings(file, model, texts, Collator(0)))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert np.array_equal(saved_embeddings(file, model, texts, Collator(0)), whole)
+    assert "a.npy is damaged; it is made again" in caplog.text

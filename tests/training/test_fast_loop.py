@@ -307,6 +307,16 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
         train(tmp_path, model, rows(), "on", [Break()])
 
 
+def test_gradients_that_are_not_finite_are_named_with_their_step(tmp_path):
+    class Poison(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            weight = model.bert.encoder.layer[0].output.dense.weight
+            weight.register_hook(lambda grad: grad * torch.inf if state.global_step == 3 else grad)
+
+    with pytest.raises(SensibertError, match="the norm of the gradients is (nan|inf) at step 4"):
+        train(tmp_path, tiny_model(), rows(), "on", [Poison()])
+
+
 def test_a_family_that_cannot_pack_pads_and_says_so_once(tmp_path, caplog):
     model = tiny_model("mpnet")
     with caplog.at_level(logging.WARNING, "sensibert"):

@@ -12,7 +12,7 @@ from sensibert.models import base_of, layout_of
 from sensibert.models.eval_mode import SHORT, quick_attention
 from sensibert.optim import MaskedAdamW, unwrapped
 from sensibert.training import TrimTrainer, finetune, predict
-from sensibert.training.checkpoints import MANIFEST
+from sensibert.training.checkpoints import seal
 from sensibert.training.distillation import Distillation, distillation_loss
 from sensibert.training.trainer import LengthSampler, padded_further
 from sensibert.trimming.trim import trim
@@ -150,6 +150,23 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), [Poison()])
 
 
+class PoisonedGradients(TrainerCallback):
+    """Makes one gradient of step 3 infinite, while the loss of the step is finite."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        weight = model.get_input_embeddings().weight
+        poisoned = lambda grad: grad * float("inf") if state.global_step == 2 else grad  # noqa: E731
+        self.hook = weight.register_hook(poisoned)
+
+
+@pytest.mark.parametrize("changed", [{}, {"max_grad_norm": 0.0}, {"max_steps": 3}])
+def test_gradients_that_are_not_finite_stop_at_their_step(tmp_path, changed):
+    with pytest.raises(
+        SensibertError, match="the norm of the gradients is (nan|inf) at step 3; try a smaller learning"
+    ):
+        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path, **changed), [PoisonedGradients()])
+
+
 @pytest.mark.parametrize("options", [{"logging_steps": 4}, {"save_strategy": "steps", "save_steps": 3}, {}])
 def test_the_loss_is_read_when_something_is_logged_or_saved_and_at_the_end(tmp_path, options):
     class Poison(TrainerCallback):
@@ -173,7 +190,7 @@ def test_a_finished_checkpoint_takes_no_further_step(tmp_path):
         tiny_model(), Rows(), Collator(0), arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     )
     saved = tmp_path / "checkpoint-3"
-    (saved / MANIFEST).write_text("{}")
+    seal(saved, first.model, {})
     again = finetune(tiny_model(seed=1), Rows(), Collator(0), arguments(tmp_path, max_steps=3), checkpoint=saved)
     assert again.state.global_step == 3
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
