@@ -24,9 +24,10 @@ from transformers.utils import cached_file
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
+from .data.columns import guess_task
 from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples
-from .data.task_data import ONE_LOGIT, TaskData, guess_task, zeros_and_ones
+from .data.task_data import ONE_LOGIT, TaskData, zeros_and_ones
 from .data.tasks import EMBEDDING, PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks

@@ -21,6 +21,7 @@ INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+EXACT = 2**53  # whole floats below it are exact
 
 Cell = tuple[int, Any]  # row (from 0), value
 
@@ -108,32 +109,38 @@ def _kind_of(column: Column, row: int, value: Any) -> str:
     return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), "name")
 
 
-def first_number(column: Column, cells: Iterable[Cell]) -> Cell:
-    """The first label that is a number but not an integer, in a column of kind 'number'."""
-    return next(cell for cell in cells if _kind_of(column, *cell) == "number")
+def whole(value: Any) -> int | None:
+    """The integer that a label is, also as text or with a point (1.0); None for anything else."""
+    if isinstance(value, str) and INTEGER.fullmatch(text := value.strip()):
+        return int(text)
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < EXACT else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
-    """The classes in a training column: the sorted names, or '0' to 'n-1' for integers without gaps.
+    """The classes in a training column: the sorted names, or integers in numeric order; 1.0 and 1 are the same class.
 
-    SensibertError for fewer than two classes, gaps, and numbers that are not integers."""
+    SensibertError for fewer than two classes, and for numbers that are not whole."""
     cells = list(values)
-    labels = kind(column, cells)
-    if labels == "number":
-        row, value = first_number(column, cells)
-        raise column.error(row, f"is {show(value)}, want an integer or a name (to predict numbers: task regression)")
-    names = sorted({str(value).strip() for _, value in cells}) if labels == "name" else []
-    integers = sorted({int(value) for _, value in cells}) if labels == "integer" else []
-    classes: list[Any] = names or integers
+    classes: list[Any]
+    if kind(column, cells) == "name":
+        classes = sorted({str(value).strip() for _, value in cells})
+    else:
+        classes = sorted({_whole(column, row, value) for row, value in cells})
     if len(classes) < 2:
         only = f"only one class, {show(classes[0])}" if classes else "no labels at all"
         raise column.error(None, f"has {only}: want at least two")
-    outside = next((cell for cell in cells if integers and not 0 <= int(cell[1]) < len(integers)), None)
-    if outside is not None:
-        listed = ", ".join(str(i) for i in integers[:8]) + (", ..." if len(integers) > 8 else "")
-        rule = f"the {len(integers)} integers are {listed}: want 0 to n-1 without gaps, or names"
-        raise column.error(outside[0], f"is {show(outside[1])}; {rule} (to predict numbers: task regression)")
     return [str(name) for name in classes]
+
+
+def _whole(column: Column, row: int, value: Any) -> int:
+    number = whole(value)
+    if number is None:
+        raise column.error(row, f"is {show(value)}, want an integer or a name (to predict numbers: task regression)")
+    return number
 
 
 def generic(names: Sequence[str]) -> bool:
@@ -174,6 +181,7 @@ def _listed(names: Sequence[str]) -> str:
 
 class ClassIds:
     """Label -> class id: the label with that name; where no name is a number, an integer is LABEL_i, or the id itself.
+    A whole number with a point is the integer.
 
     numbered: the names of the integers in a column, where the data set has them. Upper and lower case are the same if
     no two names differ by it only. SensibertError for a label that is no class."""
@@ -188,8 +196,8 @@ class ClassIds:
     def __call__(self, column: Column, row: int, value: Any) -> int:
         name = str(value).strip()
         label = self.ids.get(name, self.folded.get(name.casefold()))
-        if label is None and _kind_of(column, row, value) == "integer":
-            label = self._of_integer(int(value))
+        if label is None and (number := whole(value)) is not None:
+            label = self._of_integer(number)
         if label is None:
             known, own = _listed(self.names), f"; its integers are {_listed(self.numbered)}" if self.numbered else ""
             raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known}){own}")
@@ -201,8 +209,8 @@ class ClassIds:
             name = self.numbered[value] if 0 <= value < len(self.numbered) else ""
             return self.ids.get(name, self.folded.get(name.casefold()))
         for name in (str(value), f"label_{value}"):
-            if name in self.folded:
-                return self.folded[name]
+            if (label := self.ids.get(name, self.folded.get(name))) is not None:
+                return label
         return value if self.counts and 0 <= value < len(self.names) else None
 
 

@@ -12,6 +12,7 @@ from ..core.errors import SensibertError
 from . import labels
 from .answers import Answer, best_answers
 from .batching import Collator
+from .columns import columns_of, guess_task
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
 from .labels import Cell, ClassIds, Column
@@ -26,32 +27,6 @@ QUERY_IDS = ("query_id", "query-id", "qid")  # columns that make the rows of val
 ONE_LOGIT: Literal["multi_label_classification"] = "multi_label_classification"
 LABELLED = ("text-classification", "token-classification")
 Logits = Sequence[np.ndarray]  # of one output, or of start and end
-
-
-def guess_task(examples: Examples, text_column: str | None = None, label_column: str | None = None) -> str:
-    """Guess the task from the columns, and for single labels from their values.
-
-    SensibertError if there is no label column, or if the labels may be classes or numbers."""
-    columns = examples.columns
-    chosen = set((text_column or "").split(",")) | {label_column}
-    if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
-        return "question-answering"
-    label = label_column
-    if label is None:
-        label = next((c for c in ("label", "tags", "ner_tags") if c in columns), None)
-    if label is None:
-        existing = ", ".join(repr(c) for c in columns)
-        raise SensibertError(f"{examples.name}: no column 'label', 'tags' or 'answers', the columns are {existing}")
-    column = Column.of(examples, label, "" if label_column is None else "label_column")
-    if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
-        return "token-classification"
-    if labels.kind(column, column.filled()) != "number":
-        return "text-classification"
-    if all(float(value).is_integer() for value in column.values):
-        row, value = labels.first_number(column, column.filled())
-        want = "want a task (regression to predict numbers), or classes written as integers"
-        raise column.error(row, f"is {labels.show(value)}, and all labels are whole numbers: {want}")
-    return "regression"
 
 
 @dataclass
@@ -97,7 +72,7 @@ class TaskData:
         if not data:
             raise SensibertError("TaskData: train and validation are both None, want at least one")
         task = get_task(task_name or guess_task(data[0], text_column, label_column))
-        inputs, label = _columns(task, data[0], text_column, label_column)
+        inputs, label = columns_of(task, data[0], text_column, label_column)
         max_length = task.max_length if max_length is None else max_length
         doc_stride = min(128, max_length // 3) if doc_stride is None else doc_stride
         if tokenizer.pad_token_id is None:
@@ -131,7 +106,7 @@ class TaskData:
 
         known: classes of a model, which are those of the data if they are the labels that occur."""
         task = get_task(task_name)
-        label = _columns(task, train, text_column, label_column)[1]
+        label = columns_of(task, train, text_column, label_column)[1]
         names = None
         if task.name in LABELLED and label not in train.class_names:
             occurring = sorted({str(value).strip() for _, value in _cells(task, Column.of(train, label))})
@@ -251,29 +226,6 @@ _METRICS = {
 }
 
 
-def _columns(task: Task, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
-    """The input columns and the label column of the examples for this task."""
-    inputs: tuple[str, ...] | None
-    if text is not None:
-        inputs = (text,) if text in examples.columns else tuple(part.strip() for part in text.split(","))
-    else:
-        inputs = next((c for c in task.input_columns if set(c) <= set(examples.columns)), None)
-    if inputs is None:
-        wanted = " or ".join(", ".join(repr(c) for c in columns) for columns in task.input_columns)
-        existing = ", ".join(repr(c) for c in examples.columns)
-        raise SensibertError(f"{examples.name}: {task.name} wants the columns {wanted}; the columns are {existing}")
-    counts = {len(columns) for columns in task.input_columns}
-    if len(inputs) not in counts:
-        wanted = " or ".join(map(str, sorted(counts)))
-        raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, separated by commas")
-    for name in inputs if text is not None else ():
-        Column.of(examples, name, "text_column")
-    if label is not None:
-        Column.of(examples, label, "label_column")
-        return inputs, label
-    return inputs, next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
-
-
 def _outputs(task: Task, names: list[str]) -> int:
     """Outputs of the head; a question has a start and an end."""
     return {"regression": 1, "question-answering": 2}.get(task.name, len(names))
@@ -295,7 +247,7 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
 
 def zeros_and_ones(train: Examples, text_column: str | None, label_column: str | None, task_name: str) -> bool:
     """Whether the labels are only the numbers 0 and 1."""
-    column = Column.of(train, _columns(get_task(task_name), train, text_column, label_column)[1])
+    column = Column.of(train, columns_of(get_task(task_name), train, text_column, label_column)[1])
     return all(str(value).strip() in ("0", "1", "0.0", "1.0") for _, value in column.filled())
 
 
@@ -333,7 +285,8 @@ def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
     for each in data:
         cells = {str(value).strip() for _, value in _cells(task, Column.of(each, label))}
         names = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
-        kinds.append("name" if names else "integer" if all(labels.INTEGER.fullmatch(cell) for cell in cells) else "")
+        integers = all(labels.whole(cell) is not None for cell in cells)
+        kinds.append("name" if names else "integer" if integers else "")
     if set(kinds) == {"name", "integer"}:
         named, numbered = (data[kinds.index(kind)].name for kind in ("name", "integer"))
         raise SensibertError(

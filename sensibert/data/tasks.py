@@ -44,15 +44,17 @@ TEXTS = (
     ("question", "context"),
     *SENTENCES,
 )
+LABEL = ("label", "labels")
+TAGS = ("tags", "ner_tags", "labels")
 EMBEDDING = "embedding"
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, ("label",), "accuracy"),
-        Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
+        Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, LABEL, "accuracy"),
+        Task("regression", "AutoModelForSequenceClassification", SENTENCES, LABEL, "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
-        Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
+        Task("token-classification", "AutoModelForTokenClassification", WORDS, TAGS, "f1"),
         Task(EMBEDDING, "AutoModel", TEXTS, ("score", "similarity_score", "label"), "spearman", trim_start=0.0),
     )
 }
