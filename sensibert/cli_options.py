@@ -165,4 +165,4 @@ EXTRA = {
 }
 # In which ~ is the home folder; Options has others.
 PATHS = ("folder", "model", "output", "plan", "sensitivity", "vocabulary")
-DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
+DATA_NAMES = ("task", "text_column", "label_column", "label_names", "max_length", "doc_stride", "precision")

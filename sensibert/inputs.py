@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -24,11 +25,12 @@ from transformers.utils import cached_file
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import labels
-from .data.columns import guess_task
+from .data.columns import columns_of, guess_task
 from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples
-from .data.task_data import ONE_LOGIT, TaskData, zeros_and_ones
-from .data.tasks import EMBEDDING, PRESETS, get_task
+from .data.label_forms import joined, named
+from .data.task_data import LOGIT_PER_LABEL, TaskData, zeros_and_ones
+from .data.tasks import EMBEDDING, LABELLED, LABELS, MULTI_LABEL, PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import attribute, positions, unsupported
@@ -70,6 +72,38 @@ def validation_examples(options: Options) -> Examples | None:
     return load_examples(preset.source, preset.validation_split)
 
 
+def prepared(options: Options, *parts: Examples | None, known: Sequence[str] = ()) -> list[Examples | None]:
+    """The parts with the labels of several columns in one, and with names for integers where the options have some.
+
+    known: the classes of an existing model. SensibertError for columns or names that do not fit the labels."""
+    columns, data = (options.text_column, options.label_column), [part for part in parts if part is not None]
+    if options.task in (None, MULTI_LABEL):
+        data = [_joined(options.label_column, part, known) for part in data]
+    if options.label_names is not None and data:
+        task = get_task(options.task or guess_task(data[0], *columns, named=True))
+        if task.name not in LABELLED:
+            raise SensibertError(f"label_names: {data[0].name} is read as {task.name}, which has no classes")
+        data = named(task, data, columns_of(task, data[0], *columns)[1], options.names_of_labels())
+    rest = iter(data)
+    return [None if part is None else next(rest) for part in parts]
+
+
+def _joined(label_column: str | None, examples: Examples, known: Sequence[str]) -> Examples:
+    """Without label_column: the columns called after the classes of a model, if there is no column of labels."""
+    if label_column is None:
+        several = known and not set(LABELS) & set(examples.columns) and set(known) <= set(examples.columns)
+        return joined(examples, known, LABELS[0]) if several else examples
+    if label_column in examples.columns or "," not in label_column:
+        return examples
+    names = [name.strip() for name in label_column.split(",")]
+    if known and labels.positions_of(known, names) is None:
+        raise SensibertError(
+            f"label_column is '{label_column}', and the labels of the model are {labels.listed(known)}: want a column "
+            "for each"
+        )
+    return joined(examples, names, label_column)
+
+
 def outlined(options: Options, train: Examples) -> TaskData:
     """The task of a run and its classes, in the order of the model's head if it has one for them; nothing is encoded.
 
@@ -104,7 +138,7 @@ def has_one_logit(config: PreTrainedConfig, outputs: int, task: str, examples: E
     if outputs != 1 or task not in ("regression", "text-classification") or config.problem_type == "regression":
         return False
     binary = zeros_and_ones(examples, options.text_column, options.label_column, task)
-    return binary or (task == "regression" and config.problem_type == ONE_LOGIT)
+    return binary or (task == "regression" and config.problem_type == LOGIT_PER_LABEL)
 
 
 def _is_class(name: str) -> bool:
@@ -113,14 +147,16 @@ def _is_class(name: str) -> bool:
 
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features, with the classes of `outlined`."""
-    train = training_examples(options)
+    given = training_examples(options), validation_examples(options)
     if options.task == EMBEDDING:
-        return encode_texts(options, tokenizer, train, validation_examples(options), options.rows())
+        return encode_texts(options, tokenizer, *given, options.rows())
+    train, validation = prepared(options, *given)
+    assert train is not None  # as it was given
     data = outlined(options, train)
     if options.task is None or data.one_logit:
         options = replace(options, task=data.task.name)
     names = data.label_names or None
-    encoded = encode(options, tokenizer, train, validation_examples(options), names, data.one_logit)
+    encoded = encode(options, tokenizer, train, validation, names, data.one_logit)
     return replace(encoded, own_names=data.own_names)
 
 

@@ -6,16 +6,20 @@ from ..core.errors import SensibertError
 from . import labels
 from .files import Examples
 from .labels import Column
-from .tasks import Task
+from .multi_label import looks_like_list
+from .tasks import MULTI_LABEL, Task
 
 # Up to so many different whole numbers are guessed to be classes: written with a point, or as integers with gaps.
 CLASSES_WITH_POINT, CLASSES_WITH_GAPS = 2, 20
 
 
-def guess_task(examples: Examples, text_column: str | None = None, label_column: str | None = None) -> str:
+def guess_task(
+    examples: Examples, text_column: str | None = None, label_column: str | None = None, named: bool = False
+) -> str:
     """Guess the task from the columns, and for single labels from their values.
 
-    SensibertError if there is no label column, or if the labels may be classes or numbers."""
+    named: single labels are classes, whatever their values, as there are names for them. SensibertError if there is no
+    label column, or if the labels may be classes or numbers."""
     columns = examples.columns
     chosen = set((text_column or "").split(",")) | {label_column}
     if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
@@ -29,9 +33,13 @@ def guess_task(examples: Examples, text_column: str | None = None, label_column:
             f"{examples.name}: no column 'label', 'labels', 'tags' or 'answers', the columns are {existing}"
         )
     column = Column.of(examples, label, "" if label_column is None else "label_column")
-    if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
+    if label in ("tags", "ner_tags"):
         return "token-classification"
-    return _of_values(column)
+    if looks_like_list(column.values[0]):
+        words = text_column.split(",")[0] if text_column else "tokens"
+        of_words = words in columns and (words == "tokens" or looks_like_list(columns[words][0]))
+        return "token-classification" if of_words else MULTI_LABEL
+    return "text-classification" if named else _of_values(column)
 
 
 def _of_values(column: Column) -> str:

@@ -103,7 +103,8 @@ def _kind_of(column: Column, row: int, value: Any) -> str:
     if isinstance(value, float):
         return "number" if math.isfinite(value) else "not finite"
     if not isinstance(value, str):
-        raise column.error(row, f"is {show(value)}, want an integer, a number or a name")
+        more = " (several labels a row: task multi-label-classification)" if isinstance(value, list) else ""
+        raise column.error(row, f"is {show(value)}, want an integer, a number or a name{more}")
     text = value.strip()
     patterns = {"integer": INTEGER, "number": NUMBER, "not finite": NOT_FINITE}
     return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), "name")
@@ -129,14 +130,15 @@ def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
     if kind(column, cells) == "name":
         classes = sorted({str(value).strip() for _, value in cells})
     else:
-        classes = sorted({_whole(column, row, value) for row, value in cells})
+        classes = sorted({want_whole(column, row, value) for row, value in cells})
     if len(classes) < 2:
         only = f"only one class, {show(classes[0])}" if classes else "no labels at all"
         raise column.error(None, f"has {only}: want at least two")
     return [str(name) for name in classes]
 
 
-def _whole(column: Column, row: int, value: Any) -> int:
+def want_whole(column: Column, row: int, value: Any) -> int:
+    """`whole`; SensibertError where it is None."""
     number = whole(value)
     if number is None:
         raise column.error(row, f"is {show(value)}, want an integer or a name (to predict numbers: task regression)")
@@ -170,12 +172,14 @@ def in_order_of(model: Sequence[str], data: Sequence[str], source: str, file: st
     if generic(data):
         return list(model)
     raise SensibertError(
-        f"model: {source} has the classes {_listed(model)}, and {file} has {_listed(data)}: want the same names, or a "
+        f"model: {source} has the classes {listed(model)}, and {file} has {listed(data)}: want the same names, or a "
         "model without a head for this task"
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Up to eight names, for a message."""
+    names = list(names)
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
@@ -199,7 +203,7 @@ class ClassIds:
         if label is None and (number := whole(value)) is not None:
             label = self._of_integer(number)
         if label is None:
-            known, own = _listed(self.names), f"; its integers are {_listed(self.numbered)}" if self.numbered else ""
+            known, own = listed(self.names), f"; its integers are {listed(self.numbered)}" if self.numbered else ""
             raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known}){own}")
         self.ids[name] = label
         return label
@@ -232,14 +236,15 @@ def lists(column: Column) -> list[list]:
     result = []
     for row, value in enumerate(column.values):
         if isinstance(value, str):
-            value = _json(column, row, value, "list") if value.lstrip().startswith("[") else value.split()
+            value = parse_json(column, row, value, "list") if value.lstrip().startswith("[") else value.split()
         if not isinstance(value, list):
             raise column.error(row, f"is {show(value)}, want a list")
         result.append(value)
     return result
 
 
-def _json(column: Column, row: int, value: str, want: str) -> Any:
+def parse_json(column: Column, row: int, value: str, want: str) -> Any:
+    """A cell of JSON; SensibertError if it is not."""
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError):
@@ -282,7 +287,7 @@ def answers(column: Column, contexts: list[str]) -> list[list[tuple[str, int]]]:
     result: list[list[tuple[str, int]]] = []
     for row, (value, context) in enumerate(zip(column.values, contexts)):
         if isinstance(value, str):
-            value = _json(column, row, value, "object {text: [...], answer_start: [...]}")
+            value = parse_json(column, row, value, "object {text: [...], answer_start: [...]}")
         if isinstance(value, list):  # [{text, answer_start}, ...]
             value = {key: [a.get(key) if isinstance(a, dict) else a for a in value] for key in ("text", "answer_start")}
         pair = [value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start")]

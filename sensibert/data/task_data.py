@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,17 +15,26 @@ from .batching import Collator
 from .columns import columns_of, guess_task
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
-from .labels import Cell, ClassIds, Column
-from .metrics import answer_metrics, classification_metrics, ranking_metrics, regression_metrics, tagging_metrics
-from .tasks import Task, get_task
+from .label_forms import cells_of
+from .labels import ClassIds, Column
+from .metrics import (
+    answer_metrics,
+    best_constant_f1,
+    classification_metrics,
+    multi_label_metrics,
+    ranking_metrics,
+    regression_metrics,
+    tagging_metrics,
+)
+from .multi_label import LabelLists
+from .tasks import LABELLED, MULTI_LABEL, Task, get_task
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 QUERY_IDS = ("query_id", "query-id", "qid")  # columns that make the rows of validation data rankings
-# transformers' problem_type of a logit for each label, here of a single one.
-ONE_LOGIT: Literal["multi_label_classification"] = "multi_label_classification"
-LABELLED = ("text-classification", "token-classification")
+# transformers' problem_type of a logit for each label, also of a single one, with binary cross entropy.
+LOGIT_PER_LABEL: Literal["multi_label_classification"] = "multi_label_classification"
 Logits = Sequence[np.ndarray]  # of one output, or of start and end
 
 
@@ -109,7 +118,7 @@ class TaskData:
         label = columns_of(task, train, text_column, label_column)[1]
         names = None
         if task.name in LABELLED and label not in train.class_names:
-            occurring = sorted({str(value).strip() for _, value in _cells(task, Column.of(train, label))})
+            occurring = sorted({str(value).strip() for _, value in cells_of(task, Column.of(train, label))})
             names = occurring if labels.positions_of(known, occurring) is not None else None
         names = _names(task, train, label, names)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
@@ -125,6 +134,8 @@ class TaskData:
             raise SensibertError("constant_score: there is no validation data")
         if isinstance(self.validation, Windows):  # no answer
             return float(np.mean([not golds for golds in self.validation.golds]))
+        if self.task.name == MULTI_LABEL:
+            return best_constant_f1(self.validation.per_item["labels"] > 0.5)
         if self.task.name != "text-classification":  # correlations, and f1 of entities
             return 0.0
         return float(np.bincount(self.validation.per_item["labels"]).max() / len(self.validation))
@@ -139,11 +150,12 @@ class TaskData:
         """The entries of a model's config that define its head."""
         names = self.label_names or [f"LABEL_{i}" for i in range(self.num_labels)]
         problem = {"text-classification": "single_label_classification", "regression": "regression"}
+        problem[MULTI_LABEL] = LOGIT_PER_LABEL
         return {
             "num_labels": self.num_labels,
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": ONE_LOGIT if self.one_logit else problem.get(self.task.name),
+            "problem_type": LOGIT_PER_LABEL if self.one_logit else problem.get(self.task.name),
         }
 
     def compute_metrics(self, predictions: Any, label_ids: Any = None) -> dict[str, float]:
@@ -174,6 +186,10 @@ class TaskData:
         if self.queries is not None and self.num_labels == 2:
             metrics |= ranking_metrics(logits[0][:, 1] - logits[0][:, 0], wanted, self.queries)
         return metrics
+
+    def _label_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
+        return multi_label_metrics(logits[0] > 0, wanted > 0.5, self.label_names)
 
     def _number_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
@@ -220,6 +236,7 @@ class TaskData:
 
 _METRICS = {
     "text-classification": TaskData._class_metrics,
+    MULTI_LABEL: TaskData._label_metrics,
     "regression": TaskData._number_metrics,
     "token-classification": TaskData._tag_metrics,
     "question-answering": TaskData._answer_metrics,
@@ -242,7 +259,8 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
             raise SensibertError(f"label_names is {list(given)}, want at least two different names")
         return list(given)
     column = Column.of(examples, label)
-    return labels.class_names(column, _cells(task, column))
+    cells = cells_of(task, column)
+    return cells.names() if isinstance(cells, LabelLists) else labels.class_names(column, cells)
 
 
 def zeros_and_ones(train: Examples, text_column: str | None, label_column: str | None, task_name: str) -> bool:
@@ -275,15 +293,11 @@ def _queries(task: Task, examples: Examples, features: Features, label: str) -> 
     return np.unique(ids, return_inverse=True)[1]
 
 
-def _cells(task: Task, column: Column) -> Iterable[Cell]:
-    return labels.each_tag(column) if task.name == "token-classification" else column.filled()
-
-
 def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
     """SensibertError if one file has integers and the other names that do not say which integer is which."""
     kinds = []
     for each in data:
-        cells = {str(value).strip() for _, value in _cells(task, Column.of(each, label))}
+        cells = {str(value).strip() for _, value in cells_of(task, Column.of(each, label))}
         names = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
         integers = all(labels.whole(cell) is not None for cell in cells)
         kinds.append("name" if names else "integer" if integers else "")
@@ -316,6 +330,8 @@ def _encode(
         return encode_questions(texts[0], texts[1], golds, tokenizer, max_length, doc_stride)
     if task.name == "regression":
         wanted = labels.numbers(column)
+    elif task.name == MULTI_LABEL:
+        wanted = LabelLists.of(column, len(names)).matrix(names, examples.class_names.get(label))
     else:
         ids = ClassIds(names, examples.class_names.get(label))
         wanted = np.array([ids(column, row, value) for row, value in column.filled()], np.int64)

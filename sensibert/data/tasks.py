@@ -46,12 +46,16 @@ TEXTS = (
 )
 LABEL = ("label", "labels")
 TAGS = ("tags", "ner_tags", "labels")
+LABELS = ("labels", "label")
+MULTI_LABEL = "multi-label-classification"
 EMBEDDING = "embedding"
+LABELLED = ("text-classification", MULTI_LABEL, "token-classification")  # tasks with classes
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, LABEL, "accuracy"),
+        Task(MULTI_LABEL, "AutoModelForSequenceClassification", SENTENCES, LABELS, "f1_micro"),
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, LABEL, "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, TAGS, "f1"),
