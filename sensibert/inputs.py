@@ -283,6 +283,15 @@ def check_room(model: PreTrainedModel, data: TaskData, argument: str = "model") 
             )
 
 
+def _want_same_problem(config: PreTrainedConfig, data: TaskData, source: str) -> None:
+    """SensibertError if a teacher gives one label a row and the task has several, or the other way round."""
+    several = {"single_label_classification": False, LOGIT_PER_LABEL: True}.get(config.problem_type or "")
+    if several is None or data.num_labels < 2 or several == (data.task.name == MULTI_LABEL):
+        return
+    gives = "several labels" if several else "one label"
+    raise SensibertError(f"teacher: {source} gives {gives} a row, want a model fine-tuned for {data.task.name}")
+
+
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
     """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
@@ -298,6 +307,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
             f"teacher: {source} is a {type(teacher).__name__} with {len(outputs)} outputs, want a model fine-tuned for "
             f"{data.task.name} with {data.num_labels}"
         )
+    _want_same_problem(teacher.config, data, source)
     check_room(teacher, data, "teacher")
     own = data.own_names or data.label_names
     # Classes that are only numbered are those of the data, in their own order.

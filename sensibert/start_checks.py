@@ -88,7 +88,9 @@ def check_analysis(
                 f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and {name} has none; "
                 f"want method={other!r}, which needs no labels"
             )
-        needs.append((loss_of(model, loss), f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
+        needs.append(
+            (loss_of(model, loss), f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}")
+        )
     if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
         if is_wrapped(trained):
             raise SensibertError(

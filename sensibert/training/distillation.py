@@ -41,8 +41,8 @@ def distillation_loss(
     """T^2 * KL(teacher || student) of softened predictions, mean over samples (Hinton et al., arXiv 1503.02531).
 
     Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead. counted:
-    bool [B, S], the tokens whose logits [B, S, C] count; None: all. per_label: logits [B, C] of independent labels, whose
-    divergences are those of two-way predictions, mean over samples and labels."""
+    bool [B, S], the tokens whose logits [B, S, C] count; None: all. per_label: logits [B, C] of independent labels,
+    with the divergence of the prediction of each, mean over samples and labels."""
     losses = []
     for name, target in teacher.items():
         if not name.endswith("logits"):
