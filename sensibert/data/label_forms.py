@@ -19,7 +19,7 @@ def joined(examples: Examples, names: Sequence[str], into: str) -> Examples:
 
     SensibertError for a column that is missing or given twice, and for a value other than 0 and 1."""
     if len(set(names)) < len(names):
-        raise SensibertError(f"label_column is {show(into)}, want different columns")
+        raise SensibertError(f"label_column is '{into}', want different columns")
     columns = [Column.of(examples, name, "label_column") for name in names]
     rows: list[list[str]] = [[] for _ in range(len(examples))]
     for column in columns:

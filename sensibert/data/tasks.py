@@ -55,10 +55,10 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, LABEL, "accuracy"),
-        Task(MULTI_LABEL, "AutoModelForSequenceClassification", SENTENCES, LABELS, "f1_micro"),
         Task("regression", "AutoModelForSequenceClassification", SENTENCES, LABEL, "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
         Task("token-classification", "AutoModelForTokenClassification", WORDS, TAGS, "f1"),
+        Task(MULTI_LABEL, "AutoModelForSequenceClassification", SENTENCES, LABELS, "f1_micro"),
         Task(EMBEDDING, "AutoModel", TEXTS, ("score", "similarity_score", "label"), "spearman", trim_start=0.0),
     )
 }

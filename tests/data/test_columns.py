@@ -22,6 +22,10 @@ def examples(name: str = "train.csv", **columns) -> Examples:
         ({"tokens": ["a b"], "ner_tags": ["O O"]}, "token-classification"),
         ({"tokens": [["a"]], "labels": [["O"]]}, "token-classification"),
         ({"sentence": ["a"], "labels": ["x"]}, "text-classification"),
+        ({"sentence": ["a"], "labels": [["x"]]}, "multi-label-classification"),
+        ({"text": ["a"], "label": [[]]}, "multi-label-classification"),
+        ({"text": ["a"], "label": ['["x", "y"]']}, "multi-label-classification"),
+        ({"text": ["a"], "tokens": [["a"]], "labels": [["O"]]}, "token-classification"),
         ({"sentence": ["a"] * 2, "label": [1.0, 0.0]}, "text-classification"),
         ({"sentence": ["a"] * 2, "label": [-1, 1]}, "text-classification"),
         ({"sentence": ["a"] * 30, "label": list(range(30))}, "text-classification"),
@@ -37,6 +41,8 @@ def test_the_task_is_guessed_from_the_chosen_columns():
     assert guess_task(rows, text_column="words", label_column="pos") == "token-classification"
     assert guess_task(rows, text_column="question", label_column="kind") == "text-classification"
     assert guess_task(rows, text_column="question,context", label_column="size") == "regression"
+    assert guess_task(rows, text_column="question", label_column="pos") == "multi-label-classification"
+    assert guess_task(rows, text_column="question", label_column="size", named=True) == "text-classification"
 
 
 @pytest.mark.parametrize(
