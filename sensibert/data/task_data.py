@@ -119,7 +119,7 @@ class TaskData:
         names = None
         if task.name in LABELLED and label not in train.class_names:
             occurring = sorted({str(value).strip() for _, value in cells_of(task, Column.of(train, label))})
-            names = occurring if labels.positions_of(known, occurring) is not None else None
+            names = occurring if known and labels.positions_of(known, occurring) is not None else None
         names = _names(task, train, label, names)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
