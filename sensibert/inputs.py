@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
-from .data import labels
+from .data import classes
 from .data.columns import columns_of, guess_task
 from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples
@@ -96,9 +96,9 @@ def _joined(label_column: str | None, examples: Examples, known: Sequence[str]) 
     if label_column in examples.columns or "," not in label_column:
         return examples
     names = [name.strip() for name in label_column.split(",")]
-    if known and labels.positions_of(known, names) is None:
+    if known and classes.positions_of(known, names) is None:
         raise SensibertError(
-            f"label_column is '{label_column}', and the labels of the model are {labels.listed(known)}: want a column "
+            f"label_column is '{label_column}', and the labels of the model are {classes.listed(known)}: want a column "
             "for each"
         )
     return joined(examples, names, label_column)
@@ -116,16 +116,16 @@ def outlined(options: Options, train: Examples) -> TaskData:
     task = get_task(options.task or guess_task(train, *columns))
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
     kind, known = task.auto_class_name.removeprefix("AutoModelFor"), config.architectures
-    classes = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
-    said = any(kind in name for name in classes)
-    names = output_names(config, options.model) if said or not classes else []  # a config may not say what the file has
+    heads = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
+    said = any(kind in name for name in heads)
+    names = output_names(config, options.model) if said or not heads else []  # a config may not say what the file has
     if said and options.task not in PRESETS and has_one_logit(config, len(names), task.name, train, options):
         return replace(TaskData.outlined("regression", train, *columns), one_logit=True)
-    data = TaskData.outlined(task.name, train, *columns, [] if labels.generic(names) else names)
+    data = TaskData.outlined(task.name, train, *columns, [] if classes.generic(names) else names)
     if len(names) != len(data.label_names):  # `load_model` makes a new head
         return replace(data, own_names=data.label_names)
-    ordered = labels.in_order_of(names, data.label_names, options.model, train.name)
-    if said and labels.generic(names) and not labels.generic(data.label_names):
+    ordered = classes.in_order_of(names, data.label_names, options.model, train.name)
+    if said and classes.generic(names) and not classes.generic(data.label_names):
         message = "model: %s numbers its %d classes; they are taken as %s, in this order"
         logging.getLogger("sensibert").warning(message, options.model, len(names), ", ".join(ordered))
     return replace(data, label_names=ordered, own_names=data.label_names)
@@ -247,7 +247,7 @@ def output_names(config: PreTrainedConfig, source: str) -> list[str]:
         keys = ", ".join(map(str, names))
         raise SensibertError(f"model: id2label in its config.json has the keys {keys}, want 0 to {len(names) - 1}")
     listed = [str(names[i]) for i in range(len(names))]
-    if labels.generic(listed):  # some files have only label2id, which transformers then overwrites
+    if classes.generic(listed):  # some files have only label2id, which transformers then overwrites
         try:
             written = PreTrainedConfig.get_config_dict(source)[0].get("label2id") or {}
         except OSError:
@@ -311,8 +311,8 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     check_room(teacher, data, "teacher")
     own = data.own_names or data.label_names
     # Classes that are only numbered are those of the data, in their own order.
-    order = labels.positions_of(own if labels.generic(outputs) else outputs, data.label_names)
-    if order is None and data.label_names and not labels.generic(data.label_names):
+    order = classes.positions_of(own if classes.generic(outputs) else outputs, data.label_names)
+    if order is None and data.label_names and not classes.generic(data.label_names):
         theirs, ours = ", ".join(outputs), ", ".join(data.label_names)
         raise SensibertError(f"teacher: {source} has the classes {theirs}, want {ours}")
     if order is None or order == sorted(order):

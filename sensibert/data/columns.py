@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..core.errors import SensibertError
-from . import labels
+from . import classes, labels
 from .files import Examples
 from .labels import Column
 from .multi_label import looks_like_list
@@ -45,10 +45,10 @@ def guess_task(
 def _of_values(column: Column) -> str:
     """Names and whole numbers are classes, other numbers are to be predicted. SensibertError for too many different
     whole numbers, which may be either."""
-    kind = labels.kind(column, column.filled())
+    kind = classes.kind(column, column.filled())
     if kind == "name":
         return "text-classification"
-    numbers = [labels.whole(value) for value in column.values]
+    numbers = [classes.whole(value) for value in column.values]
     different = set(numbers)
     if None in different:
         return "regression"

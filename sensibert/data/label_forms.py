@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.errors import SensibertError
-from . import labels
+from . import classes, labels
 from .files import Examples
 from .labels import Cell, Column, show
 from .multi_label import LabelLists
@@ -24,7 +24,7 @@ def joined(examples: Examples, names: Sequence[str], into: str) -> Examples:
     rows: list[list[str]] = [[] for _ in range(len(examples))]
     for column in columns:
         for row, value in column.filled():
-            bit = int(value) if isinstance(value, bool) else labels.whole(value)
+            bit = int(value) if isinstance(value, bool) else classes.whole(value)
             if bit not in (0, 1):
                 raise column.error(row, f"is {show(value)}, want 0 or 1, as in every of several columns of labels")
             if bit:
@@ -48,16 +48,16 @@ def named(task: Task, data: Sequence[Examples], label: str, names: list[str]) ->
     if label in first.class_names:
         raise _named_already(first, label, first.class_names[label])
     cells = list(cells_of(task, column))
-    if labels.kind(column, cells) == "name":
+    if classes.kind(column, cells) == "name":
         raise _named_already(first, label, sorted({str(value).strip() for _, value in cells}))
     lists = LabelLists.of(column) if task.name == MULTI_LABEL else None
-    values = sorted({labels.want_whole(column, *cell) for cell in cells})
+    values = sorted({classes.want_whole(column, *cell) for cell in cells})
     if lists is not None and lists.width is not None:
         values = list(range(lists.width))
     if len(values) != len(names):
         raise SensibertError(
-            f"label_names: {len(names)} names ({labels.listed(names)}), and column '{label}' of {first.name} has "
-            f"{len(values)} different labels ({labels.listed(map(str, values))}): want one for each, in this order"
+            f"label_names: {len(names)} names ({classes.listed(names)}), and column '{label}' of {first.name} has "
+            f"{len(values)} different labels ({classes.listed(map(str, values))}): want one for each, in this order"
         )
     name_of = dict(zip(values, names, strict=True))
     return [_renamed(task, examples, label, name_of) for examples in data]
@@ -65,7 +65,7 @@ def named(task: Task, data: Sequence[Examples], label: str, names: list[str]) ->
 
 def _named_already(examples: Examples, label: str, names: Sequence[str]) -> SensibertError:
     return SensibertError(
-        f"label_names: column '{label}' of {examples.name} has names already ({labels.listed(names)}), want integers, "
+        f"label_names: column '{label}' of {examples.name} has names already ({classes.listed(names)}), want integers, "
         "or label_names left out"
     )
 
@@ -74,11 +74,11 @@ def _renamed(task: Task, examples: Examples, label: str, name_of: dict[int, str]
     column = Column.of(examples, label)
 
     def name(row: int, value: Any) -> str:
-        number = labels.whole(value)
+        number = classes.whole(value)
         if number is None and value in name_of.values():
             return value
         if number not in name_of:
-            known = labels.listed(map(str, name_of))
+            known = classes.listed(map(str, name_of))
             raise column.error(row, f"is {show(value)}, want one of {known}, which label_names gives names to")
         return name_of[number]
 

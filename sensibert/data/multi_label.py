@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from . import labels
-from .labels import Cell, ClassIds, Column, show
+from . import classes, labels
+from .classes import ClassIds
+from .labels import Cell, Column, show
 
 
 def looks_like_list(value: Any) -> bool:
@@ -36,7 +37,7 @@ class LabelLists:
         width = _width(column, rows, count)
         if width is None:
             return cls(column, rows)
-        return cls(column, [[i for i, value in enumerate(row) if labels.whole(value)] for row in rows], width)
+        return cls(column, [[i for i, value in enumerate(row) if classes.whole(value)] for row in rows], width)
 
     def __iter__(self) -> Iterator[Cell]:
         """(row, label) for every label."""
@@ -45,14 +46,14 @@ class LabelLists:
     def names(self) -> list[str]:
         """All labels: the sorted names, integers in numeric order, or the positions. SensibertError for fewer than two,
         or a mixture."""
-        return labels.class_names(self.column, self) if self.width is None else [str(i) for i in range(self.width)]
+        return classes.class_names(self.column, self) if self.width is None else [str(i) for i in range(self.width)]
 
     def matrix(self, names: Sequence[str], numbered: Sequence[str] | None = None) -> np.ndarray:
         """float32 [rows, names]: 1 for the labels of a row. numbered: the names of integers, if they have some.
 
         SensibertError for a label that is none of the names, and for lists of another length."""
         if self.width not in (None, len(names)):
-            wanted = f"want one for each of the {len(names)} labels ({labels.listed(names)})"
+            wanted = f"want one for each of the {len(names)} labels ({classes.listed(names)})"
             raise self.column.error(None, f"holds lists of {self.width} values, {wanted}")
         ids, matrix = ClassIds(names, numbered), np.zeros((len(self.rows), len(names)), np.float32)
         for row, label in self:
@@ -78,9 +79,9 @@ def _width(column: Column, rows: list[list], count: int | None) -> int | None:
     """The common length of lists of 0 and 1, a value for each label; None for lists of labels.
 
     A list with a value twice is no list of labels."""
-    if any(labels.whole(value) not in (0, 1) for row in rows for value in row):
+    if any(classes.whole(value) not in (0, 1) for row in rows for value in row):
         return None
-    lengths, twice = {len(row) for row in rows}, any(len({*map(labels.whole, row)}) < len(row) for row in rows)
+    lengths, twice = {len(row) for row in rows}, any(len({*map(classes.whole, row)}) < len(row) for row in rows)
     if len(lengths) > 1 and twice:
         usual = len(rows[0]) if count is None else count
         row = next(row for row, found in enumerate(rows) if len(found) != usual)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.errors import SensibertError
-from . import labels
+from . import classes, labels
 from .answers import Answer, best_answers
 from .batching import Collator
+from .classes import ClassIds
 from .columns import columns_of, guess_task
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
 from .label_forms import cells_of
-from .labels import ClassIds, Column
+from .labels import Column
 from .metrics import (
     answer_metrics,
     best_constant_f1,
@@ -119,7 +120,7 @@ class TaskData:
         names = None
         if task.name in LABELLED and label not in train.class_names:
             occurring = sorted({str(value).strip() for _, value in cells_of(task, Column.of(train, label))})
-            names = occurring if known and labels.positions_of(known, occurring) is not None else None
+            names = occurring if known and classes.positions_of(known, occurring) is not None else None
         names = _names(task, train, label, names)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
@@ -260,7 +261,7 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
         return list(given)
     column = Column.of(examples, label)
     cells = cells_of(task, column)
-    return cells.names() if isinstance(cells, LabelLists) else labels.class_names(column, cells)
+    return cells.names() if isinstance(cells, LabelLists) else classes.class_names(column, cells)
 
 
 def zeros_and_ones(train: Examples, text_column: str | None, label_column: str | None, task_name: str) -> bool:
@@ -298,8 +299,8 @@ def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
     kinds = []
     for each in data:
         cells = {str(value).strip() for _, value in cells_of(task, Column.of(each, label))}
-        names = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
-        integers = all(labels.whole(cell) is not None for cell in cells)
+        names = label in each.class_names or not any(classes.NUMBER.fullmatch(cell) for cell in cells)
+        integers = all(classes.whole(cell) is not None for cell in cells)
         kinds.append("name" if names else "integer" if integers else "")
     if set(kinds) == {"name", "integer"}:
         named, numbered = (data[kinds.index(kind)].name for kind in ("name", "integer"))
