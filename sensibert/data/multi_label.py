@@ -67,12 +67,13 @@ def _list(column: Column, row: int, value: Any) -> list:
     if not isinstance(value, list):
         came = "is empty" if value is None or not str(value).strip() else f"is {show(value)}"
         raise column.error(row, f'{came}, want a list of labels such as ["a", "b"], or [] for none')
+    value = [int(label) if isinstance(label, bool) else label for label in value]
     for label in value:
         if isinstance(label, str) and not label.strip():
             raise column.error(row, "holds an empty label")
-        if not isinstance(label, str | int | float):
+        if not isinstance(label, str) and classes.whole(label) is None:
             raise column.error(row, f"holds {show(label)}, want names or integers")
-    return [int(label) if isinstance(label, bool) else label for label in value]
+    return value
 
 
 def _width(column: Column, rows: list[list], count: int | None) -> int | None:

@@ -90,10 +90,8 @@ class TaskData:
         names = _names(task, data[0], label, label_names)
         if task.name in LABELLED and len(data) == 2:
             _want_same_kind(task, data, label)
-        encoded = {
-            id(examples): _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride)
-            for examples in data
-        }
+        checked = {id(examples): _inputs_and_labels(task, examples, inputs, label, names) for examples in data}
+        encoded = {of: _encode(task, *parts, tokenizer, max_length, doc_stride) for of, parts in checked.items()}
         longest = max(max(features.lengths) for features in encoded.values())
         collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of, longest)
         if one_logit:
@@ -309,33 +307,35 @@ def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
         )
 
 
-def _encode(
-    task: Task,
-    examples: Examples,
-    inputs: tuple[str, ...],
-    label: str,
-    names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    doc_stride: int,
-) -> Features:
+def _inputs_and_labels(
+    task: Task, examples: Examples, inputs: tuple[str, ...], label: str, names: list[str]
+) -> tuple[list, Any]:
+    """The checked columns of texts, or for tags the words of every row; and the checked labels."""
     column, sources = Column.of(examples, label), [Column.of(examples, name) for name in inputs]
+    numbered = examples.class_names.get(label)
     if task.name == "token-classification":
         sentences = labels.words(sources[0])
-        ids, tags = ClassIds(names, examples.class_names.get(label)), labels.tag_values(column, sentences)
-        encoded = [[ids(column, row, tag) for tag in sentence] for row, sentence in enumerate(tags)]
-        return encode_words(sentences, encoded, tokenizer, max_length)
+        ids, tags = ClassIds(names, numbered), labels.tag_values(column, sentences)
+        return sentences, [[ids(column, row, tag) for tag in sentence] for row, sentence in enumerate(tags)]
     texts = [labels.texts(source) for source in sources]
     if task.name == "question-answering":
-        golds = labels.answers(column, texts[1])
-        return encode_questions(texts[0], texts[1], golds, tokenizer, max_length, doc_stride)
+        return texts, labels.answers(column, texts[1])
     if task.name == "regression":
-        wanted = labels.numbers(column)
-    elif task.name == MULTI_LABEL:
-        wanted = LabelLists.of(column, len(names)).matrix(names, examples.class_names.get(label))
-    else:
-        ids = ClassIds(names, examples.class_names.get(label))
-        wanted = np.array([ids(column, row, value) for row, value in column.filled()], np.int64)
-    features = encode_text(texts, tokenizer, max_length)
+        return texts, labels.numbers(column)
+    if task.name == MULTI_LABEL:
+        return texts, LabelLists.of(column, len(names)).matrix(names, numbered)
+    ids = ClassIds(names, numbered)
+    return texts, np.array([ids(column, row, value) for row, value in column.filled()], np.int64)
+
+
+def _encode(
+    task: Task, inputs: list, wanted: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+) -> Features:
+    """The parts that `_inputs_and_labels` returns, as features."""
+    if task.name == "token-classification":
+        return encode_words(inputs, wanted, tokenizer, max_length)
+    if task.name == "question-answering":
+        return encode_questions(inputs[0], inputs[1], wanted, tokenizer, max_length, doc_stride)
+    features = encode_text(inputs, tokenizer, max_length)
     features.per_item["labels"] = wanted
     return features

@@ -68,7 +68,9 @@ BAD = {
         [["a"], ["b", 1]],
         "row 2, column 'labels' is 1 (int), and an earlier label is 'a' (str): want numbers",
     ),
-    "fraction": ([[1, 0], [0.5, 1]], "row 2, column 'labels' is 0.5 (float), want an integer or a name"),
+    "fraction": ([[1, 0], [0.5, 1]], "row 2, column 'labels' holds 0.5 (float), want names or integers"),
+    "nan": ([[1, float("nan")]], "row 1, column 'labels' holds nan (float), want names or integers"),
+    "fraction as text": ([["1"], ["0.5"]], "row 2, column 'labels' is '0.5' (str), want an integer or a name"),
     "shorter": (
         [[1, 1, 0], [0, 0]],
         "row 2, column 'labels' holds 2 values, want 0 or 1 for each of the 3 labels, as in",
