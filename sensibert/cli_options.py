@@ -166,6 +166,6 @@ EXTRA = {
 }
 # In which ~ is the home folder; Options has others.
 PATHS = ("folder", "model", "output", "plan", "sensitivity", "vocabulary", "save", "probes", "latency_table")
-DATA_NAMES = ("task", "text_column", "label_column", "max_length", "doc_stride", "precision")
+DATA_NAMES = ("task", "text_column", "label_column", "label_names", "max_length", "doc_stride", "precision")
 SHAPE_NAMES = ("runtime", "latency_shape", "latency_threads")
 MEASUREMENT_NAMES = (*SHAPE_NAMES, "latency_table")

@@ -25,8 +25,8 @@ from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
 from .data.files import Examples, load_examples, texts_of
-from .data.task_data import ONE_LOGIT, TaskData
-from .data.tasks import EMBEDDING, PRESETS, get_task
+from .data.task_data import LOGIT_PER_LABEL, TaskData
+from .data.tasks import EMBEDDING, LABELLED, MULTI_LABEL, PRESETS, Task, get_task
 from .decide import cut_once
 from .deploy import export_graph
 from .deploy.costs import Target, measure_costs, write_probes
@@ -41,6 +41,7 @@ from .inputs import (
     load_tokenizer,
     outlined,
     output_names,
+    prepared,
     to_best_device,
     training_examples,
     validation_examples,
@@ -71,6 +72,8 @@ def outline(options: Options) -> dict:
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
     check_family(options.model)
+    if options.task != EMBEDDING and train:
+        train, validation = prepared(options, train, validation)
     data = outlined(options, train) if train else None  # of a preset nothing is fetched
     task = data.task.name if data else options.task
     assert task is not None  # options without a training file name a preset
@@ -282,7 +285,9 @@ def _task_of(model: PreTrainedModel, options: Options) -> str:
             return task
     if "SequenceClassification" not in name:
         raise SensibertError(f"model: {options.model} is a {name}, want a fine-tuned model with a task head")
-    return "regression" if len(output_names(model.config, options.model)) == 1 else "text-classification"
+    if len(output_names(model.config, options.model)) == 1:
+        return "regression"
+    return MULTI_LABEL if model.config.problem_type == LOGIT_PER_LABEL else "text-classification"
 
 
 def _noted_lengths(model: str) -> dict:
@@ -328,22 +333,35 @@ def _model_and_data(
     name, names = _task_of(model, options), output_names(model.config, options.model)
     assert examples is not None  # both files were asked for above
     if one_logit := has_one_logit(model.config, len(names), get_task(name).name, examples, options):
-        name, model.config.problem_type = "regression", ONE_LOGIT
+        name, model.config.problem_type = "regression", LOGIT_PER_LABEL
     options = replace(options.resolved(), task=name)
     task = get_task(name)
     if task.auto_class_name.removeprefix("AutoModelFor") not in type(model).__name__:
         raise SensibertError(f"task is {task.name!r}, but {options.model} holds a {type(model).__name__}")
     if task.name == "regression" and len(names) != 1:
         raise SensibertError(f"task is 'regression', but {options.model} has {len(names)} classes, want 1 output")
-    classes = names if task.name in ("text-classification", "token-classification") else None
+    _want_problem_of(task, model, options.model)
+    classes = names if task.name in LABELLED else None
     if task.name == "question-answering" and len(names) != 2:
         raise SensibertError(f"task is {task.name!r}, but {options.model} has {len(names)} outputs, want 2")
     if classes is not None and len(classes) < 2:
         raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
+    train, validation = prepared(options, train, validation, known=classes or ())
     data = encode(options, tokenizer, train, validation, classes, one_logit)
     check_room(model, data)
     to_best_device(model)
     return model, data
+
+
+def _want_problem_of(task: Task, model: PreTrainedModel, source: str) -> None:
+    """SensibertError if a classifier was trained for one label a row and the task has several, or the other way."""
+    known = model.config.problem_type
+    if task.name == MULTI_LABEL and known == "single_label_classification":
+        raise SensibertError(f"task is {task.name!r}, but {source} gives one label a row, want text-classification")
+    if task.name == "text-classification" and known == LOGIT_PER_LABEL:
+        raise SensibertError(f"task is {task.name!r}, but {source} gives several labels a row, want {MULTI_LABEL}")
+    if task.name == MULTI_LABEL:
+        model.config.problem_type = LOGIT_PER_LABEL  # some models leave it out
 
 
 def _embedding_model_and_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,11 +24,13 @@ from transformers.utils import cached_file
 
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
-from .data import labels
+from .data import classes
+from .data.columns import columns_of, guess_task
 from .data.embedding_data import EmbeddingData, different_texts
 from .data.files import Examples, load_examples, texts_of
-from .data.task_data import ONE_LOGIT, TaskData, guess_task, zeros_and_ones
-from .data.tasks import EMBEDDING, PRESETS, get_task
+from .data.label_forms import joined, named
+from .data.task_data import LOGIT_PER_LABEL, TaskData, zeros_and_ones
+from .data.tasks import EMBEDDING, LABELLED, LABELS, MULTI_LABEL, PRESETS, get_task
 from .models import base_type, families
 from .models.masks import Masks
 from .models.modules import attribute, positions, unsupported
@@ -79,6 +82,38 @@ def validation_examples(options: Options) -> Examples | None:
     return load_examples(preset.source, preset.validation_split)
 
 
+def prepared(options: Options, *parts: Examples | None, known: Sequence[str] = ()) -> list[Examples | None]:
+    """The parts with the labels of several columns in one, and with names for integers where the options have some.
+
+    known: the classes of an existing model. SensibertError for columns or names that do not fit the labels."""
+    columns, data = (options.text_column, options.label_column), [part for part in parts if part is not None]
+    if options.task in (None, MULTI_LABEL):
+        data = [_joined(options.label_column, part, known) for part in data]
+    if options.label_names is not None and data:
+        task = get_task(options.task or guess_task(data[0], *columns, named=True))
+        if task.name not in LABELLED:
+            raise SensibertError(f"label_names: {data[0].name} is read as {task.name}, which has no classes")
+        data = named(task, data, columns_of(task, data[0], *columns)[1], options.names_of_labels())
+    rest = iter(data)
+    return [None if part is None else next(rest) for part in parts]
+
+
+def _joined(label_column: str | None, examples: Examples, known: Sequence[str]) -> Examples:
+    """Without label_column: the columns called after the classes of a model, if there is no column of labels."""
+    if label_column is None:
+        several = known and not set(LABELS) & set(examples.columns) and set(known) <= set(examples.columns)
+        return joined(examples, known, LABELS[0]) if several else examples
+    if label_column in examples.columns or "," not in label_column:
+        return examples
+    names = [name.strip() for name in label_column.split(",")]
+    if known and classes.positions_of(known, names) is None:
+        raise SensibertError(
+            f"label_column is '{label_column}', and the labels of the model are {classes.listed(known)}: want a column "
+            "for each"
+        )
+    return joined(examples, names, label_column)
+
+
 def outlined(options: Options, train: Examples) -> TaskData:
     """The task of a run and its classes, in the order of the model's head if it has one for them; nothing is encoded.
 
@@ -91,16 +126,16 @@ def outlined(options: Options, train: Examples) -> TaskData:
     task = get_task(options.task or guess_task(train, *columns))
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)  # `check_family` has read it
     kind, known = task.auto_class_name.removeprefix("AutoModelFor"), config.architectures
-    classes = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
-    said = any(kind in name for name in classes)
-    names = output_names(config, options.model) if said or not classes else []  # a config may not say what the file has
+    heads = [name for name in ([known] if isinstance(known, str) else known or ()) if _is_class(name)]
+    said = any(kind in name for name in heads)
+    names = output_names(config, options.model) if said or not heads else []  # a config may not say what the file has
     if said and options.task not in PRESETS and has_one_logit(config, len(names), task.name, train, options):
         return replace(TaskData.outlined("regression", train, *columns), one_logit=True)
-    data = TaskData.outlined(task.name, train, *columns, [] if labels.generic(names) else names)
+    data = TaskData.outlined(task.name, train, *columns, [] if classes.generic(names) else names)
     if len(names) != len(data.label_names):  # `load_model` makes a new head
         return replace(data, own_names=data.label_names)
-    ordered = labels.in_order_of(names, data.label_names, options.model, train.name)
-    if said and labels.generic(names) and not labels.generic(data.label_names):
+    ordered = classes.in_order_of(names, data.label_names, options.model, train.name)
+    if said and classes.generic(names) and not classes.generic(data.label_names):
         message = "model: %s numbers its %d classes; they are taken as %s, in this order"
         logging.getLogger("sensibert").warning(message, options.model, len(names), ", ".join(ordered))
     return replace(data, label_names=ordered, own_names=data.label_names)
@@ -113,7 +148,7 @@ def has_one_logit(config: PreTrainedConfig, outputs: int, task: str, examples: E
     if outputs != 1 or task not in ("regression", "text-classification") or config.problem_type == "regression":
         return False
     binary = zeros_and_ones(examples, options.text_column, options.label_column, task)
-    return binary or (task == "regression" and config.problem_type == ONE_LOGIT)
+    return binary or (task == "regression" and config.problem_type == LOGIT_PER_LABEL)
 
 
 def _is_class(name: str) -> bool:
@@ -122,14 +157,16 @@ def _is_class(name: str) -> bool:
 
 def load_data(options: Options, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Training and validation data as features, with the classes of `outlined`."""
-    train = training_examples(options)
+    given = training_examples(options), validation_examples(options)
     if options.task == EMBEDDING:
-        return encode_texts(options, tokenizer, train, validation_examples(options), options.rows())
+        return encode_texts(options, tokenizer, *given, options.rows())
+    train, validation = prepared(options, *given)
+    assert train is not None  # as it was given
     data = outlined(options, train)
     if options.task is None or data.one_logit:
         options = replace(options, task=data.task.name)
     names = data.label_names or None
-    encoded = encode(options, tokenizer, train, validation_examples(options), names, data.one_logit)
+    encoded = encode(options, tokenizer, train, validation, names, data.one_logit)
     return replace(encoded, own_names=data.own_names)
 
 
@@ -220,7 +257,7 @@ def output_names(config: PreTrainedConfig, source: str) -> list[str]:
         keys = ", ".join(map(str, names))
         raise SensibertError(f"model: id2label in its config.json has the keys {keys}, want 0 to {len(names) - 1}")
     listed = [str(names[i]) for i in range(len(names))]
-    if labels.generic(listed):  # some files have only label2id, which transformers then overwrites
+    if classes.generic(listed):  # some files have only label2id, which transformers then overwrites
         try:
             written = PreTrainedConfig.get_config_dict(source)[0].get("label2id") or {}
         except OSError:
@@ -256,6 +293,15 @@ def check_room(model: PreTrainedModel, data: TaskData, argument: str = "model") 
             )
 
 
+def _want_same_problem(config: PreTrainedConfig, data: TaskData, source: str) -> None:
+    """SensibertError if a teacher gives one label a row and the task has several, or the other way round."""
+    several = {"single_label_classification": False, LOGIT_PER_LABEL: True}.get(config.problem_type or "")
+    if several is None or data.num_labels < 2 or several == (data.task.name == MULTI_LABEL):
+        return
+    gives = "several labels" if several else "one label"
+    raise SensibertError(f"teacher: {source} gives {gives} a row, want a model fine-tuned for {data.task.name}")
+
+
 def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | None:
     """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
@@ -271,11 +317,12 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
             f"teacher: {source} is a {type(teacher).__name__} with {len(outputs)} outputs, want a model fine-tuned for "
             f"{data.task.name} with {data.num_labels}"
         )
+    _want_same_problem(teacher.config, data, source)
     check_room(teacher, data, "teacher")
     own = data.own_names or data.label_names
     # Classes that are only numbered are those of the data, in their own order.
-    order = labels.positions_of(own if labels.generic(outputs) else outputs, data.label_names)
-    if order is None and data.label_names and not labels.generic(data.label_names):
+    order = classes.positions_of(own if classes.generic(outputs) else outputs, data.label_names)
+    if order is None and data.label_names and not classes.generic(data.label_names):
         theirs, ours = ", ".join(outputs), ", ".join(data.label_names)
         raise SensibertError(f"teacher: {source} has the classes {theirs}, want {ours}")
     if order is None or order == sorted(order):

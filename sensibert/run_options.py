@@ -12,7 +12,7 @@ from .core.arguments import checked, show
 from .core.config import LAYOUTS, PACKING, TrimConfig, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
-from .data.tasks import EMBEDDING, PRESETS, TASKS, get_task
+from .data.tasks import EMBEDDING, LABELLED, PRESETS, TASKS, get_task
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,12 @@ class Options:
         None, "Peak learning rate.", bound=POSITIVE, show_default="1e-4, or the preset's"
     )
     text_column: str | None = setting(None, "Column with the input, or two columns: a,b.", DATA)
-    label_column: str | None = setting(None, "Column with the labels.", DATA)
+    label_column: str | None = setting(
+        None, "Column with the labels, or for several labels a row columns of 0 and 1: a,b,c.", DATA
+    )
+    label_names: str | None = setting(
+        None, "Names of labels that are integers, in the order of their values: a,b,c.", DATA
+    )
     max_length: int | None = setting(
         None, "Maximum number of tokens per row.", DATA, bound=POSITIVE, show_default="128, for questions 384"
     )
@@ -133,8 +138,21 @@ class Options:
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
         if self.task is not None:
             get_task(self.task)
+        if self.label_names is not None:
+            self._check_label_names()
         if self.task == EMBEDDING:
             self._check_embedding()
+
+    def _check_label_names(self) -> None:
+        names = self.names_of_labels()
+        if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+            raise SensibertError(
+                f"label_names is {show(self.label_names)}, want two or more different names, separated by commas"
+            )
+        if self.task is not None and (task := get_task(self.task).name) not in LABELLED:
+            raise SensibertError(
+                f"label_names is {show(self.label_names)}, but task {task} has no classes; want it left out"
+            )
 
     def _check_embedding(self) -> None:
         usual = settings_of(Options)
@@ -200,6 +218,10 @@ class Options:
                 chosen["max_steps"] = STEPS_OF_EMBEDDING
         chosen |= {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, trim=self.trim.resolved(), precision=self._precision(), **chosen)
+
+    def names_of_labels(self) -> list[str]:
+        """`label_names`, one by one."""
+        return [name.strip() for name in (self.label_names or "").split(",")]
 
     def rows(self) -> int | None:
         """How many rows max_steps reads; None if epochs tell how long the run is."""

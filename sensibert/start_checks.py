@@ -25,6 +25,7 @@ from .models.reloadable import stock_class
 from .models.wrapped import has_classes, inner_batches, inner_model, is_wrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss, given_loss
+from .sensitivity.sampled_loss import loss_of
 from .training.finetune import want_one_process
 from .trimming.self_check import probe
 
@@ -87,7 +88,9 @@ def check_analysis(
                 f"TrimCallback: method {config.method!r} draws labels from the classes of a head, and {name} has none; "
                 f"want method={other!r}, which needs no labels"
             )
-        needs.append((loss, f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}"))
+        needs.append(
+            (loss_of(model, loss), f"logits (return_dict=True), or loss= of TrimCallback, or method={other!r}")
+        )
     if rule.data and not rule.sampled and rule.reduce != "factors" and not chosen:
         if is_wrapped(trained):
             raise SensibertError(

@@ -76,6 +76,32 @@ def tag_file(path: Path, rows: int = 48, seed: int = 0) -> str:
     return str(path)
 
 
+TELLING = {"anger": "bad", "joy": "good", "place": "paris"}
+
+
+def labelled(rows: int, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """None, one or more telling words among others, and the labels that they tell."""
+    rng = random.Random(seed)
+    actual = []
+    for _ in range(rows):
+        labels = [label for label in TELLING if rng.random() < 0.4]
+        words = [*rng.choices(REST, k=rng.randint(2, 5)), *(TELLING[label] for label in labels)]
+        rng.shuffle(words)
+        actual.append((" ".join(words), labels))
+    return actual
+
+
+def label_file(path: Path, rows: int = 48, seed: int = 0) -> str:
+    """Lists of labels in a jsonl file, or in a csv file a column of 0 and 1 for each label."""
+    with open(path, "w", newline="") as file:
+        if path.suffix == ".csv":
+            rows_ = [(text, *(int(label in labels) for label in TELLING)) for text, labels in labelled(rows, seed)]
+            csv.writer(file).writerows([("text", *TELLING), *rows_])
+        else:
+            file.writelines(json.dumps({"text": text, "labels": ls}) + "\n" for text, ls in labelled(rows, seed))
+    return str(path)
+
+
 def pair_file(path: Path, rows: int = 48, seed: int = 0, header=("sentence1", "sentence2", "label")) -> str:
     """Do both sentences tell the same?"""
     first, second = sentences(rows, seed), sentences(rows, seed + 1000)

@@ -121,8 +121,6 @@ BAD_FILES = {
     "header only": (b"sentence,label\n", "holds no rows"),
     "missing label": (b"sentence,stars\ngood,1\nbad,0\n", r"no column 'label'.* the columns are 'sentence', 'stars'"),
     "missing text": (b"words,label\ngood,1\nbad,0\n", "wants the columns"),
-    "gap in labels": (b"sentence,label\ngood,0\nbad,1\ndull,5\n", r"row 3, column 'label' is '5'.* without gaps"),
-    "negative label": (b"sentence,label\ngood,-1\nbad,1\n", r"row 1, column 'label' is '-1'"),
     "mixed labels": (b"sentence,label\ngood,1\nbad,dull\n", "want numbers only or names only"),
     "nan label": (b"sentence,label\ngood,nan\nbad,1\n", "row 1, column 'label' is 'nan'"),
     "no label": (b"sentence,label\ngood,1\nbad,\n", "row 2, column 'label' is empty"),

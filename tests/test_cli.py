@@ -126,6 +126,7 @@ def test_people_get_tables(chain):
         pytest.param(runs.number_file, {"pearson", "spearman"}, id="regression"),
         pytest.param(runs.question_file, {"em", "f1"}, id="answers"),
         pytest.param(runs.tag_file, {"f1", "precision", "recall", "accuracy"}, id="tags"),
+        pytest.param(runs.label_file, {"f1_micro", "f1_macro", "f1/anger", "f1/joy", "f1/place"}, id="labels"),
     ],
 )
 def test_every_task_is_guessed_tuned_trimmed_and_scored_alike(here, tmp_path, write, metrics):

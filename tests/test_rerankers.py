@@ -58,6 +58,14 @@ def test_labels_0_and_1_train_the_logit_of_the_only_output(task, here):
     assert again.code == 0 and again.json["metrics"] == pytest.approx(metrics)
 
 
+def test_labels_0_and_1_may_have_a_point(here):
+    for name, rows, seed in (("train", 160, 1), ("dev", 36, 2)):
+        pair_file(here / f"{name}.csv", rows, seed, labels=("0.0", "1.0"))
+    done = finetuned(here)
+    assert done.code == 0 and done.json["metrics"]["accuracy"] > 0.9, done.err
+    assert problem(here / "out") == "multi_label_classification"
+
+
 def test_a_model_for_numbers_and_one_without_labels_0_and_1_keep_the_squared_error(here):
     set_problem(here / "reranker", "regression")
     assert finetuned(here, "--task", "regression").code == 0 and problem(here / "out") == "regression"

@@ -7,7 +7,6 @@ import gzip
 import io
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from ..core.errors import SensibertError, first_line
 from ..core.json_text import parse_json
+from .delimiters import csv_rows
 
 # Compressed content may have this many bytes, or this many times those of its file.
 FREE_BYTES, RATIO = 2**28, 100
@@ -110,20 +110,7 @@ def _table(rows: list[tuple[int, list[str]]], name: str) -> dict[str, list]:
 
 
 def _read_csv(data: bytes, name: str) -> dict[str, list]:
-    """Strict: an unclosed quote is an error and does not absorb the rows after it."""
-    reader = csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True)
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # long contexts are allowed
-    rows, line = [], 1
-    try:
-        for fields in reader:
-            if fields:
-                rows.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise SensibertError(f"{name}: line {line}: not csv ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
-    return _table(rows, name)
+    return _table(csv_rows(_decode(data, name), name), name)
 
 
 def _read_tsv(data: bytes, name: str) -> dict[str, list]:

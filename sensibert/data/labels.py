@@ -1,12 +1,10 @@
-"""Columns of examples -> checked texts, class ids, numbers, words, tags and answers.
+"""Columns of examples -> checked texts, numbers, words, tags and answers; class ids are in `classes`.
 
 Every error names file, row and column, the value, and what was expected."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +15,6 @@ from ..core.errors import SensibertError
 from ..core.json_text import parse_json
 from .files import Examples
 
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
-NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Cell = tuple[int, Any]  # row (from 0), value
@@ -74,138 +69,6 @@ def texts(column: Column) -> list[str]:
     return column.values
 
 
-def kind(column: Column, values: Iterable[Cell]) -> str:
-    """'integer', 'number' or 'name' for labels; strings that are numbers count as numbers.
-
-    SensibertError for names among numbers, and for NaN and infinity."""
-    first: dict[str, Cell] = {}
-    for row, value in values:
-        first.setdefault(_kind_of(column, row, value), (row, value))
-    if "name" in first and {"integer", "number"} & set(first):
-        (row, value), (_, other) = sorted((first["name"], first.get("integer") or first["number"]), reverse=True)
-        raise column.error(
-            row, f"is {show(value)}, and an earlier label is {show(other)}: want numbers only or names only"
-        )
-    if "name" in first:
-        return "name"
-    if "not finite" in first:
-        row, value = first["not finite"]
-        raise column.error(row, f"is {show(value)}, want a label")
-    return "number" if "number" in first else "integer"
-
-
-def _kind_of(column: Column, row: int, value: Any) -> str:
-    if isinstance(value, bool):
-        return "name"
-    if isinstance(value, int):
-        return "integer"
-    if isinstance(value, float):
-        return "number" if math.isfinite(value) else "not finite"
-    if not isinstance(value, str):
-        raise column.error(row, f"is {show(value)}, want an integer, a number or a name")
-    text = value.strip()
-    patterns = {"integer": INTEGER, "number": NUMBER, "not finite": NOT_FINITE}
-    return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), "name")
-
-
-def first_number(column: Column, cells: Iterable[Cell]) -> Cell:
-    """The first label that is a number but not an integer, in a column of kind 'number'."""
-    return next(cell for cell in cells if _kind_of(column, *cell) == "number")
-
-
-def class_names(column: Column, values: Iterable[Cell]) -> list[str]:
-    """The classes in a training column: the sorted names, or '0' to 'n-1' for integers without gaps.
-
-    SensibertError for fewer than two classes, gaps, and numbers that are not integers."""
-    cells = list(values)
-    labels = kind(column, cells)
-    if labels == "number":
-        row, value = first_number(column, cells)
-        raise column.error(row, f"is {show(value)}, want an integer or a name (to predict numbers: task regression)")
-    names = sorted({str(value).strip() for _, value in cells}) if labels == "name" else []
-    integers = sorted({int(value) for _, value in cells}) if labels == "integer" else []
-    classes: list[Any] = names or integers
-    if len(classes) < 2:
-        only = f"only one class, {show(classes[0])}" if classes else "no labels at all"
-        raise column.error(None, f"has {only}: want at least two")
-    outside = next((cell for cell in cells if integers and not 0 <= int(cell[1]) < len(integers)), None)
-    if outside is not None:
-        listed = ", ".join(str(i) for i in integers[:8]) + (", ..." if len(integers) > 8 else "")
-        rule = f"the {len(integers)} integers are {listed}: want 0 to n-1 without gaps, or names"
-        raise column.error(outside[0], f"is {show(outside[1])}; {rule} (to predict numbers: task regression)")
-    return [str(name) for name in classes]
-
-
-def generic(names: Sequence[str]) -> bool:
-    """Whether the names only number the classes: LABEL_0, LABEL_1, ... or 0, 1, ..."""
-    folded = [name.casefold() for name in names]
-    return folded in ([f"label_{i}" for i in range(len(names))], [str(i) for i in range(len(names))])
-
-
-def positions_of(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """Where each of `wanted` stands in `names`, upper and lower case being the same; None if they are not the same
-    names."""
-    folded = [[str(name).casefold() for name in part] for part in (names, wanted)]
-    if len(set(folded[0])) < len(names) or sorted(folded[0]) != sorted(folded[1]):
-        names, wanted = list(names), list(wanted)
-        return [names.index(name) for name in wanted] if sorted(names) == sorted(wanted) else None
-    return [folded[0].index(name) for name in folded[1]]
-
-
-def in_order_of(model: Sequence[str], data: Sequence[str], source: str, file: str) -> list[str]:
-    """The classes of the data in the order of a model's outputs, of which there are as many.
-
-    If only one of them has names, these. SensibertError, showing both, if their names differ."""
-    if (found := positions_of(data, model)) is not None:
-        return [data[i] for i in found]
-    if generic(model):
-        return list(data)
-    if generic(data):
-        return list(model)
-    raise SensibertError(
-        f"model: {source} has the classes {_listed(model)}, and {file} has {_listed(data)}: want the same names, or a "
-        "model without a head for this task"
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-class ClassIds:
-    """Label -> class id: the label with that name; where no name is a number, an integer is LABEL_i, or the id itself.
-
-    numbered: the names of the integers in a column, where the data set has them. Upper and lower case are the same if
-    no two names differ by it only. SensibertError for a label that is no class."""
-
-    def __init__(self, names: Sequence[str], numbered: Sequence[str] | None = None) -> None:
-        self.names, self.ids = list(names), {name: i for i, name in enumerate(names)}
-        folded = {name.casefold(): i for i, name in enumerate(names)}
-        self.folded = folded if len(folded) == len(names) else {}
-        self.numbered = None if numbered is None or generic(names) else list(numbered)
-        self.counts = self.numbered is None and not any(NUMBER.fullmatch(name) for name in names)
-
-    def __call__(self, column: Column, row: int, value: Any) -> int:
-        name = str(value).strip()
-        label = self.ids.get(name, self.folded.get(name.casefold()))
-        if label is None and _kind_of(column, row, value) == "integer":
-            label = self._of_integer(int(value))
-        if label is None:
-            known, own = _listed(self.names), f"; its integers are {_listed(self.numbered)}" if self.numbered else ""
-            raise column.error(row, f"is {show(value)}, want one of the {len(self.names)} classes ({known}){own}")
-        self.ids[name] = label
-        return label
-
-    def _of_integer(self, value: int) -> int | None:
-        if self.numbered is not None:
-            name = self.numbered[value] if 0 <= value < len(self.numbered) else ""
-            return self.ids.get(name, self.folded.get(name.casefold()))
-        for name in (str(value), f"label_{value}"):
-            if name in self.folded:
-                return self.folded[name]
-        return value if self.counts and 0 <= value < len(self.names) else None
-
-
 def numbers(column: Column) -> np.ndarray:
     """The column as float32 [rows]; SensibertError for a value that is no finite number."""
     result = []
@@ -224,14 +87,15 @@ def lists(column: Column) -> list[list]:
     result = []
     for row, value in enumerate(column.values):
         if isinstance(value, str):
-            value = _json(column, row, value, "list") if value.lstrip().startswith("[") else value.split()
+            value = json_cell(column, row, value, "list") if value.lstrip().startswith("[") else value.split()
         if not isinstance(value, list):
             raise column.error(row, f"is {show(value)}, want a list")
         result.append(value)
     return result
 
 
-def _json(column: Column, row: int, value: str, want: str) -> Any:
+def json_cell(column: Column, row: int, value: str, want: str) -> Any:
+    """A cell of JSON; SensibertError if it is not."""
     try:
         return parse_json(value, any_size=True)
     except ValueError:
@@ -274,7 +138,7 @@ def answers(column: Column, contexts: list[str]) -> list[list[tuple[str, int]]]:
     result: list[list[tuple[str, int]]] = []
     for row, (value, context) in enumerate(zip(column.values, contexts)):
         if isinstance(value, str):
-            value = _json(column, row, value, "object {text: [...], answer_start: [...]}")
+            value = json_cell(column, row, value, "object {text: [...], answer_start: [...]}")
         if isinstance(value, list):  # [{text, answer_start}, ...]
             value = {key: [a.get(key) if isinstance(a, dict) else a for a in value] for key in ("text", "answer_start")}
         pair = [value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start")]

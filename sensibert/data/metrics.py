@@ -24,6 +24,27 @@ def classification_metrics(predicted: np.ndarray, wanted: np.ndarray, num_labels
     return metrics
 
 
+def multi_label_metrics(predicted: np.ndarray, wanted: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """bool [rows, labels] -> f1_micro, f1_macro, and f1/NAME of every label; 0 without true positives.
+
+    micro: of all pairs of row and label; macro: the mean over labels (as in scikit-learn)."""
+    counts = [part.sum(0, dtype=np.int64) for part in (predicted & wanted, predicted, wanted)]
+    each = [_f1(*map(int, label)) for label in zip(*counts, strict=True)]
+    micro = _f1(*(int(count.sum()) for count in counts))
+    return {
+        "f1_micro": micro,
+        "f1_macro": _mean(each),
+        **{f"f1/{name}": f1 for name, f1 in zip(names, each, strict=True)},
+    }
+
+
+def best_constant_f1(wanted: np.ndarray) -> float:
+    """f1_micro of the labels that are best to predict for every row; wanted: bool [rows, labels]."""
+    hits = np.sort(wanted.sum(0))[::-1].cumsum()  # of the most frequent label, of the two most frequent ones, ...
+    predicted = len(wanted) * np.arange(1, len(hits) + 1)
+    return float((2 * hits / (predicted + wanted.sum())).max())
+
+
 def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Values [rows] -> pearson and spearman (ties have their mean rank); 0 if either side is constant."""
     return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}

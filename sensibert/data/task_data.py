@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..core.errors import SensibertError
-from . import labels
+from . import classes, labels
 from .answers import Answer, best_answers
 from .batching import Collator
+from .classes import ClassIds
+from .columns import columns_of, guess_task
 from .encode import IGNORED, Features, Windows, encode_questions, encode_text, encode_words
 from .files import Examples
-from .labels import Cell, ClassIds, Column
-from .metrics import answer_metrics, classification_metrics, ranking_metrics, regression_metrics, tagging_metrics
-from .tasks import Task, get_task
+from .label_forms import cells_of
+from .labels import Column
+from .metrics import (
+    answer_metrics,
+    best_constant_f1,
+    classification_metrics,
+    multi_label_metrics,
+    ranking_metrics,
+    regression_metrics,
+    tagging_metrics,
+)
+from .multi_label import LabelLists
+from .tasks import LABELLED, MULTI_LABEL, Task, get_task
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 QUERY_IDS = ("query_id", "query-id", "qid")  # columns that make the rows of validation data rankings
-# transformers' problem_type of a logit for each label, here of a single one.
-ONE_LOGIT: Literal["multi_label_classification"] = "multi_label_classification"
-LABELLED = ("text-classification", "token-classification")
+# transformers' problem_type of a logit for each label, also of a single one, with binary cross entropy.
+LOGIT_PER_LABEL: Literal["multi_label_classification"] = "multi_label_classification"
 Logits = Sequence[np.ndarray]  # of one output, or of start and end
-
-
-def guess_task(examples: Examples, text_column: str | None = None, label_column: str | None = None) -> str:
-    """Guess the task from the columns, and for single labels from their values.
-
-    SensibertError if there is no label column, or if the labels may be classes or numbers."""
-    columns = examples.columns
-    chosen = set((text_column or "").split(",")) | {label_column}
-    if {"question", "context", "answers"} <= set(columns) and chosen <= {"", None, "question", "context", "answers"}:
-        return "question-answering"
-    label = label_column
-    if label is None:
-        label = next((c for c in ("label", "tags", "ner_tags") if c in columns), None)
-    if label is None:
-        existing = ", ".join(repr(c) for c in columns)
-        raise SensibertError(f"{examples.name}: no column 'label', 'tags' or 'answers', the columns are {existing}")
-    column = Column.of(examples, label, "" if label_column is None else "label_column")
-    if label in ("tags", "ner_tags") or isinstance(column.values[0], list):
-        return "token-classification"
-    if labels.kind(column, column.filled()) != "number":
-        return "text-classification"
-    if all(float(value).is_integer() for value in column.values):
-        row, value = labels.first_number(column, column.filled())
-        want = "want a task (regression to predict numbers), or classes written as integers"
-        raise column.error(row, f"is {labels.show(value)}, and all labels are whole numbers: {want}")
-    return "regression"
 
 
 @dataclass
@@ -97,7 +82,7 @@ class TaskData:
         if not data:
             raise SensibertError("TaskData: train and validation are both None, want at least one")
         task = get_task(task_name or guess_task(data[0], text_column, label_column))
-        inputs, label = _columns(task, data[0], text_column, label_column)
+        inputs, label = columns_of(task, data[0], text_column, label_column)
         max_length = task.max_length if max_length is None else max_length
         doc_stride = min(128, max_length // 3) if doc_stride is None else doc_stride
         if tokenizer.pad_token_id is None:
@@ -105,10 +90,8 @@ class TaskData:
         names = _names(task, data[0], label, label_names)
         if task.name in LABELLED and len(data) == 2:
             _want_same_kind(task, data, label)
-        encoded = {
-            id(examples): _encode(task, examples, inputs, label, names, tokenizer, max_length, doc_stride)
-            for examples in data
-        }
+        checked = {id(examples): _inputs_and_labels(task, examples, inputs, label, names) for examples in data}
+        encoded = {of: _encode(task, *parts, tokenizer, max_length, doc_stride) for of, parts in checked.items()}
         longest = max(max(features.lengths) for features in encoded.values())
         collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of, longest)
         if one_logit:
@@ -131,11 +114,11 @@ class TaskData:
 
         known: classes of a model, which are those of the data if they are the labels that occur."""
         task = get_task(task_name)
-        label = _columns(task, train, text_column, label_column)[1]
+        label = columns_of(task, train, text_column, label_column)[1]
         names = None
         if task.name in LABELLED and label not in train.class_names:
-            occurring = sorted({str(value).strip() for _, value in _cells(task, Column.of(train, label))})
-            names = occurring if labels.positions_of(known, occurring) is not None else None
+            occurring = sorted({str(value).strip() for _, value in cells_of(task, Column.of(train, label))})
+            names = occurring if known and classes.positions_of(known, occurring) is not None else None
         names = _names(task, train, label, names)
         return cls(task, _outputs(task, names), names, None, None, Collator(0))
 
@@ -150,6 +133,8 @@ class TaskData:
             raise SensibertError("constant_score: there is no validation data")
         if isinstance(self.validation, Windows):  # no answer
             return float(np.mean([not golds for golds in self.validation.golds]))
+        if self.task.name == MULTI_LABEL:
+            return best_constant_f1(self.validation.per_item["labels"] > 0.5)
         if self.task.name != "text-classification":  # correlations, and f1 of entities
             return 0.0
         return float(np.bincount(self.validation.per_item["labels"]).max() / len(self.validation))
@@ -164,11 +149,12 @@ class TaskData:
         """The entries of a model's config that define its head."""
         names = self.label_names or [f"LABEL_{i}" for i in range(self.num_labels)]
         problem = {"text-classification": "single_label_classification", "regression": "regression"}
+        problem[MULTI_LABEL] = LOGIT_PER_LABEL
         return {
             "num_labels": self.num_labels,
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": ONE_LOGIT if self.one_logit else problem.get(self.task.name),
+            "problem_type": LOGIT_PER_LABEL if self.one_logit else problem.get(self.task.name),
         }
 
     def compute_metrics(self, predictions: Any, label_ids: Any = None) -> dict[str, float]:
@@ -199,6 +185,10 @@ class TaskData:
         if self.queries is not None and self.num_labels == 2:
             metrics |= ranking_metrics(logits[0][:, 1] - logits[0][:, 0], wanted, self.queries)
         return metrics
+
+    def _label_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
+        return multi_label_metrics(logits[0] > 0, wanted > 0.5, self.label_names)
 
     def _number_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         wanted = data.per_item["labels"] if label_ids is None else np.asarray(label_ids)
@@ -245,33 +235,11 @@ class TaskData:
 
 _METRICS = {
     "text-classification": TaskData._class_metrics,
+    MULTI_LABEL: TaskData._label_metrics,
     "regression": TaskData._number_metrics,
     "token-classification": TaskData._tag_metrics,
     "question-answering": TaskData._answer_metrics,
 }
-
-
-def _columns(task: Task, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
-    """The input columns and the label column of the examples for this task."""
-    inputs: tuple[str, ...] | None
-    if text is not None:
-        inputs = (text,) if text in examples.columns else tuple(part.strip() for part in text.split(","))
-    else:
-        inputs = next((c for c in task.input_columns if set(c) <= set(examples.columns)), None)
-    if inputs is None:
-        wanted = " or ".join(", ".join(repr(c) for c in columns) for columns in task.input_columns)
-        existing = ", ".join(repr(c) for c in examples.columns)
-        raise SensibertError(f"{examples.name}: {task.name} wants the columns {wanted}; the columns are {existing}")
-    counts = {len(columns) for columns in task.input_columns}
-    if len(inputs) not in counts:
-        wanted = " or ".join(map(str, sorted(counts)))
-        raise SensibertError(f"text_column is '{text}', {task.name} takes {wanted} columns, separated by commas")
-    for name in inputs if text is not None else ():
-        Column.of(examples, name, "text_column")
-    if label is not None:
-        Column.of(examples, label, "label_column")
-        return inputs, label
-    return inputs, next((c for c in task.label_columns if c in examples.columns), task.label_columns[0])
 
 
 def _outputs(task: Task, names: list[str]) -> int:
@@ -290,12 +258,13 @@ def _names(task: Task, examples: Examples, label: str, given: list[str] | None) 
             raise SensibertError(f"label_names is {list(given)}, want at least two different names")
         return list(given)
     column = Column.of(examples, label)
-    return labels.class_names(column, _cells(task, column))
+    cells = cells_of(task, column)
+    return cells.names() if isinstance(cells, LabelLists) else classes.class_names(column, cells)
 
 
 def zeros_and_ones(train: Examples, text_column: str | None, label_column: str | None, task_name: str) -> bool:
     """Whether the labels are only the numbers 0 and 1."""
-    column = Column.of(train, _columns(get_task(task_name), train, text_column, label_column)[1])
+    column = Column.of(train, columns_of(get_task(task_name), train, text_column, label_column)[1])
     return all(str(value).strip() in ("0", "1", "0.0", "1.0") for _, value in column.filled())
 
 
@@ -323,17 +292,14 @@ def _queries(task: Task, examples: Examples, features: Features, label: str) -> 
     return np.unique(ids, return_inverse=True)[1]
 
 
-def _cells(task: Task, column: Column) -> Iterable[Cell]:
-    return labels.each_tag(column) if task.name == "token-classification" else column.filled()
-
-
 def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
     """SensibertError if one file has integers and the other names that do not say which integer is which."""
     kinds = []
     for each in data:
-        cells = {str(value).strip() for _, value in _cells(task, Column.of(each, label))}
-        names = label in each.class_names or not any(labels.NUMBER.fullmatch(cell) for cell in cells)
-        kinds.append("name" if names else "integer" if all(labels.INTEGER.fullmatch(cell) for cell in cells) else "")
+        cells = {str(value).strip() for _, value in cells_of(task, Column.of(each, label))}
+        names = label in each.class_names or not any(classes.NUMBER.fullmatch(cell) for cell in cells)
+        integers = all(classes.whole(cell) is not None for cell in cells)
+        kinds.append("name" if names else "integer" if integers else "")
     if set(kinds) == {"name", "integer"}:
         named, numbered = (data[kinds.index(kind)].name for kind in ("name", "integer"))
         raise SensibertError(
@@ -341,31 +307,35 @@ def _want_same_kind(task: Task, data: list[Examples], label: str) -> None:
         )
 
 
-def _encode(
-    task: Task,
-    examples: Examples,
-    inputs: tuple[str, ...],
-    label: str,
-    names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    doc_stride: int,
-) -> Features:
+def _inputs_and_labels(
+    task: Task, examples: Examples, inputs: tuple[str, ...], label: str, names: list[str]
+) -> tuple[list, Any]:
+    """The checked columns of texts, or for tags the words of every row; and the checked labels."""
     column, sources = Column.of(examples, label), [Column.of(examples, name) for name in inputs]
+    numbered = examples.class_names.get(label)
     if task.name == "token-classification":
         sentences = labels.words(sources[0])
-        ids, tags = ClassIds(names, examples.class_names.get(label)), labels.tag_values(column, sentences)
-        encoded = [[ids(column, row, tag) for tag in sentence] for row, sentence in enumerate(tags)]
-        return encode_words(sentences, encoded, tokenizer, max_length)
+        ids, tags = ClassIds(names, numbered), labels.tag_values(column, sentences)
+        return sentences, [[ids(column, row, tag) for tag in sentence] for row, sentence in enumerate(tags)]
     texts = [labels.texts(source) for source in sources]
     if task.name == "question-answering":
-        golds = labels.answers(column, texts[1])
-        return encode_questions(texts[0], texts[1], golds, tokenizer, max_length, doc_stride)
+        return texts, labels.answers(column, texts[1])
     if task.name == "regression":
-        wanted = labels.numbers(column)
-    else:
-        ids = ClassIds(names, examples.class_names.get(label))
-        wanted = np.array([ids(column, row, value) for row, value in column.filled()], np.int64)
-    features = encode_text(texts, tokenizer, max_length)
+        return texts, labels.numbers(column)
+    if task.name == MULTI_LABEL:
+        return texts, LabelLists.of(column, len(names)).matrix(names, numbered)
+    ids = ClassIds(names, numbered)
+    return texts, np.array([ids(column, row, value) for row, value in column.filled()], np.int64)
+
+
+def _encode(
+    task: Task, inputs: list, wanted: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+) -> Features:
+    """The parts that `_inputs_and_labels` returns, as features."""
+    if task.name == "token-classification":
+        return encode_words(inputs, wanted, tokenizer, max_length)
+    if task.name == "question-answering":
+        return encode_questions(inputs[0], inputs[1], wanted, tokenizer, max_length, doc_stride)
+    features = encode_text(inputs, tokenizer, max_length)
     features.per_item["labels"] = wanted
     return features

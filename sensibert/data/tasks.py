@@ -44,15 +44,21 @@ TEXTS = (
     ("question", "context"),
     *SENTENCES,
 )
+LABEL = ("label", "labels")
+TAGS = ("tags", "ner_tags", "labels")
+LABELS = ("labels", "label")
+MULTI_LABEL = "multi-label-classification"
 EMBEDDING = "embedding"
+LABELLED = ("text-classification", MULTI_LABEL, "token-classification")  # tasks with classes
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, ("label",), "accuracy"),
-        Task("regression", "AutoModelForSequenceClassification", SENTENCES, ("label",), "pearson"),
+        Task("text-classification", "AutoModelForSequenceClassification", SENTENCES, LABEL, "accuracy"),
+        Task("regression", "AutoModelForSequenceClassification", SENTENCES, LABEL, "pearson"),
         Task("question-answering", "AutoModelForQuestionAnswering", QUESTIONS, ("answers",), "f1", 384, "continue"),
-        Task("token-classification", "AutoModelForTokenClassification", WORDS, ("tags", "ner_tags"), "f1"),
+        Task("token-classification", "AutoModelForTokenClassification", WORDS, TAGS, "f1"),
+        Task(MULTI_LABEL, "AutoModelForSequenceClassification", SENTENCES, LABELS, "f1_micro"),
         Task(EMBEDDING, "AutoModel", TEXTS, ("score", "similarity_score", "label"), "spearman", trim_start=0.0),
     )
 }

@@ -257,5 +257,5 @@ def _use(facts: Mapping[str, Any]) -> str:
 
 PIPELINES = {
     **{name: name for name in ("text-classification", "question-answering", "token-classification")},
-    "regression": "text-classification",
+    **dict.fromkeys(("multi-label-classification", "regression"), "text-classification"),
 }

@@ -54,18 +54,30 @@ def sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Gen
 
 
 def loss_of(model: nn.Module, loss: Any) -> Any:
-    """`sampled_loss` with labels 0 and 1, if the model is trained with binary cross entropy; any other loss itself."""
-    binary = getattr(getattr(model, "config", None), "problem_type", None) == BINARY
-    return _drawn_binary_loss if binary and loss is sampled_loss else loss
+    """`sampled_loss` with labels 0 and 1, where the model is trained with binary cross entropy; any other loss itself.
+
+    The model is asked at every call: transformers notes its `problem_type` in the first pass with labels."""
+    if loss is not sampled_loss:
+        return loss
+
+    def drawn(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        binary = getattr(getattr(model, "config", None), "problem_type", None) == BINARY
+        return (_drawn_binary_loss if binary else sampled_loss)(outputs, batch, generator)
+
+    return drawn
 
 
 def _drawn_binary_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Each label of logits [B, C] is 1 with the probability that the model gives it."""
+    """Each label of logits [B, C] is 1 with the probability that the model gives it.
+
+    The training loss is a mean over labels. The squares of gradients estimate its curvature if the sum over labels is
+    divided by sqrt(C): labels are independent, so their squares add up."""
     if not isinstance(outputs, Mapping) or "logits" not in outputs or outputs["logits"].dim() != 2:
         return sampled_loss(outputs, batch, generator)
     logits = outputs["logits"].float()
     labels = (_draw(logits, generator, torch.Tensor.uniform_) < logits.detach().sigmoid()).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    rows, classes = logits.shape
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / (rows * classes**0.5)
 
 
 def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -32,12 +32,17 @@ class Reordered(nn.Module):
 
 
 def distillation_loss(
-    logits: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float, counted: Tensor | None = None
+    logits: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    temperature: float,
+    counted: Tensor | None = None,
+    per_label: bool = False,
 ) -> Tensor:
     """T^2 * KL(teacher || student) of softened predictions, mean over samples (Hinton et al., arXiv 1503.02531).
 
     Every key that ends in `logits` counts; a single regression output [B, 1] takes the squared error instead. counted:
-    bool [B, S], the tokens whose logits [B, S, C] count; None: all."""
+    bool [B, S], the tokens whose logits [B, S, C] count; None: all. per_label: logits [B, C] of independent labels,
+    with the divergence of the prediction of each, mean over samples and labels."""
     losses = []
     for name, target in teacher.items():
         if not name.endswith("logits"):
@@ -45,6 +50,9 @@ def distillation_loss(
         student, target = logits[name].float(), target.float()
         if target.shape[-1] == 1:
             losses.append(F.mse_loss(student, target))
+            continue
+        if per_label:
+            losses.append(_binary_divergence(student / temperature, target / temperature) * temperature**2)
             continue
         if target.dim() == 3 and counted is not None:
             student, target = student[counted], target[counted]
@@ -61,6 +69,13 @@ def distillation_loss(
     return torch.stack(losses).mean()
 
 
+def _binary_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all logits of KL(teacher || student) of the predictions sigmoid(logit) and sigmoid(-logit)."""
+    p = teacher.sigmoid()
+    yes = p * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    return (yes + (1 - p) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))).mean()
+
+
 @dataclass(frozen=True)
 class Distillation:
     """loss = (1 - weight) * loss + weight * distillation_loss."""
@@ -69,7 +84,10 @@ class Distillation:
     temperature: float = 2.0
 
     def mix(self, loss: Tensor, outputs: Mapping, target: Mapping, inputs: Mapping) -> Tensor:
-        """The mixed loss. inputs: the batch; in token tasks only tokens with a label count."""
+        """The mixed loss. inputs: the batch; in token tasks only tokens with a label count. Labels that are floats are
+        independent of one another."""
         labels = inputs.get("labels")
         counted = None if labels is None else labels != -100
-        return (1 - self.weight) * loss + self.weight * distillation_loss(outputs, target, self.temperature, counted)
+        per_label = labels is not None and labels.is_floating_point()
+        taught = distillation_loss(outputs, target, self.temperature, counted, per_label)
+        return (1 - self.weight) * loss + self.weight * taught

@@ -7,9 +7,11 @@ from sensibert.data import metrics
 from sensibert.data.metrics import (
     answer_f1,
     answer_metrics,
+    best_constant_f1,
     classification_metrics,
     embedding_metrics,
     entities,
+    multi_label_metrics,
     normalize_answer,
     ranking_metrics,
     regression_metrics,
@@ -24,6 +26,26 @@ def test_two_classes_give_accuracy_and_the_f1_of_class_one():
     assert classification_metrics(predicted, expected, 2) == pytest.approx(
         {"accuracy": 3 / 5, "f1": 4 / 6, "matthews": 1 / 6}
     )
+
+
+def test_several_labels_give_the_f1_scores_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    wanted, predicted = rng.random((40, 4)) < [0.5, 0.2, 0.0, 0.1], rng.random((40, 4)) < [0.5, 0.3, 0.1, 0.0]
+    actual = multi_label_metrics(predicted, wanted, ["a", "micro", "c", "d"])
+    f1 = {kind: sklearn.f1_score(wanted, predicted, average=kind, zero_division=0) for kind in ("micro", "macro", None)}
+    each = zip(("f1/a", "f1/micro", "f1/c", "f1/d"), f1[None], strict=True)
+    assert actual == pytest.approx({"f1_micro": f1["micro"], "f1_macro": f1["macro"], **dict(each)})
+    assert actual["f1/c"] == actual["f1/d"] == 0 and 0 < actual["f1/micro"] < 1
+    nothing = np.zeros((3, 2), bool)
+    assert multi_label_metrics(nothing, nothing, ["a", "b"]) == {"f1_micro": 0, "f1_macro": 0, "f1/a": 0, "f1/b": 0}
+
+
+def test_the_best_constant_labels_are_the_most_frequent_ones():
+    wanted = np.random.default_rng(1).random((50, 4)) < [0.1, 0.6, 0.3, 0.5]
+    sets = [[bool(number >> bit & 1) for bit in range(4)] for number in range(16)]
+    scores = [multi_label_metrics(np.array([chosen] * 50), wanted, list("abcd"))["f1_micro"] for chosen in sets]
+    assert best_constant_f1(wanted) == pytest.approx(max(scores)) and 0.5 < max(scores) < 1
 
 
 def test_f1_is_zero_where_class_one_never_hits():

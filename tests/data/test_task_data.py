@@ -9,7 +9,7 @@ import transformers
 
 from sensibert.core.errors import SensibertError
 from sensibert.data.files import Examples, load_examples
-from sensibert.data.task_data import TaskData, guess_task
+from sensibert.data.task_data import TaskData
 from sensibert.sensitivity import sampled_loss
 from tests.helpers import tiny_config
 
@@ -89,42 +89,6 @@ def test_a_trainer_learns_and_scores_every_task(task, tmp_path):
     assert loss.isfinite() and model.base_model.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "columns, task",
-    [
-        ({"sentence": ["a"], "label": ["0"]}, "text-classification"),
-        ({"text": ["a"], "label": ["x"]}, "text-classification"),
-        ({"sentence1": ["a"], "sentence2": ["b"], "label": ["0.5"]}, "regression"),
-        ({"id": ["1"], "question": ["a"], "context": ["b"], "answers": [{}]}, "question-answering"),
-        ({"tokens": [["a"]], "tags": [["O"]]}, "token-classification"),
-        ({"tokens": ["a b"], "ner_tags": ["O O"]}, "token-classification"),
-    ],
-)
-def test_the_task_is_guessed_from_the_columns(columns, task):
-    assert guess_task(examples(**columns)) == task
-
-
-def test_the_task_is_guessed_from_the_chosen_columns():
-    rows = examples(words=[["a"]], pos=[["O"]], question=["q"], context=["c"], answers=[{}], kind=["x"], size=["0.5"])
-    assert guess_task(rows) == "question-answering"
-    assert guess_task(rows, text_column="words", label_column="pos") == "token-classification"
-    assert guess_task(rows, text_column="question", label_column="kind") == "text-classification"
-    assert guess_task(rows, text_column="question,context", label_column="size") == "regression"
-
-
-@pytest.mark.parametrize(
-    "values, place", [([0.0, 1.0], r"row 1, .* 0\.0 \(float\)"), (["2", "0.0", "1"], r"row 2, .* '0\.0' \(str\)")]
-)
-def test_whole_numbers_with_a_point_may_be_classes_or_numbers(values, place):
-    with pytest.raises(SensibertError, match=f"{place}, and all labels are whole numbers: want a task"):
-        guess_task(examples(sentence=["a"] * len(values), label=values))
-
-
-def test_data_without_a_known_label_column_have_no_task():
-    with pytest.raises(SensibertError, match="train.csv: no column 'label', 'tags' or 'answers', the columns are 'a'"):
-        guess_task(examples(a=["1"]))
-
-
 def build(train, validation=None, task=None, **options) -> TaskData:
     return TaskData.build(task, train, validation, word_piece(), **options)
 
@@ -144,6 +108,37 @@ def test_names_and_numbers_of_classes_reach_the_config():
 def test_integers_are_their_own_class_ids():
     data = build(examples(sentence=["a", "b", "c"], label=["2", "0", "1"]))
     assert [data.train[i]["labels"] for i in range(3)] == [2, 0, 1] and data.label_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "values, names, other, ids",
+    [
+        ([1, -1, 1], ["-1", "1"], ["1.0", "-1"], [1, 0]),
+        (["7", "0", "+7"], ["0", "7"], [7.0, "0.0"], [1, 0]),
+        ([1.0, 0.0, 1.0], ["0", "1"], ["1", 0], [1, 0]),
+        (["10", "9", "-2"], ["-2", "9", "10"], [9, "-2.0"], [1, 0]),  # in numeric order
+    ],
+)
+def test_integers_of_any_values_are_classes_also_with_a_point_in_one_of_the_files(values, names, other, ids):
+    train = examples(sentence=["a"] * 3, label=values)
+    data = build(train, examples("dev.csv", sentence=["a"] * 2, label=other), "text-classification")
+    assert data.label_names == names and data.config_kwargs()["id2label"] == dict(enumerate(names))
+    assert data.train.per_item["labels"].tolist() == [names.index(str(int(float(value)))) for value in values]
+    assert data.validation.per_item["labels"].tolist() == ids
+
+
+def test_the_column_of_labels_may_be_called_labels():
+    data = build(examples(sentence=["a", "b"], labels=["no", "yes"]))
+    assert data.task.name == "text-classification" and data.label_names == ["no", "yes"]
+    assert build(examples(sentence=["a"], labels=[0.5])).task.name == "regression"
+    assert build(examples(tokens=[["a", "b"]], labels=[["O", "B-X"]])).label_names == ["B-X", "O"]
+    assert build(examples(sentence=["a", "b"], labels=["c", "d"], label=[0, 1])).label_names == ["0", "1"]
+
+
+def test_names_in_one_file_and_numbers_with_a_point_in_the_other_are_refused():
+    train = examples(sentence=["a", "b"], label=["no", "yes"])
+    with pytest.raises(SensibertError, match="dev.csv: column 'label' holds integers, and train.csv has names for"):
+        build(train, examples("dev.csv", sentence=["a"], label=["1.0"]))
 
 
 def test_heads_without_classes_have_their_own_config():
@@ -218,7 +213,7 @@ BAD = {
     "no label": (
         {"sentence": ["a"]},
         {},
-        "train.csv: no column 'label', 'tags' or 'answers', the columns are 'sentence'",
+        "train.csv: no column 'label', 'labels', 'tags' or 'answers', the columns are 'sentence'",
     ),
     "chosen text": (GOOD, {"text_column": "x"}, "train.csv: no column 'x', the columns are 'sentence', 'label'"),
     "chosen pair": (
@@ -266,11 +261,6 @@ BAD = {
         {},
         "train.csv: row 2, column 'tags' has 1 tags for 2 tokens",
     ),
-    "tag gap": (
-        {"tokens": [["a"], ["b", "c"]], "tags": [[0], [1, 5]]},
-        {},
-        "train.csv: row 2, column 'tags' is 5 (int); the 3 integers are 0, 1, 5: want 0 to n-1",
-    ),
     "short window": (GOOD, {"max_length": 2}, "max_length is 2, want 4 to 512 with this tokenizer"),
 }
 
@@ -291,7 +281,8 @@ def test_bad_data_are_named_in_one_line(case):
             {"sentence": ["a", "b"], "label": ["1", "x"]},
             "row 2, column 'label' is 'x' (str), want one of the 2 classes",
         ),
-        ({"sentence": ["a"], "label": ["1.0"]}, "row 1, column 'label' is '1.0' (str), want one of the 2 classes"),
+        ({"sentence": ["a"], "label": ["0.5"]}, "row 1, column 'label' is '0.5' (str), want one of the 2 classes"),
+        ({"sentence": ["a"], "label": ["7.0"]}, "row 1, column 'label' is '7.0' (str), want one of the 2 classes"),
         ({"sentence": ["a"], "label": [None]}, "row 1, column 'label' is empty"),
         ({"sentence": ["a"]}, "no column 'label', the columns are 'sentence'"),
         ({"text": ["a"], "label": ["1"]}, "no column 'sentence', the columns are 'text', 'label'"),

@@ -1,4 +1,4 @@
-"""The whole of both demos on a tiny model and two small libraries, that of examples/demo.py with its second process."""
+"""The whole of the examples, on a tiny model and two small libraries; of examples/demo.py with its second process."""
 
 import re
 import sys
@@ -28,7 +28,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "packaged_model", lambda: base)
     monkeypatch.setattr(docstrings, "sources", lambda: libraries)
     yield demo
-    for name in ("demo", "demo_embeddings", "docstrings"):
+    for name in ("demo", "demo_embeddings", "docstrings", "multi_label"):
         sys.modules.pop(name, None)
 
 
@@ -54,3 +54,14 @@ def test_an_embedding_model_is_trimmed_without_labels_and_searched(demo, tmp_pat
     before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", printed).groups()
     assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
     assert printed.count("\n  original  ") == printed.count("\n  trimmed   ") == len(demo_embeddings.QUERIES)
+
+
+def test_several_labels_a_row_are_learned_and_given_with_their_probabilities(demo, tmp_path, capfd):
+    import multi_label
+
+    multi_label.main(["--output", str(tmp_path / "out"), "--epochs", "0.2"])
+    printed = capfd.readouterr().out
+    before, after = re.search(r"Encoder: ([\d,]+) -> ([\d,]+) parameters", printed).groups()
+    assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
+    assert all(re.search(rf"^f1/{topic} +[\d.]+", printed, flags=re.MULTILINE) for topic in multi_label.SENTENCES)
+    assert len(re.findall(r"^  delivery \d+ %, payment \d+ %, account \d+ %", printed, flags=re.MULTILINE)) == 3

@@ -204,6 +204,6 @@ def test_zeros_and_ones_are_drawn_as_often_as_they_are_likely():
     logits = torch.tensor([0.2, 0.9]).logit().expand(20_000, 2).clone().requires_grad_()
     loss = loss_of(model, sampled_loss)({"logits": logits}, {}, torch.Generator().manual_seed(0))
     loss.backward()
-    # gradient = (probability - label) / elements: its column sums vanish if and only if the shares agree
-    assert logits.grad.sum(0).abs().max() < 0.005 and logits.grad.unique().numel() == 4
-    assert loss_of(tiny_model(), sampled_loss) is sampled_loss and loss_of(model, given_loss) is given_loss
+    # gradient ~ probability - label: its column sums vanish if and only if the shares agree
+    assert logits.grad.sum(0).abs().max() < 0.005 * 2**0.5 and logits.grad.unique().numel() == 4
+    assert loss_of(model, given_loss) is given_loss

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sensibert.core.errors import SensibertError
 from sensibert.sensitivity import sampled_loss
+from sensibert.sensitivity.sampled_loss import loss_of
+from tests.helpers import tiny_batch, tiny_model
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -101,3 +104,35 @@ def test_a_model_without_a_task_head_is_refused_in_words():
         SensibertError, match="returns last_hidden_state, pooler_output and no logits; want a model with a"
     ):
         sampled_loss({"last_hidden_state": torch.ones(2, 3, 4), "pooler_output": torch.ones(2, 4)}, {})
+
+
+def binary_loss(model):
+    return loss_of(model, sampled_loss)
+
+
+def multi_label_model():
+    return tiny_model(num_labels=3, problem_type="multi_label_classification")
+
+
+def test_squared_gradients_of_independent_labels_estimate_the_curvature_of_the_training_loss():
+    weight, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def training_loss(weight):
+        return F.binary_cross_entropy_with_logits(weight.view(3, 4) @ x, torch.zeros(3, dtype=torch.float64))
+
+    curvature = torch.autograd.functional.hessian(training_loss, weight.flatten()).diagonal()  # the same for all labels
+    rows = 20_000
+    logits = (weight.float() @ x.float()).expand(rows, 3).clone().requires_grad_()
+    binary_loss(multi_label_model())({"logits": logits}, {}, generator()).backward()
+    gradients = (rows * logits.grad)[:, :, None] * x.float()  # of the rows, [rows, 3, 4]
+    assert gradients.square().mean(0).flatten().tolist() == pytest.approx(curvature.tolist(), rel=0.05)
+
+
+def test_what_a_model_notes_in_its_first_pass_counts():
+    model, batch = tiny_model(num_labels=3), tiny_batch() | {"labels": torch.zeros(3, 3)}
+    loss = binary_loss(model)
+    assert model.config.problem_type is None
+    outputs = model(**batch)
+    expected = binary_loss(multi_label_model())(outputs, batch, generator())
+    assert torch.equal(loss(outputs, batch, generator()), expected)
+    assert not torch.equal(sampled_loss(outputs, batch, generator()), expected)

@@ -47,6 +47,35 @@ def test_tokens_without_a_label_teach_nothing():
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_labels_that_are_independent_teach_one_by_one():
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    p, q = ((logits.double() / 2.5).sigmoid() for logits in (teacher, student))
+    expected = 2.5**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    inputs = {"labels": torch.zeros(5, 3)}
+    mixed = Distillation(1.0, 2.5).mix(torch.tensor(9.0), {"logits": student}, {"logits": teacher}, inputs)
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-7)
+    mixed.backward()
+    assert student.grad.abs().min() > 0
+    far = torch.tensor([[100.0, -100.0]])
+    assert float(distillation_loss({"logits": far}, {"logits": far}, 1.0, per_label=True)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "problem, task, gives",
+    [
+        ("single_label_classification", "multi-label-classification", "one label"),
+        ("multi_label_classification", "text-classification", "several labels"),
+    ],
+)
+def test_a_teacher_gives_as_many_labels_a_row_as_the_task_has(tmp_path, problem, task, gives):
+    names = {0: "a", 1: "b", 2: "c"}
+    tiny_model(id2label=names, problem_type=problem).save_pretrained(tmp_path)
+    with pytest.raises(SensibertError, match=f"gives {gives} a row, want a model fine-tuned for {task}"):
+        load_teacher(*teacher_of(tmp_path, ["a", "b", "c"], task))
+    tiny_model(id2label=names).save_pretrained(tmp_path)  # which does not say
+    assert load_teacher(*teacher_of(tmp_path, ["a", "b", "c"], task)) is not None
+
+
 def teacher_of(folder, label_names, task="text-classification"):
     """The arguments of load_teacher."""
     data = SimpleNamespace(task=get_task(task), num_labels=len(label_names), label_names=label_names, own_names=[])
