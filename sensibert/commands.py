@@ -1,4 +1,4 @@
-"""One step at a time, from file to file: the commands analyze, plan, trim, eval and inspect, and a dry run."""
+"""One step at a time, from file to file: the commands analyze, trim, eval and export, and a dry run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .allocation.allocate import allocate
 from .core import cost
-from .core.arguments import fraction, one_of
-from .core.artifacts import BlockPlan, Plan, Sensitivity
-from .core.config import LAYOUTS, TrimConfig, grid_name
+from .core.arguments import one_of
+from .core.artifacts import Plan, Sensitivity
+from .core.config import LAYOUTS
 from .core.errors import SensibertError, naming
-from .core.files import write_atomically, writing
+from .core.files import writing
+from .core.output_paths import check_apart, check_file, check_output
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
@@ -45,13 +44,11 @@ from .inputs import (
 )
 from .models import base_of, layout_of
 from .models.embedding import EmbeddingModel
-from .models.masks import cost_of, masks_of
-from .models.structure import is_trimmed
-from .recipe import RECIPE, RESULT, check_place
-from .report.page import page
-from .run_options import Options
-from .saving.folder import DENSE, export, zero_filled
-from .saving.output_paths import check_apart, check_file, check_output
+from .models.masks import cost_of
+from .planning import plan_result
+from .recipe import check_place
+from .run_options import RECIPE, Options
+from .saving.folder import DENSE, export
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.predict import predict
 from .trimming.trim import trim
@@ -130,37 +127,6 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     facts = {"task": task, "model": options.model, "method": trim.method, "grid": trim.grid}
     sizes = {"seed": options.seed, "samples": scores.samples, "encoder_params_before": scores.layout.encoder_params}
     return {**facts, **sizes, "tensors": scores.tensors, "curves": scores.curves, "output": options.output}, scores
-
-
-def plan_file(
-    sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
-) -> tuple[dict, Plan]:
-    """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, plan)."""
-    if output is None and not dry_run:
-        raise SensibertError("output is missing, want a file to write, or --dry-run")
-    if output is not None:
-        check_file(output, overwrite, sensitivity=sensitivity)
-    with naming("sensitivity"):
-        scores = Sensitivity.load(sensitivity)
-    budget = config.parsed_budget()
-    cost.want_reach(scores.layout, budget, scores.grid)
-    plan = allocate(scores, budget, config.width_multiple, config.allocation)
-    if output is not None and not dry_run:
-        with writing(output):
-            plan.save(output)
-    return {**plan_result(plan), "output": None if dry_run else output}, plan
-
-
-def plan_result(plan: Plan) -> dict:
-    """The facts of a plan, under the names of result.json."""
-    budget, sizes = plan.budget, {}
-    for when, cost_in in (("before", partial(cost.cost_of_units, plan.layout, None)), ("after", plan.cost)):
-        for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
-            sizes[f"{name}_{when}"] = cost_in(scope)[0]
-        sizes[f"flops_{when}"] = cost_in(budget.scope, budget.length)[1]
-    grid = plan.grid if isinstance(plan, BlockPlan) else None
-    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(grid)}
-    return {**facts, **sizes, "flops_length": budget.length}
 
 
 def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
@@ -353,10 +319,10 @@ def evaluate_folder(options: Options) -> dict:
     }
 
 
-def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: str) -> dict:
+def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: float) -> dict:
     """Write the graph of a model folder for a runtime. With a validation file the model and its graphs are scored."""
     check_apart(options.output, folder=options.model, validation_file=options.validation_file)
-    score, bound = None, fraction("max_loss", max_loss)
+    score = None
     model: PreTrainedModel | EmbeddingModel
     if options.validation_file is None and options.task not in PRESETS:
         model, tokenizer = load_folder(options.model, "folder")
@@ -372,67 +338,6 @@ def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, 
 
     encoder = model.base_model if isinstance(model, EmbeddingModel) else model
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
-    return export_graph(encoder, options.output, to, tokenizer, int8, fp16_embeddings, score, bound, options.overwrite)
-
-
-# Facts that only result.json has; null for a folder that was trimmed without a run.
-_NOTED = (
-    *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
-    *("warnings", "throughput"),
-)
-
-
-def report_folder(folder: str, output: str | None) -> dict:
-    """Write the HTML page of a trimmed model folder; by default into its folder `report`."""
-    facts, path = inspect_folder(folder), Path(folder)
-    scores, target = path / "sensitivity.safetensors", Path(output) if output else path / "report" / "report.html"
-    sensitivity = Sensitivity.load(scores) if scores.exists() else None
-    sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
-    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None)
-    with writing(target):
-        if output is None:
-            target.parent.mkdir(exist_ok=True)
-        write_atomically(target, lambda part: Path(part).write_text(text, encoding="utf-8"))
-    return {"model": folder, "output": str(target)}
-
-
-def inspect_folder(folder: str) -> dict:
-    """Sizes, origin and layers of a trimmed model folder, under the names of result.json."""
-    model, _ = load_folder(folder, "folder")
-    layout = layout_of(model)
-    masks = masks_of(model)
-    grid = masks.grid if masks is not None else None
-    before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
-    entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
-    try:
-        known = json.loads(result_file.read_text()) if result_file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise SensibertError(f"{result_file}: cannot be read ({str(error).splitlines()[0]})") from None
-    rows: dict[int, dict] = {}
-    for now, then in zip(layout.sites, before.sites, strict=True):
-        row = rows.setdefault(now.layer, {"layer": now.layer})
-        name = "heads" if now.kind == "head" else "ffn"
-        row |= {name: now.units, f"{name}_of": then.units}
-    if "metrics_dense" in known:  # its name up to version 0.1
-        known["metrics_at_cut"] = known.pop("metrics_dense")
-    noted = {name: known.get(name, entry.get(name)) for name in _NOTED}
-    scope, length = noted["scope"] or "encoder", known.get("flops_length", TrimConfig.flops_length)
-    sizes = {
-        "encoder_params_before": before.encoder_params,
-        "encoder_params_after": cost_of(model, "encoder")[0],
-        "total_params_before": before.total_params,
-        "total_params_after": cost_of(model, "model")[0],
-        "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
-        "flops_after": cost_of(model, scope, length)[1],
-        "flops_length": length,
-    }
-    facts = {
-        "model": folder,
-        "family": layout.family,
-        **noted,
-        "grid": grid_name(grid),
-        **sizes,
-    }
-    weights = cost.kept_by_weight(layout, masks.keep, masks.grid) if masks is not None else []
-    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of in weights]
-    return {**facts, "layers": list(rows.values()), "tensors": tensors}
+    return export_graph(
+        encoder, options.output, to, tokenizer, int8, fp16_embeddings, score, max_loss, options.overwrite
+    )

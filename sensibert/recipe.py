@@ -20,6 +20,7 @@ from .callback import Choose, TrimCallback
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
+from .core.output_paths import check_apart, check_output
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
@@ -39,9 +40,8 @@ from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
 from .report.plots import write_report
-from .run_options import SNAPSHOT, Options
+from .run_options import RECIPE, RESULT, SNAPSHOT, Options
 from .saving.folder import export
-from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
 from .training.checkpoints import EMBEDDINGS, begin, partial_folder, want_same, workspace
 from .training.distillation import Distillation
@@ -51,7 +51,6 @@ from .training.predict import predict
 from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
 
-RESULT, RECIPE = "result.json", "recipe.json"
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
 NOT_COMPARED = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),

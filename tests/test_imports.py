@@ -28,6 +28,8 @@ ORDER = (
     ("start_checks",),
     ("callback",),
     ("recipe",),
+    ("planning",),
+    ("inspection",),
     ("commands",),
     ("cli",),
     ("__main__",),

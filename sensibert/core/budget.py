@@ -56,6 +56,11 @@ class Budget:
             raise SensibertError(f"budget: {text!r} is outside (0 %, 100 %], {_WANT}")
         return cls(number / 100 if relative else number * _SCALE[unit], kind, relative, scope, length)
 
+    def check_grid(self, elements: bool) -> None:
+        """SensibertError for FLOPs on a grid of single elements, which no model can meet."""
+        if self.kind == "flops" and elements:
+            raise SensibertError(f"budget: {self}, but no kernel skips single elements, want params for grid element")
+
     def __str__(self) -> str:
         if self.relative:
             return f"{self.value * 100:g}%{self.kind}"

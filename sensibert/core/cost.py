@@ -107,12 +107,6 @@ def cost_of_blocks(
     return total_params, total_flops
 
 
-def check_budget(budget: Budget, grid: Grid | None = None) -> None:
-    """SensibertError for a budget of FLOPs on a grid of single elements, which no model can meet."""
-    if budget.kind == "flops" and grid == Grid.element():
-        raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
-
-
 def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """`limit` of an untrimmed model; SensibertError also if the budget exceeds its cost."""
     allowed, whole = limit(layout, budget, grid), spent(layout, counts_of(layout), budget)
@@ -127,7 +121,7 @@ def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """The budget as an absolute number for this layout, rounded down; SensibertError if the smallest model exceeds it.
 
     grid: the blocks that are masked; None: whole units are removed."""
-    check_budget(budget, grid)
+    budget.check_grid(grid == Grid.element())
     whole = spent(layout, counts_of(layout), budget)
     if grid is None:
         smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)

@@ -25,6 +25,7 @@ from ..core.config import LAYOUTS
 from ..core.errors import SensibertError, first_line
 from ..core.files import make_readable
 from ..core.model_folder import want_model_folder
+from ..core.output_paths import check_apart, check_movable
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
@@ -36,7 +37,6 @@ from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
 from .model_card import CARD, OF_RUN, card
-from .output_paths import check_apart, check_movable
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 

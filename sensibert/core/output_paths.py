@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..core.errors import SensibertError
+from .errors import SensibertError
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:
