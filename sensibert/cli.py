@@ -135,10 +135,10 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
     options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
     options.want_train_data()
     if values["dry_run"]:
-        from .commands import outline
+        from .dry_run import described, outline
 
         result = outline(options)
-        return _print(values["as_json"], result, _lines(result))
+        return _print(values["as_json"], result, _lines(described(result)))
     from .recipe import finetune_and_trim
     from .report import summary
 

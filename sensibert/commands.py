@@ -1,4 +1,4 @@
-"""One step at a time, from file to file: the commands analyze, trim, eval and export, and a dry run."""
+"""One step at a time, from file to file: the commands analyze, trim, eval and export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .core import cost
 from .core.arguments import one_of
 from .core.artifacts import Plan, Sensitivity
 from .core.config import LAYOUTS
@@ -28,15 +27,12 @@ from .data.tasks import EMBEDDING, PRESETS, get_task
 from .decide import cut_once
 from .deploy import export_graph
 from .inputs import (
-    check_family,
     check_room,
     encode,
     encode_texts,
     has_one_logit,
     load_folder,
-    load_model,
     load_tokenizer,
-    outlined,
     output_names,
     to_best_device,
     training_examples,
@@ -46,7 +42,6 @@ from .models import base_of, layout_of
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
 from .planning import plan_result
-from .recipe import check_place
 from .run_options import RECIPE, Options
 from .saving.folder import DENSE, export
 from .sensitivity import analyze, rank_tensors, sampled_loss
@@ -56,44 +51,6 @@ from .trimming.vocabulary import trim_vocabulary
 
 RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
-
-
-def outline(options: Options) -> dict:
-    """Describe a run from its options, model and local files. Nothing is written, encoded or trained."""
-    options.want_train_data()
-    options = options.resolved()
-    check_place(options)
-    train = training_examples(options) if options.train_file else None
-    validation = validation_examples(options) if options.validation_file else None
-    check_family(options.model)
-    data = outlined(options, train) if train else None  # of a preset nothing is fetched
-    task = data.task.name if data else options.task
-    assert task is not None  # options without a training file name a preset
-    layout, trim, known = layout_of(load_model(options.model, data)), options.trim, get_task(task)
-    schedule = trim.schedule.for_task(known.recovery, known.trim_start)
-    budget, counts = trim.parsed_budget(), cost.counts_of(layout)
-    return {
-        "task": known.name,
-        "model": options.model,
-        "family": layout.family,
-        "train_rows": len(train) if train else None,
-        "validation_rows": len(validation) if validation else None,
-        "method": trim.method,
-        "budget": str(budget) if trim.trims else None,
-        "scope": trim.scope,
-        "grid": trim.grid,
-        "encoder_params_before": layout.encoder_params,
-        "total_params_before": layout.total_params,
-        "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
-        "schedule": schedule.shape if trim.trims else None,
-        "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
-        "epochs": options.epochs if options.max_steps == -1 else None,
-        "steps": options.max_steps if options.max_steps != -1 else None,
-        "learning_rate": options.learning_rate,
-        "batch_size": options.batch_size,
-        "output": options.output,
-    }
 
 
 def analyze_file(options: Options) -> tuple[dict, Sensitivity]:

@@ -30,6 +30,7 @@ ORDER = (
     ("recipe",),
     ("planning",),
     ("inspection",),
+    ("dry_run",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -251,6 +251,11 @@ _METRICS = {
 }
 
 
+def columns_of(task: str, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
+    """The input columns and the label column that a task reads; text and label: those that were asked for."""
+    return _columns(get_task(task), examples, text, label)
+
+
 def _columns(task: Task, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
     """The input columns and the label column of the examples for this task."""
     inputs: tuple[str, ...] | None
