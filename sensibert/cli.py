@@ -175,7 +175,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
 @_command(
     [
         *("sensitivity", "output", "budget", "config", "scope", "flops_length", "width_multiple", "allocation"),
-        *("overwrite", "dry_run", "as_json"),
+        *("overwrite", "dry_run", "why", "as_json"),
     ],
     output={"help": "Plan file to write (.safetensors).", "default": None},
 )
@@ -191,8 +191,9 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
     config, dry_run = _options(values, output="").trim, values["dry_run"]
     from .planning import plan_file
 
-    result, made = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
-    _print(values["as_json"], result, f"{made.table()}\n\n{_sizes(result)}{_written(result)}")
+    result, made, why = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
+    explained = f"\n\n{why}" if values["why"] else ""
+    _print(values["as_json"], result, f"{made.table()}{explained}\n\n{_sizes(result)}{_written(result)}")
 
 
 OF_ONE_STEP = (

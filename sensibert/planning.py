@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from .allocation.allocate import allocate
+from .allocation.explain import explain
 from .core import cost
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import TrimConfig, grid_name
@@ -15,8 +16,9 @@ from .core.output_paths import check_file
 
 def plan_file(
     sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
-) -> tuple[dict, Plan]:
-    """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, plan)."""
+) -> tuple[dict, Plan, str]:
+    """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, the plan,
+    its explanation)."""
     if output is None and not dry_run:
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
@@ -29,7 +31,7 @@ def plan_file(
     if output is not None and not dry_run:
         with writing(output):
             plan.save(output)
-    return {**plan_result(plan), "output": None if dry_run else output}, plan
+    return {**plan_result(plan), "output": None if dry_run else output}, plan, explain(plan, scores)
 
 
 def plan_result(plan: Plan) -> dict:
