@@ -8,12 +8,13 @@ from pathlib import Path
 from .core import cost
 from .core.artifacts import Sensitivity
 from .core.config import TrimConfig, grid_name
-from .core.errors import SensibertError
+from .core.errors import SensibertError, first_line
 from .core.files import write_atomically, writing
 from .inputs import load_folder
 from .models import layout_of
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
+from .report.history import FILE, Moment, read_history
 from .report.page import page
 from .run_options import RESULT
 from .saving.folder import zero_filled
@@ -31,12 +32,20 @@ def report_folder(folder: str, output: str | None) -> dict:
     scores, target = path / "sensitivity.safetensors", Path(output) if output else path / "report" / "report.html"
     sensitivity = Sensitivity.load(scores) if scores.exists() else None
     sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
-    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None)
+    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None, _moments(path / "report" / FILE))
     with writing(target):
         if output is None:
             target.parent.mkdir(exist_ok=True)
         write_atomically(target, lambda part: Path(part).write_text(text, encoding="utf-8"))
     return {"model": folder, "output": str(target)}
+
+
+def _moments(file: Path) -> list[Moment]:
+    """Of the run that wrote the folder, if it noted them."""
+    try:
+        return read_history(file) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise SensibertError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
 def inspect_folder(folder: str) -> dict:

@@ -39,6 +39,7 @@ from .models.masks import cost_of
 from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
+from .report.history import Moment, history
 from .report.plots import write_report
 from .run_options import RECIPE, RESULT, SNAPSHOT, Options
 from .saving.folder import export
@@ -78,7 +79,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
         save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
-        logging_steps=50,
+        logging_steps=0.02,  # of all steps
         logging_nan_inf_filter=False,  # reads the loss of every step; TrimTrainer raises for one that is not finite
         report_to="none",
         disable_tqdm=options.quiet,
@@ -191,7 +192,8 @@ def _run(
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     result["throughput"] = _throughput(callback.memory, trainer)
-    _write_output(options, folder, loaded, tokenizer, callback, result)
+    moments = history(trainer.state.log_history, list(callback.cuts), result, data.main_metric)
+    _write_output(options, folder, loaded, tokenizer, callback, result, moments)
     return result
 
 
@@ -320,6 +322,7 @@ def _write_output(
     tokenizer: PreTrainedTokenizerBase,
     callback: TrimCallback,
     result: dict,
+    moments: list[Moment],
 ) -> None:
     """Build the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
@@ -333,7 +336,7 @@ def _write_output(
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
-        write_report(final / "report", result, callback.sensitivity, plan)
+        write_report(final / "report", result, callback.sensitivity, plan, moments)
         write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
         (final / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
         if callback.sensitivity is not None:
