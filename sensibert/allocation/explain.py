@@ -22,9 +22,10 @@ WORDS = {"head": ("attention", "head", "heads"), "ffn": ("FFN", "neuron", "neuro
 def explain(plan: Plan, sensitivity: Sensitivity) -> str:
     """Say of every layer what the plan kept, which scores decided it, and what rounding changed.
 
-    sensitivity: the one that the plan was made from. SensibertError for one of another model or grid."""
+    sensitivity: the one that the plan was made from; that of a run is of the model as it was at the cut. SensibertError
+    for one of a model with other sizes, or of another grid."""
     grid = plan.grid if isinstance(plan, BlockPlan) else None
-    if sensitivity.layout.digest != plan.layout.digest or sensitivity.grid != grid:
+    if sensitivity.layout.sites != plan.layout.sites or sensitivity.grid != grid:
         raise SensibertError("explain: sensitivity is of another model or grid than the plan, want that of the plan")
     before = spent(plan.layout, {site.name: site.units for site in plan.layout.sites}, plan.budget)
     after = plan.params if plan.budget.kind == "params" else plan.flops

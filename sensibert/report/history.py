@@ -58,11 +58,15 @@ def read_history(path: Path) -> list[Moment]:
         header, *rows = list(csv.reader(file)) or [[]]
     if tuple(header) != Moment._fields or any(len(row) != len(header) for row in rows):
         raise ValueError(f"columns are {', '.join(header) or 'missing'}, want {', '.join(Moment._fields)}")
-    number = {"step": int, "event": str, "encoder_params": int}
-    return [
-        Moment(**{name: number.get(name, float)(cell) if cell else None for name, cell in zip(header, row)})
-        for row in rows
-    ]
+    return [_moment(dict(zip(header, row))) for row in rows]
+
+
+def _moment(cells: Mapping[str, str]) -> Moment:
+    def number(name: str) -> float | None:
+        return float(cells[name]) if cells[name] else None
+
+    size = int(cells["encoder_params"]) if cells["encoder_params"] else None
+    return Moment(int(cells["step"]), cells["event"], number("loss"), number("learning_rate"), size, number("score"))
 
 
 def losses(moments: Iterable[Moment]) -> list[tuple[int, float]]:

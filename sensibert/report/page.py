@@ -146,7 +146,7 @@ def _layers(facts: Mapping[str, Any]) -> str:
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for label, name in SIZES:
         before, after = facts[f"{name}_before"], facts[f"{name}_after"]
         shown = f"{label} at {facts['flops_length']} tokens" if name == "flops" else label
