@@ -29,8 +29,8 @@ ONE_EACH = {case.values[0]: case.values[1] for case in OTHERS} | dict.fromkeys(F
 
 def uneven(model, seed=0):
     """Layers of different width, the first one without heads or neurons where that can be."""
-    first = next((site.name for site in layout_of(model).sites if not site.minimum), None)
-    return trim(model, random_plan(layout_of(model), seed, empty=filter(None, (first,))))
+    first = next(site.name for site in layout_of(model).sites if not site.minimum)
+    return trim(model, random_plan(layout_of(model), seed, empty=(first,)))
 
 
 def small(folder, head="SequenceClassification", **config):
