@@ -24,7 +24,7 @@ import sensibert  # noqa: F401 (registers the classes of trimmed folders)
 from sensibert.core.budget import Budget
 from sensibert.models import base_of, family_of
 from sensibert.models.modules import attribute
-from sensibert.recipe import RESULT
+from sensibert.run_options import RESULT
 
 LOGITS = """
 import sys

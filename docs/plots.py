@@ -1,8 +1,8 @@
 """bench/results/bench_accuracy_runs.jsonl -> two pictures of the score kept against the share of the encoder left.
 
-docs/accuracy.png: the mean over the tasks, three methods. docs/accuracy_by_task.png: a panel a task, all methods, with
-the standard deviation over seeds. Points are at the true share: layer dropping cannot meet every budget. Use: make
-readme
+docs/accuracy.png: the mean over the tasks, three methods. docs/accuracy_by_task.png: a panel a task and rival, with
+bands of one standard deviation over seeds. Points are at the true share: layer dropping cannot meet every budget.
+Use: make readme
 """
 
 import importlib.util
@@ -13,11 +13,10 @@ from pathlib import Path
 from accuracy_tables import GRIDS, METHODS, SHOWN, kept, own_recovery, pooled, scores, share_kept, task_label
 from rows import ROOT, load
 
-COLORS = ("#2f6f9f", "#c0603a", "#5b8f4e", "#8a5fa8", "#b8933a", "#4fa3a3", "#a0526d", "#7a7a7a")
-COLUMNS = 3
+OURS, RIVAL = "#1f5f99", "#c0603a"
 LEAST_SPAN = 6.0  # percent that a panel shows
 Point = tuple[float, float, float]
-MEANS = {"ours": "#1f5f99", "torch-pruning": "#c0603a", "magnitude": "#777777"}  # of the picture of means
+MEANS = {"ours": OURS, "torch-pruning": RIVAL, "magnitude": "#777777"}  # of the picture of means
 
 
 def means(rows: list[dict]) -> dict[str, list[tuple[float, float, int]]]:
@@ -96,35 +95,43 @@ def _point(group: list[dict]) -> Point:
 
 
 def draw(path: Path, found: dict[str, dict[str, list[Point]]]) -> None:
+    """A row of panels a task, a panel a rival: the rival and ours, which every panel repeats."""
     from matplotlib.figure import Figure
 
-    names = {name for lines in found.values() for name in lines}
-    methods = [name for name in METHODS if name in names] + sorted(names - set(METHODS))
-    columns = min(COLUMNS, len(found))
-    lines_of_panels = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(4.2 * columns + 1.9, 3.4 * lines_of_panels), layout="constrained")
-    axes = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
-    shown = {}
-    for axis, (task, lines) in zip(axes, found.items()):
-        shown["untrimmed"] = axis.axhline(100, color="black", linestyle="--", linewidth=1)
-        for method in methods:
-            if method in lines:
-                left, stays, spread = zip(*lines[method])
-                color, width = COLORS[methods.index(method) % len(COLORS)], 2.2 if method == "ours" else 1.2
-                shown[method] = axis.errorbar(
-                    left, stays, spread, color=color, linewidth=width, marker="o", markersize=4, capsize=3
-                )
-        axis.set(title=task, xlabel="encoder parameters left (%)", ylabel="score kept (%)")
-        axis.set_xlim(0, 104)
-        low, high = axis.get_ylim()
+    names = {name for lines in found.values() for name in lines} - {"ours"}
+    rivals = [name for name in METHODS if name in names] + sorted(names - set(METHODS))
+    size = 1.9 * len(rivals) + 0.6, 1.55 * len(found) + 0.7
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(found), len(rivals), squeeze=False, sharex=True, sharey="row")
+    for (task, lines), row in zip(found.items(), panels):
+        for rival, axis in zip(rivals, row):
+            _panel(axis, lines.get(rival), lines.get("ours"))
+        row[0].set_ylabel(task)
+        low, high = row[0].get_ylim()
         short = max(0.0, LEAST_SPAN - (high - low)) / 2  # so that differences within the noise look small
-        axis.set_ylim(low - short, high + short)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(found) :]:
-        axis.set_visible(False)
-    order = sorted(shown, key=["untrimmed", *methods].index)
-    figure.legend([shown[name] for name in order], order, loc="outside right upper", frameon=False)
+        row[0].set_ylim(low - short, high + short)
+    for rival, axis in zip(rivals, panels[0]):
+        axis.set_title(rival, fontsize=10, color=RIVAL)
+    panels[0][0].set_xlim(0, 84)
+    figure.supxlabel("encoder parameters left (%)", fontsize=10)
+    figure.supylabel("score kept (%)", fontsize=10)
+    figure.suptitle("ours", fontsize=10, color=OURS, x=0.995, ha="right")
     figure.savefig(path, dpi=110)
+
+
+def _panel(axis, rival: list[Point] | None, ours: list[Point] | None) -> None:
+    axis.axhline(100, color="0.7", linewidth=0.8)
+    for line, color in ((rival, RIVAL), (ours, OURS)):
+        if line is None:
+            continue
+        left, stays, spread = zip(*line, strict=True)
+        low, high = ([y + sign * s for y, s in zip(stays, spread, strict=True)] for sign in (-1, 1))
+        axis.fill_between(left, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot(left, stays, color=color, linewidth=1.6, marker="o", markersize=3)
+    if rival is None:
+        axis.annotate("not run", (0.5, 0.08), xycoords="axes fraction", ha="center", fontsize=8, color="0.5")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .core.version import version
 # Functions that share their name with a module come from that module: type checkers take one for the other.
 if TYPE_CHECKING:
     from .allocation.allocate import allocate
+    from .allocation.explain import explain
     from .callback import TrimCallback
     from .core.artifacts import BlockPlan, Plan, Sensitivity, UnitPlan
     from .core.budget import Budget
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
-    "allocation": ("allocate",),
+    "allocation": ("allocate", "explain"),
     "callback": ("TrimCallback",),
     "core.artifacts": ("BlockPlan", "Plan", "Sensitivity", "UnitPlan"),
     "core.budget": ("Budget",),
@@ -90,6 +91,7 @@ __all__ = [
     "allocate",
     "analyze",
     "block_sensitivity",
+    "explain",
     "export",
     "export_graph",
     "families",

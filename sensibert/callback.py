@@ -333,7 +333,10 @@ class TrimCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs, model = kwargs.get("logs"), kwargs.get("model")
         if logs is not None and model is not None and "loss" in logs:
-            logs["sensibert/encoder_params"] = cost_of(inner_model(model))[0]
+            size = {"sensibert/encoder_params": cost_of(inner_model(model))[0]}
+            logs |= size
+            if state.log_history and "loss" in state.log_history[-1]:  # the Trainer has copied the logs there before
+                state.log_history[-1] |= size
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         phase = "recover" if self.cuts and state.global_step >= max(self.cuts) else "warm"

@@ -14,13 +14,17 @@ from typing import Annotated, Any
 import typer.core
 
 from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PANELS, PATHS, SHAPE_NAMES, option
+from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
 from .core.errors import SensibertError
+from .core.export_options import check_export
+from .core.model_folder import want_model_folder
 from .core.settings import settings_of
 from .core.text import printable
 from .core.version import version
 from .run_options import Options, all_names
 
+MODELS = {"model", "folder"}  # arguments that are a model
 SIZES = ("vocabulary", "encoder_params", "total_params", "flops")
 
 app = typer.Typer(
@@ -43,6 +47,8 @@ def _command(names: Iterable[str], name: str | None = None, **changed: dict[str,
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
             paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
+            for name in MODELS & paths.keys():
+                want_model_folder(paths[name], name)
             function(context, values | paths)
 
         own = [EXTRA[n] if n in EXTRA else option(n, **changed.get(n, {})) for n in names]
@@ -127,15 +133,17 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
           --schedule cubic --output small
       sensibert finetune --config recipe.yaml --seed 1 --output small-1
     """
-    from .commands import outline
+    options = _options(values)
+    options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
+    options.want_train_data()
+    if values["dry_run"]:
+        from .dry_run import described, outline
+
+        result = outline(options)
+        return _print(values["as_json"], result, _lines(described(result)))
     from .recipe import finetune_and_trim
     from .report import summary
 
-    options = _options(values)
-    options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
-    if values["dry_run"]:
-        result = outline(options)
-        return _print(values["as_json"], result, _lines(result))
     result = finetune_and_trim(options)
     written = f"written to {result['output']} (pictures in {result['output']}/report)"
     _print(values["as_json"], result, f"{summary(result)}\n\n{written}")
@@ -156,10 +164,11 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert analyze --model tuned --train-file train.csv --output scores.safetensors
       sensibert analyze --model tuned --method magnitude --output scores.safetensors
     """
+    options = _options(values)
     from .commands import analyze_file
     from .report import ranking
 
-    result, sensitivity = analyze_file(_options(values))
+    result, sensitivity = analyze_file(options)
     no_ranking = f"no ranking of whole tensors: {result['method']} reads no data"
     text = ranking(sensitivity) if sensitivity.tensors else no_ranking
     _print(values["as_json"], result, f"{text}{_written(result)}")
@@ -168,7 +177,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
 @_command(
     [
         *("sensitivity", "output", "budget", "config", "scope", "flops_length", "width_multiple", "allocation"),
-        *("latency_table", "overwrite", "dry_run", "as_json"),
+        *("latency_table", "overwrite", "dry_run", "why", "as_json"),
     ],
     output={"help": "Plan file to write (.safetensors).", "default": None},
 )
@@ -181,11 +190,12 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
           --output plan.safetensors
       sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
-    from .commands import plan_file
-
     config, dry_run = _options(values, output="").trim, values["dry_run"]
-    result, made = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
-    _print(values["as_json"], result, f"{made.table()}\n\n{_sizes(result)}{_written(result)}")
+    from .planning import plan_file
+
+    result, made, why = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
+    explained = f"\n\n{why}" if values["why"] else ""
+    _print(values["as_json"], result, f"{made.table()}{explained}\n\n{_sizes(result)}{_written(result)}")
 
 
 OF_ONE_STEP = (
@@ -208,18 +218,21 @@ def trim(context: typer.Context, values: dict[str, Any]) -> None:
           --budget 50%params --output small
       sensibert trim --model small --vocabulary texts.txt --output smaller
     """
+    if values["vocabulary"] is not None:
+        _want_alone(context, "vocabulary", (*OF_ONE_STEP, "plan", "layout"))
+    elif values["plan"] is not None:
+        _want_alone(context, "plan", OF_ONE_STEP)
+    options = _options(values)
     from .commands import trim_folder, trim_on_data, trim_vocabulary_of
 
     def of(*names: str) -> list[Any]:
         return [values[name] for name in names]
 
     if values["vocabulary"] is not None:
-        _want_alone(context, "vocabulary", (*OF_ONE_STEP, "plan", "layout"))
         result = trim_vocabulary_of(*of("model", "vocabulary", "output", "overwrite", "dry_run"))
     elif values["plan"] is None:
-        result = trim_on_data(_options(values), values["dry_run"])
+        result = trim_on_data(options, values["dry_run"])
     else:
-        _want_alone(context, "plan", OF_ONE_STEP)
         result = trim_folder(*of("model", "plan", "output", "layout", "overwrite", "dry_run"))
     _print(values["as_json"], result, f"{_sizes(result)}{_written(result)}")
 
@@ -233,10 +246,14 @@ def evaluate(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert eval small --validation-file dev.csv --json
       sensibert eval small --task sst2
     """
+    options = _options(values, model=values["folder"])
     from .commands import evaluate_folder
 
-    result = evaluate_folder(_options(values, model=values["folder"]))
+    result = evaluate_folder(options)
     _print(values["as_json"], result, _scores(result["metrics"]))
+
+
+EXPORTED = ("to", "int8", "fp16_embeddings")
 
 
 @_command(
@@ -256,11 +273,13 @@ def export_(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert export small --to onnx --int8 --validation-file dev.csv --output small-onnx
       sensibert export small --to openvino --output small-openvino
     """
+    options, asked = _options(values, model=values["folder"]), {name: values[name] for name in EXPORTED}
+    check_export(**asked)
+    max_loss = fraction("max_loss", values["max_loss"])
     from .commands import export_folder
     from .report import table
 
-    options = _options(values, model=values["folder"])
-    result = export_folder(options, *(values[name] for name in ("to", "int8", "fp16_embeddings", "max_loss")))
+    result = export_folder(options, **asked, max_loss=max_loss)
     files = table(("", "MB"), [(name, f"{size / 1e6:.1f}") for name, size in result["files"].items()])
     scores = result.get("metrics", {})
     rows = [(metric, *(f"{found[metric]:.4f}" for found in scores.values())) for metric in scores.get("model", ())]
@@ -276,6 +295,7 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
     Example:
       sensibert bench bert-base-uncased small small-onnx --threads 1
     """
+    at_least_one(**{name: values[name] for name in ("length", "threads", "rounds")})
     from .deploy import measure
     from .report import table
 
@@ -333,7 +353,7 @@ def report(context: typer.Context, values: dict[str, Any]) -> None:
     Example:
       sensibert report small
     """
-    from .commands import report_folder
+    from .inspection import report_folder
 
     result = report_folder(values["folder"], values["output"])
     _print(values["as_json"], result, f"written to {result['output']}")
@@ -347,8 +367,8 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     Example:
       sensibert inspect small
     """
-    from .commands import inspect_folder
     from .core.artifacts import BlockPlan, UnitPlan
+    from .inspection import inspect_folder
     from .report import share, table
 
     result = inspect_folder(values["folder"])

@@ -162,6 +162,12 @@ EXTRA = {
     "max_loss": _parameter(
         "max_loss", str, typer.Option(help="Largest loss of the main metric by --int8, in % of it."), "0.5%"
     ),
+    "why": _parameter(
+        "why",
+        bool,
+        typer.Option("--explain", help="Say why each layer keeps what it keeps.", rich_help_panel=OUTPUT),
+        False,
+    ),
     "sensitivity": _parameter("sensitivity", str, typer.Option(help="Sensitivity file of `sensibert analyze`.")),
 }
 # In which ~ is the home folder; Options has others.

@@ -1,26 +1,24 @@
-"""One step at a time, from file to file: the commands analyze, plan, trim, eval and inspect, and a dry run."""
+"""One step at a time, from file to file: the commands analyze, trim, eval and export."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .allocation.allocate import allocate
-from .core import cost
-from .core.arguments import fraction, one_of, show
-from .core.artifacts import BlockPlan, Plan, Sensitivity
-from .core.config import LAYOUTS, TrimConfig, grid_name, parse_shape
+from .core.arguments import one_of, show
+from .core.artifacts import Plan, Sensitivity
+from .core.config import LAYOUTS, TrimConfig, parse_shape
 from .core.errors import SensibertError, naming
-from .core.files import write_atomically, writing
-from .core.folder_facts import read_result, want_facts
+from .core.files import writing
+from .core.folder_facts import want_facts
 from .core.json_text import parse_json
+from .core.output_paths import check_apart, check_file, check_output, try_move
 from .core.statistics import STATISTICS
 from .data.batching import micro_batches
 from .data.embedding_data import EmbeddingData
@@ -39,7 +37,6 @@ from .inputs import (
     load_folder,
     load_model,
     load_tokenizer,
-    outlined,
     output_names,
     prepared,
     to_best_device,
@@ -48,13 +45,10 @@ from .inputs import (
 )
 from .models import base_of, layout_of
 from .models.embedding import EmbeddingModel
-from .models.masks import cost_of, masks_of
-from .models.structure import is_trimmed
-from .recipe import RECIPE, RESULT, check_place
-from .report.page import page
-from .run_options import Options
-from .saving.folder import DENSE, export, zero_filled
-from .saving.output_paths import check_apart, check_file, check_output, try_move
+from .models.masks import cost_of
+from .planning import plan_result
+from .run_options import RECIPE, Options
+from .saving.folder import DENSE, export
 from .sensitivity import analyze, rank_tensors, sampled_loss
 from .training.predict import predict
 from .trimming.trim import trim
@@ -62,47 +56,6 @@ from .trimming.vocabulary import trim_vocabulary
 
 RANKED_SAMPLES = 64  # rows read for the ranking of whole tensors, which only reports use
 _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification": "token-classification"}
-
-
-def outline(options: Options) -> dict:
-    """Describe a run from its options, model and local files. Nothing is written, encoded or trained."""
-    options.want_train_data()
-    options = options.resolved()
-    check_place(options)
-    train = training_examples(options) if options.train_file else None
-    validation = validation_examples(options) if options.validation_file else None
-    check_family(options.model)
-    if options.task != EMBEDDING and train:
-        train, validation = prepared(options, train, validation)
-    data = outlined(options, train) if train else None  # of a preset nothing is fetched
-    task = data.task.name if data else options.task
-    assert task is not None  # options without a training file name a preset
-    layout, trim, known = layout_of(load_model(options.model, data)), options.trim, get_task(task)
-    schedule = trim.schedule.for_task(known.recovery, known.trim_start)
-    budget, counts = trim.parsed_budget(), cost.counts_of(layout)
-    counted = trim.trims and (budget.table is not None or not budget.measured)  # other costs are measured in the run
-    return {
-        "task": known.name,
-        "model": options.model,
-        "family": layout.family,
-        "train_rows": len(train) if train else None,
-        "validation_rows": len(validation) if validation else None,
-        "method": trim.method,
-        "budget": str(budget) if trim.trims else None,
-        "scope": trim.scope,
-        "grid": trim.grid,
-        "encoder_params_before": layout.encoder_params,
-        "total_params_before": layout.total_params,
-        "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if counted else None,
-        "schedule": schedule.shape if trim.trims else None,
-        "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
-        "epochs": options.epochs if options.max_steps == -1 else None,
-        "steps": options.max_steps if options.max_steps != -1 else None,
-        "learning_rate": options.learning_rate,
-        "batch_size": options.batch_size,
-        "output": options.output,
-    }
 
 
 def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
@@ -136,37 +89,6 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     facts = {"task": task, "model": options.model, "method": trim.method, "grid": trim.grid}
     sizes = {"seed": options.seed, "samples": scores.samples, "encoder_params_before": scores.layout.encoder_params}
     return {**facts, **sizes, "tensors": scores.tensors, "curves": scores.curves, "output": options.output}, scores
-
-
-def plan_file(
-    sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
-) -> tuple[dict, Plan]:
-    """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, plan)."""
-    if output is None and not dry_run:
-        raise SensibertError("output is missing, want a file to write, or --dry-run")
-    if output is not None:
-        check_file(output, overwrite, sensitivity=sensitivity)
-    with naming("sensitivity"):
-        scores = Sensitivity.load(sensitivity)
-    budget = config.parsed_budget()
-    cost.want_reach(scores.layout, budget, scores.grid)
-    plan = allocate(scores, budget, config.width_multiple, config.allocation)
-    if output is not None and not dry_run:
-        with writing(output):
-            plan.save(output)
-    return {**plan_result(plan), "output": None if dry_run else output}, plan
-
-
-def plan_result(plan: Plan) -> dict:
-    """The facts of a plan, under the names of result.json."""
-    budget, sizes = plan.budget, {}
-    for when, cost_in in (("before", partial(cost.cost_of_units, plan.layout, None)), ("after", plan.cost)):
-        for name, scope in (("encoder_params", "encoder"), ("total_params", "model")):
-            sizes[f"{name}_{when}"] = cost_in(scope)[0]
-        sizes[f"flops_{when}"] = cost_in(budget.scope, budget.length)[1]
-    grid = plan.grid if isinstance(plan, BlockPlan) else None
-    facts = {"method": plan.method, "budget": str(budget), "scope": budget.scope, "grid": grid_name(grid)}
-    return {**facts, **sizes, "flops_length": budget.length}
 
 
 def measure_latency(config: TrimConfig, model: str, save: str | None, probes: str | None, overwrite: bool) -> dict:
@@ -400,12 +322,12 @@ def evaluate_folder(options: Options) -> dict:
     }
 
 
-def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: str) -> dict:
+def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, max_loss: float) -> dict:
     """Write the graph of a model folder for a runtime. With a validation file the model and its graphs are scored."""
     check_apart(options.output, folder=options.model, validation_file=options.validation_file)
     check_output(options.output, options.overwrite)
     try_move(options.output)
-    score, bound = None, fraction("max_loss", max_loss)
+    score = None
     model: PreTrainedModel | EmbeddingModel
     if options.validation_file is None and options.task not in PRESETS:
         model, tokenizer = load_folder(options.model, "folder")
@@ -421,64 +343,6 @@ def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, 
 
     encoder = model.base_model if isinstance(model, EmbeddingModel) else model
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
-    return export_graph(encoder, options.output, to, tokenizer, int8, fp16_embeddings, score, bound, options.overwrite)
-
-
-# Facts that only result.json has; null for a folder that was trimmed without a run.
-_NOTED = (
-    *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
-    *("warnings", "throughput"),
-)
-
-
-def report_folder(folder: str, output: str | None) -> dict:
-    """Write the HTML page of a trimmed model folder; by default into its folder `report`."""
-    facts, path = inspect_folder(folder), Path(folder)
-    scores, target = path / "sensitivity.safetensors", Path(output) if output else path / "report" / "report.html"
-    sensitivity = Sensitivity.load(scores) if scores.exists() else None
-    sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
-    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None)
-    with writing(target):
-        if output is None:
-            target.parent.mkdir(exist_ok=True)
-        write_atomically(target, lambda part: Path(part).write_text(text, encoding="utf-8"))
-    return {"model": folder, "output": str(target)}
-
-
-def inspect_folder(folder: str) -> dict:
-    """Sizes, origin and layers of a trimmed model folder, under the names of result.json."""
-    model, _ = load_folder(folder, "folder")
-    layout = layout_of(model)
-    masks = masks_of(model)
-    grid = masks.grid if masks is not None else None
-    before = layout_of(zero_filled(model)) if is_trimmed(model) else layout
-    entry, result_file = getattr(model.config, "sensibert", None) or {}, Path(folder) / RESULT
-    known = read_result(result_file) if result_file.exists() else {}
-    rows: dict[int, dict] = {}
-    for now, then in zip(layout.sites, before.sites, strict=True):
-        row = rows.setdefault(now.layer, {"layer": now.layer})
-        name = "heads" if now.kind == "head" else "ffn"
-        row |= {name: now.units, f"{name}_of": then.units}
-    if "metrics_dense" in known:  # its name up to version 0.1
-        known["metrics_at_cut"] = known.pop("metrics_dense")
-    noted = {name: known.get(name, entry.get(name)) for name in _NOTED}
-    scope, length = noted["scope"] or "encoder", known.get("flops_length", TrimConfig.flops_length)
-    sizes = {
-        "encoder_params_before": before.encoder_params,
-        "encoder_params_after": cost_of(model, "encoder")[0],
-        "total_params_before": before.total_params,
-        "total_params_after": cost_of(model, "model")[0],
-        "flops_before": cost.flops(before, cost.counts_of(before), scope, 1, length),
-        "flops_after": cost_of(model, scope, length)[1],
-        "flops_length": length,
-    }
-    facts = {
-        "model": folder,
-        "family": layout.family,
-        **noted,
-        "grid": grid_name(grid),
-        **sizes,
-    }
-    weights = cost.kept_by_weight(layout, masks.keep, masks.grid) if masks is not None else []
-    tensors = [{"tensor": name, "kept": kept, "of": of} for name, kept, of in weights]
-    return {**facts, "layers": list(rows.values()), "tensors": tensors}
+    return export_graph(
+        encoder, options.output, to, tokenizer, int8, fp16_embeddings, score, max_loss, options.overwrite
+    )

@@ -39,7 +39,6 @@ from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
 from .run_options import OF_TRAINING, SNAPSHOT, Options
 from .saving import load
-from .training.distillation import Reordered
 
 # For a folder that is damaged or of another kind, transformers, its libraries and pickle raise errors of many classes.
 _UNREADABLE = Exception
@@ -306,6 +305,8 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
     """The given teacher, or the snapshot of this run if it exists; None otherwise.
 
     Classes in another order than those of the data are reordered. SensibertError for a model of another task."""
+    from .training.distillation import Reordered  # with its package comes Trainer, which is slow to import
+
     if options.teacher is None or (options.teacher == SNAPSHOT and not (folder / SNAPSHOT).exists()):
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher

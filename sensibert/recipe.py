@@ -23,6 +23,7 @@ from .core.errors import SensibertError
 from .core.files import write_atomically, writing
 from .core.folder_facts import read_result
 from .core.json_text import parse_json
+from .core.output_paths import check_apart, check_output, try_move
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
@@ -44,10 +45,10 @@ from .models.masks import cost_of
 from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
+from .report.history import Moment, history
 from .report.plots import write_report
-from .run_options import PATHS, SNAPSHOT, Options
+from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
 from .saving.folder import export
-from .saving.output_paths import check_apart, check_output, try_move
 from .saving.publish import publish
 from .training.checkpoints import EMBEDDINGS, begin, checkpoints, partial_folder, want_same, workspace
 from .training.distillation import Distillation
@@ -59,7 +60,6 @@ from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
 from .trimming.vocabulary import trim_vocabulary
 
-RESULT, RECIPE = "result.json", "recipe.json"
 GRAPH = "export"  # folder in the output with the graph that a budget of latency or size is met by
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
 NOT_COMPARED = (
@@ -94,7 +94,7 @@ def training_arguments(options: Options, folder: Path) -> TrainingArguments:
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
         save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
-        logging_steps=50,
+        logging_steps=0.02,  # of all steps
         logging_nan_inf_filter=False,  # reads the loss of every step; TrimTrainer raises for one that is not finite
         report_to="none",
         disable_tqdm=options.quiet,
@@ -243,7 +243,8 @@ def _run(
     if options.trim.trims and callback.budget.measured:
         result["measured"] = measured_facts(loaded, callback.budget)
         callback.warnings += missed(result["measured"])
-    _write_output(options, folder, loaded, tokenizer, callback, result, metrics_of)
+    moments = history(trainer.state.log_history, list(callback.cuts), result, data.main_metric)
+    _write_output(options, folder, loaded, tokenizer, callback, result, metrics_of, moments)
     return result
 
 
@@ -373,6 +374,7 @@ def _write_output(
     callback: TrimCallback,
     result: dict,
     score: Callable[[nn.Module], dict[str, float]],
+    moments: list[Moment],
 ) -> None:
     """Build the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
@@ -389,7 +391,7 @@ def _write_output(
             result["graph"] = export_for(options.trim.runtime, model, str(final / GRAPH), tokenizer, score_graph)
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
-        write_report(final / "report", result, callback.sensitivity, plan)
+        write_report(final / "report", result, callback.sensitivity, plan, moments)
         write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
         (final / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
         if callback.sensitivity is not None:

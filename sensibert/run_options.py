@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "auto")
 OF_TRAINING = "train"  # value of `vocabulary`: the texts of the training file
+RESULT, RECIPE = "result.json", "recipe.json"  # files in the output of a run
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 WITHOUT_GRADIENT = ("taylor", "saliency")  # statistics of a loss that is 0 for the original embeddings
 INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe

@@ -273,7 +273,7 @@ def test_ctrl_c_is_told_by_the_code(monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sensibert.commands.inspect_folder", interrupted)
+    monkeypatch.setattr("sensibert.inspection.inspect_folder", interrupted)
     done = command("inspect", "somewhere")
     assert done.code == 130 and "stopped; finetune --resume continues" in done.err
 

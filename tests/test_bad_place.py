@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sensibert import SensibertError, commands, recipe
-from sensibert.saving.output_paths import check_output, is_mount, try_move
+from sensibert.core.output_paths import check_output, is_mount, try_move
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command, tree
 

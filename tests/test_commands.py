@@ -7,6 +7,7 @@ import pytest
 
 from sensibert import commands as steps
 from sensibert import inputs as sources
+from sensibert import inspection
 from sensibert.core.errors import SensibertError
 from sensibert.data.files import load_examples
 from sensibert.run_options import Options
@@ -84,9 +85,9 @@ def test_a_model_is_scored_at_the_length_that_its_run_noted(tuned, tmp_path, mon
 
 
 def test_a_folder_without_a_run_is_inspected_and_a_damaged_result_is_named(tuned):
-    shown = steps.inspect_folder(str(tuned / "tuned"))
+    shown = inspection.inspect_folder(str(tuned / "tuned"))
     assert shown["encoder_params_before"] == shown["encoder_params_after"] == 17088
     assert shown["method"] is None and shown["metrics"] is None and len(shown["layers"]) == 2
     (tuned / "tuned" / "result.json").write_text("{")
     with pytest.raises(SensibertError, match="result.json: cannot be read"):
-        steps.inspect_folder(str(tuned / "tuned"))
+        inspection.inspect_folder(str(tuned / "tuned"))

@@ -62,7 +62,7 @@ def test_a_run_keeps_the_budget_learns_and_every_face_of_it_agrees(here, tmp_pat
     sensitivity = Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors")
     assert sensitivity.grid == plan.grid and sensitivity.scores.keys() == plan.keep.keys()
     pictures = {p.name for p in (tmp_path / "out" / "report").iterdir()}
-    assert pictures == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png"}
+    assert pictures == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png", "run.csv", "run.png"}
     assert "encoder.layer.1.output.dense.weight" in (tmp_path / "out" / "report" / "summary.txt").read_text()
 
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()

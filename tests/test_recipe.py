@@ -20,6 +20,7 @@ from sensibert.core.errors import SensibertError
 from sensibert.core.schedule import Schedule
 from sensibert.models import layout_of
 from sensibert.recipe import finetune_and_trim
+from sensibert.report.history import read_history
 from sensibert.run_options import Options
 from tests import runs
 from tests.helpers import tiny_model
@@ -54,7 +55,13 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
     ranking = Sensitivity.load(tmp_path / "out" / "sensitivity.safetensors").tensors
     assert len(ranking) == 12 and list(ranking.values()) == sorted(ranking.values(), reverse=True)
     pictures = {p.name for p in (tmp_path / "out" / "report").iterdir()}
-    assert pictures == {"summary.txt", "ranking.csv", "kept.png", "sensitivity.png", "curves.csv", "curves.png"}
+    drawn = {f"{name}.png" for name in ("kept", "sensitivity", "curves", "run")}
+    assert pictures == drawn | {"summary.txt", "ranking.csv", "curves.csv", "run.csv"}
+    moments = read_history(tmp_path / "out" / "report" / "run.csv")
+    (cut,) = (moment.step for moment in moments if moment.event == "cut")
+    sizes = {m.encoder_params for m in moments if m.event == "log" and m.step < cut}
+    assert sizes == {result["encoder_params_before"]} and len(moments) == 42
+    assert {m.encoder_params for m in moments if m.step >= cut} >= {result["encoder_params_after"]}
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -40,7 +40,7 @@ def _order(scores: Tensor) -> Tensor:
     return torch.argsort(scores.nan_to_num(nan=-torch.inf), descending=True, stable=True)
 
 
-def _threshold(layout: Layout, ranks: dict[str, Tensor], budget: Budget, room: int) -> dict[str, int]:
+def threshold_counts(layout: Layout, ranks: dict[str, Tensor], budget: Budget, room: int) -> dict[str, int]:
     """Units kept per site when the best ranks of all sites are taken until `room` is spent (exact to one unit)."""
     value, cost, owner = [], [], []
     for number, site in enumerate(layout.sites):
@@ -110,7 +110,7 @@ def _fill(
         counts[site.name] += size
 
 
-def _ranks(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
+def ranks_of(sensitivity: Sensitivity, budget: Budget) -> dict[str, Tensor]:
     """Site -> fp64 [units] on the CPU: score per cost, by which units are compared."""
     ranks = {}
     for site in sensitivity.layout.sites:
@@ -162,7 +162,7 @@ def allocate(
         budget.table.want_fit(layout)
     if budget.measured and allocation == "global":
         allocation = "exact"
-    allowed, ranks = limit(layout, budget), _ranks(sensitivity, budget)
+    allowed, ranks = limit(layout, budget), ranks_of(sensitivity, budget)
     if allocation == "uniform":
         counts = _uniform(layout, budget, allowed)
         worth: Worth = lambda site, count, size: -count / site.units  # noqa: E731
@@ -171,7 +171,7 @@ def allocate(
         worth = lambda site, count, size: float(ordered[site.name][count : count + size].mean())  # noqa: E731
     if allocation == "global":
         smallest = {site.name: site.minimum for site in layout.sites}
-        counts = _threshold(layout, ranks, budget, allowed - spent(layout, smallest, budget))
+        counts = threshold_counts(layout, ranks, budget, allowed - spent(layout, smallest, budget))
     elif allocation == "exact":
         counts = _exact(layout, ranks, budget, allowed, multiple)
     for site in layout.sites:

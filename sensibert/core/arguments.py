@@ -58,6 +58,13 @@ def fraction(name: str, text: str) -> float:
     return value
 
 
+def at_least_one(**values: int | None) -> None:
+    """SensibertError for the first value below 1; None passes."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise SensibertError(f"{name} is {value}, want at least 1")
+
+
 def did_you_mean(value: object, known: Iterable[str]) -> str:
     """`; did you mean 'b'?` for the known name that the value resembles; without one an empty text."""
     folded = {name.casefold(): name for name in known}

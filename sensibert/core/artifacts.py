@@ -19,11 +19,22 @@ from .errors import SensibertError
 from .grid import Grid
 from .layout import Layout
 from .plans import BlockPlan, Plan, UnitPlan
+from .views import View
 
 __all__ = ["BlockPlan", "Plan", "Sensitivity", "UnitPlan"]
 
+RANGE = ("lowest", "median", "highest")
 
-@dataclass(frozen=True, eq=False)
+
+def _range(scores: Tensor) -> tuple[str, ...]:
+    """The lowest, median and highest score as text; "-" without scores."""
+    if not scores.numel():
+        return ("-",) * len(RANGE)
+    values = scores.float().flatten()
+    return tuple(f"{float(value):.2e}" for value in (values.min(), values.median(), values.max()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Sensitivity:
     """Scores, on any device. Without a grid one per unit: site name -> fp32 [units]. With a grid one per block of every
     weight: parameter name -> fp32 [block rows, block columns].
@@ -44,6 +55,25 @@ class Sensitivity:
 
     def __post_init__(self) -> None:
         want_fields(self)
+
+    def __repr__(self) -> str:
+        return self._view().text()
+
+    def _repr_html_(self) -> str:
+        return self._view().html()
+
+    def _view(self) -> View:
+        read = f"{self.samples:,} samples, seed {self.seed}" if self.samples else "no data"
+        have = [name for name in ("tensors", "curves") if getattr(self, name)]
+        more = f"; with {' and '.join(have)}" if have else ""
+        title = f"Sensitivity: {self.layout.family} by {self.statistic}, {read}{more}"
+        if self.grid is not None:
+            rows = [(name, scores.numel(), *_range(scores)) for name, scores in self.scores.items()]
+            return View((title,), ("tensor", "blocks", *RANGE), rows)
+        kinds = {"head": "heads", "ffn": "neurons"}
+        known = [site for site in self.layout.sites if site.name in self.scores]
+        rows = [(f"layer {s.layer} {kinds[s.kind]}", s.units, *_range(self.scores[s.name])) for s in known]
+        return View((title,), ("scores of", "units", *RANGE), rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sensitivity):

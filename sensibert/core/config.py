@@ -32,12 +32,20 @@ RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_dec
 
 def parse_grid(text: str) -> Grid | None:
     """`unit` (heads and neurons: no grid) -> None; `element`, `block64` or any other block<size> -> Grid."""
+    size = _block_size(text)
+    if size is None:
+        return None
     from .grid import Grid
 
+    return Grid.block(size, size)
+
+
+def _block_size(text: str) -> int | None:
+    """Rows and columns of the blocks of a grid, without importing torch; None for `unit`."""
     block = re.fullmatch(r"block([1-9]\d*)", text) if isinstance(text, str) else None
     if text not in GRIDS and not block:
         raise SensibertError(f"grid is {show(text)}, {one_of(text, GRIDS)} (or another block<size>)")
-    return None if text == "unit" else Grid.block(int(block[1]), int(block[1])) if block else Grid.element()
+    return int(block[1]) if block else {"unit": None, "element": 1}[text]
 
 
 def grid_name(grid: Grid | None) -> str:
@@ -127,12 +135,10 @@ class TrimConfig:
         parse_shape(self.latency_shape)
         if not isinstance(self.schedule, Schedule):
             raise SensibertError(f"schedule is {show(self.schedule)}, want a Schedule")
-        budget, grid = self.parsed_budget(), self.parsed_grid()
-        if grid is None or self.method == BASELINE:
+        budget, block_size = self.parsed_budget(), _block_size(self.grid)
+        if block_size is None or self.method == BASELINE:
             return
-        from .cost import check_budget
-
-        check_budget(budget, grid)
+        budget.check_grid(block_size)
         units_only = self.method is not None and STATISTICS[self.method].units_only
         for name, wrong in {
             "allocation": self.allocation == "exact",

@@ -133,14 +133,6 @@ def cost_of_blocks(
     return total_params, total_flops
 
 
-def check_budget(budget: Budget, grid: Grid | None = None) -> None:
-    """SensibertError for a budget of FLOPs on a grid of single elements, or one of measured costs on any grid."""
-    if budget.measured and grid is not None:
-        raise SensibertError(f"budget: {budget}, but masked weights cost what they did, want grid unit")
-    if budget.kind == "flops" and grid == Grid.element():
-        raise SensibertError(f"budget: {budget}, but no kernel skips single elements, want params for grid element")
-
-
 def _as_budget(budget: Budget, cost: int) -> str:
     """A text that `parse` reads as a budget of at least this cost."""
     if budget.measured:
@@ -168,7 +160,7 @@ def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """The budget as an absolute number for this layout, rounded down; SensibertError if the smallest model exceeds it.
 
     grid: the blocks that are masked; None: whole units are removed."""
-    check_budget(budget, grid)
+    budget.check_grid(None if grid is None else 1 if grid == Grid.element() else grid.block_rows)
     whole = spent(layout, counts_of(layout), budget)
     if grid is None:
         smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)

@@ -18,11 +18,12 @@ from .errors import SensibertError
 from .grid import Grid
 from .layout import Layout
 from .text import share, table
+from .views import View
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan(ABC):
     """Base class of `UnitPlan` and `BlockPlan`.
 
@@ -75,6 +76,19 @@ class Plan(ABC):
         """The plan as a table in plain text."""
         return table(self.table_header, self.table_rows())
 
+    def __repr__(self) -> str:
+        return self._view().text()
+
+    def _repr_html_(self) -> str:
+        return self._view().html()
+
+    def _view(self) -> View:
+        scope, length = self.budget.scope, self.budget.length
+        sizes = zip(("parameters", "FLOPs"), self.cost(scope, length), cost_of_units(self.layout, None, scope, length))
+        left = ", ".join(f"{after:,} of {before:,} {name} ({share(after, before)})" for name, after, before in sizes)
+        title = f"{type(self).__name__}: {self.layout.family}, {self.budget} of the {scope} by {self.method}"
+        return View((title, f"left: {left}"), self.table_header, self.table_rows())
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._facts() == other._facts() and same_tensors(self.keep, other.keep)
 
@@ -99,7 +113,7 @@ class Plan(ABC):
         return {**facts, **sizes, "grid": getattr(self, "grid", None)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitPlan(Plan):
     """Which attention heads and FFN neurons survive; keep: site name -> bool [units]."""
 
@@ -127,7 +141,7 @@ class UnitPlan(Plan):
         return self.keep[name].nonzero().flatten()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockPlan(Plan):
     """Which blocks of a grid survive in every weight; keep: parameter name -> bool [block rows, block columns]."""
 

@@ -127,6 +127,17 @@ class EmbeddingData(TaskData):
         return metrics
 
 
+def text_columns(examples: Examples, text_column: str | None) -> list[str]:
+    """The names of the columns with texts. SensibertError if none is known."""
+    return [column.name for column in _text_columns(examples, text_column)]
+
+
+def training_texts(examples: Examples, text_column: str | None) -> int:
+    """How many texts of a file are trained on, some being held out."""
+    texts = len(different_texts(examples, text_column))
+    return texts - min(HELD_OUT, texts // 10)
+
+
 def different_texts(examples: Examples, text_column: str | None) -> list[str]:
     """The texts of one or more columns, each once. SensibertError for an empty one, or too few different ones."""
     columns = _text_columns(examples, text_column)

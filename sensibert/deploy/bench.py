@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ..core.arguments import at_least_one
 from ..core.errors import SensibertError, described
 from ..models.modules import positions
 from ..saving.folder import load
@@ -44,9 +45,7 @@ def measure(
 
     Passes of all models take turns, so that a machine whose speed drifts slows all of them. SensibertError for a folder
     without a model."""
-    for name, value in (("length", length), ("threads", threads), ("rounds", rounds)):
-        if value is not None and value < 1:
-            raise SensibertError(f"{name} is {value}, want at least 1")
+    at_least_one(length=length, threads=threads, rounds=rounds)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

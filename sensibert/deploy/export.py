@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.arguments import checked, one_of
+from ..core.arguments import checked
 from ..core.artifacts import UnitPlan
 from ..core.budget import Budget
 from ..core.errors import SensibertError
+from ..core.export_options import check_export
+from ..core.output_paths import check_output
 from ..models import layout_of
 from ..models.masks import masks_of
 from ..models.modules import positions
@@ -24,7 +26,6 @@ from ..models.reloadable import stock_class, stock_config
 from ..models.structure import is_trimmed, structure_of
 from ..models.weights import from_pretrained
 from ..saving.folder import new_folder, zero_filled
-from ..saving.output_paths import check_output
 from ..saving.sentence_transformers import copy_modules, source_of
 from ..trimming.trim import trim
 from .graphs import INT8_FILE, RUNTIMES, Graph, Trace, quantize, random_inputs, trace
@@ -59,12 +60,7 @@ def export_graph(
 
     Returns facts: files with their bytes, the largest difference of the outputs, metrics. SensibertError for a runtime
     that is not installed, a model without a graph, or a graph that computes something else; nothing is then written."""
-    if to not in RUNTIMES:
-        raise SensibertError(f"to is {to!r}, {one_of(to, RUNTIMES)}")
-    if int8 and to != "onnx":
-        raise SensibertError(f"int8 is True and to is {to!r}, want onnx")
-    if fp16_embeddings and to == "torch":
-        raise SensibertError("fp16_embeddings is True and to is 'torch', want onnx or openvino")
+    check_export(to, int8, fp16_embeddings)
     if not 0 <= max_loss < 1:
         raise SensibertError(f"max_loss is {max_loss}, want a fraction from 0 to 1")
     runtime = RUNTIMES[to]

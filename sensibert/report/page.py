@@ -9,7 +9,9 @@ from typing import Any
 
 from ..core.artifacts import Sensitivity
 from ..core.text import share
-from .plots import LOWEST_RISE, role
+from .history import Moment
+from .page_plots import curves, run
+from .plots import role
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5b6776; --paper: #fff; --rule: #d8dee6; --off: #e4e9ef;
@@ -30,29 +32,41 @@ th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap; } th { f
 td:first-child, th:first-child { text-align: left; } tr + tr td { border-top: 1px solid var(--rule); }
 td.bar { min-width: 9rem; width: 40%; text-align: left; } svg { display: block; max-width: 100%; height: auto; }
 pre { border: 1px solid var(--rule); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 1.5rem; }
+.pair td:nth-child(2), .pair th:nth-child(2) { text-align: left; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .75rem; }
 td.cell { border: 1px solid var(--paper); } ul, ol { padding-left: 1.8rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { td.bar { min-width: 3rem; } th, td { padding: .2rem .3rem; } table { font-size: .8rem; } }
+@media (max-width: 40rem) { td.bar { min-width: 3rem; } th, td { padding: .2rem .3rem; } table { font-size: .8rem; }
+  td:first-child { white-space: normal; } }
 """
 # Shades of a heat map as opacities of the main colour, few enough that the text on them stays readable.
 DEEPEST, SHADES = 0.55, 6
-TENSORS = 15  # of the ranking
-LINE = 11  # height of the numbers beside a plot
+TENSORS = 10  # at each end of the ranking
 SIZES = (("encoder parameters", "encoder_params"), ("all parameters", "total_params"), ("FLOPs", "flops"))
 
 
-def page(facts: Mapping[str, Any], sensitivity: Sensitivity | None = None, megabytes: float | None = None) -> str:
+def page(
+    facts: Mapping[str, Any],
+    sensitivity: Sensitivity | None = None,
+    megabytes: float | None = None,
+    moments: Sequence[Moment] = (),
+) -> str:
     """HTML of a trimmed model. facts: of `inspect_folder`. megabytes: of its weights file.
 
-    With a sensitivity: the tensors by sensitivity, and with its curves the predicted rise of the loss."""
+    With a sensitivity: the tensors by sensitivity, and with its curves the predicted rise of the loss. With the moments
+    of a run: loss, score and size against steps."""
     name = str(facts["model"]).rstrip("/").rpartition("/")[2]
     parts = [f"<h1>{escape(name)}</h1>", f'<p class="soft">{escape(_origin(facts))}</p>', _headline(facts, megabytes)]
     parts += [_section("What was cut", _layers(facts)), _section("Sizes", _sizes(facts))]
     if facts.get("metrics"):
         parts.append(_section("Scores", _scores(facts)))
+    if moments:
+        metric = next(iter(facts.get("metrics") or {}), "score")
+        parts.append(_section("The run", run(moments, facts["encoder_params_before"], metric)))
     if sensitivity is not None and sensitivity.tensors:
         parts.append(_section("Sensitivity of the tensors", _tensors(sensitivity)))
     if sensitivity is not None and sensitivity.curves:
-        parts.append(_section("Predicted rise of the loss", _curves(sensitivity)))
+        parts.append(_section("Predicted rise of the loss", curves(sensitivity)))
     if facts.get("seconds"):
         parts.append(_section("Where the time went", _seconds(facts["seconds"])))
     parts.append(_section("Use it", _use(facts)))
@@ -132,11 +146,18 @@ def _layers(facts: Mapping[str, Any]) -> str:
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for label, name in SIZES:
         before, after = facts[f"{name}_before"], facts[f"{name}_after"]
         shown = f"{label} at {facts['flops_length']} tokens" if name == "flops" else label
         rows.append((shown, f"{before:,}", f"{after:,}", share(after, before)))
+    latency = facts.get("latency") or {}
+    for name, times in latency.items():
+        if name.startswith("batch_"):
+            batch = name.removeprefix("batch_").removesuffix("_ms")
+            ms = [f"{times[when]:.1f} ms" for when in ("before", "after")]
+            label = f"latency of {batch} x {latency['length']} tokens"
+            rows.append((label, *ms, share(times["after"], times["before"])))
     return _table(("", "before", "after", "left"), rows)
 
 
@@ -170,63 +191,16 @@ def _tensors(sensitivity: Sensitivity) -> str:
 
     rows = [[f"<td>{escape(name)}</td>", *(cell(found.get((name, layer))) for layer in layers)] for name in roles]
     heat = _table(("", *(f"layer {layer}" for layer in layers)), rows, plain=False)
-    ranked = [(str(rank), name, f"{value:.3e}") for rank, (name, value) in enumerate(values.items(), 1)][:TENSORS]
-    most = "".join(f"<li>{escape(name)} <span class='soft'>{value}</span></li>" for _, name, value in ranked)
+    ranked = [(str(n), role(t), str(owner[t]), f"{value:.2e}") for n, (t, value) in enumerate(values.items(), 1)]
+    header = ("rank", "tensor", "layer", "mean |w · g|")
+    if len(ranked) <= 2 * TENSORS:
+        ends = [("From the most to the least sensitive:", ranked)]
+    else:
+        ends = [("The most sensitive:", ranked[:TENSORS]), ("The least sensitive:", ranked[-TENSORS:])]
+    tables = "".join(f"<div><p>{title}</p>{_table(header, rows)}</div>" for title, rows in ends)
     return (
         "<p>Mean |weight · gradient| of every weight matrix: what the loss changes by if one of its weights becomes 0. "
-        f"Shades are logarithmic.</p>{heat}<p>The {len(ranked)} most sensitive:</p><ol>{most}</ol>"
-    )
-
-
-def _curves(sensitivity: Sensitivity) -> str:
-    kinds = {"head": "attention heads of a layer", "ffn": "FFN neurons of a layer"}
-    sites = [site for site in sensitivity.layout.sites if site.units and site.name in sensitivity.curves]
-    rises = [rise for site in sites for _, rise in sensitivity.curves[site.name]]
-    top = math.ceil(math.log10(max([*rises, 10 * LOWEST_RISE])))
-    bottom = math.log10(LOWEST_RISE)
-    last = max([1, *(site.layer for site in sites)])
-    shown = "".join(
-        _curve_plot(title, [site for site in sites if site.kind == kind], sensitivity, bottom, top, last)
-        for kind, title in kinds.items()
-    )
-    return (
-        "<p>Each line is a layer alone, as it loses its least important units; numbers name the layers. "
-        f"A rise below {LOWEST_RISE:g}, or a fall, is drawn on the lower edge.</p>"
-        f'<div class="facts" style="grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr))">{shown}</div>'
-    )
-
-
-def _curve_plot(title: str, sites: list, sensitivity: Sensitivity, bottom: float, top: float, last: int) -> str:
-    left, right, upper, lower = 44, 388, 10, 200
-
-    def place(share_gone: float, rise: float) -> tuple[float, float]:
-        height = (math.log10(max(rise, LOWEST_RISE)) - bottom) / (top - bottom)
-        return left + share_gone * (right - left), lower - height * (lower - upper)
-
-    parts = []
-    for power in range(round(bottom), round(top) + 1):
-        y = place(0, 10.0**power)[1]
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
-    for percent in (0, 50, 100):
-        x = place(percent / 100, 1)[0]
-        parts.append(f'<text x="{x:.1f}" y="{lower + 18}" text-anchor="middle">{percent} %</text>')
-    ends = []
-    for site in sites:
-        curve = [place(gone / site.units, rise) for gone, rise in sensitivity.curves[site.name]]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
-        opacity = 0.35 + 0.65 * site.layer / last
-        stroke = f'stroke="var(--main)" stroke-opacity="{opacity:.2f}" stroke-width="1.8"'
-        parts.append(f'<polyline points="{points}" fill="none" {stroke}/>')
-        ends.append((curve[-1][1], site.layer))
-    below: float = upper - LINE
-    for y, layer in sorted(ends):
-        below = max(y, below + LINE)  # numbers that would overlap move down
-        parts.append(f'<text x="{right + 5}" y="{below + 4:.1f}">{layer}</text>')
-    drawn = "".join(parts)
-    return (
-        f'<figure style="margin: 0"><svg viewBox="0 0 410 225" role="img" aria-label="{escape(title)}" font-size="11" '
-        f'fill="var(--soft)">{drawn}</svg><figcaption class="soft">{escape(title)}: share removed</figcaption></figure>'
+        f'Shades are logarithmic.</p>{heat}<div class="pair">{tables}</div>'
     )
 
 

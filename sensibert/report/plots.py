@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.artifacts import BlockPlan, Plan, Sensitivity
 from ..core.layout import Layout
+from .history import FILE, Moment, write_history
+from .run_picture import draw_run
 from .tables import RANKING_HEADER, ranking_rows, summary
 
 if TYPE_CHECKING:  # matplotlib is slow to import and may be missing
@@ -20,13 +23,17 @@ LOWEST_RISE = 1e-4  # where the logarithmic axis of curves.png begins
 
 
 def write_report(
-    folder: str | Path, result: Mapping[str, Any], sensitivity: Sensitivity | None, plan: Plan | None
+    folder: str | Path,
+    result: Mapping[str, Any],
+    sensitivity: Sensitivity | None,
+    plan: Plan | None,
+    moments: Sequence[Moment] = (),
 ) -> list[Path]:
     """Write a report into `folder`, which is created if needed. Returns its files, sorted.
 
     result: the content of result.json, for summary.txt. With a plan: kept.png. With a ranking of tensors: ranking.csv
-    and sensitivity.png. With predicted curves (method obs): curves.csv and curves.png. Without matplotlib there are no
-    pictures, and the summary says so."""
+    and sensitivity.png. With predicted curves (method obs): curves.csv and curves.png. With the moments of a run:
+    run.csv and run.png. Without matplotlib there are no pictures, and the summary says so."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = [summary(result)]
@@ -41,14 +48,18 @@ def write_report(
     if sensitivity is not None and sensitivity.tensors:
         _write_csv(folder / "ranking.csv", [RANKING_HEADER, *ranking_rows(sensitivity, plan)])
         if pictures:
-            labels = "sensitivity", "mean |weight · gradient|"
-            _draw_tensors(folder / "sensitivity.png", sensitivity.layout, sensitivity.tensors, *labels)
+            _draw_sensitivity(folder / "sensitivity.png", sensitivity)
     if sensitivity is not None and sensitivity.curves:
         units = {site.name: site.units for site in sensitivity.layout.sites}
         rows = [(s, n, units[s], f"{r:.4e}") for s, curve in sensitivity.curves.items() for n, r in curve]
         _write_csv(folder / "curves.csv", [CURVES_HEADER, *rows])
         if pictures:
             _draw_curves(folder / "curves.png", sensitivity)
+    if moments:
+        write_history(folder / FILE, moments)
+        if pictures:
+            metric = next(iter(result["metrics"] or {}), "score")
+            draw_run(folder / "run.png", moments, result["encoder_params_before"], metric)
     return sorted(folder.iterdir())
 
 
@@ -61,7 +72,8 @@ def _draw_plan(path: Path, plan: Plan) -> None:
     """Bars of heads and FFN widths for a plan of units, the kept share of every weight for a plan of blocks."""
     if isinstance(plan, BlockPlan):
         shares = {name: kept / whole for name, kept, whole, _ in plan.table_rows() if whole}
-        return _draw_tensors(path, plan.layout, shares, "kept", "share of the elements", top=1)
+        cells = {name: f"{100 * value:.0f}" for name, value in shares.items()}
+        return _draw_tensors(path, plan.layout, shares, cells, "kept", "share of the elements", Scale(0, 1, "linear"))
     from matplotlib.figure import Figure  # not pyplot, which would set a backend for the whole process
 
     rows = plan.table_rows()
@@ -84,23 +96,55 @@ def _bars(axis: Axes, title: str, kept: list[int], whole: list[int]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_tensors(
-    path: Path, layout: Layout, values: Mapping[str, float], title: str, label: str, top: float | None = None
-) -> None:
-    """One value per weight as a heat map: layers along x, the weights of a layer along y, in the order of a pass.
+class Scale(NamedTuple):
+    """The values at both ends of a color scale, and a scale of matplotlib between them."""
 
-    top: the value at the end of the color scale, which then begins at 0."""
+    low: float
+    high: float
+    kind: str
+
+
+def _draw_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
+    """A logarithmic scale, so that one tensor far above the others does not hide how these differ."""
+    positive = [value for value in sensitivity.tensors.values() if value > 0]
+    low, high = (min(positive), max(positive)) if positive else (1.0, 1.0)
+    power = math.floor(math.log10(low))
+    scaled = {name: value / 10.0**power for name, value in sensitivity.tensors.items()}
+    cells = {name: f"{value:.1f}" if value < 100 else f"{value:,.0f}" for name, value in scaled.items()}
+    label = f"mean |weight · gradient| (numbers: in 1e{power})"
+    scale = Scale(low, max(high, 1.01 * low), "log")
+    _draw_tensors(path, sensitivity.layout, sensitivity.tensors, cells, "sensitivity", label, scale)
+
+
+def _draw_tensors(
+    path: Path,
+    layout: Layout,
+    values: Mapping[str, float],
+    texts: Mapping[str, str],
+    title: str,
+    label: str,
+    scale: Scale,
+) -> None:
+    """One value per weight as a heat map with its text: layers along x, the weights of a layer along y, in the order of
+    a pass."""
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
     owner = {m.parameter: site.layer for site in layout.sites for m in site.members}
     layers = sorted(set(owner.values()))
-    rows: dict[str, dict[int, float]] = {role(name): {} for name in owner if name in values}
-    for parameter, value in values.items():
-        rows[role(parameter)][owner[parameter]] = value
-    cells = [[row.get(layer, float("nan")) for layer in layers] for row in rows.values()]
-    figure = Figure(figsize=(3.6 + 0.55 * len(layers), 1.4 + 0.42 * len(rows)), layout="constrained")
+    rows: dict[str, dict[int, str]] = {role(name): {} for name in owner if name in values}
+    for parameter in values:
+        rows[role(parameter)][owner[parameter]] = parameter
+    cells = [[values.get(row.get(layer, ""), math.nan) for layer in layers] for row in rows.values()]
+    figure = Figure(figsize=(3.6 + 0.62 * len(layers), 1.4 + 0.42 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(cells, aspect="auto", cmap="viridis", vmin=None if top is None else 0, vmax=top)
+    norm = LogNorm(scale.low, scale.high, clip=True) if scale.kind == "log" else Normalize(scale.low, scale.high)
+    image = axis.imshow(cells, aspect="auto", cmap="viridis", norm=norm)
+    for y, row in enumerate(rows.values()):
+        for x, layer in enumerate(layers):
+            if (name := row.get(layer)) is not None:
+                color = "white" if norm(values[name]) < 0.6 else "black"
+                axis.text(x, y, texts[name], ha="center", va="center", fontsize=8, color=color)
     axis.set(title=title, xlabel="layer")
     axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axis.set_yticks(range(len(rows)), list(rows))
@@ -116,8 +160,8 @@ def role(parameter: str) -> str:
 
 
 def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
-    """Predicted rise of the loss over the share of units removed, one line per site; smaller rises are drawn at
-    LOWEST_RISE."""
+    """Predicted rise of the loss over the share of units removed, one line per site. A logarithm needs a lowest rise:
+    smaller ones, and falls, are drawn there as triangles, and a note says so."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -127,17 +171,22 @@ def _draw_curves(path: Path, sensitivity: Sensitivity) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = dict(zip(("head", "ffn"), figure.subplots(1, 2, sharey=True)))
     sites = [site for site in sensitivity.layout.sites if site.units]
-    last, colors = max(1, max(site.layer for site in sites)), colormaps["viridis"]
+    last, colors, clipped = max(1, max(site.layer for site in sites)), colormaps["viridis"], False
     for site in sites:
-        gone, rises = zip(*sensitivity.curves[site.name])
-        heights = [max(rise, LOWEST_RISE) for rise in rises]
-        axes[site.kind].plot([n / site.units for n in gone], heights, "o-", ms=3, color=colors(site.layer / last))
+        curve = [(gone / site.units, rise) for gone, rise in sensitivity.curves[site.name] if gone]
+        color, axis = colors(site.layer / last), axes[site.kind]
+        axis.plot([x for x, _ in curve], [max(rise, LOWEST_RISE) for _, rise in curve], "o-", ms=3, color=color)
+        if low := [x for x, rise in curve if rise < LOWEST_RISE]:
+            axis.plot(low, [LOWEST_RISE] * len(low), "v", ms=6, color=color, clip_on=False)
+            clipped = True
     for kind, axis in axes.items():
         title = {"head": "attention heads of a layer", "ffn": "FFN neurons of a layer"}[kind]
         axis.set(title=title, xlabel="share of units removed")
-        axis.set(yscale="log", ylim=(LOWEST_RISE, None))
+        axis.set(yscale="log", ylim=(LOWEST_RISE, None), xlim=(0, 1.03))
         axis.spines[["top", "right"]].set_visible(False)
     axes["head"].set_ylabel("predicted rise of the loss")
+    if clipped:
+        figure.supxlabel(f"Triangles: a rise below {LOWEST_RISE:g}, or a fall.", fontsize=9)
     scale, whole = ScalarMappable(Normalize(0, last), colors), MaxNLocator(integer=True)
     figure.colorbar(scale, ax=list(axes.values()), label="layer", ticks=whole)
     figure.savefig(path, dpi=130)

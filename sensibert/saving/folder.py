@@ -24,6 +24,7 @@ from ..core.errors import SensibertError, first_line
 from ..core.files import make_readable, writing
 from ..core.folder_facts import want_facts
 from ..core.model_folder import want_model_folder
+from ..core.output_paths import check_apart, check_movable, unfinished_name
 from ..core.version import version
 from ..models import base_of, family_of, layout_of, modeling_sensibert, sites
 from ..models.masks import Masks, kept_of, masks_of, set_masks
@@ -35,7 +36,6 @@ from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
 from .model_card import CARD, OF_RUN, card
-from .output_paths import check_apart, check_movable, unfinished_name
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 

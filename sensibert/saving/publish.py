@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..core.errors import SensibertError
 from ..core.files import make_folder, sync_entries, sync_tree
+from ..core.output_paths import aside_of, check_movable
 from ..models.structure import STRUCTURE
 from .model_card import CODE, is_card
-from .output_paths import aside_of, check_movable
 from .sentence_transformers import BESIDE
 
 # What a model folder consists of: not kept when another model takes its place.

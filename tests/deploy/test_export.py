@@ -29,8 +29,8 @@ ONE_EACH = {case.values[0]: case.values[1] for case in OTHERS} | dict.fromkeys(F
 
 def uneven(model, seed=0):
     """Layers of different width, the first one without heads or neurons where that can be."""
-    first = next((site.name for site in layout_of(model).sites if not site.minimum), None)
-    return trim(model, random_plan(layout_of(model), seed, empty=filter(None, (first,))))
+    first = next(site.name for site in layout_of(model).sites if not site.minimum)
+    return trim(model, random_plan(layout_of(model), seed, empty=(first,)))
 
 
 def small(folder, head="SequenceClassification", **config):
@@ -55,11 +55,41 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         pytest.skip(f"this transformers has no {family}")
     facts = export_graph(uneven(model), str(tmp_path / "out"), int8=True)
     assert facts["difference"] < 1e-5 and facts["files"].keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
-    traced = graphs.trace(model.eval(), None)
-    batch = graphs.random_inputs(traced.inputs, 64, 2, 9)
+    assert 0 in [site.units for site in layout_of(model).sites]
+    inputs = graphs.input_names(model.eval(), None)
+    batch = graphs.random_inputs(inputs, 64, 2, 9)
     wanted = model(**batch).logits
+    found = RUNTIMES["onnx"].open(tmp_path / "out" / "onnx" / "model.onnx", 1)(**batch)["logits"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     found = RUNTIMES["onnx"].open(tmp_path / "out" / "onnx" / "model_quantized.onnx", 1)(**batch)["logits"]
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.2 * float(wanted.abs().max()))
+
+
+LARGER = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 96}
+LARGER_OWN_NAMES = {"distilbert": {"dim": 48, "n_layers": 3, "n_heads": 6, "hidden_dim": 96}}
+
+
+@pytest.mark.parametrize("family", ONE_EACH)
+def test_every_family_agrees_at_another_size_with_an_ffn_gone(family, tmp_path):
+    """Three layers, each with its own number of heads and neurons."""
+    larger = LARGER_OWN_NAMES.get(family, LARGER)
+    try:
+        model = tiny_model(family, initializer_range=0.1, **(ONE_EACH[family] | larger))
+    except ValueError:
+        pytest.skip(f"this transformers has no {family}")
+    layout = layout_of(model)
+    gone = [site.name for site in layout.sites if site.kind == "ffn"][-1]
+    trim(model, random_plan(layout, seed=3, empty=(gone,)))
+    widths = [site.units for site in layout_of(model).sites]
+    assert 0 in widths and len(set(widths)) > 2
+    traced, file = graphs.trace(model.eval(), None), tmp_path / "model.onnx"
+    RUNTIMES["onnx"].write(traced, file)
+    graph = RUNTIMES["onnx"].open(file, 1)
+    for rows, tokens in ((1, 5), (4, 17)):
+        batch = graphs.random_inputs(traced.inputs, 64, rows, tokens, seed=rows)
+        wanted = model(**batch).logits
+        torch.testing.assert_close(graph(**batch)["logits"], wanted, rtol=1e-4, atol=1e-4)
+        assert float((wanted - wanted.mean()).abs().max()) > 1e-3, "the outputs are all the same: they prove nothing"
 
 
 @pytest.mark.parametrize("to", RUNTIMES)

@@ -65,17 +65,21 @@ def test_runs_of_all_places_are_one_point_and_another_recovery_or_a_masked_grid_
     }
 
 
-def test_a_panel_a_task_and_every_method_in_the_legend(plots, tmp_path, monkeypatch):
+def test_a_row_a_task_and_a_panel_a_rival_with_ours_in_each(plots, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append(figure))
-    lines = {"new": [(30.0, 80.0, 1.0)], "ours": [(30.0, 88.0, 0.3), (50.0, 89.0, 0.2)]}
-    plots.draw(tmp_path / "a.png", {f"task{n}": lines for n in range(4)})
+    ours = [(30.0, 88.0, 0.3), (50.0, 89.0, 0.2)]
+    lines = {"new": [(30.0, 80.0, 1.0)], "random": [(30.0, 70.0, 1.0)], "ours": ours}
+    plots.draw(tmp_path / "a.png", {"one": lines, "two": {"ours": ours, "new": lines["new"]}})
     (figure,) = drawn
-    visible = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-    assert visible == ["task0", "task1", "task2", "task3"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untrimmed", "ours", "new"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["random", "new"]
+    assert [axis.get_ylabel() for axis in figure.axes[::2]] == ["one", "two"]
+    for axis in figure.axes:
+        drawn_lines = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"]
+        assert len(drawn_lines) <= 2 and drawn_lines[-1] == [30.0, 50.0]
+    assert [text.get_text() for axis in figure.axes for text in axis.texts] == ["not run"]
 
 
 def test_the_mean_of_three_methods_is_over_tasks_of_which_none_makes_up_for_another(plots):

@@ -6,6 +6,7 @@ from sensibert.core.artifacts import BlockPlan, Sensitivity, UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.grid import Grid
 from sensibert.core.layout import Layout
+from sensibert.report.history import Moment
 
 RESULT = {
     "task": "text-classification",
@@ -22,6 +23,15 @@ RESULT = {
     "metrics": {"accuracy": 0.9, "f1": 0.8},
     "metrics_at_cut": {"accuracy": 0.95},
 }
+
+# Of a run of six steps that was cut after the third.
+MOMENTS = [
+    Moment(2, "log", 0.9, 1e-4, 1_000_000),
+    Moment(3, "cut", encoder_params=500_000, score=0.95),
+    Moment(4, "log", 0.7, 1e-4, 500_000),
+    Moment(6, "log", 0.5, 0.0, 500_000),
+    Moment(6, "end", encoder_params=500_000, score=0.9),
+]
 
 
 def unit_plan(layout: Layout) -> UnitPlan:

@@ -6,11 +6,12 @@ import pytest
 
 from sensibert.models import layout_of
 from sensibert.report.page import page
+from sensibert.report.plots import role
 from tests import runs
 from tests.helpers import tiny_model
-from tests.report.small import RESULT, ranked
+from tests.report.small import MOMENTS, RESULT, ranked
 
-VOID = {"meta", "br", "rect", "line", "polyline"}
+VOID = {"meta", "br", "rect", "line", "polyline", "circle"}
 
 
 class Reader(HTMLParser):
@@ -67,7 +68,8 @@ def test_tensors_and_curves_are_drawn_where_a_sensitivity_has_them():
     scores = ranked(layout_of(tiny_model()))
     reader, text = read(page(facts(), scores))
     first = next(iter(scores.tensors))
-    assert first in text and "1.000e+00" in text and "layer 1" in text and "Predicted" not in text
+    assert f"1 {role(first)} 0 1.00e+00" in text and "layer 1" in text and "Predicted" not in text
+    assert "From the most to the least sensitive: rank" in text and "12 " in text
     scores.curves.update(
         {site.name: [(0, 0.0), (site.units, -0.5 if site.layer else 0.2)] for site in scores.layout.sites}
     )
@@ -76,6 +78,33 @@ def test_tensors_and_curves_are_drawn_where_a_sensitivity_has_them():
     lines = [a["points"].split() for tag, a in reader.tags if tag == "polyline"]
     ends = [float(points[-1].partition(",")[2]) for points in lines]
     assert len(lines) == 4 and ends[0] < ends[1] == 200  # a fall is on the lower edge
+
+
+def test_of_many_tensors_both_ends_of_the_ranking_are_shown():
+    scores = ranked(layout_of(tiny_model(num_hidden_layers=6)))
+    _, text = read(page(facts(), scores))
+    most, least = text.split("The most sensitive:")[1].split("The least sensitive:")
+    names = list(scores.tensors)
+    assert f" 1 {role(names[0])} 0 " in most and f" 10 {role(names[9])} " in most and " 11 " not in most
+    assert f" 27 {role(names[26])} " in least and f" 36 {role(names[35])} 5 " in least
+
+
+def test_a_run_is_drawn_with_its_cut():
+    reader, text = read(page(facts(), moments=MOMENTS))
+    assert "The run Dotted lines are cuts." in text and "encoder parameters left, by step" in text
+    dotted = {(a["x1"], a["x2"]) for tag, a in reader.tags if tag == "line" and "stroke-dasharray" in a}
+    assert dotted == {("216.0", "216.0")}  # half of the width
+    lines = [a["points"] for tag, a in reader.tags if tag == "polyline"]
+    assert len(lines) == 3 and lines[1] == "216.0,10.0 388.0,112.0"  # the score at the cut and at the end
+    _, text = read(page(facts(metrics=None), moments=[m._replace(score=None) for m in MOMENTS]))
+    assert "training loss, by step" in text and "score" not in text
+    assert "The run" not in read(page(facts()))[1]
+
+
+def test_latencies_of_the_result_are_among_the_sizes():
+    times = {"threads": 1, "length": 128, "batch_1_ms": {"before": 20.0, "after": 11.0}}
+    _, text = read(page(facts(latency=times)))
+    assert "latency of 1 x 128 tokens 20.0 ms 11.0 ms 55.0 %" in text and "latency" not in read(page(facts()))[1]
 
 
 @pytest.mark.parametrize("missing", ["metrics", "seconds", "budget", "steps", "task"])
@@ -98,6 +127,11 @@ def test_the_command_writes_the_page_of_a_run(tmp_path):
     assert done.code == 0 and done.json["output"] == str(out / "report" / "report.html")
     _, text = read((out / "report" / "report.html").read_text(encoding="utf-8"))
     assert "trimmed to 50%params by obs" in text and "Predicted rise of the loss" in text and " MB" in text
+    assert "The run Dotted lines are cuts." in text and "training loss, by step" in text
+    (out / "report" / "run.csv").write_text("step\n1\n")
+    damaged = runs.command("report", out)
+    assert damaged.code == 2 and "run.csv: cannot be read (columns are step, want step, event" in damaged.err
+    (out / "report" / "run.csv").unlink()  # as in a folder of an earlier version
     elsewhere = runs.command("report", out, "--output", tmp_path / "page.html")
     assert elsewhere.code == 0 and (tmp_path / "page.html").exists()
     # It belongs to the model: another run in its place does not keep it.

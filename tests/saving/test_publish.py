@@ -10,8 +10,8 @@ import pytest
 
 from sensibert import SensibertError
 from sensibert.core import files
+from sensibert.core.output_paths import check_output
 from sensibert.saving import publish as module
-from sensibert.saving.output_paths import check_output
 from sensibert.saving.publish import publish
 from sensibert.training.checkpoints import MANIFEST, seal
 from tests.helpers import tiny_model

@@ -16,9 +16,9 @@ from sensibert.core.artifacts import UnitPlan
 from sensibert.core.budget import Budget
 from sensibert.core.errors import SensibertError
 from sensibert.core.files import writing
+from sensibert.core.output_paths import check_file, check_output
 from sensibert.models import layout_of
 from sensibert.models.structure import read_structure
-from sensibert.saving.output_paths import check_file, check_output
 from sensibert.training.checkpoints import (
     MANIFEST,
     MARKER,

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from ..core.errors import SensibertError
+from .errors import SensibertError
 
 
 def check_output(output: str | Path, overwrite: bool) -> None:

@@ -1,0 +1,70 @@
+"""What a command imports before it works or refuses: the libraries that take seconds are left out where not needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from tests.fresh import ROOT
+from tests.helpers import tiny_model
+
+OF_TRAINING = {"datasets", "pandas", "pyarrow", "sklearn", "matplotlib", "transformers.trainer"}
+SLOW = OF_TRAINING | {"torch", "transformers", "numpy", "scipy", "accelerate", "torch._dynamo"}
+
+PROGRAM = """
+import sys
+from sensibert.cli import main
+try:
+    main()
+finally:
+    print("imported:", *sys.modules)
+"""
+
+
+def imported(*arguments: object) -> tuple[set[str], int]:
+    """The modules that a command has imported at its end, and its exit code."""
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("imported:"), done.stderr
+    return set(last.split()[1:]), done.returncode
+
+
+def test_inspect_imports_no_trainer_and_nothing_that_reads_data(tmp_path):
+    modules, code = imported("inspect", runs.model_folder(tmp_path / "model", head="SequenceClassification"))
+    assert code == 0 and "transformers" in modules and not OF_TRAINING & modules
+
+
+def test_plan_imports_no_transformers(tmp_path):
+    from sensibert.sensitivity import analyze
+
+    analyze(tiny_model(), method="magnitude").save(tmp_path / "scores.safetensors")
+    modules, code = imported(
+        "plan", "--sensitivity", tmp_path / "scores.safetensors", "--budget", "50%params", "--dry-run"
+    )
+    assert code == 0 and "torch" in modules and not (SLOW - {"torch", "numpy"}) & modules
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan --sensitivity x --budget 5 --dry-run",
+        "finetune --model m --train-file t --output o --grid element --budget 50%flops",
+        "finetune --model m --train-file t --output o --epochs -1",
+        "finetune --model m --train-file t --output o --no-such-option",
+        "finetune --model m --output o",
+        "finetune --model no/such/folder --train-file t --output o",
+        "analyze --model m --train-file t --output o --method fihser",
+        "trim --model m --plan p --output o --layout small",
+        "trim --model m --plan p --output o --budget 50%params",
+        "eval no/such/folder --validation-file v",
+        "export m --output o --to onxn",
+        "export m --output o --max-loss much",
+        "bench m --rounds 0",
+        "inspect no/such/folder",
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_slow_is_imported(arguments):
+    modules, code = imported(*arguments.split())
+    assert code == 2 and not SLOW & modules
