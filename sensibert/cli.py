@@ -295,6 +295,22 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 
 
+@_command(["folders", "validation_file", "config", *DATA_NAMES, "seed", "length", "threads", "rounds", "as_json"])
+def compare(context: typer.Context, values: dict[str, Any]) -> None:
+    """Compare model folders on one file: scores with a paired test against the first folder, sizes and speed.
+
+    \b
+    Example:
+      sensibert compare tuned small smaller --validation-file dev.csv
+    """
+    from .compare import compare_folders, comparison
+
+    folders = [os.path.expanduser(folder) for folder in values["folders"]]
+    speed = [values[name] for name in ("length", "threads", "rounds")]
+    result = compare_folders(folders, _options(values, model=""), *speed)
+    _print(values["as_json"], result, comparison(result))
+
+
 @_command(
     ["folder", "output", "as_json"],
     output={"help": "HTML file to write. Without it: report/report.html in the folder.", "default": None},

@@ -21,15 +21,23 @@ from .models.unfinished import note_budget
 from .models.wrapped import has_classes, inner_model, is_wrapped
 from .sensitivity import analyze, collect_factors, sampled_loss
 from .sensitivity.gradients import Batch, Loss
+from .sensitivity.kfac_obs import FisherFactors
 from .trimming import compensate, trim
 
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
 
+class Analysis(NamedTuple):
+    """What a model and its data tell about every unit, whatever the budget."""
+
+    sensitivity: Sensitivity | None  # None where `choose` makes the plan
+    factors: Mapping[str, FisherFactors] | None  # None where nothing needs them
+
+
 class Decision(NamedTuple):
     plan: Plan
-    sensitivity: Sensitivity | None  # None where `choose` made the plan
+    analysis: Analysis
 
 
 def decide(
@@ -43,30 +51,35 @@ def decide(
     loss: Loss,
     autocast: torch.dtype | None = None,
     choose: Choose | None = None,
+    analysis: Analysis | None = None,
 ) -> Decision:
-    """Analyze the model and allocate the budget. With `compensate`, adjust the kept weights in place.
+    """Analyze the model, unless its analysis is given, and allocate the budget. With `compensate`, adjust the kept
+    weights in place.
 
     config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
     batch_size: rows a batch, where the size does not change the result (factors).
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate."""
     assert config.method is not None  # of a resolved config
-    rule = None if choose is not None else STATISTICS[config.method]
-    factors = None
-    if config.compensate or (rule is not None and rule.reduce == "factors"):
-        drawn = None if config.method == "layer-obs" else loss
-        factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
     few = batches(samples, config.micro_batch)
+    if analysis is None:
+        rule, factors, sensitivity = None if choose is not None else STATISTICS[config.method], None, None
+        if config.compensate or (rule is not None and rule.reduce == "factors"):
+            drawn = None if config.method == "layer-obs" else loss
+            factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
+        if choose is None:
+            sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
+        analysis = Analysis(sensitivity, factors)
     if choose is not None:
-        plan, sensitivity = choose(model, few, budget), None
+        plan = choose(model, few, budget)
     else:
-        sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
-        plan = allocate(sensitivity, budget, config.width_multiple, config.allocation)
+        assert analysis.sensitivity is not None  # without `choose`
+        plan = allocate(analysis.sensitivity, budget, config.width_multiple, config.allocation)
     if config.compensate:
         if not isinstance(plan, UnitPlan):
             raise SensibertError("choose: returned a plan of blocks, and compensate is True; want compensate=False")
-        assert factors is not None  # collected above
-        compensate(model, plan, factors)
-    return Decision(plan, sensitivity)
+        assert analysis.factors is not None  # of an analysis for `compensate`
+        compensate(model, plan, analysis.factors)
+    return Decision(plan, analysis)
 
 
 @checked

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .callback import Choose, TrimCallback
+from .branches import Branches, Trained, WarmUp, add_baseline
+from .callback import Choose, Shared, TrimCallback
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
@@ -35,15 +36,15 @@ from .inputs import (
 )
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
-from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
 from .report.plots import write_report
+from .run_inputs import made_from, want_same_inputs
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
-from .training.checkpoints import EMBEDDINGS, begin, partial_folder, want_same, workspace
+from .training.checkpoints import EMBEDDINGS, begin, partial_folder, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
 from .training.finetune import finetune
@@ -52,11 +53,6 @@ from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
 
 RESULT, RECIPE = "result.json", "recipe.json"
-# Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
-NOT_COMPARED = (
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
-    "sensibert",
-)
 LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
@@ -112,32 +108,57 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
-        return _run(options, folder, checkpoint, started, choose, accept_unfinished)
+        check_family(options.model)
+        tokenizer = load_tokenizer(options.model)
+        data = load_data(options, tokenizer)
+        schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
+        options = replace(options, trim=replace(options.trim, schedule=schedule))
+        shared = Shared() if options.baseline else None
+        train = partial(_train, Inputs(tokenizer, data, folder, choose, accept_unfinished, shared))
+        if options.baseline:
+            branches = Branches(options, folder, checkpoint, started, train)
+            baseline = branches.baseline()
+            trained = branches.run("trimmed", options)
+            add_baseline(trained.result, baseline)
+        else:
+            trained = train(options, folder, checkpoint, started)
+        _write_output(options, folder, tokenizer, trained)
+        return trained.result
 
 
-def _run(
+@dataclass(frozen=True)
+class Inputs:
+    """What all trainings of a run have in common. folder: of the run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: TaskData
+    folder: Path
+    choose: Choose | None
+    accept_unfinished: bool
+    shared: Shared | None  # by runs that branch from one warm-up
+
+
+def _train(
+    inputs: Inputs,
     options: Options,
     folder: Path,
     checkpoint: Path | None,
     started: float,
-    choose: Choose | None,
-    accept_unfinished: bool,
-) -> dict:
-    check_family(options.model)
-    tokenizer = load_tokenizer(options.model)
-    data = load_data(options, tokenizer)
-    schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
-    options = replace(options, trim=replace(options.trim, schedule=schedule))
+    kind: type[TrimCallback] = TrimCallback,
+) -> Trained:
+    """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored."""
+    tokenizer, data, shared = inputs.tokenizer, inputs.data, inputs.shared
     set_seed(options.seed)
     loaded = load_model(options.model, data)
     check_room(loaded, data)
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
-    def score(model: nn.Module) -> dict[str, float] | None:
+    def score(model: nn.Module) -> tuple[dict[str, float] | None, Any]:
         if data.validation is None:
-            return None
-        return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
+            return None, None
+        logits = predict(model, data.validation, data.collator, autocast=autocast)
+        return data.compute_metrics(logits), logits
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
@@ -151,21 +172,27 @@ def _run(
             # atomic: a resumed run needs the same teacher
             export(model, folder / SNAPSHOT, tokenizer, accept_unfinished=True)
             teacher = load_teacher(options, data, folder)
-        return score(model)
+        if shared is None:
+            return score(model)[0]
+        shared.metrics = score(model)[0] if shared.metrics is None else shared.metrics
+        return shared.metrics
 
-    callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
-    made_from = _made_from(options, data, model, teacher)
+    saves = options.save_before_cut
+    callback = kind(
+        options.trim, before_cut=before_cut, save_before_cut=saves, choose=inputs.choose, shared=inputs.shared
+    )
+    found = made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
     if checkpoint is not None:
-        _want_same_inputs(checkpoint, callback.memory, made_from)
-    callback.memory.inputs = made_from
+        want_same_inputs(checkpoint, callback.memory, found)
+    callback.memory.inputs = found
     with writing(folder):
         begin(folder, checkpoint)
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     if isinstance(data, EmbeddingData):
         to_best_device(model)
-        data = _with_original(data, model, folder / EMBEDDINGS, autocast)
+        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
     trainer = finetune(
@@ -180,20 +207,21 @@ def _run(
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
     )
-    if not accept_unfinished and (excess := callback.excess(model)) is not None:
+    if kind is WarmUp:
+        return Trained(loaded, callback, {}, None)
+    if not inputs.accept_unfinished and (excess := callback.excess(model)) is not None:
         raise SensibertError(
             f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
             "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
         )
-    metrics = score(model)
+    metrics, logits = score(model)
     at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
     result = _result(options, data, model, callback, trainer.state.global_step, metrics)
     result["throughput"] = _throughput(callback.memory, trainer)
-    _write_output(options, folder, loaded, tokenizer, callback, result)
-    return result
+    return Trained(loaded, callback, result, logits)
 
 
 def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None) -> EmbeddingData:
@@ -205,49 +233,6 @@ def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: 
         return np.asarray(predict(model, texts, data.collator, autocast=autocast))
 
     return data.with_labels(embed)
-
-
-def _made_from(
-    options: Options, data: TaskData, model: PreTrainedModel | EmbeddingModel, teacher: nn.Module | None
-) -> dict[str, object]:
-    """What the weights of a run depend on besides its settings, with digests of weights and encoded rows."""
-
-    def rows(features: Features | None) -> str:
-        return "none" if features is None else f"{len(features)} rows with digest {features.digest()[:16]}"
-
-    def weights(given: nn.Module) -> str:
-        return f"weights with digest {weights_digest(given)[:16]}"
-
-    labels = ", ".join(data.label_names) or "none"
-    made_from: dict[str, object] = {"seed": options.seed, "task": data.task.name, "labels": labels}
-    made_from["max_length"] = options.max_length or data.task.max_length
-    made_from |= {"train_file": rows(data.train), "validation_file": rows(data.validation), "model": weights(model)}
-    config = json.loads(json.dumps(model.config.to_dict(), default=str))  # as it is read from a checkpoint
-    made_from["config"] = {name: value for name, value in config.items() if name not in NOT_COMPARED}
-    if options.teacher is None:
-        return made_from
-    teaches = SNAPSHOT if options.teacher == SNAPSHOT or teacher is None else weights(teacher)
-    return made_from | {"teacher": teaches, "distil": options.distil, "temperature": options.temperature}
-
-
-def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, object]) -> None:
-    """SensibertError naming the first input that is not the one that the checkpoint was made from."""
-    was, now = dict(memory.inputs), dict(made_from)
-    if not was:  # of version 0.1
-        logging.getLogger("sensibert").warning(
-            "resume: %s does not say which model and data it was made from, so they are not compared", checkpoint
-        )
-        return
-    if not (checkpoint / STRUCTURE).exists():  # before the cut, when nothing was scored and no snapshot was made
-        for inputs in (was, now):
-            inputs.pop("validation_file")
-            if inputs.get("teacher") == SNAPSHOT:
-                for name in ("teacher", "distil", "temperature"):
-                    del inputs[name]
-    then, here = (cast("dict[str, object]", part.pop("config", {})) for part in (was, now))
-    want_same(checkpoint, was, now)
-    shared = then.keys() & here.keys()  # another version of transformers may have other entries
-    want_same(checkpoint, *({f"config.{name}": part[name] for name in sorted(shared)} for part in (then, here)))
 
 
 def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) -> list[str]:
@@ -287,6 +272,8 @@ def _result(
         "flops_length": trim.flops_length,
         "metrics": metrics,
         "metrics_at_cut": memory.metrics_at_cut,
+        "metrics_baseline": None,
+        "cut_step": min(callback.cuts) if callback.cuts else None,
         "samples": callback.sensitivity.samples if callback.sensitivity is not None else None,
         "warnings": callback.warnings,
         "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
@@ -306,7 +293,7 @@ def _throughput(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, 
 
 def _card_facts(options: Options, result: dict) -> dict[str, object]:
     """For the model card: scores, the names of its data, and the base model, if it is of the hub."""
-    facts: dict[str, object] = {"metrics": result["metrics"] or None}
+    facts: dict[str, object] = {name: result[name] for name in ("metrics", "metrics_baseline")}
     facts["base_model"] = None if Path(options.model).exists() else options.model
     for part in ("train", "validation"):
         file = getattr(options, f"{part}_file")
@@ -314,31 +301,30 @@ def _card_facts(options: Options, result: dict) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _write_output(
-    options: Options,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    callback: TrimCallback,
-    result: dict,
-) -> None:
+def _write_output(options: Options, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
     """Build the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
-        names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
-        info = {name: result[name] for name in names}
-        info["max_length"] = callback.memory.inputs["max_length"]
-        info |= _card_facts(options, result)
-        export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
-        text = json.dumps(result, indent=2)
-        plan = callback.whole_plan(model)
-        write_report(final / "report", result, callback.sensitivity, plan)
-        write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
-        (final / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
-        if callback.sensitivity is not None:
-            callback.sensitivity.save(final / "sensitivity.safetensors")
-        plan.save(final / "plan.safetensors")
+        _write_model(final, options, tokenizer, trained)
         publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)
+
+
+def _write_model(folder: Path, options: Options, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
+    """Write a model, its results and its report into a new folder."""
+    model, callback, result, _ = trained
+    names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
+    info = {name: result[name] for name in names}
+    info["max_length"] = callback.memory.inputs["max_length"]
+    info |= _card_facts(options, result)
+    export(model, folder, tokenizer, options.layout, info=info, accept_unfinished=True)
+    text = json.dumps(result, indent=2)
+    plan = callback.whole_plan(model)
+    write_report(folder / "report", result, callback.sensitivity, plan)
+    write_atomically(folder / RESULT, lambda path: Path(path).write_text(text + "\n"))
+    (folder / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
+    if callback.sensitivity is not None:
+        callback.sensitivity.save(folder / "sensitivity.safetensors")
+    plan.save(folder / "plan.safetensors")

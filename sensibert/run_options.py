@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .core.arguments import checked, show
-from .core.config import LAYOUTS, PACKING, TrimConfig, current_names, trim_names, want_known
+from .core.config import LAYOUTS, PACKING, TRIMMING, TrimConfig, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 from .data.tasks import EMBEDDING, PRESETS, TASKS, get_task
@@ -50,6 +50,11 @@ class Options:
         show_default="guessed from the columns or the model",
     )
     trim: TrimConfig = field(default_factory=TrimConfig)
+    baseline: bool = setting(
+        False,
+        "Also train the model without trimming, from the cut to the same number of steps, and score it.",
+        TRIMMING,
+    )
     epochs: float | None = setting(
         None, "Passes over the training data.", bound=POSITIVE, show_default="3, or the preset's"
     )
@@ -126,6 +131,8 @@ class Options:
             get_task(self.task)
         if self.task == EMBEDDING:
             self._check_embedding()
+        if self.baseline and not self.trim.trims:
+            raise SensibertError("baseline is True, but method baseline is that run already; want another method")
 
     def _check_embedding(self) -> None:
         usual = settings_of(Options)
@@ -135,6 +142,11 @@ class Options:
                     f"{name} is {show(value)}, but task {EMBEDDING} learns the embeddings of the original model alone; "
                     "want it left out"
                 )
+        if self.baseline:
+            raise SensibertError(
+                f"baseline is True, but task {EMBEDDING} learns the embeddings of the original model, which is its own "
+                "baseline: want it left out"
+            )
         if self.trim.method in WITHOUT_GRADIENT:
             raise SensibertError(
                 f"method is {self.trim.method!r}, and for task {EMBEDDING} the loss has no gradient before the cut; "

@@ -25,10 +25,13 @@ ORDER = (
     ("cli_options",),
     ("inputs",),
     ("decide",),
+    ("run_inputs",),
     ("start_checks",),
     ("callback",),
+    ("branches",),
     ("recipe",),
     ("commands",),
+    ("compare",),
     ("cli",),
     ("__main__",),
     ("",),  # sensibert/__init__.py names everything, and nobody inside imports it

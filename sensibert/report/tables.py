@@ -33,19 +33,33 @@ def summary(result: Mapping[str, Any]) -> str:
     ]
     if speed:
         parts.append(table(("training", "before the cut", "after the cut"), speed))
-    metrics, at_cut = result.get("metrics") or {}, _at_cut(result)
-    if at_cut:
-        scores = [(name, f"{at_cut[name]:.4f}" if name in at_cut else "-", f"{v:.4f}") for name, v in metrics.items()]
-        parts += [table(("", "at the cut", "at the end"), scores), "At the cut: the model just before it was trimmed."]
-    elif metrics:
-        parts.append(table(("", "at the end"), [(name, f"{value:.4f}") for name, value in metrics.items()]))
+    metrics, columns = result.get("metrics") or {}, score_columns(result)
+    if metrics:
+        rows = [(m, *(f"{scores[m]:.4f}" if m in scores else "-" for scores in columns.values())) for m in metrics]
+        parts.append(table(("", *columns), rows))
+    parts += score_notes(result)
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
 
 
-def _at_cut(result: Mapping[str, Any]) -> dict[str, float]:
-    """Scores just before trimming; their name up to version 0.1 was metrics_dense."""
-    return result.get("metrics_at_cut") or result.get("metrics_dense") or {}
+def score_columns(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Heading -> scores: at the cut (up to version 0.1 named metrics_dense), at the end, and without trimming."""
+    at_cut = result.get("metrics_at_cut") or result.get("metrics_dense")
+    columns = {"at the cut": at_cut, "at the end": result.get("metrics"), BASELINE: result.get("metrics_baseline")}
+    return {heading: scores for heading, scores in columns.items() if scores}
+
+
+def score_notes(result: Mapping[str, Any]) -> list[str]:
+    """Sentences that say what the columns of `score_columns` are scores of."""
+    columns, notes, steps = score_columns(result), [], result.get("steps")
+    if "at the cut" in columns:
+        after = f"after {result['cut_step']:,} of {steps:,} steps, " if steps and result.get("cut_step") else ""
+        notes.append(f"At the cut: {after}just before the model was trimmed.")
+    if BASELINE in columns:
+        seconds = (result.get("seconds") or {}).get(BASELINE)
+        took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
+        notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
+    return notes
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:

@@ -1,0 +1,130 @@
+"""Runs that branch from one warm-up. They resume from its last checkpoint, one step before the first cut, and have the
+same bits as separate runs.
+
+In the folder of the run: the checkpoints of the warm-up, and a folder in `branches` for every run that goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from .callback import TrimCallback
+from .core.config import BASELINE
+from .core.errors import SensibertError
+from .core.files import make_folder, write_atomically, writing
+from .run_options import SNAPSHOT, Options
+from .training.checkpoints import BRANCHES, checkpoints, latest_checkpoint
+
+OUTCOME = "outcome.json"  # of a branch that is finished
+
+
+class Trained(NamedTuple):
+    """A training that is finished. result: the content of result.json. logits: of the validation rows."""
+
+    model: PreTrainedModel
+    callback: TrimCallback
+    result: dict[str, Any]
+    logits: Any
+
+
+# (options, folder for checkpoints, checkpoint to resume from, time.perf_counter() at its start, callback) -> Trained
+Train = Callable[[Options, Path, Path | None, float, type[TrimCallback]], Trained]
+
+
+class WarmUp(TrimCallback):
+    """Ends the training one step before the first cut, with a checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        first = min(self.cuts)
+        if state.global_step >= first:
+            raise SensibertError(
+                f"resume: {args.output_dir} was trained to step {state.global_step}, beyond the cut at step {first}, "
+                "so nothing can branch from its warm-up; want --resume without baseline, or --overwrite"
+            )
+        control.should_training_stop = state.global_step == first - 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == min(self.cuts) - 1:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Without the warning of an unfinished trim."""
+
+
+@dataclass
+class Branches:
+    """Trains the warm-up of a run on first use, and the runs that go on from it.
+
+    folder: of the run. checkpoint: of an unfinished run in that folder. started: time.perf_counter() at its start."""
+
+    options: Options
+    folder: Path
+    checkpoint: Path | None
+    started: float
+    train: Train
+    _trunk: Path | None = None
+    _warm: bool = False
+
+    def warm_up(self) -> Path | None:
+        """The checkpoint that all runs branch from; None if the first step is followed by a cut."""
+        if not self._warm:
+            self.train(self.options, self.folder, self.checkpoint, self.started, WarmUp)
+            self._trunk, self._warm = latest_checkpoint(self.folder), True
+        return self._trunk
+
+    def run(self, name: str, options: Options, callback: type[TrimCallback] = TrimCallback) -> Trained:
+        """Go on from the warm-up, or from the last checkpoint of this branch."""
+        trunk, folder = self.warm_up(), self.folder / BRANCHES / name
+        with writing(folder):
+            make_folder(folder)
+        return self.train(options, folder, latest_checkpoint(folder) or trunk, time.perf_counter(), callback)
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What `finish` noted about a branch; None if it is not finished."""
+        file = self.folder / BRANCHES / name / OUTCOME
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, name: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """Note the outcome of a branch, so that a resumed run skips it, and delete its checkpoints."""
+        folder, text = self.folder / BRANCHES / name, json.dumps(outcome)
+        with writing(folder):
+            write_atomically(folder / OUTCOME, lambda path: Path(path).write_text(text))
+        for checkpoint in checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        return json.loads(text)
+
+    def baseline(self) -> dict[str, Any]:
+        """Metrics of the model that is trained to the end without trimming, and the seconds from the cut on."""
+        if (known := self.finished(BASELINE)) is not None:
+            return known
+        begun = time.perf_counter()
+        trained = self.run(BASELINE, as_baseline(self.options))
+        seconds = round(time.perf_counter() - begun, 3)
+        return self.finish(BASELINE, {"metrics": trained.result["metrics"], "seconds": seconds})
+
+
+def as_baseline(options: Options) -> Options:
+    """The same run without trimming. The run's own snapshot at the cut cannot teach it."""
+    teacher = None if options.teacher == SNAPSHOT else options.teacher
+    return replace(options, baseline=False, teacher=teacher, trim=replace(options.trim, method=BASELINE))
+
+
+def add_baseline(result: dict[str, Any], baseline: Mapping[str, Any]) -> None:
+    """Note what `Branches.baseline` found in the content of result.json."""
+    seconds = result["seconds"]
+    result["metrics_baseline"] = baseline["metrics"]
+    total = seconds.pop("total") + baseline["seconds"]
+    seconds |= {"baseline": baseline["seconds"], "total": round(total, 3)}
