@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from .callback import TrimCallback
-from .core.config import BASELINE
+from .core.config import BASELINE, TrimConfig
 from .core.errors import SensibertError
 from .core.files import make_folder, write_atomically, writing
 from .run_options import SNAPSHOT, Options
-from .training.checkpoints import BRANCHES, checkpoints, latest_checkpoint
+from .training.checkpoints import BRANCHES, checkpoints, latest_checkpoint, want_same
 
 OUTCOME = "outcome.json"  # of a branch that is finished
+SETTINGS = "settings.json"  # of all branches
+# Settings that may differ when an unfinished run is resumed: no branch depends on them.
+MAY_CHANGE = ("output", "budgets", "baseline", "keep_checkpoints", "save_steps", "save_before_cut")
 
 
 class Trained(NamedTuple):
@@ -35,8 +38,9 @@ class Trained(NamedTuple):
     logits: Any
 
 
+Make = Callable[..., TrimCallback]  # TrimCallback, or what takes the same arguments
 # (options, folder for checkpoints, checkpoint to resume from, time.perf_counter() at its start, callback) -> Trained
-Train = Callable[[Options, Path, Path | None, float, type[TrimCallback]], Trained]
+Train = Callable[[Options, Path, Path | None, float, Make | None], Trained]
 
 
 class WarmUp(TrimCallback):
@@ -64,6 +68,17 @@ class WarmUp(TrimCallback):
         """Without the warning of an unfinished trim."""
 
 
+class Shortened(TrimCallback):
+    """Goes on from the warm-up of a longer run. steps: of that run."""
+
+    def __init__(self, config: TrimConfig, *, steps: int, **more: Any) -> None:
+        super().__init__(config, **more)
+        self._steps = steps
+
+    def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
+        return super()._settings(args, state) | {"steps": self._steps}
+
+
 @dataclass
 class Branches:
     """Trains the warm-up of a run on first use, and the runs that go on from it.
@@ -76,16 +91,34 @@ class Branches:
     started: float
     train: Train
     _trunk: Path | None = None
-    _warm: bool = False
+    _warm: Trained | None = None
 
     def warm_up(self) -> Path | None:
         """The checkpoint that all runs branch from; None if the first step is followed by a cut."""
-        if not self._warm:
-            self.train(self.options, self.folder, self.checkpoint, self.started, WarmUp)
-            self._trunk, self._warm = latest_checkpoint(self.folder), True
+        if self._warm is None:
+            self._warm = self.train(self.options, self.folder, self.checkpoint, self.started, WarmUp)
+            self._trunk = latest_checkpoint(self.folder)
+            self._want_same_settings()
         return self._trunk
 
-    def run(self, name: str, options: Options, callback: type[TrimCallback] = TrimCallback) -> Trained:
+    def _want_same_settings(self) -> None:
+        """SensibertError if the finished branches of an unfinished run have other settings; else note them."""
+        file = self.folder / BRANCHES / SETTINGS
+        now = {name: value for name, value in self.options.settings().items() if name not in MAY_CHANGE}
+        if file.exists():
+            want_same(file.parent, json.loads(file.read_text()), now)
+        with writing(file):
+            make_folder(file.parent)
+            text = json.dumps(now)
+            write_atomically(file, lambda path: Path(path).write_text(text))
+
+    def warm_seconds(self) -> float:
+        """That the warm-up took, with what was before it: loading and encoding."""
+        self.warm_up()
+        assert self._warm is not None  # trained above
+        return sum(self._warm.callback.memory.seconds.values())
+
+    def run(self, name: str, options: Options, callback: Make | None = None) -> Trained:
         """Go on from the warm-up, or from the last checkpoint of this branch."""
         trunk, folder = self.warm_up(), self.folder / BRANCHES / name
         with writing(folder):
@@ -106,20 +139,23 @@ class Branches:
             shutil.rmtree(checkpoint)
         return json.loads(text)
 
-    def baseline(self) -> dict[str, Any]:
-        """Metrics of the model that is trained to the end without trimming, and the seconds from the cut on."""
+    def baseline(self, more: Callable[[Trained], dict[str, Any]] = lambda trained: {}) -> dict[str, Any]:
+        """Metrics and steps of the model that is trained to the end without trimming, the seconds from the cut on, and
+        what `more` finds."""
         if (known := self.finished(BASELINE)) is not None:
             return known
         begun = time.perf_counter()
         trained = self.run(BASELINE, as_baseline(self.options))
         seconds = round(time.perf_counter() - begun, 3)
-        return self.finish(BASELINE, {"metrics": trained.result["metrics"], "seconds": seconds})
+        facts = {name: trained.result[name] for name in ("metrics", "steps")}
+        return self.finish(BASELINE, {**facts, "seconds": seconds, **more(trained)})
 
 
 def as_baseline(options: Options) -> Options:
     """The same run without trimming. The run's own snapshot at the cut cannot teach it."""
     teacher = None if options.teacher == SNAPSHOT else options.teacher
-    return replace(options, baseline=False, teacher=teacher, trim=replace(options.trim, method=BASELINE))
+    trim = replace(options.trim, method=BASELINE)
+    return replace(options, baseline=False, budgets=None, keep=None, teacher=teacher, trim=trim)
 
 
 def add_baseline(result: dict[str, Any], baseline: Mapping[str, Any]) -> None:

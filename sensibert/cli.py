@@ -127,8 +127,11 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
     """
     from .commands import outline
     from .recipe import finetune_and_trim
-    from .report import summary
+    from .report import family_table, summary
 
+    for name in ("budgets", "keep"):
+        if values[name] is not None:
+            _want_alone(context, name, ["budget"])
     options = _options(values)
     options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
     if values["dry_run"]:
@@ -136,7 +139,8 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
         return _print(values["as_json"], result, _lines(result))
     result = finetune_and_trim(options)
     written = f"written to {result['output']} (pictures in {result['output']}/report)"
-    _print(values["as_json"], result, f"{summary(result)}\n\n{written}")
+    shown = family_table(result) if options.budgets else summary(result)
+    _print(values["as_json"], result, f"{shown}\n\n{written}")
 
 
 @_command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .branches import Branches, Trained, WarmUp, add_baseline
+from .branches import Branches, Make, Trained, WarmUp, add_baseline
 from .callback import Choose, Shared, TrimCallback
+from .core import cost
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
@@ -25,6 +27,8 @@ from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
 from .data.tasks import PRESETS
+from .family import RESULT, train_family, write_family
+from .floor import Search, check_floor
 from .inputs import (
     check_family,
     check_room,
@@ -34,6 +38,7 @@ from .inputs import (
     load_tokenizer,
     to_best_device,
 )
+from .models import layout_of
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
 from .models.structure import STRUCTURE
@@ -52,7 +57,7 @@ from .training.predict import predict
 from .training.run_memory import RunMemory
 from .training.trainer import TrimTrainer
 
-RESULT, RECIPE = "result.json", "recipe.json"
+RECIPE = "recipe.json"
 LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
@@ -113,16 +118,27 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         data = load_data(options, tokenizer)
         schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
         options = replace(options, trim=replace(options.trim, schedule=schedule))
-        shared = Shared() if options.baseline else None
+        shared = Shared() if options.baseline or options.budgets or options.keep else None
         train = partial(_train, Inputs(tokenizer, data, folder, choose, accept_unfinished, shared))
-        if options.baseline:
-            branches = Branches(options, folder, checkpoint, started, train)
+        branches = Branches(options, folder, checkpoint, started, train)
+        if options.keep:
+            check_floor(options, data)
+            trained, kept = Search(branches, data, layout_of(load_model(options.model, data))).find()
+            trained.result["keep"] = kept
+        elif options.budgets:
+            layout, grid = layout_of(load_model(options.model, data)), options.trim.parsed_grid()
+            for budget in options.parsed_budgets():
+                cost.want_reach(layout, budget, grid)
+            result = train_family(branches, data.main_metric, partial(_write_model, tokenizer))
+            _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
+            return result
+        elif options.baseline:
             baseline = branches.baseline()
             trained = branches.run("trimmed", options)
             add_baseline(trained.result, baseline)
         else:
             trained = train(options, folder, checkpoint, started)
-        _write_output(options, folder, tokenizer, trained)
+        _publish(options, folder, partial(_write_model, tokenizer, options=options, trained=trained))
         return trained.result
 
 
@@ -144,7 +160,7 @@ def _train(
     folder: Path,
     checkpoint: Path | None,
     started: float,
-    kind: type[TrimCallback] = TrimCallback,
+    make: Make | None = None,
 ) -> Trained:
     """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored."""
     tokenizer, data, shared = inputs.tokenizer, inputs.data, inputs.shared
@@ -178,7 +194,7 @@ def _train(
         return shared.metrics
 
     saves = options.save_before_cut
-    callback = kind(
+    callback = (make or TrimCallback)(
         options.trim, before_cut=before_cut, save_before_cut=saves, choose=inputs.choose, shared=inputs.shared
     )
     found = made_from(options, data, model, teacher)
@@ -207,7 +223,7 @@ def _train(
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
     )
-    if kind is WarmUp:
+    if make is WarmUp:
         return Trained(loaded, callback, {}, None)
     if not inputs.accept_unfinished and (excess := callback.excess(model)) is not None:
         raise SensibertError(
@@ -301,18 +317,18 @@ def _card_facts(options: Options, result: dict) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _write_output(options: Options, folder: Path, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
-    """Build the output folder next to the checkpoints, then move it to its final path."""
+def _publish(options: Options, folder: Path, write: Callable[[Path], None]) -> None:
+    """Write the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
-        _write_model(final, options, tokenizer, trained)
+        write(final)
         publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)
 
 
-def _write_model(folder: Path, options: Options, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
+def _write_model(tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options, trained: Trained) -> None:
     """Write a model, its results and its report into a new folder."""
     model, callback, result, _ = trained
     names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .core.arguments import checked, show
+from .core.arguments import checked, fraction, show
+from .core.budget import Budget
+from .core.budgets import parse_budgets
 from .core.config import LAYOUTS, PACKING, TRIMMING, TrimConfig, current_names, trim_names, want_known
+from .core.cost import check_budget
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 from .data.tasks import EMBEDDING, PRESETS, TASKS, get_task
@@ -50,6 +53,15 @@ class Options:
         show_default="guessed from the columns or the model",
     )
     trim: TrimConfig = field(default_factory=TrimConfig)
+    budgets: str | None = setting(
+        None, "Several budgets in place of one, 75,50,30%params: a model for each, from one warm-up.", TRIMMING
+    )
+    keep: str | None = setting(
+        None,
+        "In place of a budget, the fraction of the untrimmed model's validation score to keep, 99%: finds the smallest "
+        "model.",
+        TRIMMING,
+    )
     baseline: bool = setting(
         False,
         "Also train the model without trimming, from the cut to the same number of steps, and score it.",
@@ -131,8 +143,11 @@ class Options:
             get_task(self.task)
         if self.task == EMBEDDING:
             self._check_embedding()
-        if self.baseline and not self.trim.trims:
-            raise SensibertError("baseline is True, but method baseline is that run already; want another method")
+        for name in ("baseline", "budgets", "keep"):
+            if getattr(self, name) and not self.trim.trims:
+                raise SensibertError(f"{name} is {show(getattr(self, name))}, but method baseline does not trim")
+        self.parsed_budgets()
+        self.floor()
 
     def _check_embedding(self) -> None:
         usual = settings_of(Options)
@@ -142,6 +157,10 @@ class Options:
                     f"{name} is {show(value)}, but task {EMBEDDING} learns the embeddings of the original model alone; "
                     "want it left out"
                 )
+        if self.keep:
+            raise SensibertError(
+                f"keep is {show(self.keep)}, but the scores of task {EMBEDDING} are no shares; want --budget"
+            )
         if self.baseline:
             raise SensibertError(
                 f"baseline is True, but task {EMBEDDING} learns the embeddings of the original model, which is its own "
@@ -185,6 +204,27 @@ class Options:
         from .core.device import computes_in_bf16
 
         return "bf16" if computes_in_bf16() else "fp32"
+
+    def parsed_budgets(self) -> list[Budget]:
+        """Those of `budgets`, in its order. SensibertError for a text that does not list budgets."""
+        if self.budgets is None:
+            return []
+        grid, scope, length = self.trim.parsed_grid(), self.trim.scope, self.trim.flops_length
+        budgets = parse_budgets(self.budgets, scope, length)
+        for budget in budgets:
+            check_budget(budget, grid)
+        return budgets
+
+    def floor(self) -> float:
+        """`keep` as a fraction; 0 without it. SensibertError for what is no percentage below 100 %."""
+        if self.keep is None:
+            return 0.0
+        if self.budgets is not None:
+            raise SensibertError("keep and budgets are both given, want one of them")
+        floor = fraction("keep", self.keep, "99%")
+        if floor == 0:
+            raise SensibertError(f"keep is {show(self.keep)}, want more than 0%")
+        return floor
 
     def want_train_data(self) -> None:
         """SensibertError if there is neither a training file nor a preset that names one."""

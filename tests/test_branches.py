@@ -21,19 +21,6 @@ def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("branches"))
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """The steps that were trained, one number each."""
-    trained, step_end = [], TrimCallback.on_step_begin
-
-    def counts(self, args, state, control, **kwargs):
-        trained.append(state.global_step + 1)
-        step_end(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(TrimCallback, "on_step_begin", counts)
-    return trained
-
-
 def dies_at(monkeypatch, step, method):
     step_end = TrimCallback.on_step_end
 

@@ -29,6 +29,8 @@ ORDER = (
     ("start_checks",),
     ("callback",),
     ("branches",),
+    ("family",),
+    ("floor",),
     ("recipe",),
     ("commands",),
     ("compare",),

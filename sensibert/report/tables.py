@@ -38,6 +38,8 @@ def summary(result: Mapping[str, Any]) -> str:
         rows = [(m, *(f"{scores[m]:.4f}" if m in scores else "-" for scores in columns.values())) for m in metrics]
         parts.append(table(("", *columns), rows))
     parts += score_notes(result)
+    if result.get("keep"):
+        parts.append(floor_table(result["keep"]))
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
 
@@ -60,6 +62,50 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
         notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
     return notes
+
+
+def floor_table(kept: Mapping[str, Any]) -> str:
+    """How the budget was found that keeps a fraction of the baseline's score. kept: `keep` of result.json."""
+    rows = [
+        (row["budget"], row["recovery"], f"{row['score']:.4f}", f"{100 * row['of_baseline']:.1f} %",
+         "holds" if row["holds"] else "below", f"{row['seconds']:.0f} s")
+        for row in kept["tried"]
+    ]  # fmt: skip
+    floor = f"{100 * kept['floor']:g} %"
+
+    def shown(name: str, scale: float = 1, digits: int = 4) -> str:
+        low, high = (scale * value for value in kept[f"{name}_interval"])
+        return f"{scale * kept[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    text = (
+        f"On the {kept['rows']:,} rows that did not choose the budget: {kept['metric']} {shown('score')}, baseline "
+        f"{shown('baseline')}, difference {shown('difference')}: {shown('of_baseline', 100, 1)} % of the baseline. "
+        f"Intervals: {kept['intervals']}."
+    )
+    header = ("tried", "recovery", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
+    return "\n\n".join([table(header, rows, left=(0, 1)), text])
+
+
+def family_table(result: Mapping[str, Any]) -> str:
+    """The models of a family as text. result: the content of its result.json."""
+    whole, metric, baseline = result["encoder_params_before"], result["metric"], result.get("metrics_baseline")
+    rows: list[tuple[object, ...]] = []
+    if baseline:
+        rows.append((BASELINE, whole, share(whole, whole), f"{baseline[metric]:.4f}", "", result["seconds"][BASELINE]))
+    for row in result["rows"]:
+        score, params = (row["metrics"] or {}).get(metric), row["encoder_params_after"]
+        of = share(score, baseline[metric]) if score is not None and baseline else ""
+        shown = "-" if score is None else f"{score:.4f}"
+        rows.append((row["budget"], params, share(params, whole), shown, of, row["seconds"]))
+    cells = [(*row[:-1], f"{row[-1]:.0f} s") for row in rows]
+    header = ("budget", "encoder parameters", "left", metric, "of the baseline", "seconds")
+    kept = [c for c in range(len(header)) if c != 4 or baseline]
+    parts = [f"{result['task']}, {len(result['rows'])} budgets by {result['method']}"]
+    parts.append(table([header[c] for c in kept], [[row[c] for c in kept] for row in cells]))
+    shared = result["seconds"]["warm_up_and_analysis"]
+    parts.append(f"Shared warm-up and analysis: {shared:.0f} s. Total: {result['seconds']['total']:.0f} s.")
+    parts += [f"Warning: {row['budget']}: {text}." for row in result["rows"] for text in row["warnings"]]
+    return "\n\n".join(parts)
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:
