@@ -75,6 +75,8 @@ def outline(options: Options) -> dict:
     layout, trim, known = layout_of(load_model(options.model, data)), options.trim, get_task(task)
     schedule = trim.schedule.for_task(known.recovery, known.trim_start)
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
+    budgets = options.parsed_budgets() or ([budget] if trim.trims and not options.keep else [])
+    limits = [cost.want_reach(layout, each, trim.parsed_grid()) for each in budgets]
     return {
         "task": known.name,
         "model": options.model,
@@ -82,13 +84,16 @@ def outline(options: Options) -> dict:
         "train_rows": len(train) if train else None,
         "validation_rows": len(validation) if validation else None,
         "method": trim.method,
-        "budget": str(budget) if trim.trims else None,
+        "budget": str(budget) if trim.trims and not (options.budgets or options.keep) else None,
+        "budgets": options.budgets,
+        "keep": options.keep,
+        "baseline": options.baseline or options.keep is not None or None,
         "scope": trim.scope,
         "grid": trim.grid,
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": cost.want_reach(layout, budget, trim.parsed_grid()) if trim.trims else None,
+        "limit": limits[0] if len(limits) == 1 else ", ".join(f"{limit:,}" for limit in limits) or None,
         "schedule": schedule.shape if trim.trims else None,
         "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
         "epochs": options.epochs if options.max_steps == -1 else None,

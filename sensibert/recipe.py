@@ -104,7 +104,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate. accept_unfinished: also write a
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
-    it, SensibertError, and the checkpoints stay."""
+    it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json."""
     started = time.perf_counter()
     options.want_train_data()
     options = options.resolved()
