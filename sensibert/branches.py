@@ -160,7 +160,11 @@ def as_baseline(options: Options) -> Options:
 
 def add_baseline(result: dict[str, Any], baseline: Mapping[str, Any]) -> None:
     """Note what `Branches.baseline` found in the content of result.json."""
-    seconds = result["seconds"]
     result["metrics_baseline"] = baseline["metrics"]
-    total = seconds.pop("total") + baseline["seconds"]
-    seconds |= {"baseline": baseline["seconds"], "total": round(total, 3)}
+    add_seconds(result, BASELINE, baseline["seconds"])
+
+
+def add_seconds(result: dict[str, Any], phase: str, spent: float) -> None:
+    """Add a phase, and its seconds to the total."""
+    total = result["seconds"].pop("total") + spent
+    result["seconds"] |= {phase: round(spent, 3), "total": round(total, 3)}

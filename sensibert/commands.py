@@ -63,7 +63,7 @@ _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification
 
 def outline(options: Options) -> dict:
     """Describe a run from its options, model and local files. Nothing is written, encoded or trained."""
-    options.want_train_data()
+    options.want_data()
     options = options.resolved()
     check_place(options)
     train = training_examples(options) if options.train_file else None
@@ -113,7 +113,7 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     if rule is None:
         raise SensibertError(f"method is {trim.method!r}, {one_of(trim.method, STATISTICS)}")
     if rule.data:
-        options.want_train_data()
+        options.want_data()
     inputs = {"model": options.model, "train_file": options.train_file}
     check_file(options.output, options.overwrite, **inputs)
     grid, common, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .branches import Branches, Trained
+from .core import cost
 from .core.budget import Budget
 from .core.budgets import folder_name
+from .core.layout import Layout
 from .report.plots import write_front
 from .run_options import Options
 from .saving.publish import copy_file
@@ -36,11 +38,14 @@ def member(options: Options, budget: Budget, folder: str = "") -> Options:
     return replace(options, budgets=None, keep=None, baseline=False, output=output, trim=trim)
 
 
-def train_family(branches: Branches, metric: str, write: Write) -> dict[str, Any]:
+def train_family(branches: Branches, metric: str, layout: Layout, write: Write) -> dict[str, Any]:
     """Train a model for every budget, each into the folder of its branch; return the content of result.json.
 
-    metric: the main one. A resumed run skips the models that are finished."""
+    metric: the main one. layout: of the untrimmed model. A resumed run skips the models that are finished.
+    SensibertError, before anything is trained, for a budget that the model cannot meet."""
     options, rows, common = branches.options, [], {}
+    for budget in options.parsed_budgets():
+        cost.want_reach(layout, budget, options.trim.parsed_grid())
     baseline = branches.baseline() if options.baseline else None
     for budget in options.parsed_budgets():
         name, begun = folder_name(budget), time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .branches import Branches, Shortened, Trained, as_baseline
+from .branches import Branches, Shortened, Trained, add_baseline, add_seconds, as_baseline
 from .core import cost
 from .core.budget import Budget
 from .core.config import BASELINE
@@ -48,8 +48,6 @@ def check_floor(options: Options, data: TaskData) -> None:
             f"{asked}, but the metric of task {data.task.name} is {data.main_metric}, a correlation, of which a "
             "percentage means nothing; want --budget or --budgets"
         )
-    if data.validation is None:
-        raise SensibertError(f"{asked}, but validation_file is missing, want one: the score is measured on it")
     rows, wanted = _rows(data), wanted_rows(floor)
     if rows < wanted:
         raise SensibertError(
@@ -64,7 +62,8 @@ def _rows(data: TaskData) -> int:
 
 @dataclass
 class Search:
-    """Finds the budget. layout: of the untrimmed model. tried: a row for every model that was trained."""
+    """Finds the budget. layout: of the untrimmed model. tried: a row for every model that was trained. The constructor
+    raises SensibertError for what `check_floor` refuses."""
 
     branches: Branches
     data: TaskData
@@ -73,12 +72,14 @@ class Search:
 
     def __post_init__(self) -> None:
         options = self.branches.options
+        check_floor(options, self.data)
         self.floor = options.floor()
         order = np.random.default_rng(options.seed).permutation(_rows(self.data))
         self.choosing, self.checking = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
 
-    def find(self) -> tuple[Trained, dict[str, Any]]:
-        """The model, and what is noted in its result.json. SensibertError if no budget below 100 % holds the floor."""
+    def find(self) -> Trained:
+        """The model; `keep` in its result tells how it was found. SensibertError if no budget below 100 % holds the
+        floor."""
         baseline = self.branches.baseline(self._noted)
         reference = self._short(BASELINE, baseline["steps"])
         for percent in self._candidates(reference, baseline["steps"]):
@@ -90,8 +91,16 @@ class Search:
             check = self._check(row_sums(self.data, trained.logits), _sums(baseline))
             self._note(percent, "whole", check["score"], check["of_baseline"], time.perf_counter() - begun)
             if check["of_baseline"] >= self.floor:
-                trained.result["metrics_baseline"] = baseline["metrics"]
-                return trained, {"floor": self.floor, "metric": self.data.main_metric, "tried": self.tried, **check}
+                add_baseline(trained.result, baseline)
+                trained.result["keep"] = {
+                    "floor": self.floor,
+                    "metric": self.data.main_metric,
+                    "tried": self.tried,
+                    **check,
+                }
+                searched = reference["seconds"] + sum(row["seconds"] for row in self.tried[:-1])
+                add_seconds(trained.result, "search", searched)
+                return trained
             self.branches.finish(name, self.tried[-1])
         best = max(self.tried, key=lambda row: row["of_baseline"])
         raise SensibertError(
@@ -105,10 +114,10 @@ class Search:
         low, high, held = self._smallest() - 1, 100, []
         while high - low > 1:
             percent = (low + high) // 2
-            begun, found = time.perf_counter(), self._short(str(percent), steps)
+            found = self._short(str(percent), steps)
             score, of = (float(_sums(each).part(self.choosing).score()) for each in (found, reference))
             ratio = score / of if of else 0.0
-            self._note(percent, "short", score, ratio, time.perf_counter() - begun)
+            self._note(percent, "short", score, ratio, found["seconds"])
             if ratio >= self.floor:
                 high = percent
                 held.append(percent)
@@ -136,8 +145,9 @@ class Search:
         if (known := self.branches.finished(branch)) is not None:
             return known
         options = as_baseline(self.branches.options) if name == BASELINE else self._member(int(name))
-        short = partial(Shortened, steps=steps)
-        return self.branches.finish(branch, self._noted(self.branches.run(branch, shortened(options, steps), short)))
+        begun, short = time.perf_counter(), partial(Shortened, steps=steps)
+        found = self._noted(self.branches.run(branch, shortened(options, steps), short))
+        return self.branches.finish(branch, found | {"seconds": time.perf_counter() - begun})
 
     def _noted(self, trained: Trained) -> dict[str, Any]:
         return {"sums": row_sums(self.data, trained.logits).values.tolist()}
@@ -155,13 +165,13 @@ class Search:
         return {
             "rows": len(self.checking),
             "score": score,
-            "score_interval": interval(first),
+            "score_interval": list(interval(first)),
             "baseline": of,
-            "baseline_interval": interval(second),
+            "baseline_interval": list(interval(second)),
             "difference": score - of,
-            "difference_interval": interval(first - second),
+            "difference_interval": list(interval(first - second)),
             "of_baseline": score / of if of else 0.0,
-            "of_baseline_interval": interval(ratios),
+            "of_baseline_interval": list(interval(ratios)),
             "intervals": f"95 %, paired bootstrap with {RESAMPLES:,} resamples",
         }
 

@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from .branches import Branches, Make, Trained, WarmUp, add_baseline
 from .callback import Choose, Shared, TrimCallback
-from .core import cost
 from .core.arguments import checked
 from .core.errors import SensibertError
 from .core.files import write_atomically, writing
@@ -28,7 +27,7 @@ from .data.encode import Features
 from .data.task_data import TaskData
 from .data.tasks import PRESETS
 from .family import RESULT, train_family, write_family
-from .floor import Search, check_floor
+from .floor import Search
 from .inputs import (
     check_family,
     check_room,
@@ -106,7 +105,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
     it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json."""
     started = time.perf_counter()
-    options.want_train_data()
+    options.want_data()
     options = options.resolved()
     check_place(options)
     if options.quiet:
@@ -119,27 +118,8 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
         options = replace(options, trim=replace(options.trim, schedule=schedule))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
-        train = partial(_train, Inputs(tokenizer, data, folder, choose, accept_unfinished, shared))
-        branches = Branches(options, folder, checkpoint, started, train)
-        if options.keep:
-            check_floor(options, data)
-            trained, kept = Search(branches, data, layout_of(load_model(options.model, data))).find()
-            trained.result["keep"] = kept
-        elif options.budgets:
-            layout, grid = layout_of(load_model(options.model, data)), options.trim.parsed_grid()
-            for budget in options.parsed_budgets():
-                cost.want_reach(layout, budget, grid)
-            result = train_family(branches, data.main_metric, partial(_write_model, tokenizer))
-            _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
-            return result
-        elif options.baseline:
-            baseline = branches.baseline()
-            trained = branches.run("trimmed", options)
-            add_baseline(trained.result, baseline)
-        else:
-            trained = train(options, folder, checkpoint, started)
-        _publish(options, folder, partial(_write_model, tokenizer, options=options, trained=trained))
-        return trained.result
+        inputs = Inputs(tokenizer, data, folder, choose, accept_unfinished, shared)
+        return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
 
 
 @dataclass(frozen=True)
@@ -152,6 +132,26 @@ class Inputs:
     choose: Choose | None
     accept_unfinished: bool
     shared: Shared | None  # by runs that branch from one warm-up
+
+
+def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
+    """Train all models that the options ask for, and write the output; return the content of result.json."""
+    write, folder, data = partial(_write_model, inputs.tokenizer), branches.folder, inputs.data
+    if options.budgets:
+        layout = layout_of(load_model(options.model, data))
+        result = train_family(branches, data.main_metric, layout, write)
+        _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
+        return result
+    if options.keep:
+        trained = Search(branches, data, layout_of(load_model(options.model, data))).find()
+    elif options.baseline:
+        baseline = branches.baseline()
+        trained = branches.run("trimmed", options)
+        add_baseline(trained.result, baseline)
+    else:
+        trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
+    _publish(options, folder, partial(write, options=options, trained=trained))
+    return trained.result
 
 
 def _train(

@@ -226,10 +226,16 @@ class Options:
             raise SensibertError(f"keep is {show(self.keep)}, want more than 0%")
         return floor
 
-    def want_train_data(self) -> None:
-        """SensibertError if there is neither a training file nor a preset that names one."""
+    def want_data(self) -> None:
+        """SensibertError if there is neither a training file nor a preset that names one, or `keep` has no validation
+        data."""
         if self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+        from_preset = self.task in PRESETS and self.train_file is None
+        if self.keep and self.validation_file is None and not from_preset:
+            raise SensibertError(
+                f"keep is {show(self.keep)}, but validation_file is missing, want one: the score is measured on it"
+            )
 
     def resolved(self) -> Options:
         """Replace settings that are None by those of the preset, the defaults, or what the method implies."""
