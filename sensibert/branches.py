@@ -22,6 +22,7 @@ from .core.errors import SensibertError
 from .core.files import make_folder, write_atomically, writing
 from .run_options import SNAPSHOT, Options
 from .training.checkpoints import BRANCHES, checkpoints, latest_checkpoint, want_same
+from .training.run_memory import RunMemory
 
 OUTCOME = "outcome.json"  # of a branch that is finished
 SETTINGS = "settings.json"  # of all branches
@@ -91,20 +92,24 @@ class Branches:
     started: float
     train: Train
     _trunk: Path | None = None
-    _warm: Trained | None = None
+    _memory: RunMemory | None = None  # of the warm-up, once there is one
 
     def warm_up(self) -> Path | None:
         """The checkpoint that all runs branch from; None if the first step is followed by a cut."""
-        if self._warm is None:
-            self._warm = self.train(self.options, self.folder, self.checkpoint, self.started, WarmUp)
+        if self._memory is None:
+            trained = self.train(self.options, self.folder, self.checkpoint, self.started, WarmUp)
+            self._memory = trained.callback.memory
             self._trunk = latest_checkpoint(self.folder)
-            self._want_same_settings()
+            self._want_same_settings(self._memory.inputs)
         return self._trunk
 
-    def _want_same_settings(self) -> None:
-        """SensibertError if the finished branches of an unfinished run have other settings; else note them."""
+    def _want_same_settings(self, inputs: Mapping[str, object]) -> None:
+        """SensibertError if the finished branches of an unfinished run have other settings or inputs; else note them.
+
+        inputs: digests, which take the place of paths."""
         file = self.folder / BRANCHES / SETTINGS
-        now = {name: value for name, value in self.options.settings().items() if name not in MAY_CHANGE}
+        now = self.options.settings() | {name: value for name, value in inputs.items() if name != "config"}
+        now = {name: value for name, value in now.items() if name not in MAY_CHANGE}
         if file.exists():
             want_same(file.parent, json.loads(file.read_text()), now)
         with writing(file):
@@ -115,8 +120,8 @@ class Branches:
     def warm_seconds(self) -> float:
         """That the warm-up took, with what was before it: loading and encoding."""
         self.warm_up()
-        assert self._warm is not None  # trained above
-        return sum(self._warm.callback.memory.seconds.values())
+        assert self._memory is not None  # trained above
+        return sum(self._memory.seconds.values())
 
     def run(self, name: str, options: Options, callback: Make | None = None) -> Trained:
         """Go on from the warm-up, or from the last checkpoint of this branch."""
@@ -127,6 +132,7 @@ class Branches:
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """What `finish` noted about a branch; None if it is not finished."""
+        self.warm_up()  # which refuses branches that were made with other settings
         file = self.folder / BRANCHES / name / OUTCOME
         return json.loads(file.read_text()) if file.exists() else None
 

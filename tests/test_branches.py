@@ -108,3 +108,18 @@ def test_the_command_line_prints_the_baseline(here, tmp_path):
     assert done.code == 0, done.err
     assert "baseline" in done.out and "At the cut: after 2 of 6 steps" in done.out
     assert done.json["metrics_baseline"]["accuracy"] >= 0
+
+
+def test_finished_branches_of_other_data_or_settings_are_not_taken(here, tmp_path, monkeypatch):
+    usual = {"budgets": "70,50%params", "max_steps": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write_family", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            finetune_and_trim(options(here, tmp_path / "out", **usual))
+    other = runs.sentence_file(tmp_path / "other.csv", 30, seed=5)
+    for changed, name in (({"validation_file": other}, "validation_file"), ({"allocation": "uniform"}, "allocation")):
+        with pytest.raises(SensibertError, match=f"branches has {name} .*, and this run .*: want the same"):
+            finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual, **changed))
+    moved = runs.sentence_file(tmp_path / "moved.csv", 40, seed=2)  # the same rows
+    result = finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual, validation_file=moved))
+    assert len(result["rows"]) == 2
