@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from .core.layout import Layout
 from .core.rows import Rows
 from .core.schedule import Schedule
 from .data.batching import micro_batches
-from .decide import Choose, decide, with_costs
+from .decide import Analysis, Choose, decide, with_costs
 from .models import layout_of
 from .models.masks import Masks, cost_of, masks_of
 from .models.structure import STRUCTURE, is_trimmed, read_structure
@@ -46,6 +46,14 @@ SCORES = "sensitivity.safetensors"  # of a checkpoint
 MARK = "sensibert_trims"  # attribute of the state of a training that has a TrimCallback
 
 
+@dataclass
+class Shared:
+    """What runs that branch from one warm-up share at the first cut."""
+
+    analysis: Analysis | None = None
+    metrics: dict[str, float] | None = None  # at the cut
+
+
 class TrimCallback(TrainerCallback):
     """Trims the model of a running transformers.Trainer, or the one inside a SentenceTransformer, SparseEncoder or
     CrossEncoder in the trainers of these. Add it to `callbacks=`; nothing else has to change.
@@ -58,7 +66,8 @@ class TrimCallback(TrainerCallback):
     loss: (outputs, batch, generator) -> loss with labels drawn from the prediction, for obs and fisher. before_cut:
     called with the model just before the first cut; its return value is saved as the scores at the cut.
     save_before_cut: also save a checkpoint one step before the first cut. choose: (model, micro-batches, budget) ->
-    Plan, in place of analyze and allocate.
+    Plan, in place of analyze and allocate. shared: the analysis at the first cut is put there, and taken from there if
+    there is one: for callbacks whose models are the same at that cut.
 
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
     in this Trainer: several processes, a data set without a length, a frozen encoder, a second TrimCallback, outputs
@@ -75,11 +84,13 @@ class TrimCallback(TrainerCallback):
         before_cut: Callable[[nn.Module], dict[str, float] | None] | None = None,
         save_before_cut: bool = False,
         choose: Choose | None = None,
+        shared: Shared | None = None,
     ) -> None:
         if not isinstance(config, TrimConfig):
             config = TrimConfig(config)
         self._requested, self.config = config, config.resolved()
         self.loss, self.before_cut, self.save_before_cut, self.choose = loss, before_cut, save_before_cut, choose
+        self.shared = shared
         self.memory, self.recovery = RunMemory(), Recovery()
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
         self.sensitivity: Sensitivity | None = None  # of the untrimmed model
@@ -270,12 +281,15 @@ class TrimCallback(TrainerCallback):
             return inner_batches(model, micro_batches(rows, loader.collate_fn, number, size, seed))
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
-        plan, sensitivity, measured = decide(
+        known = self.shared.analysis if first and self.shared is not None else None
+        plan, (sensitivity, factors), measured = decide(
             inner_model(model), self.config, self._target(self.cuts[state.global_step]), batches, samples,
-            args.train_batch_size, seed, self.loss, autocast, self.choose,
+            args.train_batch_size, seed, self.loss, autocast, self.choose, known,
         )  # fmt: skip
         if measured is not None:
             self.memory.table, self.memory.measured = plan.budget.table, measured
+        if first and self.shared is not None:
+            self.shared.analysis = Analysis(sensitivity, factors)
         if first:
             tensors = {} if self._step_ranking is None else self._step_ranking.end()
             self._step_ranking = None

@@ -133,20 +133,24 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
           --schedule cubic --output small
       sensibert finetune --config recipe.yaml --seed 1 --output small-1
     """
+    for name in ("budgets", "keep"):
+        if values[name] is not None:
+            _want_alone(context, name, ["budget"])
     options = _options(values)
     options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
-    options.want_train_data()
+    options.want_data()
     if values["dry_run"]:
         from .dry_run import described, outline
 
         result = outline(options)
         return _print(values["as_json"], result, _lines(described(result)))
     from .recipe import finetune_and_trim
-    from .report import summary
+    from .report import family_table, summary
 
     result = finetune_and_trim(options)
     written = f"written to {result['output']} (pictures in {result['output']}/report)"
-    _print(values["as_json"], result, f"{summary(result)}\n\n{written}")
+    shown = family_table(result) if options.budgets else summary(result)
+    _print(values["as_json"], result, f"{shown}\n\n{written}")
 
 
 @_command(
@@ -340,6 +344,22 @@ def latency(context: typer.Context, values: dict[str, Any]) -> None:
         rows.append(("all else", "", f"{result['rest'] / 1e3:.3f}"))
         text = f"{table(('', 'of one layer', 'ms'), rows)}\n\n{result['of']}\n\n{text}"
     _print(values["as_json"], result, text)
+
+
+@_command(["folders", "validation_file", "config", *DATA_NAMES, "seed", "length", "threads", "rounds", "as_json"])
+def compare(context: typer.Context, values: dict[str, Any]) -> None:
+    """Compare model folders on one file: scores with a paired test against the first folder, sizes and speed.
+
+    \b
+    Example:
+      sensibert compare tuned small smaller --validation-file dev.csv
+    """
+    from .compare import compare_folders, comparison
+
+    folders = [os.path.expanduser(folder) for folder in values["folders"]]
+    speed = [values[name] for name in ("length", "threads", "rounds")]
+    result = compare_folders(folders, _options(values, model=""), *speed)
+    _print(values["as_json"], result, comparison(result))
 
 
 @_command(

@@ -67,12 +67,12 @@ def analyze_file(options: Options) -> tuple[dict, Sensitivity]:
     if rule is None:
         raise SensibertError(f"method is {trim.method!r}, {one_of(trim.method, STATISTICS)}")
     if rule.data:
-        options.want_train_data()
+        options.want_data()
     inputs = {"model": options.model, "train_file": options.train_file}
     check_file(options.output, options.overwrite, **inputs)
     grid, common, task = trim.parsed_grid(), (sampled_loss, options.seed, options.autocast()), None
     if rule.data:
-        model, data = _model_and_data(options, "train")
+        model, data = model_and_data(options, "train")
         task, rows = data.task.name, data.train
         assert rows is not None  # of this role
 
@@ -176,7 +176,7 @@ def trim_on_data(options: Options, dry_run: bool) -> dict:
         raise SensibertError(f"method is {config.method!r}, which trims nothing, want another")
     if not dry_run:
         try_move(options.output)
-    model, data = _model_and_data(options, "train", embeds=True)
+    model, data = model_and_data(options, "train", embeds=True)
     rows = data.train
     assert rows is not None  # of this role
 
@@ -230,7 +230,7 @@ def _noted_lengths(model: str) -> dict:
     return {}
 
 
-def _model_and_data(
+def model_and_data(
     options: Options, role: str, embeds: bool = False
 ) -> tuple[PreTrainedModel | EmbeddingModel, TaskData]:
     """A fine-tuned model and one file for it, encoded as `train` or `validation` with the model's own labels.
@@ -309,7 +309,7 @@ def _embedding_model_and_data(
 def evaluate_folder(options: Options) -> dict:
     """Metrics of a model folder on a file."""
     started = time.perf_counter()
-    model, data = _model_and_data(options, "validation")
+    model, data = model_and_data(options, "validation")
     assert data.validation is not None  # of this role
     logits = predict(model, data.validation, data.collator, autocast=options.autocast())
     return {
@@ -332,7 +332,7 @@ def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, 
     if options.validation_file is None and options.task not in PRESETS:
         model, tokenizer = load_folder(options.model, "folder")
     else:
-        model, data = _model_and_data(options, "validation", embeds=True)
+        model, data = model_and_data(options, "validation", embeds=True)
         tokenizer, main = None, data.task.main_metric
 
         def score(module: nn.Module) -> dict[str, float]:

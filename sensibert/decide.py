@@ -23,15 +23,23 @@ from .models.unfinished import note_budget
 from .models.wrapped import has_classes, inner_model, is_wrapped
 from .sensitivity import analyze, collect_factors, sampled_loss
 from .sensitivity.gradients import Batch, Loss
+from .sensitivity.kfac_obs import FisherFactors
 from .trimming import compensate, trim
 
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
 
 
+class Analysis(NamedTuple):
+    """What a model and its data tell about every unit, whatever the budget."""
+
+    sensitivity: Sensitivity | None  # None where `choose` makes the plan
+    factors: Mapping[str, FisherFactors] | None  # None where nothing needs them
+
+
 class Decision(NamedTuple):
     plan: Plan
-    sensitivity: Sensitivity | None  # None where `choose` made the plan
+    analysis: Analysis
     measured: float | None = None  # cost of the trimmed model, where the budget is of measured costs
 
 
@@ -66,8 +74,10 @@ def decide(
     loss: Loss,
     autocast: torch.dtype | None = None,
     choose: Choose | None = None,
+    analysis: Analysis | None = None,
 ) -> Decision:
-    """Analyze the model and allocate the budget. With `compensate`, adjust the kept weights in place.
+    """Analyze the model, unless its analysis is given, and allocate the budget. With `compensate`, adjust the kept
+    weights in place.
 
     config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
     batch_size: rows a batch, where the size does not change the result (factors).
@@ -76,17 +86,21 @@ def decide(
     Costs measured on this device are measured again for the plan: where they are not what the table says, it is
     corrected, and the plan chosen again. The plan's budget has the corrected table."""
     assert config.method is not None  # of a resolved config
-    rule = None if choose is not None else STATISTICS[config.method]
-    factors, measured = None, None
-    if config.compensate or (rule is not None and rule.reduce == "factors"):
-        drawn = None if config.method == "layer-obs" else loss
-        factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
+    measured = None
     few = batches(samples, config.micro_batch)
+    if analysis is None:
+        rule, factors, sensitivity = None if choose is not None else STATISTICS[config.method], None, None
+        if config.compensate or (rule is not None and rule.reduce == "factors"):
+            drawn = None if config.method == "layer-obs" else loss
+            factors = collect_factors(model, layout_of(model), batches(samples, batch_size), drawn, seed, autocast)
+        if choose is None:
+            sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
+        analysis = Analysis(sensitivity, factors)
     if choose is not None:
-        plan, sensitivity = choose(model, few, budget), None
+        plan = choose(model, few, budget)
     else:
-        sensitivity = analyze(model, few, config.method, loss, seed, autocast, config.parsed_grid(), factors)
-        scores = sensitivity
+        scores = analysis.sensitivity
+        assert scores is not None  # without `choose`
 
         def allocated(budget: Budget) -> Plan:
             return allocate(scores, budget, config.width_multiple, config.allocation)
@@ -97,9 +111,9 @@ def decide(
     if config.compensate:
         if not isinstance(plan, UnitPlan):
             raise SensibertError("choose: returned a plan of blocks, and compensate is True; want compensate=False")
-        assert factors is not None  # collected above
-        compensate(model, plan, factors)
-    return Decision(plan, sensitivity, measured)
+        assert analysis.factors is not None  # of an analysis for `compensate`
+        compensate(model, plan, analysis.factors)
+    return Decision(plan, analysis, measured)
 
 
 @checked

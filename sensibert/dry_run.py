@@ -44,7 +44,7 @@ def outline(options: Options) -> dict:
     """Describe a run from its options, model and local files. Nothing is written, and of a preset nothing is fetched.
 
     With a training file, a few steps are timed on some of its rows."""
-    options.want_train_data()
+    options.want_data()
     options = options.resolved()
     check_place(options)
     train = training_examples(options) if options.train_file else None
@@ -60,8 +60,9 @@ def outline(options: Options) -> dict:
     layout, trim, known = layout_of(model), options.trim, get_task(task)
     schedule = trim.schedule.for_task(known.recovery, known.trim_start)
     budget, counts = trim.parsed_budget(), cost.counts_of(layout)
-    counted = trim.trims and (budget.table is not None or not budget.measured)  # other costs are measured in the run
-    limit = cost.want_reach(layout, budget, trim.parsed_grid()) if counted else None
+    budgets = options.parsed_budgets() or ([budget] if trim.trims and not options.keep else [])
+    counted = [each for each in budgets if each.table is not None or not each.measured]  # others: in the run
+    limits = [cost.want_reach(layout, each, trim.parsed_grid()) for each in counted]
     facts = {
         "task": known.name,
         "model": options.model,
@@ -71,13 +72,16 @@ def outline(options: Options) -> dict:
         **(_columns(options, known.name, train) if train else {}),
         "classes": data.label_names if data and data.label_names else None,
         "method": trim.method,
-        "budget": str(budget) if trim.trims else None,
+        "budget": str(budget) if trim.trims and not (options.budgets or options.keep) else None,
+        "budgets": options.budgets,
+        "keep": options.keep,
+        "baseline": options.baseline or options.keep is not None or None,
         "scope": trim.scope,
         "grid": trim.grid,
         "encoder_params_before": layout.encoder_params,
         "total_params_before": layout.total_params,
         "flops_before": cost.flops(layout, counts, budget.scope, 1, budget.length),
-        "limit": limit,
+        "limit": limits[0] if len(limits) == 1 else ", ".join(f"{limit:,}" for limit in limits) or None,
         "schedule": schedule.shape if trim.trims else None,
         "cut_after": f"{100 * schedule.start():.0f} % of the steps" if trim.trims else None,
         "epochs": options.epochs if options.max_steps == -1 else None,
@@ -86,7 +90,7 @@ def outline(options: Options) -> dict:
         "batch_size": options.batch_size,
     }
     if train and data:
-        left = cost.encoder_left(layout, budget) if counted and trim.parsed_grid() is None else 1.0
+        left = cost.encoder_left(layout, counted[0]) if len(counted) == 1 and trim.parsed_grid() is None else 1.0
         whole = schedule.start() if trim.trims else 1.0
         scored = 2 * len(validation) if validation else 0  # at the cut and at the end
         facts |= _steps_and_time(options, model, data, train, whole + (1 - whole) * left, scored)

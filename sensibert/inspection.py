@@ -22,7 +22,7 @@ from .saving.folder import zero_filled
 # Facts that only result.json has; null for a folder that was trimmed without a run.
 _NOTED = (
     *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
-    *("warnings", "throughput"),
+    *("warnings", "throughput", "metrics_baseline", "cut_step", "measured"),
 )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .callback import Choose, TrimCallback
+from .branches import Branches, Make, Trained, WarmUp, add_baseline
+from .callback import Choose, Shared, TrimCallback
 from .core.arguments import checked
 from .core.errors import SensibertError
-from .core.files import write_atomically, writing
+from .core.files import writing
 from .core.folder_facts import read_result
 from .core.json_text import parse_json
 from .core.output_paths import check_apart, check_output, try_move
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
-from .data.tasks import PRESETS
 from .deploy.costs import measured_facts, missed
-from .deploy.export import RUNTIMES_OF_GRAPHS, export_for
+from .family import train_family, write_family
+from .floor import Search
 from .inputs import (
     check_family,
     check_room,
@@ -40,40 +41,30 @@ from .inputs import (
     to_best_device,
     vocabulary_texts,
 )
+from .models import layout_of
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
-from .models.modules import weights_digest
 from .models.structure import STRUCTURE
-from .models.unfinished import unfinished
-from .report.history import Moment, history
-from .report.plots import write_report
+from .report.history import history
+from .run_inputs import made_from, want_same_inputs
 from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
+from .run_output import result_of, score_warnings, throughput_of, write_model
 from .saving.folder import export
 from .saving.publish import publish
-from .training.checkpoints import EMBEDDINGS, begin, checkpoints, partial_folder, want_same, workspace
+from .training.checkpoints import EMBEDDINGS, begin, checkpoints, partial_folder, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
 from .training.finetune import finetune
 from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
-from .training.run_memory import RunMemory
-from .training.trainer import TrimTrainer
 from .trimming.vocabulary import trim_vocabulary
 
-GRAPH = "export"  # folder in the output with the graph that a budget of latency or size is met by
-# Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
-NOT_COMPARED = (
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map"),
-    "sensibert",
-)
 OF_PLACE = ("output", "keep_checkpoints")  # settings that change nothing in the output
 # Entries of a result.json that a summary shows.
 NOTED = {
     *("task", "method", "budget", "scope", "metrics", "metrics_at_cut", "warnings", "flops_length", "output"),
     *(f"{size}_{when}" for size in ("encoder_params", "total_params", "flops") for when in ("before", "after")),
 }
-LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
-FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
 
 def training_arguments(options: Options, folder: Path) -> TrainingArguments:
@@ -118,9 +109,9 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate. accept_unfinished: also write a
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
-    it, SensibertError, and the checkpoints stay."""
+    it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json."""
     started = time.perf_counter()
-    options.want_train_data()
+    options.want_data()
     options = options.resolved()
     if options.resume and not options.overwrite and (result := finished(options)) is not None:
         logging.getLogger("sensibert").warning("resume: %s is of this run, which is finished", options.output)
@@ -131,7 +122,14 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
     transformers_logging.set_verbosity_error()
     with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
         try_move(options.output, folder)
-        return _run(options, folder, checkpoint, started, choose, accept_unfinished)
+        check_family(options.model)
+        vocabulary = Vocabulary.of(options)
+        data = load_data(options, vocabulary.tokenizer)
+        schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
+        options = replace(options, trim=replace(options.trim, schedule=schedule))
+        shared = Shared() if options.baseline or options.budgets or options.keep else None
+        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared)
+        return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
 
 
 def finished(options: Options) -> dict | None:
@@ -151,38 +149,85 @@ def finished(options: Options) -> dict | None:
     return result if same and NOTED <= result.keys() else None
 
 
-def _run(
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer of a run, and that of the model, if it was trimmed for texts."""
+
+    whole: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str] | None
+
+    @classmethod
+    def of(cls, options: Options) -> Vocabulary:
+        whole, texts = load_tokenizer(options.model), vocabulary_texts(options)
+        trimmed = whole if texts is None else trim_vocabulary(load_model(options.model), whole, texts)
+        return cls(whole, trimmed, texts)
+
+    def trim(self, model: PreTrainedModel) -> dict[str, int]:
+        """Trim a model's embeddings to the vocabulary; return the facts for result.json."""
+        before = {"total_params_before": cost_of(model, "model")[0]}
+        if self.texts is None:
+            return before
+        trim_vocabulary(model, self.whole, self.texts)
+        return before | {"vocabulary_before": len(self.whole), "vocabulary_after": len(self.tokenizer)}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all trainings of a run have in common. folder: of the run."""
+
+    vocabulary: Vocabulary
+    data: TaskData
+    folder: Path
+    choose: Choose | None
+    accept_unfinished: bool
+    shared: Shared | None  # by runs that branch from one warm-up
+
+
+def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
+    """Train all models that the options ask for, and write the output; return the content of result.json."""
+    write, folder, data = partial(write_model, inputs.vocabulary.tokenizer), branches.folder, inputs.data
+    if options.budgets:
+        layout = layout_of(load_model(options.model, data))
+        result = train_family(branches, data.main_metric, layout, write)
+        _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
+        return result
+    if options.keep:
+        trained = Search(branches, data, layout_of(load_model(options.model, data))).find()
+    elif options.baseline:
+        baseline = branches.baseline()
+        trained = branches.run("trimmed", options)
+        add_baseline(trained.result, baseline)
+    else:
+        trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
+    _publish(options, folder, partial(write, options=options, trained=trained))
+    return trained.result
+
+
+def _train(
+    inputs: Inputs,
     options: Options,
     folder: Path,
     checkpoint: Path | None,
     started: float,
-    choose: Choose | None,
-    accept_unfinished: bool,
-) -> dict:
-    check_family(options.model)
-    whole = tokenizer = load_tokenizer(options.model)
-    if (texts := vocabulary_texts(options)) is not None:
-        tokenizer = trim_vocabulary(load_model(options.model), whole, texts)
-    data = load_data(options, tokenizer)
-    schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
-    options = replace(options, trim=replace(options.trim, schedule=schedule))
+    make: Make | None = None,
+) -> Trained:
+    """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored."""
+    vocabulary, data, shared = inputs.vocabulary, inputs.data, inputs.shared
     set_seed(options.seed)
     loaded = load_model(options.model, data)
-    before = {"total_params_before": cost_of(loaded, "model")[0]}
-    if texts is not None:
-        trim_vocabulary(loaded, whole, texts)
-        before |= {"vocabulary_before": len(whole), "vocabulary_after": len(tokenizer)}
+    before = vocabulary.trim(loaded)
     check_room(loaded, data)
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
-    def metrics_of(model: nn.Module) -> dict[str, float]:
+    def scored(model: nn.Module) -> tuple[dict[str, float], Any]:
         assert data.validation is not None
-        metrics = data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
-        return {data.main_metric: metrics[data.main_metric], **metrics}
+        logits = predict(model, data.validation, data.collator, autocast=autocast)
+        return data.compute_metrics(logits), logits
 
-    def score(model: nn.Module) -> dict[str, float] | None:
-        return None if data.validation is None else metrics_of(model)
+    def score(model: nn.Module) -> tuple[dict[str, float] | None, Any]:
+        return (None, None) if data.validation is None else scored(model)
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
@@ -196,24 +241,30 @@ def _run(
             assert isinstance(model, PreTrainedModel)  # the one that was loaded above: no embedding model has a teacher
             shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
             # atomic: a resumed run needs the same teacher
-            export(model, folder / SNAPSHOT, tokenizer, accept_unfinished=True)
+            export(model, folder / SNAPSHOT, vocabulary.tokenizer, accept_unfinished=True)
             write_manifest(folder / SNAPSHOT)
             teacher = load_teacher(options, data, folder)
-        return score(model)
+        if shared is None:
+            return score(model)[0]
+        shared.metrics = score(model)[0] if shared.metrics is None else shared.metrics
+        return shared.metrics
 
-    callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
-    made_from = _made_from(options, data, model, teacher)
+    saves = options.save_before_cut
+    callback = (make or TrimCallback)(
+        options.trim, before_cut=before_cut, save_before_cut=saves, choose=inputs.choose, shared=inputs.shared
+    )
+    found = made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
     if checkpoint is not None:
-        _want_same_inputs(checkpoint, callback.memory, made_from)
-    callback.memory.inputs = made_from
+        want_same_inputs(checkpoint, callback.memory, found)
+    callback.memory.inputs = found
     with writing(folder):
         begin(folder, checkpoint)
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     if isinstance(data, EmbeddingData):
         to_best_device(model)
-        data = _with_original(data, model, folder / EMBEDDINGS, autocast)
+        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
     trainer = finetune(
@@ -228,24 +279,25 @@ def _run(
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
     )
-    if not accept_unfinished and (excess := callback.excess(model)) is not None:
+    if make is WarmUp:
+        return Trained(loaded, callback)
+    if not inputs.accept_unfinished and (excess := callback.excess(model)) is not None:
         raise SensibertError(
             f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
             "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
         )
-    metrics = score(model)
+    metrics, logits = score(model)
     at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
     trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-    result = _result(options, data, model, callback, trainer.state.global_step, metrics) | before
-    result["throughput"] = _throughput(callback.memory, trainer)
+    result = result_of(options, data, model, callback, trainer.state.global_step, metrics) | before
+    result["throughput"] = throughput_of(callback.memory, trainer)
     if options.trim.trims and callback.budget.measured:
         result["measured"] = measured_facts(loaded, callback.budget)
         callback.warnings += missed(result["measured"])
     moments = history(trainer.state.log_history, list(callback.cuts), result, data.main_metric)
-    _write_output(options, folder, loaded, tokenizer, callback, result, metrics_of, moments)
-    return result
+    return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
 
 
 def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None) -> EmbeddingData:
@@ -259,143 +311,12 @@ def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: 
     return data.with_labels(embed)
 
 
-def _made_from(
-    options: Options, data: TaskData, model: PreTrainedModel | EmbeddingModel, teacher: nn.Module | None
-) -> dict[str, object]:
-    """What the weights of a run depend on besides its settings, with digests of weights and encoded rows."""
-
-    def rows(features: Features | None) -> str:
-        return "none" if features is None else f"{len(features)} rows with digest {features.digest()[:16]}"
-
-    def weights(given: nn.Module) -> str:
-        return f"weights with digest {weights_digest(given)[:16]}"
-
-    labels = ", ".join(data.label_names) or "none"
-    made_from: dict[str, object] = {"seed": options.seed, "task": data.task.name, "labels": labels}
-    made_from["max_length"] = options.max_length or data.task.max_length
-    made_from |= {"train_file": rows(data.train), "validation_file": rows(data.validation), "model": weights(model)}
-    config = json.loads(json.dumps(model.config.to_dict(), default=str))  # as it is read from a checkpoint
-    made_from["config"] = {name: value for name, value in config.items() if name not in NOT_COMPARED}
-    if options.teacher is None:
-        return made_from
-    teaches = SNAPSHOT if options.teacher == SNAPSHOT or teacher is None else weights(teacher)
-    return made_from | {"teacher": teaches, "distil": options.distil, "temperature": options.temperature}
-
-
-def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, object]) -> None:
-    """SensibertError naming the first input that is not the one that the checkpoint was made from."""
-    was, now = dict(memory.inputs), dict(made_from)
-    if not was:  # of version 0.1
-        logging.getLogger("sensibert").warning(
-            "resume: %s does not say which model and data it was made from, so they are not compared", checkpoint
-        )
-        return
-    if not (checkpoint / STRUCTURE).exists():  # before the cut, when nothing was scored and no snapshot was made
-        for inputs in (was, now):
-            inputs.pop("validation_file")
-            if inputs.get("teacher") == SNAPSHOT:
-                for name in ("teacher", "distil", "temperature"):
-                    del inputs[name]
-    then, here = (cast("dict[str, object]", part.pop("config", {})) for part in (was, now))
-    want_same(checkpoint, was, now)
-    shared = then.keys() & here.keys()  # another version of transformers may have other entries
-    want_same(checkpoint, *({f"config.{name}": part[name] for name in sorted(shared)} for part in (then, here)))
-
-
-def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) -> list[str]:
-    """Sentences about a main metric that shows that nothing was learned, or that far more was lost than usual."""
-    if metrics is None:
-        return []
-    name, found = data.main_metric, []
-    score, constant = metrics[name], data.constant_score()
-    if score <= constant + LEARNED:
-        found.append(f"{name} is {score:.4f}, and the same answer for every row would score {constant:.4f}")
-    if at_cut is not None and at_cut[name] - score > FAR_BELOW:
-        found.append(
-            f"{name} fell from {at_cut[name]:.4f} at the cut to {score:.4f}: a larger budget or more steps lose less"
-        )
-    return found
-
-
-def _result(
-    options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
-) -> dict:
-    trim, memory, seconds = options.trim, callback.memory, callback.memory.seconds
-    return {
-        "task": data.task.name,
-        "model": options.model,
-        "method": trim.method,
-        "budget": str(callback.budget) if trim.trims else None,
-        "scope": trim.scope,
-        "grid": trim.grid,
-        "seed": options.seed,
-        "steps": steps,
-        "encoder_params_before": memory.params_before[0],
-        "encoder_params_after": cost_of(model, "encoder")[0],
-        "total_params_before": memory.params_before[1],
-        "total_params_after": cost_of(model, "model")[0],
-        "flops_before": memory.flops_before,
-        "flops_after": cost_of(model, trim.scope, trim.flops_length)[1],
-        "flops_length": trim.flops_length,
-        "metrics": metrics,
-        "metrics_at_cut": memory.metrics_at_cut,
-        "samples": callback.sensitivity.samples if callback.sensitivity is not None else None,
-        "warnings": callback.warnings,
-        "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
-        "output": options.output,
-    }
-
-
-def _throughput(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, float]]:
-    """What training takes before the first cut and after the last one, as far as this run measured it."""
-    speed = {"before": memory.tokens_per_s("warm", "train"), "after": memory.tokens_per_s("recover")}
-    found = {"tokens_per_s": {name: round(value, 1) for name, value in speed.items() if value}}
-    for name in ("ops_per_step", "peak_memory_gb"):
-        values: list[float] = getattr(trainer, name, [])
-        found[name] = {"before": values[0], "after": values[-1]} if len(values) > 1 else {}
-    return {name: values for name, values in found.items() if values}
-
-
-def _card_facts(options: Options, result: dict) -> dict[str, object]:
-    """For the model card: scores, the names of its data, and the base model, if it is of the hub."""
-    facts: dict[str, object] = {"metrics": result["metrics"] or None}
-    facts["base_model"] = None if Path(options.model).exists() else options.model
-    for part in ("train", "validation"):
-        file = getattr(options, f"{part}_file")
-        facts[f"{part}_data"] = Path(file).name if file else options.task if options.task in PRESETS else None
-    return {name: value for name, value in facts.items() if value}
-
-
-def _write_output(
-    options: Options,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    callback: TrimCallback,
-    result: dict,
-    score: Callable[[nn.Module], dict[str, float]],
-    moments: list[Moment],
-) -> None:
-    """Build the output folder next to the checkpoints, then move it to its final path."""
+def _publish(options: Options, folder: Path, write: Callable[[Path], None]) -> None:
+    """Write the output folder next to the checkpoints, then move it to its final path."""
     output = Path(options.output)
     final = folder / "final" / output.resolve().name  # the model card takes its title from the folder
     with writing(output, "; --resume continues from the last complete checkpoint"):
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
-        names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
-        info = {name: result[name] for name in names}
-        info["max_length"] = callback.memory.inputs["max_length"]
-        info |= _card_facts(options, result)
-        export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
-        if callback.budget.measured and options.trim.runtime in RUNTIMES_OF_GRAPHS:
-            score_graph = None if result["metrics"] is None else score
-            result["graph"] = export_for(options.trim.runtime, model, str(final / GRAPH), tokenizer, score_graph)
-        text = json.dumps(result, indent=2)
-        plan = callback.whole_plan(model)
-        write_report(final / "report", result, callback.sensitivity, plan, moments)
-        write_atomically(final / RESULT, lambda path: Path(path).write_text(text + "\n"))
-        (final / RECIPE).write_text(json.dumps(options.settings(), indent=2) + "\n")
-        if callback.sensitivity is not None:
-            callback.sensitivity.save(final / "sensitivity.safetensors")
-        plan.save(final / "plan.safetensors")
+        write(final)
         publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)

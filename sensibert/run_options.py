@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .core.arguments import checked, show
-from .core.config import LAYOUTS, PACKING, TrimConfig, current_names, trim_names, want_known
+from .core.arguments import checked, fraction, show
+from .core.budget import Budget
+from .core.budgets import parse_budgets
+from .core.config import LAYOUTS, PACKING, TRIMMING, TrimConfig, block_size_of, current_names, trim_names, want_known
 from .core.errors import SensibertError
 from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
 from .data.tasks import EMBEDDING, LABELLED, PRESETS, TASKS, get_task
@@ -52,6 +54,20 @@ class Options:
         show_default="guessed from the columns or the model",
     )
     trim: TrimConfig = field(default_factory=TrimConfig)
+    budgets: str | None = setting(
+        None, "Several budgets in place of one, 75,50,30%params: a model for each, from one warm-up.", TRIMMING
+    )
+    keep: str | None = setting(
+        None,
+        "In place of a budget, the fraction of the untrimmed model's validation score to keep, 99%: finds the smallest "
+        "model.",
+        TRIMMING,
+    )
+    baseline: bool = setting(
+        False,
+        "Also train the model without trimming, from the cut to the same number of steps, and score it.",
+        TRIMMING,
+    )
     epochs: float | None = setting(
         None, "Passes over the training data.", bound=POSITIVE, show_default="3, or the preset's"
     )
@@ -143,6 +159,11 @@ class Options:
             self._check_label_names()
         if self.task == EMBEDDING:
             self._check_embedding()
+        for name in ("baseline", "budgets", "keep"):
+            if getattr(self, name) and not self.trim.trims:
+                raise SensibertError(f"{name} is {show(getattr(self, name))}, but method baseline does not trim")
+        self.parsed_budgets()
+        self.floor()
 
     def _check_label_names(self) -> None:
         names = self.names_of_labels()
@@ -163,6 +184,15 @@ class Options:
                     f"{name} is {show(value)}, but task {EMBEDDING} learns the embeddings of the original model alone; "
                     "want it left out"
                 )
+        if self.keep:
+            raise SensibertError(
+                f"keep is {show(self.keep)}, but the scores of task {EMBEDDING} are no shares; want --budget"
+            )
+        if self.baseline:
+            raise SensibertError(
+                f"baseline is True, but task {EMBEDDING} learns the embeddings of the original model, which is its own "
+                "baseline: want it left out"
+            )
         if self.trim.method in WITHOUT_GRADIENT:
             raise SensibertError(
                 f"method is {self.trim.method!r}, and for task {EMBEDDING} the loss has no gradient before the cut; "
@@ -202,10 +232,36 @@ class Options:
 
         return "bf16" if computes_in_bf16() else "fp32"
 
-    def want_train_data(self) -> None:
-        """SensibertError if there is neither a training file nor a preset that names one."""
+    def parsed_budgets(self) -> list[Budget]:
+        """Those of `budgets`, in its order. SensibertError for a text that does not list budgets."""
+        if self.budgets is None:
+            return []
+        budgets = parse_budgets(self.budgets, self.trim.scope, self.trim.flops_length)
+        for budget in budgets:
+            budget.check_grid(block_size_of(self.trim.grid))
+        return budgets
+
+    def floor(self) -> float:
+        """`keep` as a fraction; 0 without it. SensibertError for what is no percentage below 100 %."""
+        if self.keep is None:
+            return 0.0
+        if self.budgets is not None:
+            raise SensibertError("keep and budgets are both given, want one of them")
+        floor = fraction("keep", self.keep, "99%")
+        if floor == 0:
+            raise SensibertError(f"keep is {show(self.keep)}, want more than 0%")
+        return floor
+
+    def want_data(self) -> None:
+        """SensibertError if there is neither a training file nor a preset that names one, or `keep` has no validation
+        data."""
         if self.task not in PRESETS and self.train_file is None:
             raise SensibertError(f"train_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
+        from_preset = self.task in PRESETS and self.train_file is None
+        if self.keep and self.validation_file is None and not from_preset:
+            raise SensibertError(
+                f"keep is {show(self.keep)}, but validation_file is missing, want one: the score is measured on it"
+            )
 
     def resolved(self) -> Options:
         """Replace settings that are None by those of the preset, the defaults, or what the method implies."""

@@ -48,3 +48,28 @@ def no_pictures(request, monkeypatch):
 @pytest.fixture
 def report():
     """For a test that needs the pictures of a run drawn."""
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that were trained, one number each."""
+    from sensibert.callback import TrimCallback
+
+    trained, step_end = [], TrimCallback.on_step_begin
+
+    def counts(self, args, state, control, **kwargs):
+        trained.append(state.global_step + 1)
+        step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(TrimCallback, "on_step_begin", counts)
+    return trained
+
+
+@pytest.fixture
+def analyses(monkeypatch):
+    """How often a model was analyzed."""
+    from sensibert import decide as deciding
+
+    found, collect = [], deciding.collect_factors
+    monkeypatch.setattr(deciding, "collect_factors", lambda *args: (found.append(1), collect(*args))[1])
+    return found

@@ -146,7 +146,7 @@ def scored_file(path: Path, rows: int = 40, seed: int = 0) -> str:
 
 RESULT_KEYS = {
     *("task", "model", "method", "budget", "scope", "grid", "seed", "steps", "output"),
-    *("metrics", "metrics_at_cut", "seconds", "samples", "warnings", "throughput"),
+    *("metrics", "metrics_at_cut", "metrics_baseline", "cut_step", "seconds", "samples", "warnings", "throughput"),
     *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
     *("flops_before", "flops_after", "flops_length"),
 }

@@ -204,6 +204,13 @@ def test_a_dry_run_of_the_baseline_names_no_cut(here, tmp_path):
     assert "cut" not in done.out.rpartition("{")[0]
 
 
+def test_a_dry_run_shows_the_limits_of_all_budgets_or_the_floor(here, tmp_path):
+    given = (*finetune_arguments(here, tmp_path / "out"), "--dry-run", "--json")
+    family, floor = command(*given, "--budgets", "9,8Kparams").json, command(*given, "--keep", "90%").json
+    assert (family["budget"], family["budgets"], family["limit"]) == (None, "9,8Kparams", "9,000, 8,000")
+    assert (floor["budget"], floor["keep"], floor["limit"], floor["baseline"]) == (None, "90%", None, True)
+
+
 def test_overwrite_replaces_what_is_there(chain, here, tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "old.txt").write_text("old")

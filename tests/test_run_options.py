@@ -23,7 +23,7 @@ def options(**changed) -> Options:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_brings_its_settings_and_the_command_line_wins(name):
     preset = PRESETS[name]
-    options(task=name).want_train_data()  # needs no file
+    options(task=name).want_data()  # needs no file
     found = options(task=name).resolved()
     for setting in ("epochs", "learning_rate", "batch_size", "max_length"):
         assert getattr(found, setting) == getattr(preset, setting), setting
@@ -102,6 +102,6 @@ def test_files_come_before_presets_and_hub_names_get_their_split(requested, want
 
 def test_a_missing_training_file_is_named():
     with pytest.raises(SensibertError, match=r"train_file is missing, want a file or a preset task \(mnli, qqp"):
-        options().want_train_data()
+        options().want_data()
     with pytest.raises(SensibertError, match="train_file is missing"):
         sources.training_examples(options())

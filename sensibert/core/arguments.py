@@ -46,7 +46,7 @@ def one_of(value: object, known: Iterable[str]) -> str:
     return f"want one of {', '.join(names)}{did_you_mean(value, names)}"
 
 
-def fraction(name: str, text: str) -> float:
+def fraction(name: str, text: str, example: str = "0.5%") -> float:
     """`0.5%` or `0.005` -> 0.005; SensibertError for anything else, or outside [0, 1)."""
     number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
     try:
@@ -54,7 +54,7 @@ def fraction(name: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise SensibertError(f"{name} is {show(text)}, want for example 0.5%")
+        raise SensibertError(f"{name} is {show(text)}, want for example {example}, at least 0% and below 100%")
     return value
 
 

@@ -32,7 +32,7 @@ RETIRED = {"search": 0, "distil_hidden": 0.0, "distil_until": None, "average_dec
 
 def parse_grid(text: str) -> Grid | None:
     """`unit` (heads and neurons: no grid) -> None; `element`, `block64` or any other block<size> -> Grid."""
-    size = _block_size(text)
+    size = block_size_of(text)
     if size is None:
         return None
     from .grid import Grid
@@ -40,7 +40,7 @@ def parse_grid(text: str) -> Grid | None:
     return Grid.block(size, size)
 
 
-def _block_size(text: str) -> int | None:
+def block_size_of(text: str) -> int | None:
     """Rows and columns of the blocks of a grid, without importing torch; None for `unit`."""
     block = re.fullmatch(r"block([1-9]\d*)", text) if isinstance(text, str) else None
     if text not in GRIDS and not block:
@@ -135,7 +135,7 @@ class TrimConfig:
         parse_shape(self.latency_shape)
         if not isinstance(self.schedule, Schedule):
             raise SensibertError(f"schedule is {show(self.schedule)}, want a Schedule")
-        budget, block_size = self.parsed_budget(), _block_size(self.grid)
+        budget, block_size = self.parsed_budget(), block_size_of(self.grid)
         if block_size is None or self.method == BASELINE:
             return
         budget.check_grid(block_size)

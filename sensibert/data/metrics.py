@@ -47,7 +47,7 @@ def best_constant_f1(wanted: np.ndarray) -> float:
 
 def regression_metrics(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Values [rows] -> pearson and spearman (ties have their mean rank); 0 if either side is constant."""
-    return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(_ranks(predicted), _ranks(wanted))}
+    return {"pearson": _pearson(predicted, wanted), "spearman": _pearson(ranks(predicted), ranks(wanted))}
 
 
 def ranking_metrics(scores: np.ndarray, relevance: np.ndarray, queries: np.ndarray) -> dict[str, float]:
@@ -169,6 +169,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
+def ranks(x: np.ndarray) -> np.ndarray:
+    """From 1; ties have their mean rank."""
     _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -201,7 +201,8 @@ class TaskData:
             metrics |= ranking_metrics(predicted, wanted, self.queries)
         return metrics | regression_metrics(predicted, wanted)
 
-    def _tag_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+    def tags(self, data: Features, logits: Logits, label_ids: Any = None) -> tuple[list[list[str]], list[list[str]]]:
+        """The predicted and the correct tags of every sentence."""
         if label_ids is None:
             rows = [data[i]["labels"] for i in range(len(data))]
         else:
@@ -210,15 +211,21 @@ class TaskData:
         for best, row in zip(logits[0].argmax(-1), rows):
             predicted.append([self.label_names[b] for b, label in zip(best, row) if label != IGNORED])
             wanted.append([self.label_names[label] for label in row if label != IGNORED])
-        return tagging_metrics(predicted, wanted)
+        return predicted, wanted
+
+    def _tag_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
+        return tagging_metrics(*self.tags(data, logits, label_ids))
 
     def _answer_metrics(self, data: Features, logits: Logits, label_ids: Any) -> dict[str, float]:
         starts = data.per_item["start_positions"]
         if isinstance(label_ids, (tuple, list)) and not np.array_equal(label_ids[0], starts):
             raise SensibertError("compute_metrics: the windows are in another order than those of the validation data")
         best = self.answers(logits[0], logits[1], n_best=1)
-        golds = [[text for text, _ in row] for row in self._windows().golds]
-        return answer_metrics([row[0].text if row else "" for row in best], golds)
+        return answer_metrics([row[0].text if row else "" for row in best], self.golds())
+
+    def golds(self) -> list[list[str]]:
+        """The correct answers of every validation question."""
+        return [[text for text, _ in row] for row in self._windows().golds]
 
     def answers(self, start_logits: np.ndarray, end_logits: np.ndarray, n_best: int = 20) -> list[list[Answer]]:
         """Logits [windows, tokens] -> for every validation question its n_best answers, the best first.

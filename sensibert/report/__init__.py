@@ -2,6 +2,6 @@
 
 from ..core.text import share, table
 from .plots import write_report
-from .tables import ranking, summary
+from .tables import family_table, ranking, summary
 
-__all__ = ["ranking", "share", "summary", "table", "write_report"]
+__all__ = ["family_table", "ranking", "share", "summary", "table", "write_report"]

@@ -12,6 +12,7 @@ from ..core.text import share
 from .history import Moment
 from .page_plots import curves, run
 from .plots import role
+from .tables import score_columns, score_notes
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5b6776; --paper: #fff; --rule: #d8dee6; --off: #e4e9ef;
@@ -89,8 +90,12 @@ def _origin(facts: Mapping[str, Any]) -> str:
 def _headline(facts: Mapping[str, Any], megabytes: float | None) -> str:
     found = []
     for name, value in list((facts.get("metrics") or {}).items())[:1]:
-        at_cut = (facts.get("metrics_at_cut") or {}).get(name)
-        found.append((f"{value:.4f}", name, f"{at_cut:.4f} just before the cut" if at_cut is not None else ""))
+        others = (
+            (facts.get("metrics_baseline"), "without trimming"),
+            (facts.get("metrics_at_cut"), "just before the cut"),
+        )
+        known = (f"{scores[name]:.4f} {when}" for scores, when in others if scores and name in scores)
+        found.append((f"{value:.4f}", name, next(known, "")))
     for label, name in SIZES[::2]:
         before, after = facts[f"{name}_before"], facts[f"{name}_after"]
         found.append((share(after, before), f"of the {label}", f"{_short(after)} of {_short(before)}"))
@@ -162,15 +167,13 @@ def _sizes(facts: Mapping[str, Any]) -> str:
 
 
 def _scores(facts: Mapping[str, Any]) -> str:
-    at_cut = facts.get("metrics_at_cut") or {}
-    if not at_cut:
-        return _table(("", "at the end"), [(name, f"{value:.4f}") for name, value in facts["metrics"].items()])
+    columns = score_columns(facts)
     rows = [
-        (name, f"{at_cut[name]:.4f}" if name in at_cut else "-", f"{value:.4f}")
-        for name, value in facts["metrics"].items()
+        (name, *(f"{scores[name]:.4f}" if name in scores else "-" for scores in columns.values()))
+        for name in facts["metrics"]
     ]
-    note = '<p class="soft">At the cut: the model just before it was trimmed, after a part of the training.</p>'
-    return _table(("", "at the cut", "at the end"), rows) + note
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in score_notes(facts))
+    return _table(("", *columns), rows) + notes
 
 
 def _tensors(sensitivity: Sensitivity) -> str:

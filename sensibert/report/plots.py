@@ -13,7 +13,7 @@ from ..core.artifacts import BlockPlan, Plan, Sensitivity
 from ..core.layout import Layout
 from .history import FILE, Moment, write_history
 from .run_picture import draw_run
-from .tables import RANKING_HEADER, ranking_rows, summary
+from .tables import RANKING_HEADER, family_table, ranking_rows, summary
 
 if TYPE_CHECKING:  # matplotlib is slow to import and may be missing
     from matplotlib.axes import Axes
@@ -61,6 +61,35 @@ def write_report(
             metric = next(iter(result["metrics"] or {}), "score")
             draw_run(folder / "run.png", moments, result["encoder_params_before"], metric)
     return sorted(folder.iterdir())
+
+
+def write_front(folder: str | Path, result: Mapping[str, Any]) -> None:
+    """Write the report of a family into `folder`, which is created: summary.txt, and front.png, its scores over its
+    encoder parameters. result: the content of the family's result.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.txt").write_text(family_table(result) + "\n")
+    rows = [row for row in result["rows"] if row["metrics"]]
+    if importlib.util.find_spec("matplotlib") is None or not rows:
+        return
+    from matplotlib.figure import Figure
+
+    metric, figure = result["metric"], Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    sizes, scores = zip(*sorted((row["encoder_params_after"] / 1e6, row["metrics"][metric]) for row in rows))
+    axis.plot(sizes, scores, "o-", color="#2f6f9f", label="trimmed")
+    for row in rows:
+        place = row["encoder_params_after"] / 1e6, row["metrics"][metric]
+        axis.annotate(row["budget"], place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    if baseline := result.get("metrics_baseline"):
+        whole = result["encoder_params_before"] / 1e6
+        axis.plot([whole], [baseline[metric]], "s", color="#555", label="not trimmed")
+        axis.axhline(baseline[metric], color="#555", lw=0.8, ls=":")
+    axis.set(title=f"{result['task']}", xlabel="encoder parameters, millions", ylabel=metric, xlim=(0, None))
+    axis.margins(y=0.15)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "front.png", dpi=130)
 
 
 def _write_csv(path: Path, rows: list[tuple]) -> None:

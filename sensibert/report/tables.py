@@ -38,12 +38,13 @@ def summary(result: Mapping[str, Any]) -> str:
     ]
     if speed:
         parts.append(table(("training", "before the cut", "after the cut"), speed))
-    metrics, at_cut = result.get("metrics") or {}, _at_cut(result)
-    if at_cut:
-        scores = [(name, f"{at_cut[name]:.4f}" if name in at_cut else "-", f"{v:.4f}") for name, v in metrics.items()]
-        parts += [table(("", "at the cut", "at the end"), scores), "At the cut: the model just before it was trimmed."]
-    elif metrics:
-        parts.append(table(("", "at the end"), [(name, f"{value:.4f}") for name, value in metrics.items()]))
+    metrics, columns = result.get("metrics") or {}, score_columns(result)
+    if metrics:
+        rows = [(m, *(f"{scores[m]:.4f}" if m in scores else "-" for scores in columns.values())) for m in metrics]
+        parts.append(table(("", *columns), rows))
+    parts += score_notes(result)
+    if result.get("keep"):
+        parts.append(floor_table(result["keep"]))
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
 
@@ -55,9 +56,68 @@ def _measured(facts: Mapping[str, Any]) -> str:
     return f"{met} {unit}{before}, budget {facts['budget']:.4g} {unit}: {facts['of']}."
 
 
-def _at_cut(result: Mapping[str, Any]) -> dict[str, float]:
-    """Scores just before trimming; their name up to version 0.1 was metrics_dense."""
-    return result.get("metrics_at_cut") or result.get("metrics_dense") or {}
+def score_columns(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Heading -> scores: at the cut (up to version 0.1 named metrics_dense), at the end, and without trimming."""
+    at_cut = result.get("metrics_at_cut") or result.get("metrics_dense")
+    columns = {"at the cut": at_cut, "at the end": result.get("metrics"), BASELINE: result.get("metrics_baseline")}
+    return {heading: scores for heading, scores in columns.items() if scores}
+
+
+def score_notes(result: Mapping[str, Any]) -> list[str]:
+    """Sentences that say what the columns of `score_columns` are scores of."""
+    columns, notes, steps = score_columns(result), [], result.get("steps")
+    if "at the cut" in columns:
+        after = f"after {result['cut_step']:,} of {steps:,} steps, " if steps and result.get("cut_step") else ""
+        notes.append(f"At the cut: {after}just before the model was trimmed.")
+    if BASELINE in columns:
+        seconds = (result.get("seconds") or {}).get(BASELINE)
+        took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
+        notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
+    return notes
+
+
+def floor_table(kept: Mapping[str, Any]) -> str:
+    """How the budget was found that keeps a fraction of the baseline's score. kept: `keep` of result.json."""
+    rows = [
+        (row["budget"], row["recovery"], f"{row['score']:.4f}", f"{100 * row['of_baseline']:.1f} %",
+         "holds" if row["holds"] else "below", f"{row['seconds']:.0f} s")
+        for row in kept["tried"]
+    ]  # fmt: skip
+    floor = f"{100 * kept['floor']:g} %"
+
+    def shown(name: str, scale: float = 1, digits: int = 4) -> str:
+        low, high = (scale * value for value in kept[f"{name}_interval"])
+        return f"{scale * kept[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    text = (
+        f"On the {kept['rows']:,} rows that did not choose the budget: {kept['metric']} {shown('score')}, baseline "
+        f"{shown('baseline')}, difference {shown('difference')}: {shown('of_baseline', 100, 1)} % of the baseline. "
+        f"Intervals: {kept['intervals']}."
+    )
+    header = ("tried", "recovery", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
+    return "\n\n".join([table(header, rows, left=(0, 1)), text])
+
+
+def family_table(result: Mapping[str, Any]) -> str:
+    """The models of a family as text. result: the content of its result.json."""
+    whole, metric, baseline = result["encoder_params_before"], result["metric"], result.get("metrics_baseline")
+    rows: list[tuple[object, ...]] = []
+    if baseline:
+        rows.append((BASELINE, whole, share(whole, whole), f"{baseline[metric]:.4f}", "", result["seconds"][BASELINE]))
+    for row in result["rows"]:
+        score, params = (row["metrics"] or {}).get(metric), row["encoder_params_after"]
+        of = share(score, baseline[metric]) if score is not None and baseline else ""
+        shown = "-" if score is None else f"{score:.4f}"
+        rows.append((row["budget"], params, share(params, whole), shown, of, row["seconds"]))
+    cells = [(*row[:-1], f"{row[-1]:.0f} s") for row in rows]
+    header = ("budget", "encoder parameters", "left", metric, "of the baseline", "seconds")
+    kept = [c for c in range(len(header)) if c != 4 or baseline]
+    parts = [f"{result['task']}, {len(result['rows'])} budgets by {result['method']}"]
+    parts.append(table([header[c] for c in kept], [[row[c] for c in kept] for row in cells]))
+    shared = result["seconds"]["warm_up_and_analysis"]
+    parts.append(f"Shared warm-up and analysis: {shared:.0f} s. Total: {result['seconds']['total']:.0f} s.")
+    parts += [f"Warning: {row['budget']}: {text}." for row in result["rows"] for text in row["warnings"]]
+    return "\n\n".join(parts)
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:

@@ -53,7 +53,7 @@ those that are kept, in the base model.
 
 
 # Facts of a run that `export` writes on the card alone: in the config they would stay when the weights change.
-OF_RUN = ("metrics", "base_model", "train_data", "validation_data")
+OF_RUN = ("metrics", "metrics_baseline", "base_model", "train_data", "validation_data")
 # Part of a model's class -> the task by which people look for it.
 PIPELINES = {
     "SequenceClassification": "text-classification",
@@ -74,10 +74,15 @@ def _scores(run: Mapping[str, Any]) -> str:
     """A section with the scores of the run, if it had any."""
     if not run.get("metrics"):
         return ""
-    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in run["metrics"].items())
+    baseline = run.get("metrics_baseline") or {}
+    rows = "".join(
+        f"| {name} | {value:.4f} |{f' {baseline[name]:.4f} |' if name in baseline else ''}\n"
+        for name, value in run["metrics"].items()
+    )
+    header = "| | this model | not trimmed, equally long |\n|---|---|---|\n" if baseline else "| | |\n|---|---|\n"
     parts = ("validation", "train")
     where = ", ".join(f"{part}: {run[f'{part}_data']}" for part in parts if run.get(f"{part}_data"))
-    return f"## Scores\n\n| | |\n|---|---|\n{rows}\n{f'Data ({where}).' if where else ''}\n\n"
+    return f"## Scores\n\n{header}{rows}\n{f'Data ({where}).' if where else ''}\n\n"
 
 
 def _numbers(values: list[int]) -> str:

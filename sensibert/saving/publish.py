@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from ..core.errors import SensibertError
@@ -37,7 +39,16 @@ MODEL = (
     *(*BESIDE, "[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
 )
 RUN = ("result.json", "recipe.json", "sensitivity.safetensors", "plan.safetensors")
-REPORT = ("summary.txt", "ranking.csv", "curves.csv", "kept.png", "sensitivity.png", "curves.png", "report.html")
+REPORT = (
+    "summary.txt",
+    "ranking.csv",
+    "curves.csv",
+    "kept.png",
+    "sensitivity.png",
+    "curves.png",
+    "report.html",
+    "front.png",
+)
 REPLACED = (*MODEL, *RUN, *(f"dense/{name}" for name in MODEL), *(f"report/{name}" for name in REPORT))
 
 
@@ -54,7 +65,7 @@ def publish(new: Path, target: Path, overwrite: bool, hint: str = "want a new fo
     make_folder(target.parent)
     if exists:
         check_movable(target)
-        _keep_others(target, new, Path())
+        _keep_others(target, new, Path(), _members(target))
     sync_tree(new)
     sync_entries(new.parent)
     try:
@@ -73,16 +84,28 @@ def publish(new: Path, target: Path, overwrite: bool, hint: str = "want a new fo
             logging.getLogger("sensibert").warning("output: %s, which was replaced, cannot be deleted", new)
 
 
-def _keep_others(old: Path, new: Path, inside: Path) -> None:
-    """Give the new folder what is in the old one and matches none of REPLACED. Names that are taken stay."""
+def _members(folder: Path) -> set[str]:
+    """The subfolders that a run wrote for its budgets, by its result.json."""
+    try:
+        rows = json.loads((folder / "result.json").read_text()).get("rows") or ()
+        return {row["folder"] for row in rows}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or not of a run
+        return set()
+
+
+def _keep_others(old: Path, new: Path, inside: Path, members: Collection[str] = ()) -> None:
+    """Give the new folder what is in the old one, is no member and matches none of REPLACED. Names that are taken
+    stay."""
     for path in sorted((old / inside).iterdir()):
         name = inside / path.name
+        if path.name in members and inside == Path():
+            continue
         if path.is_dir() and not path.is_symlink():
             if name.as_posix() not in ("dense", "report") and not (new / name).exists():
                 (new / name).mkdir(parents=True)
             _keep_others(old, new, name)
         elif not any(_fits(name, pattern) for pattern in REPLACED) and not (inside == Path() and is_card(path)):
-            _copy(path, new / name)
+            copy_file(path, new / name)
     if (new / inside).is_dir():
         shutil.copymode(old / inside, new / inside)  # after its content, which it may forbid to add
 
@@ -91,7 +114,7 @@ def _fits(name: Path, pattern: str) -> bool:
     return len(name.parts) == len(Path(pattern).parts) and name.match(pattern)
 
 
-def _copy(old: Path, new: Path) -> None:
+def copy_file(old: Path, new: Path) -> None:
     """Give a file a second name, or copy it where the file system has no links. A name that is taken stays."""
     if new.exists() or new.is_symlink():
         return

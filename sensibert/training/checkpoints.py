@@ -23,6 +23,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 from .manifest import MANIFEST, MEMORY, check_manifest, check_without_digests, write_manifest
 
 SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
+BRANCHES = "branches"  # in the folder of the run: a folder for each run that goes on from its warm-up
 EMBEDDINGS = "embeddings.npy"  # in the folder of the run: those of the original model
 DIGEST = ".sha256"  # suffix of the file with the digest of a file
 PART = ".part"  # suffix of a file that is being written
@@ -136,17 +137,18 @@ def _is_run_folder(folder: Path) -> bool:
 
 def begin(folder: Path, checkpoint: Path | None) -> None:
     """Delete what the run does not go on from: newer checkpoints, which are damaged, or without a checkpoint all of a
-    former run. Called when the inputs of the run have been read."""
+    former run. Called when the inputs of the run have been read. checkpoint: in the folder, or of a shared warm-up."""
+    known = checkpoints(folder)
     if checkpoint is None:
         _clear(folder)
     else:
-        for newer in checkpoints(folder)[: checkpoints(folder).index(checkpoint)]:
+        for newer in known[: known.index(checkpoint)] if checkpoint in known else known:
             shutil.rmtree(newer)
 
 
 def _clear(folder: Path) -> None:
     """Delete what a run has written into its folder, except the marker, which is locked."""
-    for path in (folder / "final", folder / SNAPSHOT, *checkpoints(folder)):
+    for path in (folder / "final", folder / SNAPSHOT, folder / BRANCHES, *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for name in (EMBEDDINGS, EMBEDDINGS + DIGEST):

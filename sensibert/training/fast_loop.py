@@ -84,6 +84,7 @@ class FastTrainer(TrimTrainer):
     def _run_epoch(self, **run: Any) -> None:  # type: ignore[override]  # Trainer passes everything by name
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # a callback may stop it before the first step
             return
         args, epoch, checkpoint = self.args, run["epoch"], run["resume_from_checkpoint"]
         in_epoch = run["steps_in_epoch"]  # batches

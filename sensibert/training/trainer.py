@@ -198,7 +198,7 @@ class TrimTrainer(Trainer):
         # From a checkpoint of the last step, within an epoch, Trainer would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+        elif not self.control.should_training_stop:  # a callback may stop it before the first step
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

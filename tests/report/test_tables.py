@@ -27,7 +27,9 @@ def test_the_summary_has_sizes_before_and_after_and_scores_at_the_cut_and_at_the
     assert lines[6].split() == ["at", "the", "cut", "at", "the", "end"]
     assert lines[8].split() == ["accuracy", "0.9500", "0.9000"]
     assert lines[9].split() == ["f1", "-", "0.8000"]  # the model at the cut has no f1
-    assert lines[10:] == ["", "At the cut: the model just before it was trimmed."]
+    assert lines[10:] == ["", "At the cut: just before the model was trimmed."]
+    known = summary(RESULT | {"cut_step": 40, "steps": 120}).splitlines()
+    assert known[-1] == "At the cut: after 40 of 120 steps, just before the model was trimmed."
 
 
 def test_results_with_the_old_names_have_the_same_summary():
@@ -76,3 +78,11 @@ def test_with_a_grid_the_ranking_counts_blocks(layout):
     scored = Sensitivity(layout, scores, "fisher", tensors=ranked(layout).tensors, grid=Grid.block(8, 8))
     rows = {row[1]: row[3:] for row in ranking_rows(scored, block_plan(layout))}
     assert rows["encoder.layer.0.intermediate.dense.weight"] == (16, 32)  # every other of 8 rows of 4 blocks
+
+
+def test_the_summary_has_the_score_of_the_baseline_if_it_was_measured():
+    measured = {"metrics_baseline": {"accuracy": 0.96}, "steps": 120, "seconds": {"baseline": 12.3}}
+    lines = summary(RESULT | measured).splitlines()
+    assert lines[8].split() == ["at", "the", "cut", "at", "the", "end", "baseline"]
+    assert lines[10].split() == ["accuracy", "0.9500", "0.9000", "0.9600"]
+    assert lines[-1] == "Baseline: the same run without trimming, 120 steps (from the cut on 12 s)."
