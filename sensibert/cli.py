@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect as signatures
 import json
 import os
@@ -130,7 +129,6 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
     from .report import summary
 
     options = _options(values)
-    options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
     if values["dry_run"]:
         result = outline(options)
         return _print(values["as_json"], result, _lines(result))

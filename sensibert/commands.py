@@ -39,7 +39,7 @@ from .inputs import (
     load_tokenizer,
     outlined,
     output_names,
-    to_best_device,
+    to_device,
     training_examples,
     validation_examples,
 )
@@ -53,6 +53,7 @@ from .run_options import Options
 from .saving.folder import DENSE, export, zero_filled
 from .saving.output_paths import check_apart, check_file, check_output
 from .sensitivity import analyze, rank_tensors, sampled_loss
+from .trainer_arguments import check_run
 from .training.predict import predict
 from .trimming.trim import trim
 from .trimming.vocabulary import trim_vocabulary
@@ -63,7 +64,7 @@ _TASK_OF_HEAD = {"QuestionAnswering": "question-answering", "TokenClassification
 
 def outline(options: Options) -> dict:
     """Describe a run from its options, model and local files. Nothing is written, encoded or trained."""
-    options.want_train_data()
+    check_run(options)
     options = options.resolved()
     check_place(options)
     train = training_examples(options) if options.train_file else None
@@ -313,7 +314,7 @@ def _model_and_data(
         raise SensibertError(f"task is {task.name!r}, but {options.model} has 1 output, want at least 2 classes")
     data = encode(options, tokenizer, train, validation, classes, one_logit)
     check_room(model, data)
-    to_best_device(model)
+    to_device(model)
     return model, data
 
 
@@ -330,7 +331,7 @@ def _embedding_model_and_data(
     data = encode_texts(options, tokenizer, train, validation, options.trim.samples)
     check_room(encoder, data)
     model = EmbeddingModel(encoder, data.pooling)
-    to_best_device(model)
+    to_device(model)
     if train is not None:
         autocast = options.autocast()
         data = data.with_labels(lambda texts: np.asarray(predict(model, texts, data.collator, autocast=autocast)))
@@ -378,7 +379,7 @@ def export_folder(options: Options, to: str, int8: bool, fp16_embeddings: bool, 
 # Facts that only result.json has; null for a folder that was trimmed without a run.
 _NOTED = (
     *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
-    *("warnings", "throughput"),
+    *("warnings", "throughput", "evaluations", "best_step", "latency", "mb_before", "mb_after"),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -13,8 +15,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .callback import Choose, TrimCallback
 from .core.arguments import checked
@@ -24,6 +25,7 @@ from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
 from .data.tasks import PRESETS
+from .deploy.bench import against_untrimmed
 from .inputs import (
     check_family,
     check_room,
@@ -31,7 +33,7 @@ from .inputs import (
     load_model,
     load_teacher,
     load_tokenizer,
-    to_best_device,
+    to_device,
 )
 from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
@@ -39,13 +41,17 @@ from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .models.unfinished import unfinished
 from .report.plots import write_report
+from .report.progress import Display, display
+from .report.trainer_logs import ShowLogs
 from .run_options import SNAPSHOT, Options
 from .saving.folder import export
 from .saving.output_paths import check_apart, check_output
 from .saving.publish import publish
-from .training.checkpoints import EMBEDDINGS, begin, partial_folder, want_same, workspace
+from .trainer_arguments import check_run, training_arguments
+from .training.checkpoints import EMBEDDINGS, LOGS, begin, partial_folder, want_same, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
+from .training.evaluations import evaluations_of
 from .training.finetune import finetune
 from .training.predict import predict
 from .training.run_memory import RunMemory
@@ -59,34 +65,6 @@ NOT_COMPARED = (
 )
 LEARNED = 0.01  # a main metric that is no more than this above that of a constant answer is worth a warning
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
-
-
-def training_arguments(options: Options, folder: Path) -> TrainingArguments:
-    """options: resolved."""
-    assert options.epochs is not None and options.learning_rate is not None and options.batch_size is not None
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        weight_decay=options.weight_decay,
-        optim="adamw_torch_fused",
-        bf16=options.autocast() is not None,
-        use_cpu=not torch.cuda.is_available(),
-        seed=options.seed,
-        save_strategy="steps" if options.save_steps else "epoch",
-        save_steps=options.save_steps or 500,
-        save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
-        logging_steps=50,
-        logging_nan_inf_filter=False,  # reads the loss of every step; TrimTrainer raises for one that is not finite
-        report_to="none",
-        disable_tqdm=options.quiet,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies from pinned memory
-    )
 
 
 def check_place(options: Options) -> None:
@@ -105,14 +83,14 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
     it, SensibertError, and the checkpoints stay."""
     started = time.perf_counter()
-    options.want_train_data()
+    check_run(options)
     options = options.resolved()
     check_place(options)
-    if options.quiet:
-        transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
-        return _run(options, folder, checkpoint, started, choose, accept_unfinished)
+    with (
+        display(options.quiet) as shown,
+        workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint),
+    ):
+        return _run(options, folder, checkpoint, started, choose, accept_unfinished, shown)
 
 
 def _run(
@@ -122,7 +100,9 @@ def _run(
     started: float,
     choose: Choose | None,
     accept_unfinished: bool,
+    shown: Display,
 ) -> dict:
+    shown("load")
     check_family(options.model)
     tokenizer = load_tokenizer(options.model)
     data = load_data(options, tokenizer)
@@ -131,13 +111,23 @@ def _run(
     set_seed(options.seed)
     loaded = load_model(options.model, data)
     check_room(loaded, data)
+    original = type(loaded), copy.deepcopy(loaded.config)
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
     def score(model: nn.Module) -> dict[str, float] | None:
         if data.validation is None:
             return None
-        return data.compute_metrics(predict(model, data.validation, data.collator, autocast=autocast))
+        logits = predict(model, data.validation, data.collator, autocast=autocast, progress=shown)
+        metrics = data.compute_metrics(logits)
+        shown.scored(metrics, data.main_metric)
+        return metrics
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        callback.memory.spend(callback.phase)
+        metrics = score(model)
+        callback.memory.spend("evaluate")
+        return metrics or {}
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
@@ -153,7 +143,13 @@ def _run(
             teacher = load_teacher(options, data, folder)
         return score(model)
 
-    callback = TrimCallback(options.trim, before_cut=before_cut, save_before_cut=options.save_before_cut, choose=choose)
+    callback = TrimCallback(
+        options.trim,
+        before_cut=before_cut,
+        save_before_cut=options.save_before_cut,
+        choose=choose,
+        progress=shown,
+    )
     made_from = _made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
     if checkpoint is not None:
@@ -164,18 +160,22 @@ def _run(
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     if isinstance(data, EmbeddingData):
-        to_best_device(model)
-        data = _with_original(data, model, folder / EMBEDDINGS, autocast)
+        to_device(model, options.device)
+        shown("embed")
+        data = _with_original(data, model, folder / EMBEDDINGS, autocast, shown)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
     trainer = finetune(
         model,
         data.train,
         data.collator,
-        training_arguments(options, folder),
-        [callback],
+        training_arguments(options, folder, None if data.validation is None else data.main_metric),
+        [callback, ShowLogs(shown)],
         checkpoint,
         options.packing,
+        printed=False,
+        eval_dataset=data.validation,
+        score=evaluate,
         lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
@@ -185,23 +185,33 @@ def _run(
             f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
             "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
         )
-    metrics = score(model)
-    at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
-    trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
+    evaluations, state = evaluations_of(trainer.state), trainer.state
+    last = state.best_global_step if options.best else state.global_step
+    metrics = evaluations.get(last or 0) or score(model)
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-    result = _result(options, data, model, callback, trainer.state.global_step, metrics)
+    result = _result(options, data, model, callback, state.global_step, metrics)
+    result["best_step"] = last if options.best else None
+    listed = evaluations.items() if options.eval_steps else ()
+    result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
     result["throughput"] = _throughput(callback.memory, trainer)
+    shown("measure")
+    result |= against_untrimmed(loaded, *original)
+    callback.memory.spend("measure")
+    shown("write")
     _write_output(options, folder, loaded, tokenizer, callback, result)
+    shown.end()
     return result
 
 
-def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None) -> EmbeddingData:
+def _with_original(
+    data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None, shown: Display
+) -> EmbeddingData:
     """Adds the embeddings of the model as it is now."""
 
     def embed(texts: Features) -> np.ndarray:
         if texts is data.train:
-            return saved_embeddings(file, model, texts, data.collator, autocast)
+            return saved_embeddings(file, model, texts, data.collator, autocast, shown)
         return np.asarray(predict(model, texts, data.collator, autocast=autocast))
 
     return data.with_labels(embed)
@@ -268,7 +278,7 @@ def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) ->
 def _result(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    trim, memory, seconds = options.trim, callback.memory, callback.memory.seconds
+    trim, memory = options.trim, callback.memory
     return {
         "task": data.task.name,
         "model": options.model,
@@ -289,7 +299,6 @@ def _result(
         "metrics_at_cut": memory.metrics_at_cut,
         "samples": callback.sensitivity.samples if callback.sensitivity is not None else None,
         "warnings": callback.warnings,
-        "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }
 
@@ -332,6 +341,10 @@ def _write_output(
         info["max_length"] = callback.memory.inputs["max_length"]
         info |= _card_facts(options, result)
         export(model, final, tokenizer, options.layout, info=info, accept_unfinished=True)
+        result["mb_after"] = round(sum(file.stat().st_size for file in final.glob("model*.safetensors")) / 1e6, 3)
+        callback.memory.spend("write")
+        seconds = callback.memory.seconds
+        result["seconds"] = {n: round(s, 3) for n, s in (*seconds.items(), ("total", sum(seconds.values())))}
         text = json.dumps(result, indent=2)
         plan = callback.whole_plan(model)
         write_report(final / "report", result, callback.sensitivity, plan)
@@ -340,5 +353,7 @@ def _write_output(
         if callback.sensitivity is not None:
             callback.sensitivity.save(final / "sensitivity.safetensors")
         plan.save(final / "plan.safetensors")
+        if (folder / LOGS).exists():
+            os.replace(folder / LOGS, final / LOGS)
         publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)

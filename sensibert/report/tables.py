@@ -9,6 +9,7 @@ from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
+from .progress import LABELS
 
 THROUGHPUT = {"tokens_per_s": "tokens a second", "ops_per_step": "ops a step", "peak_memory_gb": "peak memory, GB"}
 
@@ -26,6 +27,7 @@ def summary(result: Mapping[str, Any]) -> str:
     before, after = result["flops_before"], result["flops_after"]
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     sizes.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
+    sizes += _on_a_device(result)
     parts = [f"{result['task']}, {made_by}", table(("", "before", "after", "left"), sizes)]
     speed = [
         (THROUGHPUT[name], values.get("before", "-"), values.get("after", "-"))
@@ -39,8 +41,27 @@ def summary(result: Mapping[str, Any]) -> str:
         parts += [table(("", "at the cut", "at the end"), scores), "At the cut: the model just before it was trimmed."]
     elif metrics:
         parts.append(table(("", "at the end"), [(name, f"{value:.4f}") for name, value in metrics.items()]))
+    if (step := result.get("best_step")) is not None:
+        parts.append(f"At the end: the best of {len(result['evaluations'])} evaluations, at step {step}.")
+    if latency := result.get("latency"):
+        parts.append(f"Latency: one forward pass on the CPU, {latency['threads']} threads.")
+    if seconds := result.get("seconds"):
+        spent = (f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in seconds.items())
+        parts.append(f"Seconds: {', '.join(spent)}.")
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
+
+
+def _on_a_device(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Rows of the file's size and of latencies, as far as the result has them."""
+    rows, latency = [], result.get("latency") or {}
+    if "mb_after" in result:
+        rows.append(("model file, MB", result["mb_before"], result["mb_after"]))
+    for name, times in latency.items():
+        if name.startswith("batch_"):
+            batch = name.removeprefix("batch_").removesuffix("_ms")
+            rows.append((f"latency of {batch} x {latency['length']} tokens, ms", times["before"], times["after"]))
+    return [(label, f"{before:.1f}", f"{after:.1f}", share(after, before)) for label, before, after in rows]
 
 
 def _at_cut(result: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..core.errors import SensibertError
 from ..core.files import make_folder, sync_entries, sync_tree, write_atomically, writing
@@ -25,6 +25,7 @@ from ..models.structure import STRUCTURE, is_trimmed, save_structure
 MANIFEST = "sensibert_manifest.json"
 MEMORY = "sensibert_run.json"
 SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
+LOGS = "runs"  # in the folder of the run: what TensorBoard reads
 EMBEDDINGS = "embeddings.npy"  # in the folder of the run: those of the original model
 PART = ".part"  # suffix of a file that is being written
 MARKER = ".sensibert-run"  # in the folder of an unfinished run; the process that runs in it holds its lock
@@ -115,6 +116,14 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
             )
 
 
+def checkpoint_of(arguments: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of the present step."""
+    assert arguments.output_dir is not None  # TrainingArguments fills it in
+    name, output = f"checkpoint-{state.global_step}", Path(arguments.output_dir)
+    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()  # only the Trainer knows their names
+    return max(trials, key=lambda folder: folder.stat().st_mtime, default=output / name)
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>`, newest first, complete or not."""
     by_step = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
@@ -168,7 +177,7 @@ def begin(folder: Path, checkpoint: Path | None) -> None:
 
 def _clear(folder: Path) -> None:
     """Delete what a run has written into its folder, except the marker, which is locked."""
-    for path in (folder / "final", folder / SNAPSHOT, *checkpoints(folder)):
+    for path in (folder / "final", folder / SNAPSHOT, folder / LOGS, *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     (folder / EMBEDDINGS).unlink(missing_ok=True)

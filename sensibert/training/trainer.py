@@ -60,7 +60,8 @@ class TrimTrainer(Trainer):
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: called at every step; once it returns a
     model, the loss is mixed with the distillation loss (`distil`). Before a checkpoint is loaded, callbacks with a
     `resume_from` receive its path, and if it is of a trimmed model, a callback with a `restructure` trims the model
-    (`TrimCallback` has both). A training set with `.lengths` is read in batches of similar length; batches of a
+    (`TrimCallback` has both). score: (model) -> metrics, in place of the predictions and compute_metrics of an
+    evaluation. A training set with `.lengths` is read in batches of similar length; batches of a
     collator with `.extended` are padded to multiples where that is faster. AdamW is MaskedAdamW."""
 
     @checked
@@ -70,6 +71,7 @@ class TrimTrainer(Trainer):
         lr_shape: Callable[[int, int], float] | None = None,
         teacher: Callable[[], nn.Module | None] | None = None,
         distil: Distillation | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         want("TrimTrainer: model", kwargs.get("model", args[0] if args else None), nn.Module | None)
@@ -79,7 +81,7 @@ class TrimTrainer(Trainer):
         # Some heads divide by the number of items if they get it, others do not. Here Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
-        self.teacher, self.distil = teacher, distil or Distillation()
+        self.teacher, self.distil, self.score = teacher, distil or Distillation(), score
         self._bad_step: Tensor | None = None  # the first step whose loss is not finite, 0 for none, on the device
         self._bad_loss = torch.zeros(())
         self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
@@ -196,6 +198,20 @@ class TrimTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.score is None:
+            return super().evaluate(*args, **kwargs)
+        assert self.model is not None  # a Trainer has one
+        metrics = {f"eval_{name}": value for name, value in self.score(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # or Trainer would not ask for it
+        check_checkpoint(self.state.best_model_checkpoint)  # Trainer keeps the last weights if this one is missing
+        super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
