@@ -38,7 +38,7 @@ class Phase:
     total: int | None = None
     done: int = 0
     facts: dict[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
 
     @property
     def label(self) -> str:

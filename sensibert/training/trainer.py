@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
@@ -190,6 +191,9 @@ class TrimTrainer(Trainer):
         self._bad_step, self._tokens = None, 0
         output = super().train(*args, **kwargs)
         self._want_finite()
+        if self.state.best_model_checkpoint is None and (best := self._best_of(self.state)):
+            self.state.best_model_checkpoint = best  # Trainer forgets it if it was in another folder
+            self._load_best_model()
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -208,13 +212,19 @@ class TrimTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None  # or Trainer would not ask for it
-        check_checkpoint(self.state.best_model_checkpoint)  # Trainer keeps the last weights if this one is missing
-        super()._load_best_model()
+    def _best_of(self, state: TrainerState) -> str | None:
+        """The best checkpoint so far, which a run ends with; None if it does not, or there is none yet.
+
+        SensibertError if it is gone: Trainer would keep the last weights."""
+        if not self.args.load_best_model_at_end or not state.best_global_step:
+            return None
+        best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        check_checkpoint(best)
+        return str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
+        self._best_of(TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)))
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
                 callback.resume_from(resume_from_checkpoint)
