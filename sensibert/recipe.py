@@ -15,7 +15,8 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .callback import Choose, TrimCallback
 from .core.arguments import checked
@@ -248,9 +249,11 @@ def _want_same_inputs(checkpoint: Path, memory: RunMemory, made_from: dict[str, 
             "resume: %s does not say which model and data it was made from, so they are not compared", checkpoint
         )
         return
-    if not (checkpoint / STRUCTURE).exists():  # before the cut, when nothing was scored and no snapshot was made
+    if not (checkpoint / STRUCTURE).exists():  # before the cut: no snapshot was made
+        scored = evaluations_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
         for inputs in (was, now):
-            inputs.pop("validation_file")
+            if not scored:
+                inputs.pop("validation_file")
             if inputs.get("teacher") == SNAPSHOT:
                 for name in ("teacher", "distil", "temperature"):
                     del inputs[name]

@@ -207,8 +207,8 @@ class Options:
 
     def want_validation_data(self) -> None:
         """SensibertError if there is nothing to evaluate on and evaluations are asked for."""
-        fetched = self.task in PRESETS and self.train_file is None
-        if self.eval_steps is not None and self.validation_file is None and not fetched:
+        there = self.task == EMBEDDING or (self.task in PRESETS and self.train_file is None)
+        if self.eval_steps is not None and self.validation_file is None and not there:
             raise SensibertError(
                 f"eval_steps is {self.eval_steps}, but validation_file is missing; want a file to evaluate on"
             )
@@ -220,7 +220,7 @@ class Options:
 
     def resolved(self) -> Options:
         """Replace settings that are None by those of the preset, the defaults, or what the method implies."""
-        preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
+        preset, usual = PRESETS.get(self.task or ""), dict[str, Any](USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
         chosen: dict[str, Any] = {}
@@ -228,6 +228,8 @@ class Options:
             usual |= USUAL_OF_EMBEDDING
             if self.epochs is None and self.max_steps == -1:
                 chosen["max_steps"] = STEPS_OF_EMBEDDING
+        if self.best:
+            usual["save_steps"] = self.eval_steps  # a best model is among the checkpoints
         chosen |= {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, trim=self.trim.resolved(), precision=self._precision(), **chosen)
 

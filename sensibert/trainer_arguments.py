@@ -34,7 +34,7 @@ def training_arguments(options: Options, folder: Path, main_metric: str | None =
     """options: resolved. main_metric: of the evaluations; None where there is nothing to evaluate on."""
     assert options.epochs is not None and options.learning_rate is not None and options.batch_size is not None
     device = device_of(options.device)
-    on_gpu, save_steps = device.type == "cuda", options.eval_steps if options.best else options.save_steps
+    on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -47,8 +47,8 @@ def training_arguments(options: Options, folder: Path, main_metric: str | None =
         bf16=options.autocast() is not None,
         use_cpu=not on_gpu,
         seed=options.seed,
-        save_strategy="steps" if save_steps else "epoch",
-        save_steps=save_steps or 500,
+        save_strategy="steps" if options.save_steps else "epoch",
+        save_steps=options.save_steps or 500,
         save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
         eval_strategy="no" if main_metric is None else "steps",
         eval_steps=options.eval_steps or ONLY_AT_THE_END,

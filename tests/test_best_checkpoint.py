@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from sensibert import SensibertError
 from sensibert.callback import TrimCallback
+from sensibert.data.embedding_data import EmbeddingData
 from sensibert.data.task_data import TaskData
 from sensibert.recipe import finetune_and_trim
 from sensibert.run_options import Options
@@ -99,6 +100,25 @@ def test_a_best_checkpoint_that_is_gone_is_named(here, tmp_path, scores):
         finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True))
 
 
+def test_an_embedding_model_ends_with_its_best_checkpoint_too(here, tmp_path, monkeypatch):
+    given = iter(SCORES)
+    monkeypatch.setattr(EmbeddingData, "compute_metrics", lambda self, logits: {self.main_metric: next(given)})
+    files = {"train_file": runs.text_file(tmp_path / "texts.txt", 64), "model": runs.embedding_folder(tmp_path / "m")}
+    result = finetune_and_trim(
+        options(here, tmp_path / "out", task="embedding", validation_file=None, trim_start=1 / 3, **files)
+    )
+    assert result["best_step"] == BEST and list(result["metrics"].values()) == [0.3]
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(checkpoint(tmp_path / "out", BEST) / "model.safetensors")
+    assert all(torch.equal(value, theirs[f"base_model.{name}"]) for name, value in ours.items())
+
+
+def test_with_a_grid_the_best_checkpoint_keeps_its_masks(here, tmp_path, scores):
+    scores(*SCORES)
+    result = finetune_and_trim(options(here, tmp_path / "out", grid="block8", width_multiple=None))
+    assert result["best_step"] == BEST and result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
+
+
 def test_a_run_that_was_moved_finds_its_best_checkpoint(here, tmp_path, scores):
     scores(*SCORES)
     finetune_and_trim(options(here, tmp_path / "out"))
@@ -106,6 +126,25 @@ def test_a_run_that_was_moved_finds_its_best_checkpoint(here, tmp_path, scores):
     result = finetune_and_trim(options(here, tmp_path / "moved", resume=True))
     assert (result["best_step"], result["metrics"]) == (BEST, {"accuracy": 0.3})
     assert_is_checkpoint(tmp_path / "moved", BEST)
+
+
+def test_scores_of_another_validation_file_do_not_mix(here, tmp_path, scores, monkeypatch):
+    scores(*SCORES)
+    monkeypatch.setattr(TrimCallback, "on_step_begin", stop_before(4))  # before the cut
+    with pytest.raises(KeyboardInterrupt):
+        finetune_and_trim(options(here, tmp_path / "out"))
+    monkeypatch.undo()
+    other = {"validation_file": str(here / "train.csv"), "resume": True}
+    with pytest.raises(SensibertError, match="has validation_file 40 rows with digest .*, and this run 160 rows"):
+        finetune_and_trim(options(here, tmp_path / "out", **other))
+
+
+def stop_before(step):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            raise KeyboardInterrupt
+
+    return on_step_begin
 
 
 def test_the_baseline_ends_with_its_best_checkpoint(here, tmp_path, scores):

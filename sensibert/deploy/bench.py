@@ -107,8 +107,9 @@ def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
 def against_untrimmed(model: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
     """{"latency": `side_by_side` of the untrimmed and the trimmed model, "mb_before": megabytes of the untrimmed one}.
 
-    kind, config: of the untrimmed model, which is made again with random weights."""
-    untrimmed, trimmed = kind(config), model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
+    kind, config: of the untrimmed model. Both are made anew, with random weights: a Trainer leaves its mixed precision
+    in the model that it trained."""
+    untrimmed, trimmed = kind(config), type(model)(copy.deepcopy(model.config))
     size = sum(tensor.numel() * tensor.element_size() for tensor in untrimmed.parameters())
     return {"latency": side_by_side({"before": untrimmed, "after": trimmed}), "mb_before": round(size / 1e6, 3)}
 

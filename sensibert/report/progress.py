@@ -232,8 +232,7 @@ class Live(_Shown):
         self.moved(phase)
 
     def moved(self, phase: Phase) -> None:
-        now = {"description": phase.label, "phase": phase}
-        self._bar.update(self._task, total=phase.total, completed=phase.done, **now)
+        self._bar.update(self._task, total=phase.total, completed=phase.done, description=phase.label, phase=phase)
 
     def ended(self, phase: Phase) -> None:
         self._bar.update(self._task, visible=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,7 @@ class TrimTrainer(Trainer):
         self.teacher, self.distil, self.score = teacher, distil or Distillation(), score
         self._bad_step: Tensor | None = None  # the first step whose loss is not finite, 0 for none, on the device
         self._bad_loss = torch.zeros(())
+        self._best: str | None = None  # best checkpoint before the training was resumed
         self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -188,12 +189,13 @@ class TrimTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._bad_step, self._tokens = None, 0
+        self._bad_step, self._tokens, self._best = None, 0, None
         output = super().train(*args, **kwargs)
         self._want_finite()
-        if self.state.best_model_checkpoint is None and (best := self._best_of(self.state)):
-            self.state.best_model_checkpoint = best  # Trainer forgets it if it was in another folder
-            self._load_best_model()
+        if self._best is not None and self.state.best_model_checkpoint is None:
+            if Path(self._best).name == f"checkpoint-{self.state.best_global_step}":
+                self.state.best_model_checkpoint = self._best  # Trainer forgets one that was moved
+                self._load_best_model()
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -212,19 +214,20 @@ class TrimTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _best_of(self, state: TrainerState) -> str | None:
-        """The best checkpoint so far, which a run ends with; None if it does not, or there is none yet.
+    def _best_beside(self, checkpoint: str) -> str | None:
+        """The best checkpoint that a checkpoint names, in the folder where both are now; None if it is not needed.
 
         SensibertError if it is gone: Trainer would keep the last weights."""
-        if not self.args.load_best_model_at_end or not state.best_global_step:
+        known = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+        if not self.args.load_best_model_at_end or known is None:
             return None
-        best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        best = Path(checkpoint).parent / Path(known).name
         check_checkpoint(best)
         return str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
-        self._best_of(TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)))
+        self._best = self._best_beside(resume_from_checkpoint)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
                 callback.resume_from(resume_from_checkpoint)
