@@ -37,8 +37,8 @@ from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments
 
 from sensibert.inputs import load_data, load_model, load_tokenizer
 from sensibert.models import layout_of
-from sensibert.recipe import training_arguments
 from sensibert.run_options import Options
+from sensibert.trainer_arguments import training_arguments
 from sensibert.training import finetune
 from sensibert.trimming.trim import trim
 

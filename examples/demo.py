@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--classify", nargs=2, metavar=("FOLDER", "VALIDATION"), help="only reload and classify")
     args = parser.parse_args(argv)
-    logging.disable_progress_bar()  # of loading weights; the training keeps its own
+    logging.disable_progress_bar()  # of loading weights
     if args.classify:
         return classify(*args.classify)
 
@@ -136,7 +136,6 @@ def main(argv: list[str] | None = None) -> None:
             max_length=MAX_LENGTH,
             precision="auto",
             overwrite=True,
-            quiet=not sys.stderr.isatty(),
         )
     )
     print("\nall-MiniLM-L6-v2, encoder trimmed to half during fine-tuning\n")

@@ -8,7 +8,6 @@ import argparse
 import csv
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="runs/demo-embeddings", help="folder for the texts and the trimmed model")
     parser.add_argument("--max-steps", type=int, default=500)
     args = parser.parse_args(argv)
-    logging.disable_progress_bar()  # of loading weights; the training keeps its own
+    logging.disable_progress_bar()  # of loading weights
     begin, base, data = time.perf_counter(), packaged_model(), Path(args.output, "data")
     print("Reading the docstrings of the installed libraries ...", flush=True)
     counts = docstrings.build(data)
@@ -84,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
             max_steps=args.max_steps,
             precision="auto",
             overwrite=True,
-            quiet=not sys.stderr.isatty(),
         )
     )
     models = [SentenceTransformer(str(folder), device="cpu") for folder in (base, result["output"])]

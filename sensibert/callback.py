@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +22,15 @@ from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
 from .core.layout import Layout
+from .core.logs import announce
+from .core.progress import Progress, counted, phase_of, unseen
 from .core.rows import Rows
 from .core.schedule import Schedule
 from .data.batching import micro_batches
 from .decide import Analysis, Choose, decide, with_costs
 from .models import layout_of
 from .models.masks import Masks, cost_of, masks_of
+from .models.sizes import Sizes
 from .models.structure import STRUCTURE, is_trimmed, read_structure
 from .models.unfinished import note_budget, reached
 from .models.untrimmed import Untrimmed
@@ -36,7 +40,7 @@ from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
 from .sensitivity.ranking import StepRanking
 from .start_checks import check_analysis, check_trainer
-from .training.checkpoints import MEMORY, learns_by, refuse_trimmed_weights, seal, want_same
+from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimmed_weights, seal, want_same
 from .training.recovery import Recovery
 from .training.run_memory import RunMemory, compared
 from .trimming import restructure, trim
@@ -67,7 +71,12 @@ class TrimCallback(TrainerCallback):
     called with the model just before the first cut; its return value is saved as the scores at the cut.
     save_before_cut: also save a checkpoint one step before the first cut. choose: (model, micro-batches, budget) ->
     Plan, in place of analyze and allocate. shared: the analysis at the first cut is put there, and taken from there if
-    there is one: for callbacks whose models are the same at that cut.
+    there is one: for callbacks whose models are the same at that cut. progress: called with (phase, done, of all) after
+    every step, and for every micro-batch that the analysis reads.
+
+    What a cut did is logged in one line, by the logger `sensibert` at level INFO. Where nothing configures logging, the
+    line is written to standard error, as Python does with warnings. `getLogger("sensibert").setLevel("WARNING")` turns
+    it off.
 
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
     in this Trainer: several processes, a data set without a length, a frozen encoder, a second TrimCallback, outputs
@@ -85,12 +94,14 @@ class TrimCallback(TrainerCallback):
         save_before_cut: bool = False,
         choose: Choose | None = None,
         shared: Shared | None = None,
+        progress: Progress = unseen,
     ) -> None:
         if not isinstance(config, TrimConfig):
             config = TrimConfig(config)
         self._requested, self.config = config, config.resolved()
         self.loss, self.before_cut, self.save_before_cut, self.choose = loss, before_cut, save_before_cut, choose
         self.shared = shared
+        self.progress, self.phase = progress, "train"  # phase: of the last step
         self.memory, self.recovery = RunMemory(), Recovery()
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
         self.sensitivity: Sensitivity | None = None  # of the untrimmed model
@@ -212,7 +223,7 @@ class TrimCallback(TrainerCallback):
                 "known; to resume, want TrimTrainer and the model that the run began with"
             )
         if state.global_step:
-            checkpoint = self._checkpoint or _checkpoint_of(args, state)
+            checkpoint = self._checkpoint or checkpoint_of(args, state)
             if self._made_with is None and (checkpoint / MEMORY).exists():
                 self._remember(checkpoint)
             if self._made_with:
@@ -232,6 +243,11 @@ class TrimCallback(TrainerCallback):
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
         self.memory.restart_clock(tokens=state.num_input_tokens_seen)
+        self._enter(state, state.global_step + 1)
+
+    def _enter(self, state: TrainerState, step: int) -> None:
+        self.phase, last = phase_of(step, self.cuts, state.max_steps)
+        self.progress(self.phase, state.global_step, last)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -248,17 +264,21 @@ class TrimCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
             control.should_save = True
+        self._enter(state, state.global_step)
         if state.global_step not in self.cuts:
             return
         model = inner_model(kwargs["model"])
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         first = state.global_step == min(self.cuts)
-        self.memory.spend("warm" if first else "trim", state.num_input_tokens_seen)
+        self.memory.spend(self.phase, state.num_input_tokens_seen)
         if first and self.before_cut is not None:
             self.memory.metrics_at_cut = self.before_cut(kwargs["model"])
             self.memory.spend("evaluate")
+        self.progress("analyze", 0, None)
         plan = self._decide(kwargs["model"], state, args, kwargs["train_dataloader"])
         self.memory.spend("analyze")
+        self.progress("cut", 0, None)
+        before = Sizes.of(model)
         trim(model, plan, optimizer)
         note_budget(model, self.budget, self._allowed())  # plan.budget is the absolute target of this cut
         _follow(optimizer, model, args)
@@ -266,7 +286,11 @@ class TrimCallback(TrainerCallback):
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.global_step == max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
+        done, logged = Sizes.of(model).since(before), [log for log in state.log_history if "loss" in log]
+        loss = f"; loss {logged[-1]['loss']:.4f} at step {logged[-1]['step']}" if logged else ""
+        announce(f"cut at step {state.global_step} of {state.max_steps}: {done}{loss}")
         self.memory.spend("cut")
+        self._enter(state, state.global_step + 1)
 
     def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader: DataLoader) -> Plan:
         """The plan of this step's cut. With `compensate`, also adjusts the kept weights of the model."""
@@ -278,7 +302,9 @@ class TrimCallback(TrainerCallback):
         rows = cast(Rows, loader.dataset)  # `check_trainer` refuses one without a length
 
         def batches(number: int, size: int) -> Iterator[dict]:
-            return inner_batches(model, micro_batches(rows, loader.collate_fn, number, size, seed))
+            read = micro_batches(rows, loader.collate_fn, number, size, seed)
+            of_all = math.ceil(min(number, len(rows)) / size)
+            return inner_batches(model, counted(read, self.progress, "analyze", of_all))
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
         known = self.shared.analysis if first and self.shared is not None else None
@@ -353,9 +379,8 @@ class TrimCallback(TrainerCallback):
                 state.log_history[-1] |= size
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        phase = "recover" if self.cuts and state.global_step >= max(self.cuts) else "warm"
-        self.memory.spend(phase, state.num_input_tokens_seen)
-        folder = _checkpoint_of(args, state)
+        self.memory.spend(self.phase, state.num_input_tokens_seen)
+        folder = checkpoint_of(args, state)
         if self.sensitivity is not None:
             self.sensitivity.save(folder / SCORES)
         seal(folder, inner_model(kwargs["model"]), self.memory.saved(self._settings(args, state)))
@@ -364,19 +389,12 @@ class TrimCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.memory.spend("recover" if self.cuts else "train", state.num_input_tokens_seen)
+        self.memory.spend(self.phase, state.num_input_tokens_seen)
         self.recovery.end()
         if self.cuts and self._model is not None and (excess := self.excess(self._model)) is not None:
             early = f", before the last cut at step {last}" if state.global_step < (last := max(self.cuts)) else ""
             result = "is not trimmed" if state.global_step < min(self.cuts) else f"is larger than {self.config.budget}"
             self._warn(f"training ended at step {state.global_step}{early}: the model {result}: it has {excess}")
-
-
-def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
-    assert args.output_dir is not None  # TrainingArguments fills it in
-    name, output = f"checkpoint-{state.global_step}", Path(args.output_dir)
-    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()  # only the Trainer knows their names
-    return max(trials, key=lambda folder: folder.stat().st_mtime, default=output / name)
 
 
 def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, args: TrainingArguments) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect as signatures
 import json
 import logging
@@ -137,8 +136,6 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
         if values[name] is not None:
             _want_alone(context, name, ["budget"])
     options = _options(values)
-    options = dataclasses.replace(options, quiet=options.quiet or not sys.stderr.isatty())
-    options.want_data()
     if values["dry_run"]:
         from .dry_run import described, outline
 

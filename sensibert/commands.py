@@ -39,7 +39,7 @@ from .inputs import (
     load_tokenizer,
     output_names,
     prepared,
-    to_best_device,
+    to_device,
     training_examples,
     validation_examples,
 )
@@ -271,7 +271,7 @@ def model_and_data(
     train, validation = prepared(options, train, validation, known=classes or ())
     data = encode(options, tokenizer, train, validation, classes, one_logit)
     check_room(model, data)
-    to_best_device(model)
+    to_device(model)
     return model, data
 
 
@@ -299,7 +299,7 @@ def _embedding_model_and_data(
     data = encode_texts(options, tokenizer, train, validation, options.trim.samples)
     check_room(encoder, data)
     model = EmbeddingModel(encoder, data.pooling)
-    to_best_device(model)
+    to_device(model)
     if train is not None:
         autocast = options.autocast()
         data = data.with_labels(lambda texts: np.asarray(predict(model, texts, data.collator, autocast=autocast)))

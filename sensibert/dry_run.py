@@ -25,14 +25,15 @@ from .inputs import (
     load_tokenizer,
     outlined,
     prepared,
-    to_best_device,
+    to_device,
     training_examples,
     validation_examples,
 )
 from .models import layout_of
 from .models.embedding import EmbeddingModel
-from .recipe import check_place, training_arguments
+from .recipe import check_place
 from .run_options import Options
+from .trainer_arguments import check_run, training_arguments
 from .training.predict import predict
 from .training.timing import STEPS, step_seconds
 
@@ -44,7 +45,7 @@ def outline(options: Options) -> dict:
     """Describe a run from its options, model and local files. Nothing is written, and of a preset nothing is fetched.
 
     With a training file, a few steps are timed on some of its rows."""
-    options.want_data()
+    check_run(options)
     options = options.resolved()
     check_place(options)
     train = training_examples(options) if options.train_file else None
@@ -134,7 +135,7 @@ def _steps_and_time(
     per_step = options.batch_size * options.gradient_accumulation
     encoded, rows_in_all = _some_rows(options, data, train, (1 + STEPS) * per_step)
     check_room(model, encoded)
-    to_best_device(model)
+    to_device(model, options.device)
     timed: PreTrainedModel | EmbeddingModel = model
     if isinstance(encoded, EmbeddingData):
         timed = whole = EmbeddingModel(model, encoded.pooling)

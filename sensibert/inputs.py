@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .core.device import device_of
 from .core.errors import SensibertError, first_line, naming
 from .core.model_folder import want_model_folder
 from .data import classes
@@ -44,9 +45,9 @@ from .saving import load
 _UNREADABLE = Exception
 
 
-def to_best_device(model: nn.Module) -> None:
-    """Move a model to the GPU if there is one."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+def to_device(model: nn.Module, device: str = "auto") -> None:
+    """Move a model to a device of `Options.device`, by default to the GPU if there is one."""
+    model.to(device_of(device))
 
 
 def training_examples(options: Options) -> Examples:
@@ -311,7 +312,7 @@ def load_teacher(options: Options, data: TaskData, folder: Path) -> nn.Module | 
         return None
     source = str(folder / SNAPSHOT) if options.teacher == SNAPSHOT else options.teacher
     teacher = load_folder(source, "teacher")[0].requires_grad_(False)
-    to_best_device(teacher)
+    to_device(teacher, options.device)
     kind, outputs = data.task.auto_class_name.removeprefix("AutoModelFor"), output_names(teacher.config, source)
     if kind not in type(teacher).__name__ or len(outputs) != data.num_labels:
         raise SensibertError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .branches import Branches, Make, Trained, WarmUp, add_baseline
 from .callback import Choose, Shared, TrimCallback
@@ -28,6 +29,7 @@ from .core.output_paths import check_apart, check_output, try_move
 from .data.embedding_data import EmbeddingData
 from .data.encode import Features
 from .data.task_data import TaskData
+from .deploy.bench import against_untrimmed
 from .deploy.costs import measured_facts, missed
 from .family import train_family, write_family
 from .floor import Search
@@ -38,7 +40,7 @@ from .inputs import (
     load_model,
     load_teacher,
     load_tokenizer,
-    to_best_device,
+    to_device,
     vocabulary_texts,
 )
 from .models import layout_of
@@ -46,14 +48,18 @@ from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.history import history
+from .report.progress import Display, display
+from .report.trainer_logs import ShowLogs
 from .run_inputs import made_from, want_same_inputs
 from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
-from .run_output import result_of, score_warnings, throughput_of, write_model
+from .run_output import add_times, result_of, score_warnings, throughput_of, write_model
 from .saving.folder import export
 from .saving.publish import publish
-from .training.checkpoints import EMBEDDINGS, begin, checkpoints, partial_folder, workspace
+from .trainer_arguments import check_run, training_arguments
+from .training.checkpoints import EMBEDDINGS, LOGS, begin, checkpoints, partial_folder, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
+from .training.evaluations import evaluations_of
 from .training.finetune import finetune
 from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
@@ -65,34 +71,6 @@ NOTED = {
     *("task", "method", "budget", "scope", "metrics", "metrics_at_cut", "warnings", "flops_length", "output"),
     *(f"{size}_{when}" for size in ("encoder_params", "total_params", "flops") for when in ("before", "after")),
 }
-
-
-def training_arguments(options: Options, folder: Path) -> TrainingArguments:
-    """options: resolved."""
-    assert options.epochs is not None and options.learning_rate is not None and options.batch_size is not None
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        weight_decay=options.weight_decay,
-        optim="adamw_torch_fused",
-        bf16=options.autocast() is not None,
-        use_cpu=not torch.cuda.is_available(),
-        seed=options.seed,
-        save_strategy="steps" if options.save_steps else "epoch",
-        save_steps=options.save_steps or 500,
-        save_total_limit=None if options.save_before_cut else 2,  # a limit would delete the one before the cut
-        logging_steps=0.02,  # of all steps
-        logging_nan_inf_filter=False,  # reads the loss of every step; TrimTrainer raises for one that is not finite
-        report_to="none",
-        disable_tqdm=options.quiet,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies from pinned memory
-    )
 
 
 def check_place(options: Options) -> None:
@@ -111,24 +89,25 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
     it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json."""
     started = time.perf_counter()
-    options.want_data()
+    check_run(options)
     options = options.resolved()
     if options.resume and not options.overwrite and (result := finished(options)) is not None:
         logging.getLogger("sensibert").warning("resume: %s is of this run, which is finished", options.output)
         return result
     check_place(options)
-    if options.quiet:
-        transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    with workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint):
+    with (
+        display(options.quiet) as shown,
+        workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint),
+    ):
         try_move(options.output, folder)
+        shown("load")
         check_family(options.model)
         vocabulary = Vocabulary.of(options)
         data = load_data(options, vocabulary.tokenizer)
         schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
         options = replace(options, trim=replace(options.trim, schedule=schedule))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
-        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared)
+        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown)
         return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
 
 
@@ -182,6 +161,7 @@ class Inputs:
     choose: Choose | None
     accept_unfinished: bool
     shared: Shared | None  # by runs that branch from one warm-up
+    shown: Display
 
 
 def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
@@ -190,7 +170,9 @@ def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
     if options.budgets:
         layout = layout_of(load_model(options.model, data))
         result = train_family(branches, data.main_metric, layout, write)
+        inputs.shown("write")
         _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
+        inputs.shown.end()
         return result
     if options.keep:
         trained = Search(branches, data, layout_of(load_model(options.model, data))).find()
@@ -200,7 +182,9 @@ def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
         add_baseline(trained.result, baseline)
     else:
         trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
+    inputs.shown("write")
     _publish(options, folder, partial(write, options=options, trained=trained))
+    inputs.shown.end()
     return trained.result
 
 
@@ -213,21 +197,30 @@ def _train(
     make: Make | None = None,
 ) -> Trained:
     """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored."""
-    vocabulary, data, shared = inputs.vocabulary, inputs.data, inputs.shared
+    vocabulary, data, shared, shown = inputs.vocabulary, inputs.data, inputs.shared, inputs.shown
     set_seed(options.seed)
     loaded = load_model(options.model, data)
     before = vocabulary.trim(loaded)
     check_room(loaded, data)
+    original = type(loaded), copy.deepcopy(loaded.config)
     model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
     autocast = options.autocast()
 
     def scored(model: nn.Module) -> tuple[dict[str, float], Any]:
         assert data.validation is not None
-        logits = predict(model, data.validation, data.collator, autocast=autocast)
-        return data.compute_metrics(logits), logits
+        logits = predict(model, data.validation, data.collator, autocast=autocast, progress=shown)
+        metrics = data.compute_metrics(logits)
+        shown.scored(metrics, data.main_metric)
+        return metrics, logits
 
     def score(model: nn.Module) -> tuple[dict[str, float] | None, Any]:
         return (None, None) if data.validation is None else scored(model)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        callback.memory.spend(callback.phase)
+        metrics = score(model)[0]
+        callback.memory.spend("evaluate")
+        return metrics or {}
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
         shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
@@ -251,7 +244,12 @@ def _train(
 
     saves = options.save_before_cut
     callback = (make or TrimCallback)(
-        options.trim, before_cut=before_cut, save_before_cut=saves, choose=inputs.choose, shared=inputs.shared
+        options.trim,
+        before_cut=before_cut,
+        save_before_cut=saves,
+        choose=inputs.choose,
+        shared=shared,
+        progress=shown,
     )
     found = made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
@@ -263,18 +261,22 @@ def _train(
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     if isinstance(data, EmbeddingData):
-        to_best_device(model)
-        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast)
+        to_device(model, options.device)
+        shown("embed")
+        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
     trainer = finetune(
         model,
         data.train,
         data.collator,
-        training_arguments(options, folder),
-        [callback],
+        training_arguments(options, folder, None if data.validation is None else data.main_metric),
+        [callback, ShowLogs(shown)],
         checkpoint,
         options.packing,
+        printed=False,
+        eval_dataset=data.validation,
+        score=evaluate,
         lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
         teacher=lambda: teacher,
         distil=Distillation(options.distil, options.temperature),
@@ -286,26 +288,38 @@ def _train(
             f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
             "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
         )
-    metrics, logits = score(model)
-    at_cut = {f"{name}_at_cut": value for name, value in (callback.memory.metrics_at_cut or {}).items()}
-    trainer.log({f"sensibert/{name}": value for name, value in {**at_cut, **(metrics or {})}.items()})
+    evaluations, state, logits = evaluations_of(trainer.state), trainer.state, None
+    last = state.best_global_step if options.best else state.global_step
+    metrics = evaluations.get(last or 0)
+    if metrics is None or shared is not None:  # which may compare rows
+        metrics, logits = score(model)
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-    result = result_of(options, data, model, callback, trainer.state.global_step, metrics) | before
+    result = result_of(options, data, model, callback, state.global_step, metrics) | before
+    result["best_step"] = last if options.best else None
+    listed = evaluations.items() if options.eval_steps else ()
+    result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
     result["throughput"] = throughput_of(callback.memory, trainer)
-    if options.trim.trims and callback.budget.measured:
-        result["measured"] = measured_facts(loaded, callback.budget)
-        callback.warnings += missed(result["measured"])
-    moments = history(trainer.state.log_history, list(callback.cuts), result, data.main_metric)
+    moments = history(state.log_history, list(callback.cuts), result, data.main_metric)
+    if options.trim.trims:
+        shown("measure")
+        result |= against_untrimmed(loaded, *original)
+        if callback.budget.measured:
+            result["measured"] = measured_facts(loaded, callback.budget)
+            callback.warnings += missed(result["measured"])
+        callback.memory.spend("measure")
+    add_times(result, callback.memory)
     return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
 
 
-def _with_original(data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None) -> EmbeddingData:
+def _with_original(
+    data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None, shown: Display
+) -> EmbeddingData:
     """Adds the embeddings of the model as it is now."""
 
     def embed(texts: Features) -> np.ndarray:
         if texts is data.train:
-            return saved_embeddings(file, model, texts, data.collator, autocast)
+            return saved_embeddings(file, model, texts, data.collator, autocast, shown)
         return np.asarray(predict(model, texts, data.collator, autocast=autocast))
 
     return data.with_labels(embed)
@@ -318,5 +332,7 @@ def _publish(options: Options, folder: Path, write: Callable[[Path], None]) -> N
     with writing(output, "; --resume continues from the last complete checkpoint"):
         shutil.rmtree(final.parent, ignore_errors=True)  # of a run that was killed here
         write(final)
+        if (folder / LOGS).exists():
+            os.replace(folder / LOGS, final / LOGS)
         publish(final, output, options.overwrite, "want --resume --overwrite to write this run there")
         shutil.rmtree(final.parent, ignore_errors=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .data.encode import Features
 from .data.task_data import TaskData
@@ -17,6 +18,7 @@ from .models.modules import weights_digest
 from .models.structure import STRUCTURE
 from .run_options import SNAPSHOT, Options
 from .training.checkpoints import want_same
+from .training.evaluations import evaluations_of
 from .training.run_memory import RunMemory
 
 # Entries of a model's config that change nothing of what it computes, or are compared elsewhere.
@@ -57,9 +59,11 @@ def want_same_inputs(checkpoint: Path, memory: RunMemory, inputs: dict[str, obje
             "resume: %s does not say which model and data it was made from, so they are not compared", checkpoint
         )
         return
-    if not (checkpoint / STRUCTURE).exists():  # before the cut, when nothing was scored and no snapshot was made
+    if not (checkpoint / STRUCTURE).exists():  # before the cut: no snapshot was made
+        scored = evaluations_of(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
         for each in (was, now):
-            each.pop("validation_file")
+            if not scored:
+                each.pop("validation_file")
             if each.get("teacher") == SNAPSHOT:
                 for name in ("teacher", "distil", "temperature"):
                     del each[name]

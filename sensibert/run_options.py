@@ -4,6 +4,7 @@ so that `sensibert --help` is quick."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,20 @@ from .core.budget import Budget
 from .core.budgets import parse_budgets
 from .core.config import LAYOUTS, PACKING, TRIMMING, TrimConfig, block_size_of, current_names, trim_names, want_known
 from .core.errors import SensibertError
-from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, check, setting, settings_of
+from .core.settings import NOT_NEGATIVE, POSITIVE, WEIGHT, Bound, check, setting, settings_of
 from .data.tasks import EMBEDDING, LABELLED, PRESETS, TASKS, get_task
 
 if TYPE_CHECKING:
     import torch
 
+DEVICE: Bound = (lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, "auto, cpu, cuda or cuda:0")
 PRECISIONS = ("fp32", "bf16", "auto")
 OF_TRAINING = "train"  # value of `vocabulary`: the texts of the training file
 RESULT, RECIPE = "result.json", "recipe.json"  # files in the output of a run
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 WITHOUT_GRADIENT = ("taylor", "saliency")  # statistics of a loss that is 0 for the original embeddings
-INVOCATION = ("resume", "overwrite", "quiet")  # how a run is started: not part of its recipe
+NO_TRACKER = "none"
+INVOCATION = ("resume", "overwrite", "quiet", "device", "report_to")  # how a run is started: not part of its recipe
 PATHS = ("model", "output", "train_file", "validation_file", "teacher", "vocabulary")  # in which ~ is the home folder
 USUAL = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32}  # defaults without a preset
 # Defaults of embedding models, chosen by the results in docs/method.md. Steps: unless epochs are given.
@@ -123,6 +126,23 @@ class Options:
     )
     distil: float = setting(0.5, "Weight of the distillation loss, from 0 to 1.", DISTILLATION, bound=WEIGHT)
     temperature: float = setting(2.0, "Temperature of the distillation.", DISTILLATION, bound=POSITIVE)
+    device: str = setting(
+        "auto",
+        "Device to train on: cpu, cuda, cuda:1, or auto: the GPU if there is one.",
+        TRAINING,
+        bound=DEVICE,
+    )
+    eval_steps: int | None = setting(
+        None,
+        "Steps between evaluations on the validation file.",
+        TRAINING,
+        bound=POSITIVE,
+        show_default="at the cut and at the end",
+    )
+    best: bool = setting(False, "End with the best evaluated checkpoint after the cut, by the main metric.", TRAINING)
+    report_to: str = setting(
+        NO_TRACKER, "Trackers that receive losses and scores: tensorboard, wandb, mlflow, ... or several: a,b.", OUTPUT
+    )
     layout: str = setting(
         "trimmed",
         "trimmed: the small model. dense: the original sizes with zeros, loads everywhere. both: dense in a subfolder.",
@@ -136,7 +156,7 @@ class Options:
     keep_checkpoints: bool = setting(False, "Keep the checkpoints, in OUTPUT.partial.", OUTPUT)
     resume: bool = setting(False, "Continue from the last complete checkpoint.", OUTPUT)
     overwrite: bool = setting(False, "Replace an existing output.", OUTPUT)
-    quiet: bool = setting(False, "No progress bars.", OUTPUT, show_default="without a terminal")
+    quiet: bool = setting(False, "Show only the last table.", OUTPUT)
 
     def __post_init__(self) -> None:
         check(self)
@@ -153,6 +173,12 @@ class Options:
             raise SensibertError("vocabulary and teacher are both given, and the teacher has a vocabulary of its own")
         if self.teacher == "average":
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
+        if self.best and self.eval_steps is None:
+            raise SensibertError("best is True, but eval_steps is missing; want the steps between two evaluations")
+        if self.best and self.save_steps not in (None, self.eval_steps):
+            raise SensibertError(
+                f"save_steps is {self.save_steps}, but best saves at every evaluation; want it left out"
+            )
         if self.task is not None:
             get_task(self.task)
         if self.label_names is not None:
@@ -230,7 +256,7 @@ class Options:
             return self.precision
         from .core.device import computes_in_bf16
 
-        return "bf16" if computes_in_bf16() else "fp32"
+        return "bf16" if computes_in_bf16(self.device) else "fp32"
 
     def parsed_budgets(self) -> list[Budget]:
         """Those of `budgets`, in its order. SensibertError for a text that does not list budgets."""
@@ -263,9 +289,22 @@ class Options:
                 f"keep is {show(self.keep)}, but validation_file is missing, want one: the score is measured on it"
             )
 
+    def want_validation_data(self) -> None:
+        """SensibertError if there is nothing to evaluate on and evaluations are asked for."""
+        there = self.task == EMBEDDING or (self.task in PRESETS and self.train_file is None)
+        if self.eval_steps is not None and self.validation_file is None and not there:
+            raise SensibertError(
+                f"eval_steps is {self.eval_steps}, but validation_file is missing; want a file to evaluate on"
+            )
+
+    def trackers(self) -> list[str]:
+        """The names in report_to."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == [NO_TRACKER] else names
+
     def resolved(self) -> Options:
         """Replace settings that are None by those of the preset, the defaults, or what the method implies."""
-        preset, usual = PRESETS.get(self.task or ""), dict(USUAL)
+        preset, usual = PRESETS.get(self.task or ""), dict[str, Any](USUAL)
         if preset:
             usual = {name: getattr(preset, name) for name in (*usual, "max_length")}
         chosen: dict[str, Any] = {}
@@ -273,6 +312,8 @@ class Options:
             usual |= USUAL_OF_EMBEDDING
             if self.epochs is None and self.max_steps == -1:
                 chosen["max_steps"] = STEPS_OF_EMBEDDING
+        if self.best:
+            usual["save_steps"] = self.eval_steps  # a best model is among the checkpoints
         chosen |= {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, trim=self.trim.resolved(), precision=self._precision(), **chosen)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .branches import Trained
+from .branches import Trained, add_seconds
 from .callback import TrimCallback
 from .core.files import write_atomically
 from .data.task_data import TaskData
@@ -45,7 +46,7 @@ def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) ->
 def result_of(
     options: Options, data: TaskData, model: nn.Module, callback: TrimCallback, steps: int, metrics: dict | None
 ) -> dict:
-    trim, memory, seconds = options.trim, callback.memory, callback.memory.seconds
+    trim, memory = options.trim, callback.memory
     return {
         "task": data.task.name,
         "model": options.model,
@@ -68,9 +69,14 @@ def result_of(
         "cut_step": min(callback.cuts) if callback.cuts else None,
         "samples": callback.sensitivity.samples if callback.sensitivity is not None else None,
         "warnings": callback.warnings,
-        "seconds": {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))},
         "output": options.output,
     }
+
+
+def add_times(result: dict, memory: RunMemory) -> None:
+    """Add the seconds of the phases so far to the content of result.json."""
+    seconds = memory.seconds
+    result["seconds"] = {phase: round(s, 3) for phase, s in (*seconds.items(), ("total", sum(seconds.values())))}
 
 
 def throughput_of(memory: RunMemory, trainer: TrimTrainer) -> dict[str, dict[str, float]]:
@@ -100,10 +106,13 @@ def write_model(tokenizer: PreTrainedTokenizerBase, folder: Path, options: Optio
     info = {name: result[name] for name in names}
     info["max_length"] = callback.memory.inputs["max_length"]
     info |= _card_facts(options, result)
+    begin = time.perf_counter()
     export(model, folder, tokenizer, options.layout, info=info, accept_unfinished=True)
+    result["mb_after"] = round(sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6, 3)
     if callback.budget.measured and options.trim.runtime in RUNTIMES_OF_GRAPHS:
         score = None if result["metrics"] is None else trained.score
         result["graph"] = export_for(options.trim.runtime, model, str(folder / GRAPH), tokenizer, score)
+    add_seconds(result, "write", time.perf_counter() - begin)
     text = json.dumps(result, indent=2)
     plan = callback.whole_plan(model)
     write_report(folder / "report", result, callback.sensitivity, plan, trained.moments)

@@ -149,6 +149,7 @@ RESULT_KEYS = {
     *("metrics", "metrics_at_cut", "metrics_baseline", "cut_step", "seconds", "samples", "warnings", "throughput"),
     *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
     *("flops_before", "flops_after", "flops_length"),
+    *("evaluations", "best_step", "latency", "mb_before", "mb_after"),
 }
 
 
@@ -166,18 +167,21 @@ class Finished:
         return json.loads(self.out.splitlines()[-1])
 
 
-def command(*arguments: object) -> Finished:
+def command(*arguments: object, shown: bool = False) -> Finished:
     """`sensibert ...` in this process, which has paid for its imports already. So the environment that `main` sets is
-    not read any more: the bars it would switch off are switched off by hand."""
+    not read any more: the bars it would switch off are switched off by hand. shown: with the progress of a run, which
+    only few tests look at."""
     from transformers.utils import logging
 
-    from sensibert import cli
+    from sensibert import cli, recipe
+    from sensibert.report.progress import display
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", ["sensibert", *map(str, arguments)]):
+        argv = mock.patch.object(sys, "argv", ["sensibert", *map(str, arguments)])
+        with argv, mock.patch.object(recipe, "display", lambda quiet: display(quiet or not shown)):
             try:
                 cli.main()
             except SystemExit as end:

@@ -23,6 +23,7 @@ ORDER = (
     ("report", "deploy"),
     ("run_options",),
     ("cli_options",),
+    ("trainer_arguments",),
     ("inputs",),
     ("decide",),
     ("run_inputs",),

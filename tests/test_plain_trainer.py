@@ -1,10 +1,13 @@
 """A plain transformers.Trainer with a TrimCallback: what it saves loads again, and the best checkpoint is found."""
 
+import logging
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from sensibert import TrimCallback
+from sensibert import TrimCallback, TrimConfig
 from sensibert.models import layout_of
 from tests import fresh
 from tests.helpers import tiny_batch, tiny_model
@@ -68,6 +71,28 @@ def test_training_continues_from_the_folder_and_the_model_can_be_trimmed_again(t
     assert layout_of(model).encoder_params <= 0.7 * first.encoder_params
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "smaller")
     assert torch.equal(logits(again), logits(model)) and layout_of(again) == layout_of(model)
+
+
+@pytest.mark.parametrize("grid", ["unit", "block8"])
+def test_one_line_about_the_cut_is_visible_without_configured_logging(tmp_path, capsys, monkeypatch, grid):
+    args = arguments(tmp_path, logging_steps=2, max_steps=6)
+    callback = TrimCallback(TrimConfig(grid=grid, method="magnitude", compensate=False))
+    trainer = Trainer(tiny_model(), args, train_dataset=rows(), callbacks=[callback])
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # those of pytest; by default none
+        trainer.train()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "cut at" in line]
+    left = r"8 -> \d heads, FFN 128 -> \d+ neurons" if grid == "unit" else r"\d+ of 256 blocks left"
+    assert re.fullmatch(rf"\[sensibert\] cut at step 2 of 6: encoder 17\.1K -> \d\.\dK parameters, {left}", line), line
+
+
+def test_progress_is_told_step_by_step_and_micro_batch_by_micro_batch(tmp_path):
+    told = []
+    callback = TrimCallback(TrimConfig(samples=16), progress=lambda *now: told.append(now))
+    Trainer(tiny_model(), arguments(tmp_path, max_steps=6), train_dataset=rows(), callbacks=[callback]).train()
+    warm = [("warm", step, 2) for step in range(3)]
+    analysis = [("analyze", 0, None), *(("analyze", read, 2) for read in range(3))]
+    assert told == [*warm, *analysis, ("cut", 0, None), *(("recover", step, 6) for step in range(2, 7))]
 
 
 @pytest.mark.parametrize("scores, best", [((9, 8, 1, 3, 2, 2), 4), ((9, 1, 2, 3, 2, 2), 8), ((9, 1, 5, 2, 3, 8), 12)])

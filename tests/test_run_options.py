@@ -39,7 +39,7 @@ def test_the_settings_are_the_words_of_the_command_line():
     run = options(trim=TrimConfig(schedule=Schedule("cubic", milestones=2)), resume=True)
     settings = run.settings()
     assert (settings["schedule"], settings["milestones"]) == ("cubic", 2)
-    assert all_names() - settings.keys() == {"resume", "overwrite", "quiet"}
+    assert all_names() - settings.keys() == {"resume", "overwrite", "quiet", "device", "report_to"}
     assert Options.from_settings({**json.loads(json.dumps(settings)), "resume": True}) == run
 
 
@@ -74,7 +74,7 @@ def test_precision_is_a_dtype():
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_precision_auto_is_bf16_where_the_device_computes_in_it(quick, monkeypatch):
-    monkeypatch.setattr("sensibert.core.device.computes_in_bf16", lambda: quick)
+    monkeypatch.setattr("sensibert.core.device.computes_in_bf16", lambda device: quick)
     options = Options(precision="auto")
     assert options.resolved().precision == ("bf16" if quick else "fp32")
     assert options.autocast() == (torch.bfloat16 if quick else None)

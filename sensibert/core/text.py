@@ -30,3 +30,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: Collect
 def share(after: float, before: float) -> str:
     """`after` as a percentage of `before`, for example "12.5 %"; "-" where before is 0."""
     return f"{100 * after / before:.1f} %" if before else "-"
+
+
+def short(number: float) -> str:
+    """A count in three digits or so, for example "10.6M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:g}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..core.arguments import at_least_one
 from ..core.errors import SensibertError, described
@@ -19,7 +21,7 @@ from ..saving.folder import load
 from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
 from .probe_timing import processor
 
-BATCHES = (1, 32)
+BATCHES, LENGTH, ROUNDS = (1, 32), 128, 20
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 PAIRED = {".xml": ".bin"}  # a graph whose weights are in a second file
 
@@ -38,7 +40,7 @@ class _Entry(NamedTuple):
 
 
 def measure(
-    folders: Sequence[str], length: int = 128, threads: int | None = None, rounds: int = 20
+    folders: Sequence[str], length: int = LENGTH, threads: int | None = None, rounds: int = ROUNDS
 ) -> tuple[dict, list[dict]]:
     """(the machine, one row for each model and runtime): size in MB, seconds to load, and for each of BATCHES the
     median, 10th and 90th percentile of the milliseconds of one forward pass of rows of `length` tokens.
@@ -101,9 +103,37 @@ def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
         yield _Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
 
 
+def against_untrimmed(model: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
+    """{"latency": `side_by_side` of the untrimmed and the trimmed model, "mb_before": megabytes of the untrimmed one}.
+
+    kind, config: of the untrimmed model. Both are made anew, with random weights: a Trainer leaves its mixed precision
+    in the model that it trained."""
+    untrimmed, trimmed = kind(config), type(model)(copy.deepcopy(model.config))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in untrimmed.parameters())
+    return {"latency": side_by_side({"before": untrimmed, "after": trimmed}), "mb_before": round(size / 1e6, 3)}
+
+
+def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 2) -> dict[str, Any]:
+    """Median milliseconds of one forward pass of models in memory, in turn, as `measure` does; on the CPU.
+
+    Returns {"threads", "length", and for each of BATCHES "batch_<rows>_ms": {name: milliseconds}}. limit_s: seconds a
+    batch size after which no further round begins."""
+    entries = [
+        _Entry(name, "torch", 0, 0, model.eval(), input_names(model, None), model.config.vocab_size, positions(model))
+        for name, model in models.items()
+    ]
+    length = min(LENGTH, *(entry.longest or LENGTH for entry in entries))
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "length": length}
+    for rows in BATCHES:
+        times = _times(entries, rows, length, ROUNDS, limit_s)
+        medians = [round(statistics.median(taken), 3) for taken in times]
+        found[f"batch_{rows}_ms"] = dict(zip(models, medians, strict=True))
+    return found
+
+
 @torch.inference_mode()
-def _times(entries: list[_Entry], rows: int, length: int, rounds: int) -> list[list[float]]:
-    """Milliseconds of the passes of each entry, without a first one that warms up."""
+def _times(entries: list[_Entry], rows: int, length: int, rounds: int, limit_s: float = math.inf) -> list[list[float]]:
+    """Milliseconds of the passes of each entry, without a first one that warms up unless it takes all the time."""
 
     def one(entry: _Entry) -> float:
         inputs: dict[str, Tensor] = random_inputs(entry.inputs, entry.vocabulary, rows, length)
@@ -113,10 +143,13 @@ def _times(entries: list[_Entry], rows: int, length: int, rounds: int) -> list[l
         return 1e3 * (time.perf_counter() - begin)
 
     times: list[list[float]] = [[] for _ in entries]
-    for _ in range(rounds + 1):
+    end = time.perf_counter() + limit_s
+    for turn in range(rounds + 1):
+        if turn and time.perf_counter() > end:
+            break
         for taken, entry in zip(times, entries, strict=True):
             taken.append(one(entry))
-    return [taken[1:] for taken in times]
+    return [taken[1:] or taken for taken in times]
 
 
 def _spread(milliseconds: list[float]) -> dict[str, float]:

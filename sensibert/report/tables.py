@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
+from ..core.progress import LABELS
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
 
@@ -29,6 +30,7 @@ def summary(result: Mapping[str, Any]) -> str:
     before, after = result["flops_before"], result["flops_after"]
     label = f"{result['scope']} GFLOPs at {result['flops_length']} tokens"
     sizes.append((label, f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", share(after, before)))
+    sizes += _on_a_device(result)
     parts = [f"{result['task']}, {made_by}", table(("", "before", "after", "left"), sizes)]
     if measured := result.get("measured"):
         parts.append(_measured(measured))
@@ -45,6 +47,13 @@ def summary(result: Mapping[str, Any]) -> str:
     parts += score_notes(result)
     if result.get("keep"):
         parts.append(floor_table(result["keep"]))
+    if (step := result.get("best_step")) is not None:
+        parts.append(f"At the end: the best of {len(result['evaluations'])} evaluations, at step {step}.")
+    if latency := result.get("latency"):
+        parts.append(f"Latency: one forward pass on the CPU, {latency['threads']} threads.")
+    if seconds := result.get("seconds"):
+        spent = (f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in seconds.items())
+        parts.append(f"Seconds: {', '.join(spent)}.")
     parts += [f"Warning: {text}." for text in result.get("warnings", ())]
     return "\n\n".join(parts)
 
@@ -118,6 +127,18 @@ def family_table(result: Mapping[str, Any]) -> str:
     parts.append(f"Shared warm-up and analysis: {shared:.0f} s. Total: {result['seconds']['total']:.0f} s.")
     parts += [f"Warning: {row['budget']}: {text}." for row in result["rows"] for text in row["warnings"]]
     return "\n\n".join(parts)
+
+
+def _on_a_device(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Rows of the file's size and of latencies, as far as the result has them."""
+    rows, latency = [], result.get("latency") or {}
+    if "mb_after" in result:
+        rows.append(("model file, MB", result["mb_before"], result["mb_after"]))
+    for name, times in latency.items():
+        if name.startswith("batch_"):
+            batch = name.removeprefix("batch_").removesuffix("_ms")
+            rows.append((f"latency of {batch} x {latency['length']} tokens, ms", times["before"], times["after"]))
+    return [(label, f"{before:.1f}", f"{after:.1f}", share(after, before)) for label, before, after in rows]
 
 
 def ranking(sensitivity: Sensitivity, most: int = 10) -> str:

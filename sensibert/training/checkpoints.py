@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..core.errors import SensibertError
 from ..core.files import make_folder, sync_entries, sync_tree, write_atomically, writing
@@ -24,6 +24,7 @@ from .manifest import MANIFEST, MEMORY, check_manifest, check_without_digests, w
 
 SNAPSHOT = "snapshot"  # in the folder of the run: the model at the cut
 BRANCHES = "branches"  # in the folder of the run: a folder for each run that goes on from its warm-up
+LOGS = "runs"  # in the folder of the run: what TensorBoard reads
 EMBEDDINGS = "embeddings.npy"  # in the folder of the run: those of the original model
 DIGEST = ".sha256"  # suffix of the file with the digest of a file
 PART = ".part"  # suffix of a file that is being written
@@ -93,6 +94,14 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
             )
 
 
+def checkpoint_of(arguments: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of the present step."""
+    assert arguments.output_dir is not None  # TrainingArguments fills it in
+    name, output = f"checkpoint-{state.global_step}", Path(arguments.output_dir)
+    trials = output.glob(f"*/{name}") if state.is_hyper_param_search else ()  # only the Trainer knows their names
+    return max(trials, key=lambda folder: folder.stat().st_mtime, default=output / name)
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>`, newest first, complete or not."""
     by_step = {p.name.rpartition("-")[2]: p for p in Path(folder).glob("checkpoint-*")}
@@ -148,7 +157,7 @@ def begin(folder: Path, checkpoint: Path | None) -> None:
 
 def _clear(folder: Path) -> None:
     """Delete what a run has written into its folder, except the marker, which is locked."""
-    for path in (folder / "final", folder / SNAPSHOT, folder / BRANCHES, *checkpoints(folder)):
+    for path in (folder / "final", *(folder / name for name in (SNAPSHOT, BRANCHES, LOGS)), *checkpoints(folder)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for name in (EMBEDDINGS, EMBEDDINGS + DIGEST):

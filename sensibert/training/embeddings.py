@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.files import write_atomically, writing
+from ..core.progress import Progress, unseen
 from ..core.rows import Rows
 from .checkpoints import DIGEST, PART
 from .manifest import digest_of
@@ -46,16 +48,24 @@ class Texts(Protocol):
 
 
 def saved_embeddings(
-    file: Path, model: nn.Module, texts: Texts, collator: Callable, autocast: torch.dtype | None = None
+    file: Path,
+    model: nn.Module,
+    texts: Texts,
+    collator: Callable,
+    autocast: torch.dtype | None = None,
+    progress: Progress = unseen,
 ) -> np.ndarray:
-    """Embeddings [texts, H], fp32, read from a file, which is written first if it does not exist or is damaged."""
+    """Embeddings [texts, H], fp32, read from a file, which is written first if it does not exist or is damaged.
+
+    progress: called for every batch, with the phase `embed` and the texts that are done."""
     if not _is_whole(file):
         temporary = file.with_suffix(PART)
         # A map in memory would end the process when the disk is full.
         with writing(file), open(temporary, "wb") as content:
             for begin in range(0, len(texts), CHUNK):
-                some = texts.part(begin, min(begin + CHUNK, len(texts)))
-                part = np.asarray(predict(model, some, collator, autocast=autocast))
+                end = min(begin + CHUNK, len(texts))
+                share = partial(_tell, progress, range(begin, end), len(texts))
+                part = np.asarray(predict(model, texts.part(begin, end), collator, autocast=autocast, progress=share))
                 if begin == 0:
                     header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), part.shape[1])}
                     np.lib.format.write_array_header_1_0(content, header)
@@ -63,3 +73,8 @@ def saved_embeddings(
         os.replace(temporary, file)
         write_atomically(_digest_beside(file), lambda path: Path(path).write_text(digest_of(file)))
     return np.load(file, mmap_mode="r" if file.stat().st_size > IN_MEMORY else None)
+
+
+def _tell(progress: Progress, part: range, texts: int, _: str, done: int, batches: int | None) -> None:
+    """Tell `progress` how many of all texts are done, from the batches of a part."""
+    progress("embed", part.start + (len(part) * done // batches if batches else 0), texts)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
@@ -52,14 +52,16 @@ def finetune(
     checkpoint: str | Path | None = None,
     packing: str = "auto",
     graphs: bool = True,
+    printed: bool = True,
     **trainer_options: Any,
 ) -> TrimTrainer:
     """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
 
     callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
     arguments allow it, "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU packed steps run
-    as CUDA graphs. trainer_options: lr_shape, teacher, distil of `TrimTrainer`. SensibertError for a loss that is not
-    finite, a damaged checkpoint, or a batch that the memory of the GPU does not hold."""
+    as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options: lr_shape, teacher,
+    distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not finite, a damaged
+    checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
     want_one_process(arguments)
@@ -77,6 +79,8 @@ def finetune(
         callbacks=list(callbacks),
         **trainer_options,
     )
+    if not printed:
+        trainer.remove_callback(PrinterCallback)
     with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

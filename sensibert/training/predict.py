@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.progress import Progress, counted, unseen
 from ..core.rows import Rows
 from ..models.eval_mode import quick_attention
 from .trainer import LABELS, padded_further
@@ -15,19 +16,25 @@ from .trainer import LABELS, padded_further
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: Rows, collator: Callable, batch_size: int = 64, autocast: torch.dtype | None = None
+    model: nn.Module,
+    data: Rows,
+    collator: Callable,
+    batch_size: int = 64,
+    autocast: torch.dtype | None = None,
+    progress: Progress = unseen,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """Logits in the order of `data`, computed in batches of similar length, so that little is padded.
 
     Shapes: [n, C]; for tokens [n, S, C]; for answers (start [n, S], end [n, S]). Padding after a row's tokens is
-    -100."""
+    -100. progress: called for every batch, with the phase `evaluate`."""
     lengths = getattr(data, "lengths", None) or [len(data[i]["input_ids"]) for i in range(len(data))]
     order = np.argsort(lengths, kind="stable")[::-1]
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     model.eval()
     rows: list[list[np.ndarray]] = [[] for _ in range(len(data))]
     try:
-        for begin in range(0, len(order), batch_size):
+        begins = range(0, len(order), batch_size)
+        for begin in counted(begins, progress, "evaluate", len(begins)):
             chosen = [int(i) for i in order[begin : begin + batch_size]]
             batch = collator([data[i] for i in chosen])
             batch = padded_further(batch, collator, device)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
@@ -62,7 +63,8 @@ class TrimTrainer(Trainer):
     lr_shape: (step, total steps) -> factor on the peak learning rate. teacher: called at every step; once it returns a
     model, the loss is mixed with the distillation loss (`distil`). Before a checkpoint is loaded, callbacks with a
     `resume_from` receive its path, and if it is of a trimmed model, a callback with a `restructure` trims the model
-    (`TrimCallback` has both). A training set with `.lengths` is read in batches of similar length; batches of a
+    (`TrimCallback` has both). score: (model) -> metrics, in place of the predictions and compute_metrics of an
+    evaluation. A training set with `.lengths` is read in batches of similar length; batches of a
     collator with `.extended` are padded to multiples where that is faster. AdamW is MaskedAdamW."""
 
     @checked
@@ -72,6 +74,7 @@ class TrimTrainer(Trainer):
         lr_shape: Callable[[int, int], float] | None = None,
         teacher: Callable[[], nn.Module | None] | None = None,
         distil: Distillation | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         want("TrimTrainer: model", kwargs.get("model", args[0] if args else None), nn.Module | None)
@@ -81,8 +84,9 @@ class TrimTrainer(Trainer):
         # Some heads divide by the number of items if they get it, others do not. Here Trainer divides by the steps.
         self.model_accepts_loss_kwargs = False
         self.lr_shape = lr_shape
-        self.teacher, self.distil = teacher, distil or Distillation()
+        self.teacher, self.distil, self.score = teacher, distil or Distillation(), score
         self._losses, self._norms = FirstNonFinite(), FirstNonFinite()  # norms: of all gradients of a step
+        self._best: str | None = None  # best checkpoint before the training was resumed
         self._tokens: Tensor | int = 0  # without padding, since they were last added to the state
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -189,9 +193,13 @@ class TrimTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._losses, self._norms, self._tokens = FirstNonFinite(), FirstNonFinite(), 0
+        self._losses, self._norms, self._tokens, self._best = FirstNonFinite(), FirstNonFinite(), 0, None
         output = super().train(*args, **kwargs)
         self._want_finite()
+        if self._best is not None and self.state.best_model_checkpoint is None:
+            if Path(self._best).name == f"checkpoint-{self.state.best_global_step}":
+                self.state.best_model_checkpoint = self._best  # Trainer forgets one that was moved
+                self._load_best_model()
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -201,10 +209,31 @@ class TrimTrainer(Trainer):
         elif not self.control.should_training_stop:  # a callback may stop it before the first step
             super()._run_epoch(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.score is None:
+            return super().evaluate(*args, **kwargs)
+        assert self.model is not None  # a Trainer has one
+        metrics = {f"eval_{name}": value for name, value in self.score(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _best_beside(self, checkpoint: str) -> str | None:
+        """The best checkpoint that a checkpoint names, in the folder where both are now; None if it is not needed.
+
+        SensibertError if it is gone: Trainer would keep the last weights."""
+        known = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+        if not self.args.load_best_model_at_end or known is None:
+            return None
+        best = Path(checkpoint).parent / Path(known).name
+        check_checkpoint(best)
+        return str(best)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not check_checkpoint(resume_from_checkpoint):
             message = "resume: %s is of an earlier version, without digests: only sizes and weights were checked"
             logging.getLogger("sensibert").warning(message, resume_from_checkpoint)
+        self._best = self._best_beside(resume_from_checkpoint)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "resume_from"):
                 callback.resume_from(resume_from_checkpoint)

@@ -1,5 +1,6 @@
 """`sensibert bench`: one row a model and runtime, passes in turn."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 
 from sensibert.core.errors import SensibertError
 from sensibert.deploy import bench, measure
+from sensibert.models import layout_of
+from sensibert.trimming.trim import trim
 from tests import runs
+from tests.helpers import tiny_model
+from tests.plans import random_plan
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -42,6 +47,28 @@ def test_texts_that_the_models_have_no_positions_for_are_refused(folders):
     for folder in folders:
         done = runs.command("bench", folder, "--length", 100_000)
         assert done.code == 2 and "length is 100000, want at most " in done.err and folder in done.err
+
+
+def test_a_trimmed_model_is_timed_against_the_untrimmed_one_and_neither_is_the_one_that_was_trained(monkeypatch):
+    model, seen = tiny_model(max_position_embeddings=16), []
+    before = type(model), copy.deepcopy(model.config)
+    trim(model, random_plan(layout_of(model)))
+    model.forward = None  # as a Trainer changes it for mixed precision
+    monkeypatch.setattr(bench, "_times", lambda entries, *_: seen.append(entries) or [[1.0]] * len(entries))
+    found = bench.against_untrimmed(model, *before)
+    times = {"before": 1.0, "after": 1.0}
+    assert found["latency"] == {"threads": 1, "length": 16, "batch_1_ms": times, "batch_32_ms": times}
+    untrimmed, trimmed = (entry.model for entry in seen[0])
+    assert found["mb_before"] == round(4e-6 * sum(p.numel() for p in untrimmed.parameters()), 3)
+    assert (
+        layout_of(untrimmed).sites == layout_of(tiny_model()).sites
+        and layout_of(trimmed).sites == layout_of(model).sites
+    )
+
+
+def test_a_time_limit_ends_the_rounds_and_one_pass_is_always_measured():
+    models = {"a": tiny_model(), "b": tiny_model()}
+    assert all(value > 0 for value in bench.side_by_side(models, limit_s=0)["batch_32_ms"].values())
 
 
 def test_passes_take_turns(folders, monkeypatch):
