@@ -40,7 +40,7 @@ from sensibert.core.config import TrimConfig
 from sensibert.core.layout import Layout
 from sensibert.data.batching import micro_batches
 from sensibert.data.task_data import TaskData
-from sensibert.inputs import encode, load_tokenizer, to_best_device, training_examples, validation_examples
+from sensibert.inputs import encode, load_tokenizer, to_device, training_examples, validation_examples
 from sensibert.models import layers, layout_of
 from sensibert.run_options import Options
 from sensibert.saving.folder import load
@@ -268,7 +268,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     train, validation = map(str, data_files(Path(arguments.data) / arguments.task))
     model = load(arguments.checkpoint)[0].eval()
-    to_best_device(model)
+    to_device(model)
     options = Options(model=arguments.model, train_file=train, validation_file=validation).resolved()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     examples = training_examples(options), validation_examples(options)

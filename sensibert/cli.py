@@ -308,13 +308,15 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
         "runtime",
         "MB",
         "load s",
+        "peak MB",
         *(f"{n.removesuffix('_ms').replace('_', ' ')}: ms (p10, p90)" for n in timed),
     )
     lines = []
     for row in rows:
         spreads = (row[name] for name in timed)
         cells = (f"{each['median']:.1f} ({each['p10']:.1f}, {each['p90']:.1f})" for each in spreads)
-        lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", *cells))
+        peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+        lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", peak, *cells))
     shown = f"{machine['processor']}, {machine['threads']} threads, texts of {machine['length']} tokens"
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 

@@ -50,7 +50,7 @@ def poisoned_empty():
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than a tiny run; the tests that look at what is drawn ask for `report`."""
     if "report" not in request.fixturenames:
-        monkeypatch.setattr("sensibert.recipe.write_report", lambda *args: [])
+        monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
 
 
 @pytest.fixture

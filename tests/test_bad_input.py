@@ -11,7 +11,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sensibert import SensibertError, load, recipe
+from sensibert import SensibertError, load
 from sensibert.optim import MaskedAdamW
 from tests import runs
 from tests.refusals import finetune_arguments, folders, refused, untouched
@@ -21,7 +21,7 @@ from tests.runs import command
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "write_report", lambda *args: [])
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
         yield
 
 

@@ -19,7 +19,7 @@ from tests.runs import command, tree
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "write_report", lambda *args: [])
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
         yield
 
 
@@ -35,7 +35,7 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(here, tmp_path, m
 
     requested = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "write_report", appears)
+        patch.setattr("sensibert.run_output.write_report", appears)
         refused("out exists and is not empty, want --resume --overwrite to write this run there", *requested)
     assert tree(tmp_path / "out") == {"mine": b"mine"}
     assert command(*requested, "--resume", "--overwrite").code == 0
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_at_the_end_costs_only_the_end(here, tmp_path, monkeyp
 
     requested = finetune_arguments(here, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "write_report", full)
+        patch.setattr("sensibert.run_output.write_report", full)
         message = (
             r"cannot write .*out \(No space left on device\); --resume continues from the last complete checkpoint"
         )

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import sensibert
-from sensibert import Options, Schedule, TrimConfig, recipe
+from sensibert import Options, Schedule, TrimConfig
 from sensibert.core.settings import settings_of
 from sensibert.data.tasks import PRESETS, TASKS
 from sensibert.models import layout_of
@@ -34,7 +34,7 @@ KEYS = {
 def no_pictures():
     """Drawing takes longer than a tiny run; test_report.py and test_recipe.py look at what is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "write_report", lambda *args: [])
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
         yield
 
 

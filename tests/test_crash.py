@@ -13,12 +13,12 @@ from pathlib import Path
 
 place, verb, existing = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "existing"
 output, partial, kept = place / "out", place / "out.partial", place / "kept"
-from sensibert import cli, commands, recipe
+from sensibert import cli, commands, recipe, run_output
 from sensibert.saving import publish as publishing
 from sensibert.training.checkpoints import latest_checkpoint
 from tests.runs import tree
 
-recipe.write_report = lambda *args: None
+run_output.write_report = lambda *args: None
 EVENTS = {"os." + name for name in "rename remove rmdir mkdir link chmod symlink truncate".split()} | {"shutil.rmtree"}
 
 class Calls:
@@ -95,7 +95,7 @@ def forked(original):
     return run
 
 if verb == "finetune":
-    recipe._write_output = forked(recipe._write_output)
+    recipe._publish = forked(recipe._publish)
 else:
     commands.export = forked(commands.export)
 sys.argv = ["sensibert", *sys.argv[4:]]

@@ -75,7 +75,7 @@ def test_without_validation_data_there_are_models_and_no_scores(here, tmp_path):
 def test_a_broken_family_resumes_and_trains_no_model_twice(here, tmp_path, monkeypatch, steps, first):
     usual = {"budgets": BUDGETS, "max_steps": 9, "save_steps": 1}
     finetune_and_trim(options(here, tmp_path / "whole", **usual))
-    write, written = recipe._write_model, []
+    write, written = recipe.write_model, []
 
     def dies(tokenizer, folder, own, trained):
         if own.trim.budget == first:
@@ -84,7 +84,7 @@ def test_a_broken_family_resumes_and_trains_no_model_twice(here, tmp_path, monke
         write(tokenizer, folder, own, trained)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "_write_model", dies)
+        patch.setattr(recipe, "write_model", dies)
         with pytest.raises(Killed):
             finetune_and_trim(options(here, tmp_path / "broken", **usual))
     steps.clear()

@@ -15,12 +15,12 @@ from pathlib import Path
 import safetensors.torch, torch, transformers
 from transformers import modeling_utils
 
-from sensibert import cli, recipe
+from sensibert import cli, recipe, run_output
 from sensibert.training.checkpoints import latest_checkpoint
 
 place, arguments = Path(sys.argv[1]), sys.argv[2:]
 output, partial, kept = place / "out", place / "out.partial", place.parent / "kept"
-recipe.write_report = lambda folder, *args: folder.mkdir() or (folder / "summary.txt").write_text("")
+run_output.write_report = lambda folder, *args: folder.mkdir() or (folder / "summary.txt").write_text("")
 points, calls, full = [], Counter(), False
 SENTENCE = os.strerror(errno.ENOSPC)
 

@@ -25,7 +25,7 @@ def here(tmp_path_factory):
     """Sentences labelled 0 and 1, and by names; a model that is right about them."""
     folder = runs.workplace(tmp_path_factory.mktemp("inputs"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.recipe.write_report", lambda *args: [])
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
         learned = ("--method", "baseline", "--epochs", 6, "--learning-rate", 3e-3, "--batch-size", 16)
         done = command("finetune", "--model", folder / "model", *learned, *rows(folder), "--output", folder / "tuned")
     assert done.code == 0

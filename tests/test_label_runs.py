@@ -37,7 +37,7 @@ def finetuned(here, output, *options, kind="jsonl", model="model"):
 def small(here):
     """A folder with several labels a row, trimmed to half, and what its run printed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.recipe.write_report", lambda *args: [])
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
         done = finetuned(here, here / "small")
     assert done.code == 0, done.err
     return here / "small", done.json
@@ -256,15 +256,15 @@ def test_a_run_of_several_labels_resumes(here, small, tmp_path, monkeypatch):
     from sensibert import recipe
 
     options = ("--save-steps", 20, "--max-steps", 40, "--budget", "50%params")
-    real, stopped = recipe._write_output, RuntimeError("stopped")
+    real, stopped = recipe._publish, RuntimeError("stopped")
 
     def stop(*args):
         raise stopped
 
-    monkeypatch.setattr(recipe, "_write_output", stop)
+    monkeypatch.setattr(recipe, "_publish", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         finetuned(here, tmp_path / "out", *options)
-    monkeypatch.setattr(recipe, "_write_output", real)
+    monkeypatch.setattr(recipe, "_publish", real)
     done = finetuned(here, tmp_path / "out", *options, "--resume")
     assert done.code == 0 and done.json["task"] == "multi-label-classification", done.err
     assert "config.json" in tree(tmp_path / "out")

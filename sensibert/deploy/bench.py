@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,14 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 PAIRED = {".xml": ".bin"}  # a graph whose weights are in a second file
 
 
+class Place(NamedTuple):
+    """Where a model is: a folder, and its file for a runtime, or no file for the weights of torch."""
+
+    folder: str
+    runtime: str
+    file: str | None
+
+
 class _Entry(NamedTuple):
     """A model in a runtime. size: bytes of its files. seconds: of loading it. longest: tokens of a text; None: any."""
 
@@ -42,8 +50,9 @@ class _Entry(NamedTuple):
 def measure(
     folders: Sequence[str], length: int = LENGTH, threads: int | None = None, rounds: int = ROUNDS
 ) -> tuple[dict, list[dict]]:
-    """(the machine, one row for each model and runtime): size in MB, seconds to load, and for each of BATCHES the
-    median, 10th and 90th percentile of the milliseconds of one forward pass of rows of `length` tokens.
+    """(the machine, one row for each model and runtime): size in MB, seconds to load, memory that loading and a pass of
+    the largest of BATCHES take, and for each of BATCHES the median, 10th and 90th percentile of the milliseconds of one
+    forward pass of rows of `length` tokens.
 
     Passes of all models take turns, so that a machine whose speed drifts slows all of them. SensibertError for a folder
     without a model."""
@@ -52,7 +61,8 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        entries = [entry for folder in folders for entry in _entries(folder, threads)]
+        places = [place for folder in folders for place in _places(folder)]
+        entries = [opened(place, threads) for place in places]
         for entry in entries:
             if length > (entry.longest or length):
                 raise SensibertError(
@@ -61,46 +71,63 @@ def measure(
         times = {rows: _times(entries, rows, length, rounds) for rows in BATCHES}
     finally:
         torch.set_num_threads(before)
+    from .peak_memory import peak_mb
+
     found = []
-    for number, entry in enumerate(entries):
+    for number, (place, entry) in enumerate(zip(places, entries, strict=True)):
         row = {"folder": entry.folder, "runtime": entry.runtime, "mb": entry.size / 1e6, "load_s": entry.seconds}
+        row["peak_mb"] = peak_mb(place, length, threads)
         found.append(row | {f"batch_{rows}_ms": _spread(times[rows][number]) for rows in BATCHES})
     return {"processor": processor(), "threads": threads or before, "length": length, "rounds": rounds}, found
 
 
-def _entries(folder: str, threads: int | None) -> Iterator[_Entry]:
-    path = Path(folder)
-    weights = [file for pattern in WEIGHTS for file in path.glob(pattern)]
+def _places(folder: str) -> list[Place]:
+    """The models in a folder; SensibertError if there is none."""
+    path, found = Path(folder), []
+    if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        found.append(Place(folder, "torch", None))
     graphs = {name: runtime.file for name, runtime in RUNTIMES.items()} | {"onnx int8": INT8_FILE}
-    there = {name: path / file for name, file in graphs.items() if (path / file).is_file()}
-    if not path.is_dir() or not (weights or there):
+    found += [Place(folder, name, str(path / file)) for name, file in graphs.items() if (path / file).is_file()]
+    if not found:
         raise SensibertError(f"folder: {folder} holds no model and no graph, want a folder of finetune, trim or export")
-    if weights:
-        begin = time.perf_counter()
+    return found
+
+
+def opened(place: Place, threads: int | None) -> _Entry:
+    """The model in its runtime; SensibertError if the runtime is missing or cannot open it."""
+    folder, name, begin = place.folder, place.runtime, time.perf_counter()
+    if place.file is None:
         model = load(folder)[0].eval()
         seconds = time.perf_counter() - begin
-        size = sum(file.stat().st_size for file in weights)
+        size = sum(file.stat().st_size for pattern in WEIGHTS for file in Path(folder).glob(pattern))
         names = input_names(model, None)
-        yield _Entry(folder, "torch", size, seconds, model, names, model.config.vocab_size, positions(model))
-    if there:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for name, file in there.items():
-        longest = getattr(config, "max_position_embeddings", None)
-        runtime = RUNTIMES[name.partition(" ")[0]]
-        runtime.want_packages(name)
-        begin = time.perf_counter()
-        try:
-            graph: Graph = runtime.open(file, threads)
-        except SensibertError:
-            raise
-        except Exception as error:  # of the runtime
-            raise SensibertError(f"{file}: {name} cannot open it ({described(error)})") from error
-        seconds = time.perf_counter() - begin
-        size = file.stat().st_size
-        if file.suffix in PAIRED:
-            size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
-        shown = "torch.export" if name == "torch" else name
-        yield _Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
+        return _Entry(folder, name, size, seconds, model, names, model.config.vocab_size, positions(model))
+    config, file = AutoConfig.from_pretrained(folder, trust_remote_code=False), Path(place.file)
+    longest = getattr(config, "max_position_embeddings", None)
+    runtime = RUNTIMES[name.partition(" ")[0]]
+    runtime.want_packages(name)
+    begin = time.perf_counter()
+    try:
+        graph: Graph = runtime.open(file, threads)
+    except SensibertError:
+        raise
+    except Exception as error:  # of the runtime
+        raise SensibertError(f"{file}: {name} cannot open it ({described(error)})") from error
+    seconds = time.perf_counter() - begin
+    size = file.stat().st_size
+    if file.suffix in PAIRED:
+        size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
+    shown = "torch.export" if name == "torch" else name
+    return _Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
+
+
+def one_pass(entry: _Entry, rows: int, length: int) -> float:
+    """Milliseconds of one forward pass."""
+    inputs: dict[str, Tensor] = random_inputs(entry.inputs, entry.vocabulary, rows, length)
+    inputs["attention_mask"].fill_(1)
+    begin = time.perf_counter()
+    entry.model(**inputs)
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def against_untrimmed(model: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
@@ -135,20 +162,13 @@ def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 2) -> d
 def _times(entries: list[_Entry], rows: int, length: int, rounds: int, limit_s: float = math.inf) -> list[list[float]]:
     """Milliseconds of the passes of each entry, without a first one that warms up unless it takes all the time."""
 
-    def one(entry: _Entry) -> float:
-        inputs: dict[str, Tensor] = random_inputs(entry.inputs, entry.vocabulary, rows, length)
-        inputs["attention_mask"].fill_(1)
-        begin = time.perf_counter()
-        entry.model(**inputs)
-        return 1e3 * (time.perf_counter() - begin)
-
     times: list[list[float]] = [[] for _ in entries]
     end = time.perf_counter() + limit_s
     for turn in range(rounds + 1):
         if turn and time.perf_counter() > end:
             break
         for taken, entry in zip(times, entries, strict=True):
-            taken.append(one(entry))
+            taken.append(one_pass(entry, rows, length))
     return [taken[1:] or taken for taken in times]
 
 

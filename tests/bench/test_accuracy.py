@@ -11,7 +11,6 @@ import torch
 from _rows import KEY, condense, summarize
 from safetensors.torch import load_file
 
-from sensibert import recipe
 from sensibert.training.checkpoints import partial_folder
 from tests import runs
 
@@ -25,7 +24,7 @@ def here(tmp_path, monkeypatch):
     runs.sentence_file(tmp_path / "toy" / "validation.csv", 40, seed=2)
     for name in ("RUNS", "ABLATION"):
         monkeypatch.setattr(bench, name, tmp_path / f"{name.lower()}.jsonl")
-    monkeypatch.setattr(recipe, "write_report", lambda *args: [])
+    monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     return tmp_path
 
 
