@@ -138,8 +138,8 @@ BAD = {
     "one label": ("train", [["joy"], []], "column 'labels' has only one class, 'joy'"),
     "lengths": (
         "train",
-        [[0, 0, 1], [0, 1]],
-        "row 2, column 'labels' holds 2 values, want 0 or 1 for each of the 3 labels",
+        [[0, 0, 1], [0, 1], [0, 0, 0]],
+        "row 2, column 'labels' holds 2 values, want 0 or 1 for each of 3 labels",
     ),
     "no label at all": ("train", [[], []], "column 'labels' has no labels at all"),
 }
@@ -191,7 +191,7 @@ def sentence_files(folder, labels, suffix=""):
 
 
 @pytest.mark.parametrize("labels, names", [((-1, 1), ["-1", "1"]), (("7.0", "0.0"), ["0", "7"])])
-def test_integers_of_any_values_are_classes(here, tmp_path, labels, names):
+def test_integers_of_any_values_are_classes_which_is_said(here, tmp_path, caplog, labels, names):
     sentence_files(tmp_path, labels)
     sentence_files(tmp_path, [int(float(label)) for label in labels], "-int")
     files = ("--train-file", tmp_path / "train.csv", "--validation-file", tmp_path / "dev-int.csv")
@@ -199,6 +199,7 @@ def test_integers_of_any_values_are_classes(here, tmp_path, labels, names):
     assert done.code == 0 and done.json["metrics"]["accuracy"] > 0.9, done.err
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert list(config["id2label"].values()) == names
+    assert any(f"'label' are the integers {', '.join(names)}" in message for message in caplog.messages)
     for file in ("dev.csv", "dev-int.csv"):
         assert scored(tmp_path / "out", "--validation-file", tmp_path / file)["metrics"] == done.json["metrics"]
 
