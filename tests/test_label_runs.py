@@ -156,6 +156,14 @@ def test_bad_lists_are_refused_before_anything_is_encoded(here, tmp_path, monkey
         refused(f"bad.jsonl: {message}", "finetune", "--model", here / "model", *given)
 
 
+def test_names_of_positions_give_lists_of_0_and_1_their_order(here, small, tmp_path):
+    lines = runs.labelled(48, seed=2)
+    rows = [{"text": text, "labels": [float(name in labels) for name in NAMES[::-1]]} for text, labels in lines]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scored(small[0], "--validation-file", tmp_path / "dev.jsonl", "--label-names", ",".join(NAMES[::-1]))
+    assert found["metrics"] == small[1]["metrics"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
