@@ -132,6 +132,8 @@ def outlined(options: Options, train: Examples) -> TaskData:
     if said and options.task not in PRESETS and has_one_logit(config, len(names), task.name, train, options):
         return replace(TaskData.outlined("regression", train, *columns), one_logit=True)
     data = TaskData.outlined(task.name, train, *columns, [] if classes.generic(names) else names)
+    if classes.positions_of(names, data.label_names) is None:
+        _tell_integers(data.label_names, train, columns_of(task, train, *columns)[1])
     if len(names) != len(data.label_names):  # `load_model` makes a new head
         return replace(data, own_names=data.label_names)
     ordered = classes.in_order_of(names, data.label_names, options.model, train.name)
@@ -139,6 +141,13 @@ def outlined(options: Options, train: Examples) -> TaskData:
         message = "model: %s numbers its %d classes; they are taken as %s, in this order"
         logging.getLogger("sensibert").warning(message, options.model, len(names), ", ".join(ordered))
     return replace(data, label_names=ordered, own_names=data.label_names)
+
+
+def _tell_integers(names: list[str], train: Examples, label: str) -> None:
+    """Warn of classes that are integers other than 0 to n-1: one of them may stand for a missing label."""
+    if names and not classes.generic(names) and all(classes.whole(name) is not None for name in names):
+        message = "%s: the classes in column '%s' are the integers %s"
+        logging.getLogger("sensibert").warning(message, train.name, label, classes.listed(names))
 
 
 def has_one_logit(config: PreTrainedConfig, outputs: int, task: str, examples: Examples, options: Options) -> bool:

@@ -138,8 +138,8 @@ BAD = {
     "one label": ("train", [["joy"], []], "column 'labels' has only one class, 'joy'"),
     "lengths": (
         "train",
-        [[0, 0, 1], [0, 1]],
-        "row 2, column 'labels' holds 2 values, want 0 or 1 for each of the 3 labels",
+        [[0, 0, 1], [0, 1], [0, 0, 0]],
+        "row 2, column 'labels' holds 2 values, want 0 or 1 for each of 3 labels",
     ),
     "no label at all": ("train", [[], []], "column 'labels' has no labels at all"),
 }
@@ -154,6 +154,14 @@ def test_bad_lists_are_refused_before_anything_is_encoded(here, tmp_path, monkey
     with untouched(tmp_path):
         given = ("--train-file", files["train"], "--validation-file", files["dev"], "--output", tmp_path / "out")
         refused(f"bad.jsonl: {message}", "finetune", "--model", here / "model", *given)
+
+
+def test_names_of_positions_give_lists_of_0_and_1_their_order(here, small, tmp_path):
+    lines = runs.labelled(48, seed=2)
+    rows = [{"text": text, "labels": [float(name in labels) for name in NAMES[::-1]]} for text, labels in lines]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scored(small[0], "--validation-file", tmp_path / "dev.jsonl", "--label-names", ",".join(NAMES[::-1]))
+    assert found["metrics"] == small[1]["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,7 @@ def sentence_files(folder, labels, suffix=""):
 
 
 @pytest.mark.parametrize("labels, names", [((-1, 1), ["-1", "1"]), (("7.0", "0.0"), ["0", "7"])])
-def test_integers_of_any_values_are_classes(here, tmp_path, labels, names):
+def test_integers_of_any_values_are_classes_which_is_said(here, tmp_path, caplog, labels, names):
     sentence_files(tmp_path, labels)
     sentence_files(tmp_path, [int(float(label)) for label in labels], "-int")
     files = ("--train-file", tmp_path / "train.csv", "--validation-file", tmp_path / "dev-int.csv")
@@ -199,6 +207,7 @@ def test_integers_of_any_values_are_classes(here, tmp_path, labels, names):
     assert done.code == 0 and done.json["metrics"]["accuracy"] > 0.9, done.err
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert list(config["id2label"].values()) == names
+    assert any(f"'label' are the integers {', '.join(names)}" in message for message in caplog.messages)
     for file in ("dev.csv", "dev-int.csv"):
         assert scored(tmp_path / "out", "--validation-file", tmp_path / file)["metrics"] == done.json["metrics"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import SensibertError
 from .labels import Cell, Column, show
+from .tasks import MULTI_LABEL
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -44,7 +45,7 @@ def _kind_of(column: Column, row: int, value: Any) -> str:
     if isinstance(value, float):
         return "number" if math.isfinite(value) else "not finite"
     if not isinstance(value, str):
-        more = " (several labels a row: task multi-label-classification)" if isinstance(value, list) else ""
+        more = f" (several labels a row: task {MULTI_LABEL})" if isinstance(value, list) else ""
         raise column.error(row, f"is {show(value)}, want an integer, a number or a name{more}")
     text = value.strip()
     patterns = {"integer": INTEGER, "number": NUMBER, "not finite": NOT_FINITE}

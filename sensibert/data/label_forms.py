@@ -73,9 +73,9 @@ def _named_already(examples: Examples, label: str, names: Sequence[str]) -> Sens
 def _renamed(task: Task, examples: Examples, label: str, name_of: dict[int, str]) -> Examples:
     column = Column.of(examples, label)
 
-    def name(row: int, value: Any) -> str:
+    def name(row: int, value: Any) -> Any:
         number = classes.whole(value)
-        if number is None and value in name_of.values():
+        if number is None:  # a name, or nothing that is a label
             return value
         if number not in name_of:
             known = classes.listed(map(str, name_of))

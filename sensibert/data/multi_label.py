@@ -79,14 +79,18 @@ def _list(column: Column, row: int, value: Any) -> list:
 def _width(column: Column, rows: list[list], count: int | None) -> int | None:
     """The common length of lists of 0 and 1, a value for each label; None for lists of labels.
 
-    A list with a value twice is no list of labels."""
-    if any(classes.whole(value) not in (0, 1) for row in rows for value in row):
+    A list with a value twice is no list of labels. SensibertError for lists that may be either, and for such lists of
+    different lengths."""
+    bits = [[classes.whole(value) for value in row] for row in rows]
+    if any(value not in (0, 1) for row in bits for value in row):
         return None
-    lengths, twice = {len(row) for row in rows}, any(len({*map(classes.whole, row)}) < len(row) for row in rows)
-    if len(lengths) > 1 and twice:
-        usual = len(rows[0]) if count is None else count
-        row = next(row for row, found in enumerate(rows) if len(found) != usual)
-        of = ", as in row 1" if count is None else ""
-        raise column.error(row, f"holds {len(rows[row])} values, want 0 or 1 for each of the {usual} labels{of}")
+    lengths, twice = {len(row) for row in bits}, any(len(set(row)) < len(row) for row in bits)
+    if len(lengths) > 1 and (twice or (count in (None, 2) and [1, 0] in bits)):
+        usual = max(lengths, key=[*map(len, bits)].count) if count is None else count
+        row = next(row for row, found in enumerate(bits) if len(found) != usual)
+        wanted = (
+            f"0 or 1 for each of {usual} labels, as in other rows" if count is None else f"{usual}, one for each label"
+        )
+        raise column.error(row, f"holds {len(bits[row])} values, want {wanted}")
     width = lengths.pop() if len(lengths) == 1 else 0
     return width if width > 1 and (twice or count in (None, width)) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.artifacts import Sensitivity
 from ..core.text import share
+from ..data.tasks import MULTI_LABEL
 from .history import Moment
 from .page_plots import curves, run
 from .plots import role
@@ -221,8 +222,9 @@ def _use(facts: Mapping[str, Any]) -> str:
         "from transformers import pipeline" if facts.get("task") in PIPELINES else "from transformers import AutoModel",
     ]
     kind = PIPELINES.get(str(facts.get("task")))
+    more = ", top_k=None" if facts.get("task") == MULTI_LABEL else ""  # the scores of all labels
     lines.append(
-        f'model = pipeline("{kind}", "{folder}")' if kind else f'model = AutoModel.from_pretrained("{folder}")'
+        f'model = pipeline("{kind}", "{folder}"{more})' if kind else f'model = AutoModel.from_pretrained("{folder}")'
     )
     again = f"sensibert finetune --config {folder}/recipe.json --output again" if facts.get("steps") else ""
     warned = "".join(f"<li>{escape(text)}</li>" for text in facts.get("warnings") or ())
@@ -234,5 +236,5 @@ def _use(facts: Mapping[str, Any]) -> str:
 
 PIPELINES = {
     **{name: name for name in ("text-classification", "question-answering", "token-classification")},
-    **dict.fromkeys(("multi-label-classification", "regression"), "text-classification"),
+    **dict.fromkeys((MULTI_LABEL, "regression"), "text-classification"),
 }

@@ -82,10 +82,6 @@ REFUSED = {
         ("text-classification", [-1, 1], ("no", "yes"), [1, 0]),
         "dev.csv: row 2, column 'label' is 0 (int), want one of -1, 1, which label_names gives names to",
     ),
-    "other name": (
-        ("text-classification", [0, 1], ("no", "yes"), ["maybe"]),
-        "dev.csv: row 1, column 'label' is 'may",
-    ),
     "other length": (
         ("multi-label-classification", [[0, 1, 1], [0, 0, 0]], ("a", "b", "c"), [[0, 0, 0, 1]]),
         "dev.csv: column 'label' holds lists of 4 values, want one for each of the 3 labels (a, b, c)",

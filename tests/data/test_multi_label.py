@@ -72,9 +72,10 @@ BAD = {
     "nan": ([[1, float("nan")]], "row 1, column 'labels' holds nan (float), want names or integers"),
     "fraction as text": ([["1"], ["0.5"]], "row 2, column 'labels' is '0.5' (str), want an integer or a name"),
     "shorter": (
-        [[1, 1, 0], [0, 0]],
-        "row 2, column 'labels' holds 2 values, want 0 or 1 for each of the 3 labels, as in",
+        [[1, 1], [0, 0, 1], [1, 0, 0]],
+        "row 1, column 'labels' holds 2 values, want 0 or 1 for each of 3 labels, as in other rows",
     ),
+    "of two labels": ([[1, 0], [0, 1], [1]], "row 3, column 'labels' holds 1 values, want 0 or 1 for each of 2 labels"),
     "one label": ([["a"], [], ["a"]], "column 'labels' has only one class, 'a' (str): want at least two"),
     "no label": ([[], []], "column 'labels' has no labels at all: want at least two"),
 }
@@ -93,9 +94,7 @@ def test_lists_of_another_length_than_the_labels_of_the_model_are_named():
         SensibertError, match=r"'labels' holds lists of 3 values, want one for each of the 2 labels \(x"
     ):
         read([0, 1, 1], [0, 0, 0], names=["x", "y"])
-    with pytest.raises(
-        SensibertError, match="row 1, column 'labels' holds 2 values, want 0 or 1 for each of the 3 labels$"
-    ):
+    with pytest.raises(SensibertError, match="row 1, column 'labels' holds 2 values, want 3, one for each label"):
         LabelLists.of(column([1, 1], [0, 0, 1]), 3)
 
 

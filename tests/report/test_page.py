@@ -64,6 +64,13 @@ def test_a_page_has_the_numbers_of_the_run_and_fetches_nothing():
     assert widths[:3] == [75, 50, 0]
 
 
+def test_a_page_asks_a_model_of_several_labels_for_all_of_them():
+    assert (
+        'pipeline("text-classification", "runs/<small>", top_k=None)'
+        in read(page(facts(task="multi-label-classification")))[1]
+    )
+
+
 def test_tensors_and_curves_are_drawn_where_a_sensitivity_has_them():
     scores = ranked(layout_of(tiny_model()))
     reader, text = read(page(facts(), scores))

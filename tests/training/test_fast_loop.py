@@ -34,6 +34,8 @@ def rows(count=40, kind="classes", seed=0):
     lengths = np.random.default_rng(seed).integers(3, 10, count)
     if kind == "classes":
         return features(lengths, labels=np.arange(count) % 2)
+    if kind == "labels":
+        return features(lengths, labels=np.random.default_rng(1).integers(0, 2, (count, 2)).astype(np.float64))
     if kind == "answers":
         return features(lengths, start_positions=np.arange(count) % 3, end_positions=np.arange(count) % 3)
     data = features(lengths)
@@ -72,7 +74,10 @@ def losses(trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("changed", [{}, {"gradient_accumulation_steps": 3}, {"max_grad_norm": 0.0}], ids=str)
-@pytest.mark.parametrize("kind, head", [("classes", "SequenceClassification"), ("tokens", "TokenClassification")])
+@pytest.mark.parametrize(
+    "kind, head",
+    [("classes", "SequenceClassification"), ("labels", "SequenceClassification"), ("tokens", "TokenClassification")],
+)
 def test_weights_logs_and_state_are_those_of_padded_batches(tmp_path, same_order, kind, head, changed):
     trainers = []
     for packing in ("off", "on"):
@@ -80,7 +85,7 @@ def test_weights_logs_and_state_are_those_of_padded_batches(tmp_path, same_order
         trainers.append(train(tmp_path / packing, model, rows(42, kind), packing, **changed))
     padded, packed = trainers
     assert isinstance(packed, FastTrainer) and not isinstance(padded, FastTrainer)
-    if kind == "classes" or not changed.get("gradient_accumulation_steps"):  # Trainer weighs batches, not tokens
+    if kind != "tokens" or not changed.get("gradient_accumulation_steps"):  # Trainer weighs batches, not tokens
         assert_same_weights(padded.model, packed.model)
         assert losses(padded) == pytest.approx(losses(packed))
     for name in ("global_step", "epoch", "num_input_tokens_seen", "max_steps"):
@@ -93,10 +98,12 @@ def trimming():
     return TrimCallback(TrimConfig("50%params", samples=16, width_multiple=4))
 
 
-def test_weights_are_the_same_through_a_cut(tmp_path, same_order):
-    models = [tiny_model().double() for _ in range(2)]
+@pytest.mark.parametrize("kind", ["classes", "labels"])
+def test_weights_are_the_same_through_a_cut_and_with_a_teacher(tmp_path, same_order, kind):
+    models, teacher = [tiny_model().double() for _ in range(2)], tiny_model(seed=5).double()
     for packing, model in zip(("off", "on"), models, strict=True):
-        train(tmp_path / packing, model, rows(), packing, [trimming()])
+        train(tmp_path / packing, model, rows(kind=kind), packing, [trimming()], teacher=lambda: teacher)
+        assert model.config.problem_type == f"{'multi' if kind == 'labels' else 'single'}_label_classification"
     assert layout_of(models[0]).encoder_params < layout_of(tiny_model()).encoder_params
     assert_same_weights(*models, tolerance=1e-7)
 
