@@ -1,8 +1,9 @@
 """The smallest model that keeps a fraction of the baseline's score (`--keep 99%`).
 
-Bisection over budgets, with short recoveries from one warm-up and one analysis, compares with an equally short baseline
-on one half of the validation rows. The whole recovery of the chosen budget is checked on the other half; if it is below
-the floor, the next larger budget that held in the search is recovered.
+Bisection over budgets, with short recoveries from one warm-up and one analysis, compares them on one half of the
+validation rows with an equally short recovery at 100 %, which isolates what trimming costs from what steps cost. The
+whole recovery of the chosen budget is compared with the baseline on the other half; if it is below the floor, larger
+budgets follow.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .branches import Branches, Shortened, Trained, add_baseline, add_seconds, as_baseline
+from .branches import Branches, Shortened, Trained, add_baseline, add_seconds
 from .core import cost
 from .core.budget import Budget
-from .core.config import BASELINE
 from .core.errors import SensibertError
 from .core.layout import Layout
 from .data.row_sums import RESAMPLES, RowSums, bootstrap, interval, row_sums
@@ -81,7 +81,7 @@ class Search:
         """The model; `keep` in its result tells how it was found. SensibertError if no budget below 100 % holds the
         floor."""
         baseline = self.branches.baseline(self._noted)
-        reference = self._short(BASELINE, baseline["steps"])
+        reference = self._short(100, baseline["steps"])
         for percent in self._candidates(reference, baseline["steps"]):
             name, begun = f"whole-{percent}", time.perf_counter()
             if (known := self.branches.finished(name)) is not None:  # by an interrupted run: it was below the floor
@@ -102,7 +102,8 @@ class Search:
                 add_seconds(trained.result, "search", searched)
                 return trained
             self.branches.finish(name, self.tried[-1])
-        best = max(self.tried, key=lambda row: row["of_baseline"])
+        whole = [row for row in self.tried if row["recovery"] == "whole"]
+        best = max(whole or self.tried, key=lambda row: row["of_baseline"])
         raise SensibertError(
             f"keep: no budget below 100 % keeps {100 * self.floor:g} % of the {self.data.main_metric} of the baseline; "
             f"the best of {len(self.tried)} was {best['budget']} with {100 * best['of_baseline']:.1f} % "
@@ -110,11 +111,12 @@ class Search:
         )
 
     def _candidates(self, reference: dict[str, Any], steps: int) -> Iterator[int]:
-        """Percentages that held in the search, the smallest first."""
+        """Percentages to recover in full, the smallest first: those that held in the search, then halfway to 100, and
+        so on."""
         low, high, held = self._smallest() - 1, 100, []
         while high - low > 1:
             percent = (low + high) // 2
-            found = self._short(str(percent), steps)
+            found = self._short(percent, steps)
             score, of = (float(_sums(each).part(self.choosing).score()) for each in (found, reference))
             ratio = score / of if of else 0.0
             self._note(percent, "short", score, ratio, found["seconds"])
@@ -124,6 +126,10 @@ class Search:
             else:
                 low = percent
         yield from sorted(held)
+        last = max(held, default=low)
+        while last < 99:
+            last = (last + 101) // 2
+            yield last
 
     def _smallest(self) -> int:
         """The least percentage that the model can be trimmed to."""
@@ -139,14 +145,13 @@ class Search:
     def _member(self, percent: int) -> Options:
         return member(self.branches.options, Budget(percent / 100, "params", True, self.branches.options.trim.scope))
 
-    def _short(self, name: str, steps: int) -> dict[str, Any]:
-        """The outcome of a short recovery at a percentage, or without trimming. steps: of the whole run."""
-        branch = f"short-{name}"
+    def _short(self, percent: int, steps: int) -> dict[str, Any]:
+        """The outcome of a short recovery. steps: of the whole run."""
+        branch = f"short-{percent}"
         if (known := self.branches.finished(branch)) is not None:
             return known
-        options = as_baseline(self.branches.options) if name == BASELINE else self._member(int(name))
         begun, short = time.perf_counter(), partial(Shortened, steps=steps)
-        found = self._noted(self.branches.run(branch, shortened(options, steps), short))
+        found = self._noted(self.branches.run(branch, shortened(self._member(percent), steps), short))
         return self.branches.finish(branch, found | {"seconds": time.perf_counter() - begun})
 
     def _noted(self, trained: Trained) -> dict[str, Any]:

@@ -164,3 +164,15 @@ def test_a_floor_that_cannot_be_checked_is_refused_before_anything_is_trained(
     with pytest.raises(SensibertError, match=message):
         finetune_and_trim(options(here, tmp_path / "out", **{"keep": "90%", "max_steps": 6, **changed}))
     assert steps == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "holds_from, wanted", [(43, [43, 50, 75, 88, 94, 97, 99]), (99, [99]), (100, []), (1, [1, 3, 6, 12, 25, 50, 75])]
+)
+def test_larger_budgets_follow_those_that_held(monkeypatch, holds_from, wanted):
+    search = Search.__new__(Search)
+    search.tried, search.floor, search.choosing = [], 0.9, np.arange(4)
+    outcome = lambda percent: {"sums": [[float(percent >= holds_from), 1.0]] * 4, "seconds": 1.0}  # noqa: E731
+    monkeypatch.setattr(Search, "_short", lambda self, percent, steps: outcome(percent))
+    monkeypatch.setattr(Search, "_smallest", lambda self: 1)
+    assert list(search._candidates(outcome(100), 9))[: len(wanted)] == wanted
