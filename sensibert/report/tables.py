@@ -9,7 +9,7 @@ from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
-from .progress import LABELS
+from .phase import LABELS
 
 THROUGHPUT = {"tokens_per_s": "tokens a second", "ops_per_step": "ops a step", "peak_memory_gb": "peak memory, GB"}
 
