@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-LABELS = {"warm": "warm-up"}  # of phases that are not called by their name
 Progress = Callable[[str, int, int | None], None]  # (phase, done, of all; None if that is not known)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
-from ..core.progress import LABELS
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
+from .phase import LABELS
 
 THROUGHPUT = {"tokens_per_s": "tokens a second", "ops_per_step": "ops a step", "peak_memory_gb": "peak memory, GB"}
 

@@ -7,8 +7,9 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from sensibert.core.logs import LOGGER
-from sensibert.report import progress
-from sensibert.report.progress import Display, Lines, clock, display
+from sensibert.report import phase, progress
+from sensibert.report.phase import clock
+from sensibert.report.progress import Display, Lines, display
 
 
 @pytest.fixture
@@ -63,11 +64,11 @@ def test_an_evaluation_between_two_steps_is_one_line_of_their_phase(lines):
 
 def test_the_time_of_such_an_evaluation_is_not_that_of_the_training(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(phase.time, "perf_counter", lambda: now[0])
     shown = Display()
-    for phase, done, second in (("recover", 0, 0), ("recover", 1, 2), ("evaluate", 0, 2), ("recover", 2, 9)):
+    for name, done, second in (("recover", 0, 0), ("recover", 1, 2), ("evaluate", 0, 2), ("recover", 2, 9)):
         now[0] = float(second)
-        shown(phase, done, 4)
+        shown(name, done, 4)
     assert shown.phase.seconds() == 2 and shown.phase.left() == 2
 
 
