@@ -179,7 +179,7 @@ def record(
     row = {"bench": bench, "case": case, "metric": metric, "value": round(value, 4), "unit": unit, "rival": rival}
     row |= {"rival_value": None if rival_value is None else round(rival_value, 4), "ratio": None}
     if rival_value is not None:
-        row["ratio"] = round(rival_value / value if unit in ("us", "ms", "s") else value / rival_value, 3)
+        row["ratio"] = round(rival_value / value if unit in ("us", "ms", "s", "MB") else value / rival_value, 3)
     row |= machine()
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{bench}.jsonl").open("a") as file:
