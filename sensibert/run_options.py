@@ -263,8 +263,9 @@ class Options:
         if self.budgets is None:
             return []
         budgets = parse_budgets(self.budgets, self.trim.scope, self.trim.flops_length)
-        for budget in budgets:
-            budget.check_grid(block_size_of(self.trim.grid))
+        if (block_size := block_size_of(self.trim.grid)) is not None:
+            for budget in budgets:
+                budget.check_grid(block_size == 1)
         return budgets
 
     def floor(self) -> float:

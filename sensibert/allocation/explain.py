@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..core.arguments import checked
 from ..core.artifacts import BlockPlan, Plan, Sensitivity
-from ..core.cost import element_cost, spent
+from ..core.cost import counts_of, element_cost, spent
 from ..core.errors import SensibertError
 from ..core.layout import Site
 from ..core.text import share
 from .allocate import RANKED_BY_SCORE, limit, ranks_of, threshold_counts
 
+KINDS = {"params": "parameters", "flops": "FLOPs"}
 WORDS = {"head": ("attention", "head", "heads"), "ffn": ("FFN", "neuron", "neurons")}
 
 
@@ -28,25 +29,35 @@ def explain(plan: Plan, sensitivity: Sensitivity) -> str:
     if sensitivity.layout.sites != plan.layout.sites or sensitivity.grid != grid:
         raise SensibertError("explain: sensitivity is of another model or grid than the plan, want that of the plan")
     before = spent(plan.layout, {site.name: site.units for site in plan.layout.sites}, plan.budget)
-    after = plan.params if plan.budget.kind == "params" else plan.flops
-    kind = {"params": "parameters", "flops": "FLOPs"}[plan.budget.kind]
-    title = (
-        f"{plan.budget} of the {plan.budget.scope}: {after:,} of {before:,} {kind} are left ({share(after, before)})."
-    )
+    after, named = _cost(plan), f"{plan.budget} of the {plan.budget.scope}"
+    if plan.budget.measured:
+        title = f"{named}: {plan.budget.amount(after)} of {plan.budget.amount(before)} ({share(after, before)})."
+    else:
+        title = f"{named}: {after:,} of {before:,} {KINDS[plan.budget.kind]} are left ({share(after, before)})."
     lines = _of_blocks(plan, sensitivity) if isinstance(plan, BlockPlan) else _of_units(plan, sensitivity)
     return "\n".join([title, *lines])
+
+
+def _cost(plan: Plan) -> int:
+    """Of what is kept, in the unit of the budget."""
+    if plan.budget.measured:
+        return spent(plan.layout, counts_of(plan.layout, plan.keep), plan.budget)
+    return plan.params if plan.budget.kind == "params" else plan.flops
 
 
 def _of_units(plan: Plan, sensitivity: Sensitivity) -> list[str]:
     layout, budget = plan.layout, plan.budget
     ranks = ranks_of(sensitivity, budget)
-    smallest = {site.name: site.minimum for site in layout.sites}
-    counts = threshold_counts(layout, ranks, budget, limit(layout, budget) - spent(layout, smallest, budget))
-    taken = [ranks[s.name].sort(descending=True)[0][s.minimum : counts[s.name]] for s in layout.sites]
-    scores = torch.cat(taken)
     lines = [f"Scores are those of {sensitivity.statistic}, {_per(sensitivity, plan)}."]
-    if len(scores):
-        lines.append(f"The threshold that spends this budget, before rounding, is {float(scores.min()):.3e}.")
+    counts = counts_of(layout, plan.keep)
+    if budget.measured:
+        lines.append("Costs are measured, and the plan has the largest sum of scores that fits.")
+    else:
+        smallest = {site.name: site.minimum for site in layout.sites}
+        counts = threshold_counts(layout, ranks, budget, limit(layout, budget) - spent(layout, smallest, budget))
+        taken = [ranks[s.name].sort(descending=True)[0][s.minimum : counts[s.name]] for s in layout.sites]
+        if len(scores := torch.cat(taken)):
+            lines.append(f"The threshold that spends this budget, before rounding, is {float(scores.min()):.3e}.")
     multiple = _width_multiple(plan)
     for site in layout.sites:
         keep, part = plan.keep[site.name].cpu(), WORDS[site.kind][0]
@@ -77,7 +88,7 @@ def _of_blocks(plan: BlockPlan, sensitivity: Sensitivity) -> list[str]:
 def _per(sensitivity: Sensitivity, plan: Plan) -> str:
     if sensitivity.statistic in RANKED_BY_SCORE:
         return "whatever they cost"
-    return f"divided by their {'parameters' if plan.budget.kind == 'params' else 'FLOPs'}"
+    return f"divided by their {'mean cost' if plan.budget.measured else KINDS[plan.budget.kind]}"
 
 
 def _kept(site: Site, count: int) -> str:

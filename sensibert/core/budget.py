@@ -86,12 +86,11 @@ class Budget:
             return f"{self.in_unit(cost):.4g} {MEASURED[self.kind]}"
         return f"{cost:,.0f} {self.kind}"
 
-    def check_grid(self, block_size: int | None) -> None:
-        """SensibertError for FLOPs on a grid of single elements, or measured costs on any grid. block_size: None
-        without a grid."""
-        if self.measured and block_size is not None:
+    def check_grid(self, elements: bool) -> None:
+        """SensibertError for a budget that masks cannot meet: of measured costs, or of FLOPs on a grid of elements."""
+        if self.measured:
             raise SensibertError(f"budget: {self}, but masked weights cost what they did, want grid unit")
-        if self.kind == "flops" and block_size == 1:
+        if self.kind == "flops" and elements:
             raise SensibertError(f"budget: {self}, but no kernel skips single elements, want params for grid element")
 
     def __str__(self) -> str:

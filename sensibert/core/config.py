@@ -138,7 +138,7 @@ class TrimConfig:
         budget, block_size = self.parsed_budget(), block_size_of(self.grid)
         if block_size is None or self.method == BASELINE:
             return
-        budget.check_grid(block_size)
+        budget.check_grid(block_size == 1)
         units_only = self.method is not None and STATISTICS[self.method].units_only
         for name, wrong in {
             "allocation": self.allocation == "exact",

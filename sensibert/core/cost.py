@@ -160,7 +160,8 @@ def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """The budget as an absolute number for this layout, rounded down; SensibertError if the smallest model exceeds it.
 
     grid: the blocks that are masked; None: whole units are removed."""
-    budget.check_grid(None if grid is None else 1 if grid == Grid.element() else grid.block_rows)
+    if grid is not None:
+        budget.check_grid(grid == Grid.element())
     whole = spent(layout, counts_of(layout), budget)
     if grid is None:
         smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)

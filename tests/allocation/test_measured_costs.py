@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sensibert.allocation import allocate
+from sensibert.allocation import allocate, explain
 from sensibert.core.artifacts import Plan, Sensitivity
 from sensibert.core.budget import Budget
 from sensibert.core.cost import counts_of, encoder_left, spent
@@ -99,3 +99,11 @@ def test_a_plan_keeps_its_table_in_its_file(tmp_path):
     plan = allocate(sensitivity(), Budget(3000, "latency", table=TABLE))
     plan.save(tmp_path / "plan.safetensors")
     assert Plan.load(tmp_path / "plan.safetensors").budget == plan.budget
+
+
+def test_a_plan_of_measured_costs_is_explained():
+    plan = allocate(sensitivity(), Budget(3000, "latency", table=TABLE))
+    text = explain(plan, sensitivity())
+    cost = spent(layout(), counts_of(layout(), plan.keep), plan.budget)
+    assert text.startswith(f"3ms of the model: {cost / 1e3:.4g} ms of 4.8 ms (")
+    assert "divided by their mean cost" in text and "Costs are measured" in text and "threshold" not in text
