@@ -192,10 +192,11 @@ def plan(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert plan --sensitivity scores.safetensors --budget 9Mparams --dry-run
     """
     config, dry_run = _options(values, output="").trim, values["dry_run"]
+    from .allocation import explain
     from .planning import plan_file
 
-    result, made, why = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
-    explained = f"\n\n{why}" if values["why"] else ""
+    result, made, scores = plan_file(values["sensitivity"], values["output"], config, values["overwrite"], dry_run)
+    explained = f"\n\n{explain(made, scores)}" if values["why"] else ""
     _print(values["as_json"], result, f"{made.table()}{explained}\n\n{_sizes(result)}{_written(result)}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from .allocation.allocate import allocate
-from .allocation.explain import explain
 from .core import cost
 from .core.artifacts import BlockPlan, Plan, Sensitivity
 from .core.config import TrimConfig, grid_name
@@ -16,9 +15,9 @@ from .core.output_paths import check_file
 
 def plan_file(
     sensitivity: str, output: str | None, config: TrimConfig, overwrite: bool, dry_run: bool
-) -> tuple[dict, Plan, str]:
+) -> tuple[dict, Plan, Sensitivity]:
     """Plan for config's budget from a sensitivity file, and write it to output. Returns (facts for `--json`, the plan,
-    its explanation)."""
+    the scores)."""
     if output is None and not dry_run:
         raise SensibertError("output is missing, want a file to write, or --dry-run")
     if output is not None:
@@ -31,7 +30,7 @@ def plan_file(
     if output is not None and not dry_run:
         with writing(output):
             plan.save(output)
-    return {**plan_result(plan), "output": None if dry_run else output}, plan, explain(plan, scores)
+    return {**plan_result(plan), "output": None if dry_run else output}, plan, scores
 
 
 def plan_result(plan: Plan) -> dict:

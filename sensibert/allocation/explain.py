@@ -66,7 +66,7 @@ def _of_units(plan: Plan, sensitivity: Sensitivity) -> list[str]:
         gone = site.units - int(keep.sum())
         if gone and site.name in sensitivity.curves:
             rise = sensitivity.predicted_rise(site.name, gone)
-            words.append(f"Alone, this changes the loss by {rise:+.1e} before any recovery.")
+            words.append(f"Alone, this is predicted to change the loss by {rise:+.1e}.")
         lines.append(" ".join(filter(None, words)))
     return lines
 

@@ -91,7 +91,7 @@ def test_with_curves_the_change_of_the_loss_is_told(layout):
     curves = {site.name: [(0, 0.0), (site.units, 0.5)] for site in layout.sites}
     scores = scored(layout, curves=curves)
     text = explain(plan_of(layout, [4, 64, 2, 64]), scores)
-    assert line(text, "layer 1, attention").endswith("Alone, this changes the loss by +2.5e-01 before any recovery.")
+    assert line(text, "layer 1, attention").endswith("Alone, this is predicted to change the loss by +2.5e-01.")
     assert "Alone" not in line(text, "layer 0, attention")
 
 

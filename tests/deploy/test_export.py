@@ -9,6 +9,7 @@ import torch
 
 from sensibert.allocation import allocate
 from sensibert.core.errors import SensibertError
+from sensibert.core.export_options import RUNTIME_NAMES
 from sensibert.core.grid import Grid
 from sensibert.deploy import RUNTIMES, export_graph, graphs
 from sensibert.models import layout_of
@@ -217,6 +218,10 @@ def test_a_folder_of_sentence_transformers_keeps_its_modules_and_is_scored(tmp_p
     assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
     assert json.loads((out / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
     assert (out / "sentence_bert_config.json").exists() and (out / "tokenizer.json").exists()
+
+
+def test_the_runtimes_that_can_be_asked_for_are_those_that_there_are():
+    assert tuple(RUNTIMES) == RUNTIME_NAMES  # a copy that needs no torch
 
 
 @pytest.mark.parametrize(
