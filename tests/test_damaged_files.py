@@ -346,6 +346,40 @@ def test_modules_of_sentence_transformers(place, data):
         read_pooling(str(folder))
 
 
+@pytest.fixture(scope="module")
+def whole(place):
+    runs.sentence_file(place / "dev.csv", 8)
+    return Path(runs.model_folder(place / "whole", head="SequenceClassification", num_labels=2))
+
+
+@SLOW
+@given(data=st.data())
+def test_a_model_folder(whole, data):
+    """Weights, tokenizer and config: errors of transformers and its libraries come out as ours."""
+    file = whole / data.draw(st.sampled_from(sorted(path.name for path in whole.iterdir())))
+    good = file.read_bytes()
+    damaged = damaged_bytes(good)
+    if file.suffix == ".json" and data.draw(st.booleans()):
+        damaged = damaged_json(json.loads(good)).map(str.encode)
+    file.write_bytes(data.draw(damaged))
+    try:
+        one_line("eval", whole, "--validation-file", whole.parent / "dev.csv")
+    finally:
+        file.write_bytes(good)
+
+
+def test_lengths_that_are_no_numbers(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": {"x": 1}}))
+    message = "the tokenizer has model_max_length a dict, want a number"
+    refused(message, "eval", tmp_path / "m", "--validation-file", whole.parent / "dev.csv")
+    runs.embedding_folder(tmp_path / "e")
+    (tmp_path / "e" / "sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
+    with pytest.raises(SensibertError, match="sentence_bert_config.json has max_seq_length 'long', want a number of"):
+        read_pooling(str(tmp_path / "e"))
+
+
 YAML = (
     *(
         "2020-01-01",

@@ -17,6 +17,7 @@ from .errors import SensibertError
 P = ParamSpec("P")
 R = TypeVar("R")
 _PLAIN = (str, bytes, int, float, Path, type(None))
+_MOST_BITS = 200  # of a number that is written out
 _WORDS = {
     "str": "text",
     "int": "a whole number",
@@ -34,6 +35,8 @@ _WORDS = {
 
 def show(value: object) -> str:
     """A value for a message: plain ones as Python writes them, others by their type."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to write very large ones
     if isinstance(value, _PLAIN):
         text = repr(str(value) if isinstance(value, Path) else value)
         return text if len(text) <= 80 else f"{text[:77]}..."

@@ -50,9 +50,10 @@ def check_movable(output: Path) -> None:
             raise SensibertError(f"output: {output / name} is no folder, and one of that name may be written")
     if output.exists() and not _may_be_moved(output):
         raise SensibertError(f"output: {output} belongs to another user, who alone may move it; want another folder")
+    mounts = _mounts()
     for folder, inside, _ in os.walk(output):
         for path in (os.path.join(folder, name) for name in inside):
-            if is_mount(path):
+            if is_mount(path, mounts):
                 raise SensibertError(f"output: {path} is a mount point, want an output without one")
     if aside_of(output).exists() and not output.exists():
         raise SensibertError(
@@ -60,16 +61,22 @@ def check_movable(output: Path) -> None:
         )
 
 
-def is_mount(path: str | Path) -> bool:
-    """Whether something is mounted there, also a folder or file of the same disk, which Python alone does not see."""
-    if os.path.ismount(path):
-        return True
+def is_mount(path: str | Path, mounts: set[str] | None = None) -> bool:
+    """Whether something is mounted there, also a folder or file of the same disk, which Python alone does not see.
+    mounts: of `_mounts`, for many paths."""
+    folder, name = os.path.split(os.path.abspath(path))  # a link to a mount is none
+    return os.path.ismount(path) or os.path.join(os.path.realpath(folder), name) in (
+        _mounts() if mounts is None else mounts
+    )
+
+
+def _mounts() -> set[str]:
+    """Every path at which something is mounted; none on systems without /proc."""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:  # not on Linux
-        return False
-    at = os.path.realpath(path)
-    return any(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) == at for line in lines)
+    except OSError:
+        return set()
+    return {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines}
 
 
 def _may_be_moved(path: Path) -> bool:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 from .arguments import checked
 from .errors import SensibertError
-from .settings import AT_LEAST_ONE, FRACTION, POSITIVE, check, setting
+from .settings import FRACTION, POSITIVE, check, setting
 
 SHAPES = ("oneshot", "cubic")
 RECOVERIES = ("rewarm", "continue")
+MOST_CUTS = 10_000
 TRIM_START = 1 / 3
 REWARM_PEAK = 1.6  # times the peak learning rate
 SCHEDULE, RECOVERY = "Schedule", "Recovery after trimming"  # panels of the help
@@ -49,7 +50,9 @@ class Schedule:
         bound=FRACTION,
         was="trim_share",
     )
-    milestones: int = setting(6, "Number of cuts of a cubic schedule.", SCHEDULE, bound=AT_LEAST_ONE)
+    milestones: int = setting(
+        6, "Number of cuts of a cubic schedule.", SCHEDULE, bound=(lambda n: 1 <= n <= MOST_CUTS, f"1 to {MOST_CUTS}")
+    )
     warmup_ratio: float = setting(
         0.06,
         "Fraction of the steps in which the learning rate rises at the start.",

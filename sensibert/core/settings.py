@@ -11,13 +11,13 @@ from typing import Any
 
 from .arguments import fits, in_words, one_of, show
 from .errors import SensibertError
+from .json_text import BITS
 
 Bound = tuple[Callable[[Any], bool], str]  # (whether a value is valid, the valid range in words)
 POSITIVE: Bound = (lambda value: 0 < value < math.inf, "more than 0")
 NOT_NEGATIVE: Bound = (lambda value: 0 <= value < math.inf, "at least 0")
 FRACTION: Bound = (lambda value: 0 <= value < 1, "a fraction in [0, 1)")
 WEIGHT: Bound = (lambda value: 0 <= value <= 1, "a weight in [0, 1]")
-AT_LEAST_ONE: Bound = (lambda value: 1 <= value < math.inf, "at least 1")
 
 
 def setting(
@@ -77,5 +77,7 @@ def check(settings: Any) -> None:
             raise SensibertError(f"{label} is {show(value)}, {one_of(value, choices)}")
         if not fits(value, hints[name]):
             raise SensibertError(f"{label} is {show(value)}, want {in_words(hints[name])}")
+        if isinstance(value, int) and abs(value) >= 2**BITS:
+            raise SensibertError(f"{label} is {show(value)}, want at most {BITS} bits")
         if bound is not None and not bound[0](value):
             raise SensibertError(f"{label} is {value}, want {bound[1]}")

@@ -12,7 +12,7 @@ from ..core.errors import SensibertError, naming
 from ..models.pooling import Pooling
 from . import labels
 from .batching import Collator
-from .encode import Features, encode_text
+from .encode import Features, encode_text, most_tokens
 from .files import Examples
 from .labels import Column
 from .metrics import embedding_metrics, regression_metrics, unit
@@ -69,7 +69,7 @@ class EmbeddingData(TaskData):
         expected."""
         if tokenizer.pad_token_id is None:
             raise SensibertError(f"tokenizer {type(tokenizer).__name__} has no pad token")
-        max_length = max_length or pooling.max_length or min(tokenizer.model_max_length, LONGEST)
+        max_length = max_length or pooling.max_length or int(min(most_tokens(tokenizer), LONGEST))
 
         def encoded(texts: list[str], prompts: tuple[str, ...]) -> Features:
             texts = [prompts[i % len(prompts)] + text for i, text in enumerate(texts)]

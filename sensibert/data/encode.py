@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..core.arguments import show
 from ..core.errors import SensibertError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -184,11 +185,19 @@ def _cut(questions: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -
     return cut
 
 
+def most_tokens(tokenizer: PreTrainedTokenizerBase) -> float:
+    """The largest number of tokens that the tokenizer allows; SensibertError if its files have none."""
+    allowed: object = tokenizer.model_max_length
+    if isinstance(allowed, bool) or not isinstance(allowed, int | float):
+        raise SensibertError(f"the tokenizer has model_max_length {show(allowed)}, want a number")
+    return allowed
+
+
 def text_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: bool) -> int:
     """Tokens of max_length that are not special; SensibertError if none are left or the tokenizer allows fewer."""
     special = tokenizer.num_special_tokens_to_add(pair)
-    if not special + 1 < max_length <= tokenizer.model_max_length:
-        limit = min(tokenizer.model_max_length, 10**6)  # 'no limit' is 1e30
+    if not special + 1 < max_length <= (allowed := most_tokens(tokenizer)):
+        limit = min(allowed, 10**6)  # 'no limit' is 1e30
         raise SensibertError(f"max_length is {max_length}, want {special + 2} to {limit} with this tokenizer")
     return max_length - special
 

@@ -81,11 +81,16 @@ def read_pooling(source: str, argument: str = "model") -> Pooling:
     prompts = _prompts(_object(source, PROMPTS, argument) or {}, f"{argument}: {source}, {PROMPTS}")
     if prompts != ("",) and not pooling.get("include_prompt", True):
         raise SensibertError(f"{argument}: {source}, {path} has include_prompt false; want one that pools all tokens")
+    longest = (lengths or {}).get("max_seq_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise SensibertError(
+            f"{argument}: {source}, {LENGTHS} has max_seq_length {show(longest)}, want a number of tokens"
+        )
     return Pooling(
         _mode(pooling, f"{argument}: {source}, {path}"),
         "Normalize" in kinds,
         prompts,
-        (lengths or {}).get("max_seq_length"),
+        longest,
         bool((lengths or {}).get("do_lower_case")),
     )
 

@@ -111,3 +111,16 @@ def test_every_setting_says_what_it_is_and_every_list_of_choices_is_written_once
     choices = settings_of(TrimConfig)
     assert METHODS == (*STATISTICS, BASELINE) == choices["method"].metadata["choices"]
     assert choices["allocation"].metadata["choices"] is ALLOCATIONS
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TrimConfig(samples=10**25), "samples is 10000000000000000000000000, want at most 63 bits"),
+        (lambda: TrimConfig(samples=10**6000), "samples is a number of 19932 bits, want at most 63 bits"),
+        (lambda: Schedule("cubic", milestones=10**12), "milestones is 1000000000000, want 1 to 10000"),
+    ],
+)
+def test_a_number_that_nothing_could_count_to_is_refused(make, message):
+    with pytest.raises(SensibertError, match=message):
+        make()

@@ -1,6 +1,8 @@
-"""Tables that people read: aligned, with separators and shares."""
+"""Text that people read: aligned tables with separators and shares, and nothing that commands a terminal."""
 
-from sensibert.core.text import share, table
+import pytest
+
+from sensibert.core.text import printable, share, table
 
 
 def test_a_table_aligns_the_first_column_to_the_left_and_the_others_to_the_right():
@@ -22,3 +24,16 @@ def test_a_table_without_rows_is_its_header():
 
 def test_a_share_of_nothing_is_a_dash():
     assert (share(1, 4), share(0, 3), share(1, 0)) == ("25.0 %", "0.0 %", "-")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("plain text\twith a tab\nand a line", "plain text\twith a tab\nand a line"),
+        ("naïve 漢字 👍", "naïve 漢字 👍"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("a\u202eb\ud800\x9b", r"a\u202eb\ud800\x9b"),
+    ],
+)
+def test_characters_that_command_a_terminal_are_escapes(text, shown):
+    assert printable(text) == shown
