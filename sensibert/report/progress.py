@@ -141,7 +141,7 @@ class Lines(_Shown):
             self._tell(phase)
 
     def _tell(self, phase: Phase) -> None:
-        if time.perf_counter() - self._shown >= PACE:
+        if time.perf_counter() - self._shown >= PACE and phase.done != phase.total:
             left = phase.left()
             times = [f"{clock(phase.seconds())} elapsed", *([] if left is None else [f"{clock(left)} left"])]
             self.line(f"{phase.label:<9} {', '.join([*phase.details(), *times])}")

@@ -46,13 +46,15 @@ def test_between_them_lines_come_at_a_steady_pace(lines, monkeypatch):
     )
     monkeypatch.setattr(progress, "PACE", 1000)
     shown.note(loss="0.4")
-    shown("analyze", 0, 2)
+    shown("analyze", 0, 3)
     lines()
-    shown("analyze", 1, 2)
+    shown("analyze", 1, 3)
     assert lines() == []
     monkeypatch.setattr(progress, "PACE", 0)
-    shown("analyze", 2, 2)
-    assert lines()[0].startswith("analyze   2/2 micro-batches, ")
+    shown("analyze", 2, 3)
+    assert lines()[0].startswith("analyze   2/3 micro-batches, ")
+    shown("analyze", 3, 3)
+    assert lines() == []  # the line at its end follows
 
 
 def test_an_evaluation_between_two_steps_is_one_line_of_their_phase(lines):
