@@ -140,7 +140,7 @@ def against_untrimmed(model: PreTrainedModel, kind: type[PreTrainedModel], confi
     return {"latency": side_by_side({"before": untrimmed, "after": trimmed}), "mb_before": round(size / 1e6, 3)}
 
 
-def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 2) -> dict[str, Any]:
+def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 3) -> dict[str, Any]:
     """Median milliseconds of one forward pass of models in memory, in turn, as `measure` does; on the CPU.
 
     Returns {"threads", "length", and for each of BATCHES "batch_<rows>_ms": {name: milliseconds}}. limit_s: seconds a

@@ -1,7 +1,8 @@
 """The display of a run on standard error: its phases, and how far each of them is.
 
 On a terminal the present phase is one line that moves, and every finished phase stays as a line above it. Elsewhere
-lines are written at the begin and the end of a phase, and in between at most every PACE seconds.
+lines are written at the begin and the end of a phase, and in between at most every PACE seconds: those of a training
+when the Trainer logs.
 """
 
 from __future__ import annotations
@@ -130,8 +131,17 @@ class Lines(_Shown):
         steps = f" steps {phase.first + 1:,} to {phase.total:,}" if phase.name in TRAINING else ""
         self.line(f"{phase.label} ...{steps}")
 
+    def note(self, **facts: str) -> None:
+        super().note(**facts)
+        if self.phase is not None:
+            self._tell(self.phase)
+
     def moved(self, phase: Phase) -> None:
-        if time.perf_counter() - self._shown >= PACE:
+        if phase.name not in TRAINING:  # steps are told when they are logged
+            self._tell(phase)
+
+    def _tell(self, phase: Phase) -> None:
+        if time.perf_counter() - self._shown >= PACE and phase.done != phase.total:
             left = phase.left()
             times = [f"{clock(phase.seconds())} elapsed", *([] if left is None else [f"{clock(left)} left"])]
             self.line(f"{phase.label:<9} {', '.join([*phase.details(), *times])}")

@@ -38,11 +38,23 @@ def test_between_them_lines_come_at_a_steady_pace(lines, monkeypatch):
     shown = Lines()
     shown("recover", 10, 30)
     shown("recover", 20, 30)
-    line = lines()[-1]
-    assert re.fullmatch(r"recover   20/30 steps, [\d.]+ steps/s, 0:00:0\d elapsed, 0:00:0\d left", line), line
+    assert lines() == ["recover ... steps 11 to 30"]
+    shown.note(loss="0.5")  # when the Trainer logs
+    (line,) = lines()
+    assert re.fullmatch(r"recover   20/30 steps, [\d.]+ steps/s, loss 0\.5, 0:00:0\d elapsed, 0:00:0\d left", line), (
+        line
+    )
     monkeypatch.setattr(progress, "PACE", 1000)
-    shown("recover", 21, 30)
+    shown.note(loss="0.4")
+    shown("analyze", 0, 3)
+    lines()
+    shown("analyze", 1, 3)
     assert lines() == []
+    monkeypatch.setattr(progress, "PACE", 0)
+    shown("analyze", 2, 3)
+    assert lines()[0].startswith("analyze   2/3 micro-batches, ")
+    shown("analyze", 3, 3)
+    assert lines() == []  # the line at its end follows
 
 
 def test_an_evaluation_between_two_steps_is_one_line_of_their_phase(lines):
