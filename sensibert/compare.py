@@ -16,6 +16,7 @@ from .run_options import Options
 from .training.predict import predict
 
 TEST = f"paired bootstrap, {RESAMPLES:,} resamples of the rows"
+LEAST = 0.001  # p that is shown as a number
 FORWARD = ("batch_1_ms", "batch_32_ms")
 
 
@@ -82,7 +83,8 @@ def comparison(result: Mapping[str, Any]) -> str:
         gap = row["difference"]
         tested = ("", "", "")
         if gap is not None:
-            tested = (f"{gap['value']:+.4f}", f"{gap['low']:+.4f} to {gap['high']:+.4f}", f"{gap['p_value']:.3f}")
+            p_value = f"{gap['p_value']:.3f}" if gap["p_value"] >= LEAST else f"< {LEAST}"
+            tested = (f"{gap['value']:+.4f}", f"{gap['low']:+.4f} to {gap['high']:+.4f}", p_value)
         forward = (f"{row[name]['median']:.1f} ms" for name in FORWARD)
         sizes = (row["encoder_params"], row["total_params"], f"{row['mb']:.1f}")
         scores = (f"{row['score']:.4f}", f"{row['standard_error']:.4f}")

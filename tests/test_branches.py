@@ -93,7 +93,7 @@ def test_a_run_that_is_past_its_cut_has_no_warm_up_to_branch_from(here, tmp_path
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"method": "baseline"}, "baseline is True, but method baseline is that run already"),
+        ({"method": "baseline"}, "baseline is True, but method baseline does not trim"),
         ({"task": "embedding"}, "task embedding learns the embeddings of the original model"),
     ],
 )

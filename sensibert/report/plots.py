@@ -81,13 +81,13 @@ def write_front(folder: str | Path, result: Mapping[str, Any]) -> None:
     for row in rows:
         place = row["encoder_params_after"] / 1e6, row["metrics"][metric]
         axis.annotate(row["budget"], place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    whole = result["encoder_params_before"] / 1e6
     if baseline := result.get("metrics_baseline"):
-        whole = result["encoder_params_before"] / 1e6
         axis.plot([whole], [baseline[metric]], "s", color="#555", label="not trimmed")
         axis.axhline(baseline[metric], color="#555", lw=0.8, ls=":")
-    axis.set(title=f"{result['task']}", xlabel="encoder parameters, millions", ylabel=metric, xlim=(0, None))
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.set(xlabel="encoder parameters, millions", ylabel=metric, xlim=(0, 1.05 * whole))
     axis.margins(y=0.15)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "front.png", dpi=130)
 

@@ -100,7 +100,7 @@ def floor_table(kept: Mapping[str, Any]) -> str:
 
     text = (
         f"On the {kept['rows']:,} rows that did not choose the budget: {kept['metric']} {shown('score')}, baseline "
-        f"{shown('baseline')}, difference {shown('difference')}: {shown('of_baseline', 100, 1)} % of the baseline. "
+        f"{shown('baseline')}, difference {shown('difference')}; percent of the baseline: {shown('of_baseline', 100, 1)}. "
         f"Intervals: {kept['intervals']}."
     )
     header = ("tried", "recovery", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
