@@ -124,6 +124,14 @@ BAD_FILES = {
     "mixed labels": (b"sentence,label\ngood,1\nbad,dull\n", "want numbers only or names only"),
     "nan label": (b"sentence,label\ngood,nan\nbad,1\n", "row 1, column 'label' is 'nan'"),
     "no label": (b"sentence,label\ngood,1\nbad,\n", "row 2, column 'label' is empty"),
+    "two delimiters": (
+        b"sentence,a|label\ngood,b|1\nbad,c|0\n",
+        "the delimiter is not clear: by a comma, all rows have 2",
+    ),
+    "many integers": (
+        b"sentence,label\n" + b"".join(b"good,%d\n" % i**2 for i in range(30)),
+        r"row 7, column 'label' is '36' .*, and all labels are whole numbers, 30 different ones: want a task",
+    ),
     "one class": (b"sentence,label\ngood,1\nbad,1\n", "only one class"),
     "not utf-8": (b"sentence,label\ngood,1\nb\xe4d,0\n", "line 3: byte 0xe4 is not UTF-8"),
     "ragged": (b"sentence,label\ngood,1\nbad\n", "line 3: 1 fields, want 2"),

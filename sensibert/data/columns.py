@@ -47,6 +47,7 @@ def _of_values(column: Column) -> str:
     whole numbers, which may be either."""
     kind = classes.kind(column, column.filled())
     if kind == "name":
+        _want_decimal_points(column)
         return "text-classification"
     numbers = [classes.whole(value) for value in column.values]
     different = set(numbers)
@@ -61,6 +62,14 @@ def _of_values(column: Column) -> str:
         f"is {labels.show(column.values[row])}, and all labels are whole numbers, {len(different)} different ones: "
         "want a task, text-classification for classes or regression for numbers",
     )
+
+
+def _want_decimal_points(column: Column) -> None:
+    """SensibertError if all labels are numbers with a decimal comma, which would be read as names."""
+    if all(
+        isinstance(value, str) and classes.NUMBER.fullmatch(value.strip().replace(",", ".")) for value in column.values
+    ):
+        raise column.error(0, f"is {labels.show(column.values[0])}, want a decimal point, or a task if these are names")
 
 
 def columns_of(task: Task, examples: Examples, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:

@@ -64,3 +64,11 @@ def test_data_without_a_known_label_column_have_no_task():
         SensibertError, match="train.csv: no column 'label', 'labels', 'tags' or 'answers', the columns are 'a'"
     ):
         guess_task(examples(a=["1"]))
+
+
+def test_numbers_with_a_decimal_comma_are_not_taken_for_names():
+    with pytest.raises(
+        SensibertError, match=r"row 1, column 'label' is '0,5' \(str\), want a decimal point, or a task"
+    ):
+        guess_task(examples(sentence=["a", "b"], label=["0,5", "1,25"]))
+    assert guess_task(examples(sentence=["a", "b"], label=["0,5", "x"])) == "text-classification"
