@@ -173,5 +173,5 @@ def _times(entries: list[_Entry], rows: int, length: int, rounds: int, limit_s: 
 
 
 def _spread(milliseconds: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(milliseconds, n=10) if len(milliseconds) > 1 else milliseconds * 9
+    cuts = statistics.quantiles(milliseconds, n=10, method="inclusive") if len(milliseconds) > 1 else milliseconds * 9
     return {"median": statistics.median(milliseconds), "p10": cuts[0], "p90": cuts[-1]}
