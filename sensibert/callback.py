@@ -119,8 +119,8 @@ class TrimCallback(TrainerCallback):
     @property
     def budget(self) -> Budget:
         """With the table of its costs, where those are measured, once there is a model."""
-        budget = self.config.parsed_budget()
-        return budget if self.memory.table is None else budget.with_table(self.memory.table)
+        budget, table = self.config.parsed_budget(), self.memory.table
+        return budget.with_table(table) if table is not None and table.kind == budget.kind else budget
 
     @property
     def layout(self) -> Layout | None:
@@ -143,7 +143,8 @@ class TrimCallback(TrainerCallback):
             grid = self.config.parsed_grid()
             if checkpoint is not None and budget.measured:
                 (before := RunMemory()).restore(Path(checkpoint))
-                budget = budget.with_table(before.table or budget.table)
+                if before.table is not None and before.table.kind == budget.kind:
+                    budget = budget.with_table(before.table)
             budget = with_costs(budget, model, self.config)
             cost.want_reach(seen.layout, budget, grid)
             if grid is not None and is_trimmed(model):

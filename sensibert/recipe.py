@@ -105,7 +105,9 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         vocabulary = Vocabulary.of(options)
         data = load_data(options, vocabulary.tokenizer)
         schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
-        options = replace(options, trim=replace(options.trim, schedule=schedule))
+        # A warm-up with a budget of measured costs measures them, for all runs that branch from it.
+        measured = next((str(budget) for budget in options.parsed_budgets() if budget.measured), options.trim.budget)
+        options = replace(options, trim=replace(options.trim, schedule=schedule, budget=measured))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
         inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown)
         return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))

@@ -208,3 +208,16 @@ def test_a_vocabulary_of_a_file_and_a_teacher_of_another_are_refused(here, tmp_p
     assert done.code == 2 and "empty.txt" in done.err
     done = finetune(here, tmp_path / "out", "50%params", "--vocabulary", "train", "--teacher", here / "model")
     assert done.code == 2 and "vocabulary and teacher are both given" in done.err
+
+
+def test_a_family_of_measured_budgets_measures_once(here, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(costs, "costs_of", lambda models, target: calls.append(len(models)) or by_parameters(models, 0))
+    files = ("--train-file", here / "train.csv", "--validation-file", here / "dev.csv", "--max-steps", 12)
+    usual = ("--model", here / "model", *files, "--samples", 64, "--width-multiple", 8, "--output", tmp_path / "out")
+    done = runs.command("finetune", *usual, "--budgets", "80,60%latency,50%params", "--json")
+    assert done.code == 0, done.err
+    rows = done.json["rows"]
+    assert [row["folder"] for row in rows] == ["80-latency", "60-latency", "50-params"]
+    assert rows[0]["encoder_params_after"] > rows[1]["encoder_params_after"]
+    assert sum(count > 2 for count in calls) == 1  # one table; the others are of a plan, or of a result

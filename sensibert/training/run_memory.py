@@ -87,8 +87,10 @@ class RunMemory:
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
             self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
             self.tokens = content.get("tokens", {})
-            if (table := content.get("table")) is not None:
-                self.table, self.measured = CostTable.from_dict(table), content["measured"]
+            if (entry := content.get("table")) is not None:
+                table = CostTable.from_dict(entry)
+                if self.table is None or self.table.kind == table.kind:  # a run may branch from one with another budget
+                    self.table, self.measured = table, content["measured"]
             return current_settings(content.get("settings", {}))
         except (OSError, ValueError, KeyError, AttributeError):  # a SensibertError is a ValueError
             raise SensibertError(
