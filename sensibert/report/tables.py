@@ -79,8 +79,8 @@ def floor_table(kept: Mapping[str, Any]) -> str:
 
     text = (
         f"On the {kept['rows']:,} rows that did not choose the budget: {kept['metric']} {shown('score')}, baseline "
-        f"{shown('baseline')}, difference {shown('difference')}: {shown('of_baseline', 100, 1)} % of the baseline. "
-        f"Intervals: {kept['intervals']}."
+        f"{shown('baseline')}, difference {shown('difference')}; percent of the baseline: "
+        f"{shown('of_baseline', 100, 1)}. Intervals: {kept['intervals']}."
     )
     header = ("tried", "recovery", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
     return "\n\n".join([table(header, rows, left=(0, 1)), text])
