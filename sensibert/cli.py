@@ -15,7 +15,7 @@ import typer.core
 from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PANELS, PATHS, SHAPE_NAMES, option
 from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
-from .core.errors import SensibertError
+from .core.errors import SensibertError, Terminated
 from .core.export_options import check_export
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
@@ -404,7 +404,7 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
 
 
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM: the convention of shells
 
 
 def main() -> None:
@@ -422,6 +422,8 @@ def main() -> None:
             _fail(message, INTERRUPTED)
         if code:
             sys.exit(code)
+    except Terminated as error:
+        _fail(str(error), TERMINATED)
     except (SensibertError, OSError) as error:
         _fail(str(error), 2)
     except typer.Abort:

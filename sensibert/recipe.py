@@ -63,6 +63,7 @@ from .training.evaluations import evaluations_of
 from .training.finetune import finetune
 from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
+from .training.termination import SaveOnTermination
 from .trimming.vocabulary import trim_vocabulary
 
 OF_PLACE = ("output", "keep_checkpoints")  # settings that change nothing in the output
@@ -268,21 +269,23 @@ def _train(
         data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
-    trainer = finetune(
-        model,
-        data.train,
-        data.collator,
-        training_arguments(options, folder, None if data.validation is None else data.main_metric),
-        [callback, ShowLogs(shown)],
-        checkpoint,
-        options.packing,
-        printed=False,
-        eval_dataset=data.validation,
-        score=evaluate,
-        lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
-        teacher=lambda: teacher,
-        distil=Distillation(options.distil, options.temperature),
-    )
+    termination = SaveOnTermination()
+    with termination.listening():
+        trainer = finetune(
+            model,
+            data.train,
+            data.collator,
+            training_arguments(options, folder, None if data.validation is None else data.main_metric),
+            [callback, ShowLogs(shown), termination],
+            checkpoint,
+            options.packing,
+            printed=False,
+            eval_dataset=data.validation,
+            score=evaluate,
+            lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
+            teacher=lambda: teacher,
+            distil=Distillation(options.distil, options.temperature),
+        )
     if make is WarmUp:
         return Trained(loaded, callback)
     if not inputs.accept_unfinished and (excess := callback.excess(model)) is not None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sensibert.callback import TrimCallback
-from sensibert.core.errors import SensibertError
+from sensibert.core.errors import SensibertError, Terminated
 from sensibert.recipe import finetune_and_trim
 from tests import runs
 from tests.test_recipe import options
@@ -311,3 +311,23 @@ def test_distillation_changes_the_result_whoever_teaches(here, tmp_path, whole):
     outside = short(teacher=str(tmp_path / "plain"), distil=0.9, save_steps=100)
     finetune_and_trim(options(here, tmp_path / "outside", **outside))
     assert not same_weights(tmp_path / "plain", tmp_path / "outside")
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])  # before the cut, at it, after it
+def test_a_run_that_is_asked_to_end_saves_a_checkpoint_first(here, tmp_path, whole, monkeypatch, step):
+    done = TrimCallback.on_step_begin
+
+    def asked(self, args, state, control, **more):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done(self, args, state, control, **more)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(TrimCallback, "on_step_begin", asked)
+    with pytest.raises(Terminated, match="^stopped by SIGTERM; a checkpoint is saved, and --resume continues from it$"):
+        finetune_and_trim(options(here, tmp_path / "out", **short()))
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / f"checkpoint-{step}").is_dir()
+    monkeypatch.undo()
+    finetune_and_trim(options(here, tmp_path / "out", **short(), resume=True))
+    assert same_weights(tmp_path / "out", whole("oneshot"))

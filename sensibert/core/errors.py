@@ -10,6 +10,10 @@ class SensibertError(ValueError):
     """Bad input, in one line: the argument or file, the value, and what was expected."""
 
 
+class Terminated(SensibertError):
+    """The process was asked to end, and a training saved its state first."""
+
+
 _IN_OUR_WORDS = {
     "trust_remote_code": "it needs code of its own, which sensibert does not run",
     "weights_only": "its pytorch_model.bin is damaged, or holds more than weights",
