@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-embeddings test lint format dist bench readme docs kernels install clean
+.PHONY: demo demo-embeddings test soak lint format dist bench readme docs kernels install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,10 @@ demo-embeddings: $(VENV)/.demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# Runs that are killed at 100 random moments: about ten minutes.
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
