@@ -62,6 +62,8 @@ def wait(number: int) -> int:
 def moment(output: Path) -> str:
     """Where a killed run was, by what it left."""
     partial = partial_folder(output)
+    if output.exists():
+        return "after the output was written"
     if not partial.exists():
         return "loading"
     if (partial / "final").exists():

@@ -7,7 +7,6 @@ In the folder of the run: the checkpoints of the warm-up, and a folder in `branc
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from .core.errors import SensibertError
 from .core.files import make_folder, write_atomically, writing
 from .report.history import Moment
 from .run_options import SNAPSHOT, Options
-from .training.checkpoints import BRANCHES, checkpoints, latest_checkpoint, want_same
+from .training.checkpoints import BRANCHES, checkpoints, delete, latest_checkpoint, want_same
 from .training.run_memory import RunMemory
 
 OUTCOME = "outcome.json"  # of a branch that is finished
@@ -147,8 +146,7 @@ class Branches:
         folder, text = self.folder / BRANCHES / name, json.dumps(outcome)
         with writing(folder):
             write_atomically(folder / OUTCOME, lambda path: Path(path).write_text(text))
-        for checkpoint in checkpoints(folder):
-            shutil.rmtree(checkpoint)
+        delete(checkpoints(folder))
         return json.loads(text)
 
     def baseline(self, more: Callable[[Trained], dict[str, Any]] = lambda trained: {}) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from .run_output import add_times, result_of, score_warnings, throughput_of, wri
 from .saving.folder import export
 from .saving.publish import publish
 from .trainer_arguments import check_run, training_arguments
-from .training.checkpoints import EMBEDDINGS, LOGS, begin, checkpoints, partial_folder, workspace
+from .training.checkpoints import EMBEDDINGS, LOGS, begin, partial_folder, remove, sealed, workspace
 from .training.distillation import Distillation
 from .training.embeddings import saved_embeddings
 from .training.evaluations import evaluations_of
@@ -118,7 +118,7 @@ def finished(options: Options) -> dict | None:
     """The content of result.json if the output is of a finished run with these settings and nothing is left of an
     unfinished one; else None. options: resolved."""
     output, known = Path(options.output), options.settings()
-    if checkpoints(partial_folder(output)) or not (output / RESULT).is_file() or not (output / RECIPE).is_file():
+    if sealed(partial_folder(output)) or not (output / RESULT).is_file() or not (output / RECIPE).is_file():
         return None
     try:
         was, result = (
@@ -128,7 +128,10 @@ def finished(options: Options) -> dict | None:
     except (OSError, ValueError):  # `check_place` says that the output is taken
         return None
     same = all(value is None or was[name] == value for name, value in known.items() if name not in OF_PLACE)
-    return result if same and NOTED <= result.keys() else None
+    if not same or not NOTED <= result.keys():
+        return None
+    remove(partial_folder(output))  # what is left where its deletion was interrupted
+    return result
 
 
 @dataclass(frozen=True)

@@ -331,3 +331,22 @@ def test_a_run_that_is_asked_to_end_saves_a_checkpoint_first(here, tmp_path, who
     monkeypatch.undo()
     finetune_and_trim(options(here, tmp_path / "out", **short(), resume=True))
     assert same_weights(tmp_path / "out", whole("oneshot"))
+
+
+def test_a_run_that_is_killed_while_its_checkpoints_are_deleted_is_finished(here, tmp_path, monkeypatch, caplog):
+    output, real = tmp_path / "out", shutil.rmtree
+
+    def killed(path, *args, **more):
+        if "checkpoint-" in str(path) and output.exists():
+            (path / "model.safetensors").unlink()  # half deleted
+            raise Killed
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        finetune_and_trim(options(here, output, **short()))
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial" / "checkpoint-10").is_dir()
+    result = finetune_and_trim(options(here, output, **short(), resume=True))
+    assert "is of this run, which is finished" in caplog.text and not (tmp_path / "out.partial").exists()
+    assert result == json.loads((output / "result.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return [by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True)]
 
 
-def _sealed(folder: str | Path) -> list[Path]:
+def sealed(folder: str | Path) -> list[Path]:
     """Checkpoints with a manifest. Writing of the others was interrupted."""
     return [checkpoint for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).exists()]
 
@@ -118,7 +118,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
     A warning tells which damaged ones were passed over, and why."""
     damaged: list[SensibertError] = []
-    for checkpoint in _sealed(folder):
+    for checkpoint in sealed(folder):
         try:
             check_checkpoint(checkpoint)
         except SensibertError as error:
@@ -141,7 +141,7 @@ def partial_folder(output: str | Path) -> Path:
 
 def _is_run_folder(folder: Path) -> bool:
     """Whether a run made the folder. Earlier versions left no marker: their checkpoints tell."""
-    return (folder / MARKER).exists() or bool(_sealed(folder))
+    return (folder / MARKER).exists() or bool(sealed(folder))
 
 
 def begin(folder: Path, checkpoint: Path | None) -> None:
@@ -151,13 +151,23 @@ def begin(folder: Path, checkpoint: Path | None) -> None:
     if checkpoint is None:
         _clear(folder)
     else:
-        for newer in known[: known.index(checkpoint)] if checkpoint in known else known:
-            shutil.rmtree(newer)
+        delete(known[: known.index(checkpoint)] if checkpoint in known else known)
+
+
+def delete(known: Sequence[Path]) -> None:
+    """Delete checkpoints. First all lose their mark: one that is half deleted, by a process that was killed, is no
+    damaged one."""
+    for checkpoint in known:
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+    for checkpoint in known:
+        if not checkpoint.is_symlink():
+            shutil.rmtree(checkpoint)
 
 
 def _clear(folder: Path) -> None:
     """Delete what a run has written into its folder, except the marker, which is locked."""
-    for path in (folder / "final", *(folder / name for name in (SNAPSHOT, BRANCHES, LOGS)), *checkpoints(folder)):
+    delete([path for path in checkpoints(folder) if path.is_dir() and not path.is_symlink()])
+    for path in (folder / "final", *(folder / name for name in (SNAPSHOT, BRANCHES, LOGS))):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for name in (EMBEDDINGS, EMBEDDINGS + DIGEST):
@@ -165,8 +175,10 @@ def _clear(folder: Path) -> None:
     (folder / EMBEDDINGS).with_suffix(PART).unlink(missing_ok=True)
 
 
-def _remove(folder: Path) -> None:
-    """Delete the folder of a run, unless others have put files there."""
+def remove(folder: Path) -> None:
+    """Delete the folder of a run, if it is one, unless others have put files there."""
+    if not _is_run_folder(folder):
+        return
     with suppress(OSError):
         _clear(folder)
         if {path.name for path in folder.iterdir()} <= {MARKER}:
@@ -217,13 +229,13 @@ def workspace(
         try:
             yield partial, checkpoint
         except BaseException:
-            for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in _sealed(partial))):
+            for begun in (partial / "final", *(c for c in checkpoints(partial) if c not in sealed(partial))):
                 shutil.rmtree(begun, ignore_errors=True)
             if not checkpoints(partial):
-                _remove(partial)
+                remove(partial)
                 for folder in made[1:]:
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
             raise
         if not keep:
-            _remove(partial)
+            remove(partial)
