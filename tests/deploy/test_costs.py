@@ -106,19 +106,25 @@ def test_what_a_trimmed_model_costs_is_told_in_the_unit_of_the_budget(monkeypatc
     assert "after" not in facts and "cannot be measured on this device" in missed(facts)[0]
 
 
-def test_probes_are_timed_with_the_runtime_alone(tmp_path):
+def test_probes_are_timed_with_the_runtime_alone(tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    write_probes(tiny_model(), tmp_path / "probes", Target("latency", "onnx", 1, 8))
+    monkeypatch.setattr(costs, "SHARES", (0, 1 / 2))
+    model = tiny_model(num_hidden_layers=1)
+    write_probes(model, tmp_path / "probes", Target("latency", "onnx", 1, 8))
+    content = json.loads((tmp_path / "probes" / "probes.json").read_text())
+    assert content["levels"] == {"heads": [0, 1, 2, 4], "ffn": [0, 32, 64]} and content["sites"] == {
+        "heads": 1,
+        "ffn": 1,
+    }
+    assert len(content["files"]) == 1 + 3 + 2
     script, table = tmp_path / "probes" / "probe_timing.py", tmp_path / "table.json"
-    hidden = (
-        "import sys; sys.modules['torch'] = sys.modules['sensibert'] = None; import runpy; sys.argv = sys.argv[1:]; "
-    )
-    code = f"{hidden}runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = "import sys, runpy; sys.modules['torch'] = sys.modules['sensibert'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(script), str(tmp_path / "probes"), "--save", str(table)]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
     made = CostTable.load(table)
-    made.want_fit(layout_of(tiny_model()))
+    made.want_fit(layout_of(model))
     assert made.runtime == "onnx" and made.length == 8 and made.rest > 0 and made.device
 
 
@@ -145,11 +151,3 @@ def test_probes_of_torch_are_refused(tmp_path):
     with pytest.raises(SensibertError, match="^runtime is 'torch', want one of onnx, onnx-int8, openvino"):
         write_probes(tiny_model(), tmp_path / "probes", Target("latency"))
     assert not (tmp_path / "probes").exists()
-
-
-def test_probes_say_what_they_are_of(tmp_path):
-    pytest.importorskip("onnxscript")
-    write_probes(tiny_model(), tmp_path / "probes", Target("latency", "onnx"))
-    content = json.loads((tmp_path / "probes" / "probes.json").read_text())
-    assert content["levels"] == {"heads": [0, 1, 2, 3, 4], "ffn": [0, 8, 16, 32, 48, 64]}
-    assert len(content["files"]) == 1 + 4 + 5 and content["sites"] == {"heads": 2, "ffn": 2}
