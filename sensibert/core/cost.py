@@ -80,7 +80,8 @@ def spent(layout: Layout, counts: Mapping[str, int], budget: Budget) -> int:
     """Cost of the budget's scope, in the unit of its kind, with counts[site name] units in every site."""
     if budget.measured:
         table = table_of(budget)
-        return table.rest + sum(table.cost(site.kind, counts[site.name]) for site in layout.sites)
+        cut = any(counts[site.name] < site.units for site in layout.sites)
+        return table.rest + sum(table.cost(site.kind, counts[site.name]) for site in layout.sites) + cut * table.offset
     if budget.kind == "params":
         return params(layout, counts, budget.scope)
     return flops(layout, counts, budget.scope, 1, budget.length)

@@ -29,8 +29,8 @@ class CostTable:
 
     kind: `latency`, in microseconds of one forward pass, or `size`, in bytes. rest: cost of everything but heads and
     FFN neurons. heads, ffn: points (units kept, cost of one sub-layer), the first (0, 0); costs never decrease. family,
-    hidden: of the model. device, threads, batch, length: what was measured, for latency. SensibertError for a field
-    that does not fit."""
+    hidden: of the model. device, threads, batch, length: what was measured, for latency. offset: cost of a trimmed
+    model beyond the sum of its parts, as far as it was measured. SensibertError for a field that does not fit."""
 
     kind: str
     runtime: str
@@ -43,6 +43,7 @@ class CostTable:
     threads: int = 1
     batch: int = 1
     length: int = 128
+    offset: int = 0
 
     def __post_init__(self) -> None:
         want_fields(self)
@@ -84,16 +85,8 @@ class CostTable:
             )
 
     def corrected(self, predicted: float, measured: float) -> CostTable:
-        """The table that predicts what was measured. A clock that runs slower changes every time by the same factor; a
-        file that is larger than expected has more beside its weights."""
-        if self.kind == "size":
-            return dataclasses.replace(self, rest=max(0, self.rest + round(measured - predicted)))
-
-        def of(points: Points) -> Points:
-            return tuple((count, round(cost * measured / predicted)) for count, cost in points)
-
-        rest = round(self.rest * measured / predicted)
-        return dataclasses.replace(self, rest=rest, heads=of(self.heads), ffn=of(self.ffn))
+        """The table that predicts for a trimmed model what was measured."""
+        return dataclasses.replace(self, offset=self.offset + round(measured - predicted))
 
     def described(self) -> str:
         """What was measured, in words."""

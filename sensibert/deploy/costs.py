@@ -31,6 +31,7 @@ from ..core.layout import Layout
 from ..models import layout_of
 from ..models.modules import positions
 from ..models.reloadable import stock_class, stock_config
+from ..models.unfinished import reached
 from ..saving.folder import new_folder
 from ..trimming.trim import trim
 from . import probe_timing
@@ -167,8 +168,8 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
     for tries in range(TRIES + 1):
         table, counts = plan.budget.table, {name: int(keep.sum()) for name, keep in plan.keep.items()}
         assert table is not None  # of a budget of measured costs
-        predicted = table.rest + sum(table.cost(site.kind, counts[site.name]) for site in layout.sites)
-        measured = costs_of([_trimmed(base, layout, counts)], target)[0]
+        predicted = spent(layout, counts, plan.budget)
+        measured = _cost_of(_trimmed(base, layout, counts), base, plan.budget, target)[1]
         if abs(measured - predicted) <= CLOSE * predicted or tries == TRIES:
             break
         try:
@@ -176,6 +177,15 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
         except SensibertError:  # the corrected table has no plan within the budget: `missed` tells by how much
             break
     return plan, measured
+
+
+def _cost_of(model: PreTrainedModel, whole: PreTrainedModel, budget: Budget, target: Target) -> tuple[float, float]:
+    """(cost of the untrimmed model, cost of a trimmed one), measured together. A machine that is slower or faster than
+    when the table was made changes the time of both by a factor, which is taken out."""
+    layout = layout_of(whole)
+    known = float(spent(layout, counts_of(layout), budget))
+    before, after = costs_of([whole, model], target)
+    return known, after * known / before
 
 
 def measured_facts(model: PreTrainedModel, budget: Budget) -> dict[str, object]:
@@ -186,11 +196,10 @@ def measured_facts(model: PreTrainedModel, budget: Budget) -> dict[str, object]:
     table, layout = budget.table, layout_of(model)
     assert table is not None  # of a budget of measured costs
     whole = _random_model(model, Target(table.kind))
-    allowed, predicted = limit(layout_of(whole), budget), spent(layout, counts_of(layout), budget)
-    costs = {"budget": float(allowed), "predicted": float(predicted)}
+    costs = {"budget": float(limit(layout_of(whole), budget)), "predicted": float(reached(model, budget))}
     if (target := Target.of(table)) is not None:
         alike = _trimmed(whole, layout_of(whole), counts_of(layout))
-        costs["before"], costs["after"] = costs_of([whole, alike], target)
+        costs["before"], costs["after"] = _cost_of(alike, whole, budget, target)
     shown = {name: budget.in_unit(cost) for name, cost in costs.items()}
     return {"of": table.described(), "unit": MEASURED[table.kind], **shown}
 

@@ -105,12 +105,15 @@ def plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
     layout = layout_of(model)
     empty = [site.name for site in layout.sites if not site.units]
     if masks_of(model) is None and (empty_layers or not empty):
-        return copy.deepcopy(model).cpu().float().eval()
+        made = copy.deepcopy(model).cpu().float().eval()
+        for name in ("forward", "_original_forward"):  # a Trainer leaves its mixed precision in the model
+            vars(made).pop(name, None)
+        return made
     structure = structure_of(model)
     with tempfile.TemporaryDirectory() as folder:
-        made = zero_filled(model)
-        made.save_pretrained(folder)
-        whole = from_pretrained(type(made), folder).float()
+        filled = zero_filled(model)
+        filled.save_pretrained(folder)
+        whole = from_pretrained(type(filled), folder).float()
     if is_trimmed(model):
         wide = layout_of(whole)
         keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in wide.sites}

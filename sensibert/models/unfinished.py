@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..core.budget import Budget
-from ..core.cost import counts_of, spent
+from ..core.cost import counts_of, spent, table_of
 from .layout_of import layout_of
 from .masks import NOTE, cost_of
 from .modules import base_of
+from .structure import is_trimmed
 
 UNFINISHED = "unfinished"  # the entry with the budget that was not reached
 
@@ -20,7 +21,7 @@ def reached(model: nn.Module, budget: Budget) -> int:
     """The cost that the budget limits, without masked blocks."""
     if budget.measured:
         layout = layout_of(model)
-        return spent(layout, counts_of(layout), budget)
+        return spent(layout, counts_of(layout), budget) + is_trimmed(model) * table_of(budget).offset
     return cost_of(model, budget.scope, budget.length)[budget.kind == "flops"]
 
 

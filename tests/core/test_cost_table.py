@@ -30,11 +30,9 @@ def test_a_table_survives_its_file(tmp_path):
     assert CostTable.load(tmp_path / "table.json") == TABLE
 
 
-def test_a_slower_clock_changes_every_cost_and_a_larger_file_the_rest():
-    slower = TABLE.corrected(100, 200)
-    assert (slower.rest, slower.cost("head", 3), slower.cost("ffn", 6)) == (1000, 280, 120)
-    larger = replace(TABLE, kind="size").corrected(100, 130)
-    assert (larger.rest, larger.heads, larger.ffn) == (530, HEADS, FFN)
+def test_a_correction_is_of_trimmed_models_alone():
+    table = TABLE.corrected(100, 130).corrected(100, 90)
+    assert table == replace(TABLE, offset=20)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ FAMILIES = ("bert", "distilbert", "albert", "deberta-v2", "modernbert")
 def by_parameters(models, target):
     """Stands for a clock: 100 us, and 1 us for every 10 parameters of the encoder."""
     return [100 + layout_of(model).encoder_params / 10 for model in models]
+
+
+def bent(table, factor):
+    """A table that is right for the untrimmed model alone."""
+    heads, ffn = (
+        [*((count, int(cost * factor)) for count, cost in points[:-1]), points[-1]]
+        for points in (table.heads, table.ffn)
+    )
+    return replace(table, heads=tuple(heads), ffn=tuple(ffn))
 
 
 def plan_of(model, budget):
@@ -73,12 +83,12 @@ def test_a_table_of_sizes_tells_that_of_the_file(runtime, tmp_path):
 def test_a_plan_that_costs_more_than_its_table_says_is_chosen_again(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(costs, "costs_of", by_parameters)
-    wrong = measure_costs(model, Target("latency")).corrected(1, 0.7)
+    wrong = bent(measure_costs(model, Target("latency")), 0.6)
     budget = Budget(1200, "latency", table=wrong)
     first = plan_of(model, budget)
     assert by_parameters([trim(tiny_model(), first)], None)[0] > 1.2 * 1200
     plan, measured = settle(model, first, lambda budget: plan_of(model, budget), Target("latency"))
-    assert measured == pytest.approx(by_parameters([trim(tiny_model(), plan)], None)[0])
+    assert measured == pytest.approx(by_parameters([trim(tiny_model(), plan)], None)[0], rel=1e-3)
     assert 0.9 * 1200 <= measured <= 1.05 * 1200
     assert plan.budget.value == 1200 and plan.budget.table != wrong
 
@@ -86,10 +96,10 @@ def test_a_plan_that_costs_more_than_its_table_says_is_chosen_again(monkeypatch)
 def test_a_budget_that_is_out_of_reach_after_all_keeps_the_smallest_plan_that_the_table_had(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(costs, "costs_of", by_parameters)
-    wrong = measure_costs(model, Target("latency")).corrected(1, 0.1)
-    first = plan_of(model, Budget(wrong.rest + 10, "latency", table=wrong))
+    wrong = replace(bent(measure_costs(model, Target("latency")), 0), rest=1)
+    first = plan_of(model, Budget(100, "latency", table=wrong))
     plan, measured = settle(model, first, lambda budget: plan_of(model, budget), Target("latency"))
-    assert plan == first and measured > 5 * plan.budget.value
+    assert plan.keep.keys() == first.keep.keys() and measured > 1.05 * plan.budget.value
 
 
 def test_what_a_trimmed_model_costs_is_told_in_the_unit_of_the_budget(monkeypatch):
@@ -99,7 +109,7 @@ def test_what_a_trimmed_model_costs_is_told_in_the_unit_of_the_budget(monkeypatc
     trim(model, plan_of(model, budget))
     facts = measured_facts(model, budget)
     assert facts["unit"] == "ms" and facts["budget"] == 1.2 and facts["before"] > facts["after"]
-    assert facts["after"] == pytest.approx(by_parameters([model], None)[0] / 1e3) and missed(facts) == []
+    assert facts["after"] == pytest.approx(by_parameters([model], None)[0] / 1e3, rel=1e-3) and missed(facts) == []
     assert "more than the budget of 1.2 ms" in missed(facts | {"after": 1.3})[0]
     elsewhere = budget.with_table(CostTable.from_dict(budget.table.to_dict() | {"device": "a phone"}))
     facts = measured_facts(model, elsewhere)

@@ -47,6 +47,18 @@ def graph_of(folder, to="onnx", file=None):
     return model, traced, RUNTIMES[to].open(folder / (file or RUNTIMES[to].file), 1)
 
 
+def test_the_mixed_precision_of_a_trainer_does_not_come_along(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_model(initializer_range=0.2)
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=1, bf16=True, use_cpu=True, report_to="none")
+    rows = [{"input_ids": torch.tensor([5, 6, 7]), "attention_mask": torch.ones(3).long(), "labels": torch.tensor(1)}]
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert "forward" in vars(model)  # as accelerate leaves it
+    facts = export_graph(model, str(tmp_path / "out"))
+    assert facts["difference"] < 1e-4 and "forward" in vars(model)
+
+
 @pytest.mark.parametrize("family", ONE_EACH)
 def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
     """`export_graph` compares outputs on three shapes, and raises."""
