@@ -1,0 +1,158 @@
+"""Programs that train in several processes over gloo, for test_distributed.py: `python -m tests.training.distributed`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from socket import socket
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(case: str, folder: Path, count: int) -> list[subprocess.Popen]:
+    """Start the processes of a case, each with the environment variables that torchrun sets."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "HF_HOME": str(folder / "hf")}
+    command = [sys.executable, "-m", "tests.training.distributed", case, str(folder)]
+    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    if count == 1:
+        ranks = [os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, cwd=folder, env=rank, **pipes) for rank in ranks]
+
+
+def run(case: str, folder: Path, count: int) -> list[dict]:
+    """What every process of a case found, in the order of the processes."""
+    folder.mkdir(exist_ok=True)
+    processes = start(case, folder, count)
+    ended = [process.communicate(timeout=120) for process in processes]
+    for process, (out, err) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, (out[-500:], err[-3000:])
+    return [json.loads(out.strip().splitlines()[-1]) | {"errors": err} for out, err in ended]
+
+
+class Training:
+    """A small training with a cut after step 2 of 6, whose global batch has 8 rows for any number of processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rank = folder, int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+
+    def __call__(
+        self, kind=None, config="50%params", resume=None, rows=40, callbacks=(), callback=None, **changed
+    ) -> dict:
+        from transformers import Trainer, TrainingArguments
+
+        from sensibert import SensibertError, TrimCallback
+        from sensibert.models.modules import weights_digest
+        from sensibert.models.structure import structure_of
+        from tests.helpers import tiny_model
+        from tests.training.test_trainer import Collator, Rows
+
+        usual = {"max_steps": 6, "per_device_train_batch_size": 8 // self.count, "learning_rate": 1e-3, "seed": 0}
+        usual |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+        usual |= {"ddp_backend": "gloo", "ddp_timeout": 60} if self.count > 1 else {}
+        args = TrainingArguments(str(self.folder / "run"), **(usual | changed))
+        callback = callback or TrimCallback(config)
+        self.model = tiny_model()
+        self.trainer = (kind or Trainer)(
+            self.model, args, train_dataset=Rows(rows), data_collator=Collator(0), callbacks=[*callbacks, callback]
+        )
+        try:
+            self.trainer.train(resume_from_checkpoint=resume)
+        except SensibertError as error:
+            return {"step": self.trainer.state.global_step, "error": str(error)}
+        return {
+            "step": self.trainer.state.global_step,
+            "wrapper": type(self.trainer.model_wrapped).__name__,
+            "digest": weights_digest(self.model),
+            "kept": {name: kept.tolist() for name, kept in structure_of(self.model).items()},
+            "warnings": callback.warnings,
+        }
+
+
+def several(training: Training) -> dict:
+    """Trainings of every kind, one after the other, in the same processes."""
+    from sensibert import TrimConfig, TrimTrainer
+
+    found = {"plain": training(rows=30)}  # 4 batches an epoch, the last of 6 rows
+    training.trainer.save_model(str(training.folder / "small"))
+    half = 4 // training.count
+    found["accumulated"] = training(per_device_train_batch_size=half, gradient_accumulation_steps=2)
+    found["checkpointing"] = training(gradient_checkpointing=True)
+    found["blocks"] = training(TrimTrainer, TrimConfig(grid="block8"))
+    found["bf16"] = training(TrimTrainer, bf16=True)
+    found["rows"] = training(rows=40)
+    return found
+
+
+def saved(training: Training) -> dict:
+    """A TrimTrainer that is resumed before and after the cut."""
+    from sensibert import TrimTrainer
+
+    found = {"whole": training(TrimTrainer, save_strategy="steps", save_steps=1)}
+    for step in (1, 4):
+        found[f"from {step}"] = training(TrimTrainer, resume=str(training.folder / f"run/checkpoint-{step}"))
+    return found
+
+
+def resumed(training: Training) -> dict:
+    """A resume from the checkpoint that another number of processes wrote."""
+    from sensibert import TrimTrainer
+
+    return training(TrimTrainer, resume=str(training.folder / "run/checkpoint-4"))
+
+
+def other_weights(training: Training) -> dict:
+    """The last process changes a weight before the cut."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 2 and training.rank == training.count - 1:
+                with torch.no_grad():
+                    model.classifier.bias.add_(1)
+
+    return training(callbacks=[Change()])
+
+
+def failing(training: Training) -> dict:
+    """The analysis fails, in the process that makes it."""
+    from sensibert import TrimCallback
+
+    def choose(model, batches, budget):
+        raise ValueError("no plan today")
+
+    return training(callback=TrimCallback("50%params", choose=choose))
+
+
+def dying(training: Training) -> dict:
+    """The last process is killed while the others wait for it at the cut."""
+    from transformers import TrainerCallback
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and training.rank == training.count - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return training(callbacks=[Die()])
+
+
+def main() -> None:
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    found = globals()[case](Training(folder))
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # gloo may wait
+
+
+if __name__ == "__main__":
+    main()
