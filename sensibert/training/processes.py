@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +110,7 @@ class Processes:
             others = [number for number, digest in enumerate(digests) if digest[place] != digests[0][place]]
             if others:
                 raise SensibertError(
-                    f"TrimCallback: {when}, processes {', '.join(map(str, others))} have other {what} than process 0; "
+                    f"TrimCallback: {when}, other {what} than in process 0 are in process {', '.join(map(str, others))}; "
                     "want the same model and seed in all of them"
                 )
 
@@ -122,6 +123,8 @@ class Processes:
     @contextmanager
     def _all_alive(self) -> Iterator[None]:
         try:
+            if dist.get_backend() == "gloo":  # whose broadcast would wait for ever for a process that has stopped
+                dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
             yield
         except RuntimeError as error:  # torch's DistBackendError is one
             raise SensibertError(

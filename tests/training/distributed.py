@@ -1,4 +1,4 @@
-"""Programs that train in several processes over gloo, for test_distributed.py: `python -m tests.training.distributed`."""
+"""Programs that train in several processes over gloo, for test_distributed.py."""
 
 import json
 import os
@@ -29,14 +29,22 @@ def start(case: str, folder: Path, count: int) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, cwd=folder, env=rank, **pipes) for rank in ranks]
 
 
-def run(case: str, folder: Path, count: int) -> list[dict]:
-    """What every process of a case found, in the order of the processes."""
+def run(case: str, folder: Path, count: int, ending: int | None = None) -> list[dict]:
+    """What every process of a case found, in the order of the processes. ending: only of the first ones, so many."""
     folder.mkdir(exist_ok=True)
     processes = start(case, folder, count)
-    ended = [process.communicate(timeout=120) for process in processes]
-    for process, (out, err) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, (out[-500:], err[-3000:])
-    return [json.loads(out.strip().splitlines()[-1]) | {"errors": err} for out, err in ended]
+    try:
+        return [_found(process) for process in processes[:ending]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _found(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, (out[-500:], err[-3000:])
+    return json.loads(out.strip().splitlines()[-1]) | {"errors": err}
 
 
 class Training:
@@ -52,6 +60,7 @@ class Training:
         from transformers import Trainer, TrainingArguments
 
         from sensibert import SensibertError, TrimCallback
+        from sensibert.models.masks import masks_of
         from sensibert.models.modules import weights_digest
         from sensibert.models.structure import structure_of
         from tests.helpers import tiny_model
@@ -70,28 +79,34 @@ class Training:
             self.trainer.train(resume_from_checkpoint=resume)
         except SensibertError as error:
             return {"step": self.trainer.state.global_step, "error": str(error)}
+        masks = masks_of(self.model)
+        kept = structure_of(self.model) if masks is None else masks.keep
         return {
             "step": self.trainer.state.global_step,
             "wrapper": type(self.trainer.model_wrapped).__name__,
             "digest": weights_digest(self.model),
-            "kept": {name: kept.tolist() for name, kept in structure_of(self.model).items()},
+            "kept": {name: tensor.tolist() for name, tensor in kept.items()},
             "warnings": callback.warnings,
         }
 
 
 def several(training: Training) -> dict:
-    """Trainings of every kind, one after the other, in the same processes."""
+    """Trainings of several kinds, one after the other, in the same processes."""
     from sensibert import TrimConfig, TrimTrainer
 
-    found = {"plain": training(rows=30)}  # 4 batches an epoch, the last of 6 rows
+    found = {"whole": training()}
     training.trainer.save_model(str(training.folder / "small"))
+    found["uneven"] = training(rows=30)  # 4 batches an epoch, the last of 6 rows
     half = 4 // training.count
     found["accumulated"] = training(per_device_train_batch_size=half, gradient_accumulation_steps=2)
     found["checkpointing"] = training(gradient_checkpointing=True)
     found["blocks"] = training(TrimTrainer, TrimConfig(grid="block8"))
     found["bf16"] = training(TrimTrainer, bf16=True)
-    found["rows"] = training(rows=40)
     return found
+
+
+def one(training: Training) -> dict:
+    return training()
 
 
 def saved(training: Training) -> dict:
@@ -127,24 +142,29 @@ def other_weights(training: Training) -> dict:
 
 def failing(training: Training) -> dict:
     """The analysis fails, in the process that makes it."""
-    from sensibert import TrimCallback
+    from sensibert import SensibertError, TrimCallback
 
     def choose(model, batches, budget):
-        raise ValueError("no plan today")
+        raise SensibertError("no plan today")
 
     return training(callback=TrimCallback("50%params", choose=choose))
 
 
-def dying(training: Training) -> dict:
-    """The last process is killed while the others wait for it at the cut."""
+def dying(training: Training, sent: int = signal.SIGKILL, **changed) -> dict:
+    """The last process is killed before the cut; the others wait for it there."""
     from transformers import TrainerCallback
 
     class Die(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2 and training.rank == training.count - 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), sent)
 
-    return training(callbacks=[Die()])
+    return training(callbacks=[Die()], **changed)
+
+
+def stopping(training: Training) -> dict:
+    """The last process stops, without an end."""
+    return dying(training, signal.SIGSTOP, ddp_timeout=3)
 
 
 def main() -> None:
