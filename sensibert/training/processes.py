@@ -106,12 +106,12 @@ class Processes:
         digests: list[Any] = [None] * self.count
         with self._all_alive():
             dist.all_gather_object(digests, (None if plan is None else _plan_digest(plan), weights_digest(model)))
-        for place, what in enumerate(("plans", "weights")):
-            others = [number for number, digest in enumerate(digests) if digest[place] != digests[0][place]]
+        for place, what in enumerate(("kept units", "weights")):
+            others = [str(number) for number, digest in enumerate(digests) if digest[place] != digests[0][place]]
             if others:
                 raise SensibertError(
-                    f"TrimCallback: {when}, other {what} than in process 0 are in process {', '.join(map(str, others))}; "
-                    "want the same model and seed in all of them"
+                    f"TrimCallback: {when}, the {what} of process {', '.join(others)} are not those of process 0; want "
+                    "the same model and seed in all of them"
                 )
 
     def wait(self) -> None:

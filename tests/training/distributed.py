@@ -94,42 +94,33 @@ def several(training: Training) -> dict:
     """Trainings of several kinds, one after the other, in the same processes."""
     from sensibert import TrimConfig, TrimTrainer
 
-    found = {"whole": training()}
+    half = 4 // training.count
+    found = {"adamw": training(), "sgd": training(optim="sgd", learning_rate=0.1)}
     training.trainer.save_model(str(training.folder / "small"))
     found["uneven"] = training(rows=30)  # 4 batches an epoch, the last of 6 rows
-    half = 4 // training.count
     found["accumulated"] = training(per_device_train_batch_size=half, gradient_accumulation_steps=2)
     found["checkpointing"] = training(gradient_checkpointing=True)
     found["blocks"] = training(TrimTrainer, TrimConfig(grid="block8"))
     found["bf16"] = training(TrimTrainer, bf16=True)
-    return found
+    return found if training.count == 1 else found | _resumed(training) | _refused(training)
 
 
-def one(training: Training) -> dict:
-    return training()
-
-
-def saved(training: Training) -> dict:
-    """A TrimTrainer that is resumed before and after the cut."""
+def _resumed(training: Training) -> dict:
+    """A training with checkpoints, and others that resume from those before and after the cut."""
     from sensibert import TrimTrainer
 
-    found = {"whole": training(TrimTrainer, save_strategy="steps", save_steps=1)}
+    found = {"saved": training(TrimTrainer, save_strategy="steps", save_steps=1)}
     for step in (1, 4):
         found[f"from {step}"] = training(TrimTrainer, resume=str(training.folder / f"run/checkpoint-{step}"))
     return found
 
 
-def resumed(training: Training) -> dict:
-    """A resume from the checkpoint that another number of processes wrote."""
-    from sensibert import TrimTrainer
-
-    return training(TrimTrainer, resume=str(training.folder / "run/checkpoint-4"))
-
-
-def other_weights(training: Training) -> dict:
-    """The last process changes a weight before the cut."""
+def _refused(training: Training) -> dict:
+    """The last process changes a weight before the cut; the analysis fails in the first process."""
     import torch
     from transformers import TrainerCallback
+
+    from sensibert import SensibertError, TrimCallback
 
     class Change(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -137,17 +128,22 @@ def other_weights(training: Training) -> dict:
                 with torch.no_grad():
                     model.classifier.bias.add_(1)
 
-    return training(callbacks=[Change()])
-
-
-def failing(training: Training) -> dict:
-    """The analysis fails, in the process that makes it."""
-    from sensibert import SensibertError, TrimCallback
-
     def choose(model, batches, budget):
         raise SensibertError("no plan today")
 
-    return training(callback=TrimCallback("50%params", choose=choose))
+    failing = TrimCallback("50%params", choose=choose)
+    return {"other weights": training(callbacks=[Change()]), "no plan": training(callback=failing)}
+
+
+def one(training: Training) -> dict:
+    return training()
+
+
+def resumed(training: Training) -> dict:
+    """A resume from the checkpoint that another number of processes wrote."""
+    from sensibert import TrimTrainer
+
+    return training(TrimTrainer, resume=str(training.folder / "run/checkpoint-4"))
 
 
 def dying(training: Training, sent: int = signal.SIGKILL, **changed) -> dict:

@@ -17,7 +17,7 @@ from sensibert.training.manifest import MANIFEST
 from tests.helpers import tiny_model
 from tests.training.distributed import run
 
-CASES = ("whole", "uneven", "accumulated", "checkpointing", "blocks", "bf16")
+CASES = ("adamw", "sgd", "uneven", "accumulated", "checkpointing", "blocks", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,6 @@ def both(here):
     return run("several", here / "both", 2)
 
 
-@pytest.fixture(scope="module")
-def saved(here):
-    return run("saved", here / "saved", 2)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_decide_what_one_would_and_end_with_the_same_bits(alone, both, case):
     first, second = (found[case] for found in both)
@@ -52,49 +47,46 @@ def test_weights_are_those_of_one_process_but_for_rounding_and_the_saved_folder_
     ours, theirs = (load_file(here / name / "small/model.safetensors") for name in ("both", "alone"))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-4, msg=name)  # Adam steps of 1e-3
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)  # AdamW enlarges gradients near 0
     again = AutoModelForSequenceClassification.from_pretrained(here / "both/small")
-    assert weights_digest(again) == both[0]["whole"]["digest"]
+    assert weights_digest(again) == both[0]["sgd"]["digest"]
 
 
 def test_gradient_checkpointing_changes_no_weight(both):
-    assert both[0]["checkpointing"]["digest"] == both[0]["whole"]["digest"]
+    assert both[0]["checkpointing"]["digest"] == both[0]["adamw"]["digest"]
 
 
 def test_only_the_first_process_tells_of_the_cut(both):
-    assert [found["errors"].count("cut at step 2 of 6") for found in both] == [len(CASES), 0]
+    assert both[0]["errors"].count("cut at step 2 of 6") > len(CASES) and "cut at" not in both[1]["errors"]
 
 
 def test_four_processes(alone, here):
     found = run("one", here / "four", 4)
-    assert all(rank["digest"] == found[0]["digest"] and rank["kept"] == alone["whole"]["kept"] for rank in found)
+    assert all(rank["digest"] == found[0]["digest"] and rank["kept"] == alone["adamw"]["kept"] for rank in found)
 
 
-def test_checkpoints_are_complete_and_resume_to_the_same_bits(saved, here):
-    for rank in saved:
-        assert rank["from 1"]["digest"] == rank["from 4"]["digest"] == saved[0]["whole"]["digest"]
+def test_checkpoints_are_complete_and_resume_to_the_same_bits(both, here):
+    for rank in both:
+        assert rank["from 1"]["digest"] == rank["from 4"]["digest"] == both[0]["saved"]["digest"]
     for step in (1, 2, 4):
-        assert check_checkpoint(here / f"saved/run/checkpoint-{step}")
-    listed = json.loads((here / "saved/run/checkpoint-4" / MANIFEST).read_text())["files"]
+        assert check_checkpoint(here / f"both/run/checkpoint-{step}")
+    listed = json.loads((here / "both/run/checkpoint-4" / MANIFEST).read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
 
 
-def test_another_number_of_processes_does_not_resume(saved, here):
-    (found,) = run("resumed", here / "saved", 1)
+def test_another_number_of_processes_does_not_resume(both, here):
+    (found,) = run("resumed", here / "both", 1)
     assert found["step"] == 4 and "has processes 2, and this run 1: want the same" in found["error"]
 
 
-def test_processes_with_other_weights_are_named(here):
-    for rank in run("other_weights", here / "other", 2):
-        assert rank["step"] == 2  # refused by all, before the cut
-        assert rank["error"].startswith(
-            "TrimCallback: at the cut at step 2, other weights than in process 0 are in process 1;"
-        )
+def test_processes_with_other_weights_are_named_before_the_cut(both):
+    message = "TrimCallback: at the cut at step 2, the weights of process 1 are not those of process 0; want"
+    for rank in both:
+        assert rank["other weights"]["step"] == 2 and rank["other weights"]["error"].startswith(message)
 
 
-def test_an_error_of_the_first_process_reaches_the_others(here):
-    first, second = run("failing", here / "failing", 2)
-    assert first["error"] == "no plan today" and second["error"] == "process 0: no plan today"
+def test_an_error_of_the_first_process_reaches_the_others(both):
+    assert [rank["no plan"]["error"] for rank in both] == ["no plan today", "process 0: no plan today"]
 
 
 @pytest.mark.parametrize("case", ["dying", "stopping"])
