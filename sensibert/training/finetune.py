@@ -24,11 +24,11 @@ from .fast_loop import FastTrainer
 from .trainer import ADAMW, TrimTrainer
 
 
-def want_one_process(arguments: TrainingArguments) -> None:
+def want_one_process(count: int) -> None:
     """SensibertError for several processes: `finetune` scores, saves and resumes in one."""
-    if arguments.world_size > 1:
+    if count > 1:
         raise SensibertError(
-            f"finetune: world_size is {arguments.world_size}, want 1; to train in several processes, use TrimCallback "
+            f"finetune: world_size is {count}, want 1; to train in several processes, use TrimCallback "
             "in a Trainer of your own, or trim first (sensibert trim), then train the smaller model"
         )
 
@@ -55,7 +55,7 @@ def finetune(
     checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
-    want_one_process(arguments)
+    want_one_process(arguments.world_size)
     if isinstance(train, Sized) and not len(train):
         raise SensibertError("finetune: train is empty, want at least one row")
     if packing == "auto" and checkpoint is not None and _of_earlier_version(Path(checkpoint)):

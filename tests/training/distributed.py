@@ -95,7 +95,10 @@ def several(training: Training) -> dict:
     from sensibert import TrimConfig, TrimTrainer
 
     half = 4 // training.count
-    found = {"adamw": training(), "sgd": training(optim="sgd", learning_rate=0.1)}
+    # Where a model ignores num_items_in_batch, Trainer multiplies the loss by the number of processes; AdamW does not
+    # notice, and SGD would.
+    sgd = {"optim": "sgd", "learning_rate": 0.1, "average_tokens_across_devices": False}
+    found = {"adamw": training(), "sgd": training(**sgd)}
     training.trainer.save_model(str(training.folder / "small"))
     found["uneven"] = training(rows=30)  # 4 batches an epoch, the last of 6 rows
     found["accumulated"] = training(per_device_train_batch_size=half, gradient_accumulation_steps=2)

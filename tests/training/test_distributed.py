@@ -15,6 +15,7 @@ from sensibert.start_checks import check_parallel
 from sensibert.training.checkpoints import check_checkpoint
 from sensibert.training.manifest import MANIFEST
 from tests.helpers import tiny_model
+from tests.runs import command
 from tests.training.distributed import run
 
 CASES = ("adamw", "sgd", "uneven", "accumulated", "checkpointing", "blocks", "bf16")
@@ -121,3 +122,11 @@ def test_costs_that_are_measured_want_one_process(monkeypatch):
     with pytest.raises(SensibertError, match="costs of budget 8ms are measured and world_size is 2; want one process"):
         check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig("8ms"))
     check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig())
+
+
+def test_the_command_line_wants_one_process_before_it_writes_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "train.csv").write_text("sentence,label\nbad,0\ngood,1\n")
+    ended = command("finetune", "--model", "m", "--train-file", tmp_path / "train.csv", "--output", tmp_path / "out")
+    assert ended.code == 2 and "finetune: world_size is 2, want 1; to train in several processes" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
