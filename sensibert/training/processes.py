@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ def check_processes(args: TrainingArguments) -> None:
         raise SensibertError(
             f"TrimCallback: n_gpu is {args.n_gpu}: DataParallel in one process is not supported; want a process for "
             "each GPU (torchrun --nproc-per-node), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if (started := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(started) > args.world_size:
+        raise SensibertError(
+            f"TrimCallback: {started} processes were started, and each would train alone and write the same files; "
+            "on a CPU want TrainingArguments(use_cpu=True, ddp_backend='gloo')"
         )
     if args.world_size == 1:
         return

@@ -117,6 +117,12 @@ def test_other_parallel_training_is_refused_in_words(changed, message, monkeypat
         check_parallel(SimpleNamespace(**USUAL | changed), tiny_model(), TrimConfig())
 
 
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SensibertError, match="2 processes were started, and each would train alone"):
+        check_parallel(SimpleNamespace(**USUAL | {"world_size": 1}), tiny_model(), TrimConfig())
+
+
 def test_costs_that_are_measured_want_one_process(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(SensibertError, match="costs of budget 8ms are measured and world_size is 2; want one process"):
