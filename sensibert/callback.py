@@ -82,6 +82,9 @@ class TrimCallback(TrainerCallback):
     line is written to standard error, as Python does with warnings. `getLogger("sensibert").setLevel("WARNING")` turns
     it off.
 
+    In several processes (DistributedDataParallel) the first one analyzes and decides, and the others receive its plan
+    and weights. `choose` runs in the first process, and `sensitivity` is there; `before_cut` runs in all.
+
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
     in this Trainer: FSDP or DeepSpeed, a data set without a length, a frozen encoder, a second TrimCallback, outputs
     without what the analysis needs. A callback in several Trainers measures each of their models. If training ends
