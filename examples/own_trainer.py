@@ -55,9 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[TrimCallback(TrimConfig(budget=args.budget))],  # the only line that trims
     )
     trainer.train()
-    print(f"encoder parameters: {before:,} -> {encoder_params(model):,}")
-    print(f"accuracy: {trainer.evaluate()['eval_accuracy']:.4f}")
+    metrics = trainer.evaluate()
     trainer.save_model(f"{args.output}/model")
+    if not trainer.is_world_process_zero():  # under torchrun the first process writes
+        return
+    print(f"encoder parameters: {before:,} -> {encoder_params(model):,}")
+    print(f"accuracy: {metrics['eval_accuracy']:.4f}")
 
     reloaded = AutoModelForSequenceClassification.from_pretrained(f"{args.output}/model")
     print(f"{args.output}/model reloads with {encoder_params(reloaded):,} encoder parameters")

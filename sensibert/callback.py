@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from .core import cost
 from .core.arguments import checked
@@ -30,6 +31,7 @@ from .data.batching import micro_batches
 from .decide import Analysis, Choose, decide, with_costs
 from .models import layout_of
 from .models.masks import Masks, cost_of, masks_of
+from .models.modules import consumer_weights
 from .models.sizes import Sizes
 from .models.structure import STRUCTURE, is_trimmed, read_structure
 from .models.unfinished import note_budget, reached
@@ -39,9 +41,11 @@ from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
 from .sensitivity.ranking import StepRanking
-from .start_checks import check_analysis, check_trainer
+from .start_checks import check_analysis, check_parallel, check_trainer
 from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimmed_weights, seal, want_same
+from .training.processes import Processes
 from .training.recovery import Recovery
+from .training.reducer import Reducer
 from .training.run_memory import RunMemory, compared
 from .trimming import restructure, trim
 
@@ -78,8 +82,11 @@ class TrimCallback(TrainerCallback):
     line is written to standard error, as Python does with warnings. `getLogger("sensibert").setLevel("WARNING")` turns
     it off.
 
+    In several processes (DistributedDataParallel) the first one analyzes and decides, and the others receive its plan
+    and weights. `choose` runs in the first process, and `sensitivity` is there; `before_cut` runs in all.
+
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work
-    in this Trainer: several processes, a data set without a length, a frozen encoder, a second TrimCallback, outputs
+    in this Trainer: FSDP or DeepSpeed, a data set without a length, a frozen encoder, a second TrimCallback, outputs
     without what the analysis needs. A callback in several Trainers measures each of their models. If training ends
     before the last cut, a warning is logged and noted in `warnings`, and `export` refuses a model that is larger than
     the budget."""
@@ -109,6 +116,8 @@ class TrimCallback(TrainerCallback):
         self._model: nn.Module | None = None  # that memory belongs to
         self._seen: WeakKeyDictionary[nn.Module, Untrimmed] = WeakKeyDictionary()
         self._step_ranking: StepRanking | None = None  # of the step before the first cut
+        self._processes = Processes()
+        self._reducer: Reducer | None = None  # of the present training, if it was started with torchrun
         self._checkpoint: Path | None = None  # the run resumes from it
         self._made_with: dict[str, object] | None = None  # settings saved in that checkpoint
 
@@ -129,7 +138,7 @@ class TrimCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, object]:
         # Weak references cannot be pickled, as some backends of a hyperparameter search do.
-        return vars(self) | {"_seen": {}, "_model": None}
+        return vars(self) | {"_seen": {}, "_model": None, "_reducer": None}
 
     @checked
     def prepare(self, model: nn.Module, checkpoint: str | Path | None = None) -> None:
@@ -180,7 +189,8 @@ class TrimCallback(TrainerCallback):
         """Settings that the weights at this step depend on, saved in every checkpoint. Model, data and teacher are not
         compared."""
         done = [f"after step {step} ({100 * t:.0f} %)" for step, t in self.cuts.items() if step <= state.global_step]
-        settings: dict[str, object] = {"cuts": ", ".join(done) or "none", "steps": state.max_steps}
+        settings: dict[str, object] = {"processes": self._processes.count}
+        settings |= {"cuts": ", ".join(done) or "none", "steps": state.max_steps}
         settings["warmup_ratio"] = self.schedule.warmup_ratio
         if done:
             settings |= compared(self.config, self.choose is not None, self.left())
@@ -206,8 +216,10 @@ class TrimCallback(TrainerCallback):
             raise SensibertError("TrimCallback: the Trainer has two, want one: each would trim the model")
         setattr(state, MARK, True)
         self.recovery.end()  # of a training that was interrupted
-        self.warnings, self._step_ranking = [], None
+        self.warnings, self._step_ranking, self._processes = [], None, Processes.of(args)
+        self._end_reducer()
         if self.config.trims:
+            check_parallel(args, kwargs["model"], self.config)
             for text in check_trainer(args, model, getattr(loader, "dataset", None), unwrapped(optimizer)):
                 self._warn(text)
         if model is not self._model:  # from model_init, or another
@@ -228,7 +240,7 @@ class TrimCallback(TrainerCallback):
             if self._made_with is None and (checkpoint / MEMORY).exists():
                 self._remember(checkpoint)
             if self._made_with:
-                want_same(checkpoint, self._made_with, self._settings(args, state))
+                want_same(checkpoint, {"processes": 1} | self._made_with, self._settings(args, state))
             if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
                 restructure(model, read_structure(checkpoint / STRUCTURE))  # a plain Trainer loads zeros, not masks
         self._checkpoint = self._made_with = None  # a later train() is another run
@@ -243,8 +255,15 @@ class TrimCallback(TrainerCallback):
             )
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
+        if self.config.trims and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            self._reducer = Reducer(kwargs["model"])
         self.memory.restart_clock(tokens=state.num_input_tokens_seen)
         self._enter(state, state.global_step + 1)
+
+    def _end_reducer(self) -> None:
+        if self._reducer is not None:
+            self._reducer.end()
+            self._reducer = None
 
     def _enter(self, state: TrainerState, step: int) -> None:
         self.phase, last = phase_of(step, self.cuts, state.max_steps)
@@ -256,6 +275,15 @@ class TrimCallback(TrainerCallback):
         if self.cuts and state.global_step == min(self.cuts) - 1 and self.choose is None:
             self._step_ranking = StepRanking(inner_model(kwargs["model"]), unwrapped(kwargs["optimizer"]))
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._reducer is not None and self._processes.count > 1 and not self._reducer.found:
+            raise SensibertError(
+                f"TrimCallback: {self._processes.count} processes train, and the model is not in "
+                "DistributedDataParallel: want a Trainer that puts it there"
+            )
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -266,9 +294,11 @@ class TrimCallback(TrainerCallback):
         if self.save_before_cut and self.cuts and state.global_step == min(self.cuts) - 1:
             control.should_save = True
         self._enter(state, state.global_step)
+        model = inner_model(kwargs["model"])
+        if state.global_step - 1 in self.cuts:  # were the gradients of the new parameters reduced?
+            self._processes.want_same(model, f"one step after the cut at step {state.global_step - 1}")
         if state.global_step not in self.cuts:
             return
-        model = inner_model(kwargs["model"])
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         first = state.global_step == min(self.cuts)
         self.memory.spend(self.phase, state.num_input_tokens_seen)
@@ -287,15 +317,21 @@ class TrimCallback(TrainerCallback):
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.global_step == max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
+        if self._reducer is not None:
+            self._reducer.renew()
         done, logged = Sizes.of(model).since(before), [log for log in state.log_history if "loss" in log]
         loss = f"; loss {logged[-1]['loss']:.4f} at step {logged[-1]['step']}" if logged else ""
-        announce(f"cut at step {state.global_step} of {state.max_steps}: {done}{loss}")
+        if self._processes.first:
+            announce(f"cut at step {state.global_step} of {state.max_steps}: {done}{loss}")
         self.memory.spend("cut")
         self._enter(state, state.global_step + 1)
 
     def _decide(self, model: nn.Module, state: TrainerState, args: TrainingArguments, loader: DataLoader) -> Plan:
-        """The plan of this step's cut. With `compensate`, also adjusts the kept weights of the model."""
-        per_step = args.train_batch_size * args.gradient_accumulation_steps
+        """The plan of this step's cut. With `compensate`, also adjusts the kept weights of the model.
+
+        The first process analyzes and decides; the others get its plan and its adjusted weights."""
+        processes, inner = self._processes, inner_model(model)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * processes.count
         least = 16 * self.config.micro_batch
         allowed = max(least, int(state.max_steps * per_step * SHARE_OF_SAMPLES))
         samples = max(1, min(self.config.samples, allowed) // len(self.cuts))
@@ -308,19 +344,28 @@ class TrimCallback(TrainerCallback):
             return inner_batches(model, counted(read, self.progress, "analyze", of_all))
 
         first, autocast = state.global_step == min(self.cuts), torch.bfloat16 if args.bf16 else None
-        known = self.shared.analysis if first and self.shared is not None else None
-        plan, (sensitivity, factors), measured = decide(
-            inner_model(model), self.config, self._target(self.cuts[state.global_step]), batches, samples,
-            args.train_batch_size, seed, self.loss, autocast, self.choose, known,
-        )  # fmt: skip
+        tensors = {} if self._step_ranking is None else self._step_ranking.end()
+        self._step_ranking = None
+
+        def analyzed() -> tuple[Plan, float | None]:
+            known = self.shared.analysis if first and self.shared is not None else None
+            plan, (sensitivity, factors), measured = decide(
+                inner, self.config, self._target(self.cuts[state.global_step]), batches, samples,
+                args.train_batch_size, seed, self.loss, autocast, self.choose, known,
+            )  # fmt: skip
+            if first and self.shared is not None:
+                self.shared.analysis = Analysis(sensitivity, factors)
+            if first:
+                self.sensitivity = None if sensitivity is None else replace(sensitivity, tensors=tensors)
+            return (plan if processes.count == 1 else plan.on_cpu()), measured
+
+        plan, measured = processes.by_first(analyzed)
+        if self.config.compensate:
+            processes.copy_from_first(consumer_weights(inner, plan.layout))
+        processes.want_same(inner, f"at the cut at step {state.global_step}", plan)
         if measured is not None:
             self.memory.table, self.memory.measured = plan.budget.table, measured
-        if first and self.shared is not None:
-            self.shared.analysis = Analysis(sensitivity, factors)
         if first:
-            tensors = {} if self._step_ranking is None else self._step_ranking.end()
-            self._step_ranking = None
-            self.sensitivity = None if sensitivity is None else replace(sensitivity, tensors=tensors)
             allowed = min(allowed, len(rows))
             if allowed < self.config.samples != TrimConfig.samples:  # somebody asked for more
                 share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"
@@ -369,7 +414,8 @@ class TrimCallback(TrainerCallback):
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        logging.getLogger("sensibert").warning("TrimCallback: %s", text)
+        if self._processes.first:
+            logging.getLogger("sensibert").warning("TrimCallback: %s", text)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs, model = kwargs.get("logs"), kwargs.get("model")
@@ -381,10 +427,16 @@ class TrimCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.memory.spend(self.phase, state.num_input_tokens_seen)
-        folder = checkpoint_of(args, state)
-        if self.sensitivity is not None:
-            self.sensitivity.save(folder / SCORES)
-        seal(folder, inner_model(kwargs["model"]), self.memory.saved(self._settings(args, state)))
+        model, memory = inner_model(kwargs["model"]), self.memory.saved(self._settings(args, state))
+
+        def completed() -> None:
+            folder = checkpoint_of(args, state)
+            if self.sensitivity is not None:
+                self.sensitivity.save(folder / SCORES)
+            seal(folder, model, memory)
+
+        self._processes.wait()  # every process writes its random state
+        self._processes.by_first(completed)
         self.memory.spend("save")
 
     def on_train_end(
@@ -392,6 +444,9 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         self.memory.spend(self.phase, state.num_input_tokens_seen)
         self.recovery.end()
+        if self._reducer is not None:
+            self._reducer.renew()  # the embeddings may be trained again
+        self._end_reducer()
         if self.cuts and self._model is not None and (excess := self.excess(self._model)) is not None:
             early = f", before the last cut at step {last}" if state.global_step < (last := max(self.cuts)) else ""
             result = "is not trimmed" if state.global_step < min(self.cuts) else f"is larger than {self.config.budget}"

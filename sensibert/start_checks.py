@@ -26,8 +26,22 @@ from .models.wrapped import has_classes, inner_batches, inner_model, is_wrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss, given_loss
 from .sensitivity.sampled_loss import loss_of
-from .training.finetune import want_one_process
+from .training.processes import check_processes
 from .trimming.self_check import probe
+
+
+def check_parallel(args: TrainingArguments, trained: nn.Module, config: TrimConfig) -> None:
+    """SensibertError for several processes, or GPUs, in which trimming is not supported. trained: of the Trainer."""
+    check_processes(args)
+    if args.world_size == 1:
+        return
+    want = f"world_size is {args.world_size}; want one process, or"
+    if is_wrapped(trained):
+        raise SensibertError(f"TrimCallback: the model is a {type(trained).__name__} and {want} to trim it first")
+    if config.parsed_budget().measured:
+        raise SensibertError(
+            f"TrimCallback: the costs of budget {config.budget} are measured and {want} a budget of params or flops"
+        )
 
 
 def check_trainer(
@@ -35,7 +49,6 @@ def check_trainer(
 ) -> list[str]:
     """SensibertError for a Trainer that would fail at or after the cut. Returns warnings."""
     warnings = []
-    want_one_process(args)
     if isinstance(model, PreTrainedModel):
         try:
             stock_class(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,12 +14,16 @@ from .core.arguments import one_of, show
 from .core.device import device_of
 from .core.errors import SensibertError
 from .run_options import NO_TRACKER, Options
+from .training.finetune import want_one_process
 
 ONLY_AT_THE_END = 10**9  # steps between evaluations; Trainer then evaluates after the last step alone
 
 
 def check_run(options: Options) -> None:
-    """SensibertError if a file, the device or a tracker that the run needs is missing."""
+    """SensibertError if a file, the device or a tracker that the run needs is missing, or if it is one of several
+    processes."""
+    if (count := os.environ.get("WORLD_SIZE", "")).isdecimal():  # of torchrun and accelerate
+        want_one_process(int(count))
     options.want_data()
     options.want_validation_data()
     device_of(options.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -71,6 +71,10 @@ class Plan(ABC):
     def flops(self) -> int:
         """FLOPs that are left in the scope of the budget, for one sequence of its length."""
         return self.cost(self.budget.scope, self.budget.length)[1]
+
+    def on_cpu(self: AnyPlan) -> AnyPlan:
+        """The same plan with `keep` on the CPU, as from a file."""
+        return replace(self, keep={name: keep.cpu() for name, keep in self.keep.items()})
 
     def table(self) -> str:
         """The plan as a table in plain text."""

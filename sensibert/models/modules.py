@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SensibertError
+from ..core.layout import Layout
 from .families import base_type, families
 from .families.family import Family
 from .modeling_sensibert import EmptyLinear
@@ -78,6 +79,12 @@ def is_linear(module: object) -> TypeGuard[nn.Linear]:
 def base_of(model: nn.Module) -> nn.Module:
     """The model without its task head; member names are relative to it."""
     return getattr(model, "base_model", model)
+
+
+def consumer_weights(model: nn.Module, layout: Layout) -> Iterator[Tensor]:
+    """Weight and bias of every layer that reads units: what compensation adjusts."""
+    for site in layout.sites:
+        yield from base_of(model).get_submodule(site.consumer.parameter.rpartition(".")[0]).parameters()
 
 
 def embeddings_of(model: nn.Module) -> nn.Module:

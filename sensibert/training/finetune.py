@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers.training_args import OptimizerNames
 
 from ..core.arguments import checked, one_of
 from ..core.config import PACKING
@@ -24,21 +24,12 @@ from .fast_loop import FastTrainer
 from .trainer import ADAMW, TrimTrainer
 
 
-def want_one_process(arguments: TrainingArguments) -> None:
-    """SensibertError for several processes: DDP would keep reducing the gradients of parameters from before the cut. In
-    one process, started by torchrun, it must not wait for them."""
-    if arguments.world_size > 1:
+def want_one_process(count: int) -> None:
+    """SensibertError for several processes: `finetune` scores, saves and resumes in one."""
+    if count > 1:
         raise SensibertError(
-            f"finetune: world_size is {arguments.world_size}, want 1: trimming during training runs in one process; "
-            "to use several, trim first (sensibert trim), then train the smaller model"
-        )
-    finds_unused = not arguments.gradient_checkpointing  # the default of Trainer
-    if arguments.ddp_find_unused_parameters is not None:
-        finds_unused = arguments.ddp_find_unused_parameters
-    if arguments.parallel_mode == ParallelMode.DISTRIBUTED and not finds_unused:
-        raise SensibertError(
-            "finetune: DistributedDataParallel would wait for the gradients of tensors from before the cut; want "
-            "ddp_find_unused_parameters=True, or a start without torchrun"
+            f"finetune: world_size is {count}, want 1; to train in several processes, use TrimCallback "
+            "in a Trainer of your own, or trim first (sensibert trim), then train the smaller model"
         )
 
 
@@ -64,7 +55,7 @@ def finetune(
     checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
-    want_one_process(arguments)
+    want_one_process(arguments.world_size)
     if isinstance(train, Sized) and not len(train):
         raise SensibertError("finetune: train is empty, want at least one row")
     if packing == "auto" and checkpoint is not None and _of_earlier_version(Path(checkpoint)):

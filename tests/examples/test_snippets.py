@@ -1,8 +1,8 @@
 """Every snippet of README.md and of the pages in docs/ runs as it stands, in a folder with the files that it names.
 
 A page is a test; its snippets run in order. Python shares one namespace, `sensibert` runs in this process, a yaml with
-a title becomes that file. `make`, `pip install` and `python FILE` are checked, not run. A title that begins with "not
-run" or "fails" says so to readers and to this test; what is neither code nor command is marked text.
+a title becomes that file. `make`, `pip install`, `python FILE` and `torchrun FILE` are checked, not run. A title that
+begins with "not run" or "fails" says so to readers and to this test; what is neither code nor command is marked text.
 """
 
 import re
@@ -59,8 +59,9 @@ def complaint(words: list[str], fails: bool) -> str | None:
     if program == "pip":
         wanted = set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", rest[-1]))))
         return f"no extra {wanted - extras()}" if tomllib and wanted - extras() else None
-    if program == "python":
-        return None if (ROOT / rest[0]).exists() else f"there is no {rest[0]}"
+    if program in ("python", "torchrun"):
+        script = next((word for word in rest if word.endswith(".py")), rest[0])
+        return None if (ROOT / script).exists() else f"there is no {script}"
     return f"{program} is no command that is run or checked here: mark the snippet, or teach this test"
 
 

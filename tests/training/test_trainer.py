@@ -218,7 +218,9 @@ def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
 
 def test_several_processes_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
-    message = "world_size is 2, want 1: trimming during training runs in one process; to use several, trim first"
+    message = (
+        "world_size is 2, want 1; to train in several processes, use TrimCallback in a Trainer of your own, or trim"
+    )
     with pytest.raises(SensibertError, match=message):
         finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path))
 
