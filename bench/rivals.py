@@ -34,6 +34,7 @@ from sensibert.core.errors import SensibertError
 from sensibert.core.layout import Layout, Member, Site
 from sensibert.models import base_of, family_of, layers, layout_of
 from sensibert.models.modules import attribute
+from sensibert.models.reloadable import stock_class, stock_config
 from sensibert.saving.folder import load
 
 Batches = Iterable[Mapping[str, Tensor]]
@@ -86,12 +87,15 @@ class Layers:
         owner, _, name = path.rpartition(".")
         stack = attribute(base_of(self.model), path)
         setattr(attribute(base_of(self.model), owner), name, nn.ModuleList(stack[number] for number in self.kept))
-        self.model.config.num_hidden_layers = len(self.kept)
+        config = stock_config(self.model.config)
+        config.num_hidden_layers = len(self.kept)
+        shallow = stock_class(self.model)(config)  # its layers are whole, so it is a model of transformers again
+        shallow.load_state_dict(self.model.state_dict())
         tokenizer = load(str(folder))[1]
         shutil.rmtree(folder)
-        self.model.save_pretrained(folder)
+        shallow.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return layout_of(self.model).encoder_params
+        return layout_of(shallow).encoder_params
 
 
 class TorchPruning:

@@ -395,8 +395,11 @@ class TrimCallback(TrainerCallback):
             allowed := self._allowed()
         ):
             return None
-        budget, before = self.budget, self._cost_before()
-        return f"{budget.amount(actual)} of {budget.amount(before)}, want at most {budget.amount(allowed)} ({budget})"
+        budget = self.budget
+        before, most = (
+            budget.amount(cost) if budget.measured else f"{cost:,}" for cost in (self._cost_before(), allowed)
+        )
+        return f"{budget.amount(actual)} of {before}, want at most {most} ({budget})"
 
     def _cost_before(self) -> int:
         """The budget's cost of the untrimmed model."""

@@ -136,6 +136,8 @@ def finetune(context: typer.Context, values: dict[str, Any]) -> None:
         if values[name] is not None:
             _want_alone(context, name, ["budget"])
     options = _options(values)
+    options.want_data()
+    options.want_validation_data()
     if values["dry_run"]:
         from .dry_run import described, outline
 

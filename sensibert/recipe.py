@@ -309,13 +309,12 @@ def _train(
     result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
     result["throughput"] = throughput_of(callback.memory, trainer)
     moments = history(state.log_history, list(callback.cuts), result, data.main_metric)
-    if options.trim.trims:
-        shown("measure")
-        result |= against_untrimmed(loaded, *original)
-        if callback.budget.measured:
-            result["measured"] = measured_facts(loaded, callback.budget)
-            callback.warnings += missed(result["measured"])
-        callback.memory.spend("measure")
+    shown("measure")
+    result |= against_untrimmed(loaded, *original)
+    if options.trim.trims and callback.budget.measured:
+        result["measured"] = measured_facts(loaded, callback.budget)
+        callback.warnings += missed(result["measured"])
+    callback.memory.spend("measure")
     add_times(result, callback.memory)
     return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
 

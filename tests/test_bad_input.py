@@ -75,7 +75,7 @@ def test_code_in_a_model_folder_is_never_run(here, tmp_path, monkeypatch):
         ("abc", "'abc' is not a budget, want for example 50%params"),
         ("", "is not a budget"),
         ("50", "is not a budget"),
-        ("8ms", "is not a budget"),
+        ("8 sec", "is not a budget"),
     ],
 )
 def test_a_budget_that_is_none(here, tmp_path, budget, message):

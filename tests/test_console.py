@@ -124,7 +124,7 @@ def test_trackers_receive_losses_scores_and_the_name_of_the_run(here, tmp_path, 
     monkeypatch.setattr("sensibert.trainer_arguments.get_available_reporting_integrations", lambda: ["wandb"])
     done = command(*arguments(here, tmp_path / "out", "--eval-steps", 6, "--report-to", "wandb"))
     assert done.code == 0 and seen[0] == "out"
-    assert sum("loss" in names for names in seen[1:]) == 1 and sum("eval_accuracy" in names for names in seen[1:]) == 2
+    assert any("loss" in names for names in seen[1:]) and sum("eval_accuracy" in names for names in seen[1:]) == 2
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,8 @@ def most_tokens(tokenizer: PreTrainedTokenizerBase) -> float:
 def text_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: bool) -> int:
     """Tokens of max_length that are not special; SensibertError if none are left or the tokenizer allows fewer."""
     special = tokenizer.num_special_tokens_to_add(pair)
-    if not special + 1 < max_length <= (allowed := most_tokens(tokenizer)):
+    allowed = most_tokens(tokenizer)
+    if not special + 1 < max_length <= allowed:
         limit = min(allowed, 10**6)  # 'no limit' is 1e30
         raise SensibertError(f"max_length is {max_length}, want {special + 2} to {limit} with this tokenizer")
     return max_length - special

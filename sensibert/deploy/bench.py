@@ -7,44 +7,20 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.arguments import at_least_one
-from ..core.errors import SensibertError, described
+from ..core.errors import SensibertError
 from ..models.modules import positions
-from ..saving.folder import load
-from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
+from .graphs import input_names
+from .opened import BATCHES, Entry, one_pass, opened, places_in
+from .peak_memory import peak_mb
 from .probe_timing import processor
 
-BATCHES, LENGTH, ROUNDS = (1, 32), 128, 20
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-PAIRED = {".xml": ".bin"}  # a graph whose weights are in a second file
-
-
-class Place(NamedTuple):
-    """Where a model is: a folder, and its file for a runtime, or no file for the weights of torch."""
-
-    folder: str
-    runtime: str
-    file: str | None
-
-
-class _Entry(NamedTuple):
-    """A model in a runtime. size: bytes of its files. seconds: of loading it. longest: tokens of a text; None: any."""
-
-    folder: str
-    runtime: str
-    size: int
-    seconds: float
-    model: nn.Module
-    inputs: tuple[str, ...]
-    vocabulary: int
-    longest: int | None
+LENGTH, ROUNDS = 128, 20
 
 
 def measure(
@@ -61,7 +37,7 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        places = [place for folder in folders for place in _places(folder)]
+        places = [place for folder in folders for place in places_in(folder)]
         entries = [opened(place, threads) for place in places]
         for entry in entries:
             if length > (entry.longest or length):
@@ -71,63 +47,12 @@ def measure(
         times = {rows: _times(entries, rows, length, rounds) for rows in BATCHES}
     finally:
         torch.set_num_threads(before)
-    from .peak_memory import peak_mb
-
     found = []
     for number, (place, entry) in enumerate(zip(places, entries, strict=True)):
         row = {"folder": entry.folder, "runtime": entry.runtime, "mb": entry.size / 1e6, "load_s": entry.seconds}
         row["peak_mb"] = peak_mb(place, length, threads)
         found.append(row | {f"batch_{rows}_ms": _spread(times[rows][number]) for rows in BATCHES})
     return {"processor": processor(), "threads": threads or before, "length": length, "rounds": rounds}, found
-
-
-def _places(folder: str) -> list[Place]:
-    """The models in a folder; SensibertError if there is none."""
-    path, found = Path(folder), []
-    if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
-        found.append(Place(folder, "torch", None))
-    graphs = {name: runtime.file for name, runtime in RUNTIMES.items()} | {"onnx int8": INT8_FILE}
-    found += [Place(folder, name, str(path / file)) for name, file in graphs.items() if (path / file).is_file()]
-    if not found:
-        raise SensibertError(f"folder: {folder} holds no model and no graph, want a folder of finetune, trim or export")
-    return found
-
-
-def opened(place: Place, threads: int | None) -> _Entry:
-    """The model in its runtime; SensibertError if the runtime is missing or cannot open it."""
-    folder, name, begin = place.folder, place.runtime, time.perf_counter()
-    if place.file is None:
-        model = load(folder)[0].eval()
-        seconds = time.perf_counter() - begin
-        size = sum(file.stat().st_size for pattern in WEIGHTS for file in Path(folder).glob(pattern))
-        names = input_names(model, None)
-        return _Entry(folder, name, size, seconds, model, names, model.config.vocab_size, positions(model))
-    config, file = AutoConfig.from_pretrained(folder, trust_remote_code=False), Path(place.file)
-    longest = getattr(config, "max_position_embeddings", None)
-    runtime = RUNTIMES[name.partition(" ")[0]]
-    runtime.want_packages(name)
-    begin = time.perf_counter()
-    try:
-        graph: Graph = runtime.open(file, threads)
-    except SensibertError:
-        raise
-    except Exception as error:  # of the runtime
-        raise SensibertError(f"{file}: {name} cannot open it ({described(error)})") from error
-    seconds = time.perf_counter() - begin
-    size = file.stat().st_size
-    if file.suffix in PAIRED:
-        size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
-    shown = "torch.export" if name == "torch" else name
-    return _Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
-
-
-def one_pass(entry: _Entry, rows: int, length: int) -> float:
-    """Milliseconds of one forward pass."""
-    inputs: dict[str, Tensor] = random_inputs(entry.inputs, entry.vocabulary, rows, length)
-    inputs["attention_mask"].fill_(1)
-    begin = time.perf_counter()
-    entry.model(**inputs)
-    return 1e3 * (time.perf_counter() - begin)
 
 
 def against_untrimmed(model: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
@@ -146,7 +71,7 @@ def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 3) -> d
     Returns {"threads", "length", and for each of BATCHES "batch_<rows>_ms": {name: milliseconds}}. limit_s: seconds a
     batch size after which no further round begins."""
     entries = [
-        _Entry(name, "torch", 0, 0, model.eval(), input_names(model, None), model.config.vocab_size, positions(model))
+        Entry(name, "torch", 0, 0, model.eval(), input_names(model, None), model.config.vocab_size, positions(model))
         for name, model in models.items()
     ]
     length = min(LENGTH, *(entry.longest or LENGTH for entry in entries))
@@ -159,7 +84,7 @@ def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 3) -> d
 
 
 @torch.inference_mode()
-def _times(entries: list[_Entry], rows: int, length: int, rounds: int, limit_s: float = math.inf) -> list[list[float]]:
+def _times(entries: list[Entry], rows: int, length: int, rounds: int, limit_s: float = math.inf) -> list[list[float]]:
     """Milliseconds of the passes of each entry, without a first one that warms up unless it takes all the time."""
 
     times: list[list[float]] = [[] for _ in entries]

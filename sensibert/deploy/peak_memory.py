@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import BATCHES, Place, one_pass, opened
+from .opened import BATCHES, Place, one_pass, opened
 
 
 def peak_mb(place: Place, length: int, threads: int | None) -> float | None:

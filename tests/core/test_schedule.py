@@ -82,7 +82,7 @@ def test_a_plain_recovery_rises_the_more_is_cut_beyond_half():
 def test_the_task_says_how_to_recover_unless_the_user_does():
     assert Schedule().for_task("continue").recovery == "continue"
     assert Schedule(recovery="rewarm").for_task("continue").recovery == "rewarm"
-    assert [task.recovery for task in TASKS.values()] == ["rewarm", "rewarm", "continue", "rewarm", "rewarm"]
+    assert [task.recovery for task in TASKS.values()] == ["rewarm", "rewarm", "continue", "rewarm", "rewarm", "rewarm"]
     assert Schedule().for_task("rewarm").cuts(300) == {100: 1.0}
     assert Schedule().for_task("rewarm", 0.0).cuts(300) == {1: 1.0}
     assert Schedule(trim_start=0.5).for_task("rewarm", 0.0).cuts(300) == {150: 1.0}

@@ -85,7 +85,7 @@ def test_the_summary_has_the_score_of_the_baseline_if_it_was_measured():
     lines = summary(RESULT | measured).splitlines()
     assert lines[8].split() == ["at", "the", "cut", "at", "the", "end", "baseline"]
     assert lines[10].split() == ["accuracy", "0.9500", "0.9000", "0.9600"]
-    assert lines[-1] == "Baseline: the same run without trimming, 120 steps (from the cut on 12 s)."
+    assert "Baseline: the same run without trimming, 120 steps (from the cut on 12 s)." in lines
 
 
 def test_the_summary_tells_how_a_floor_was_met():
