@@ -60,7 +60,7 @@ def test_a_run_keeps_the_budget_learns_and_writes_what_it_says(here, tmp_path, r
     moments = read_history(tmp_path / "out" / "report" / "run.csv")
     (cut,) = (moment.step for moment in moments if moment.event == "cut")
     sizes = {m.encoder_params for m in moments if m.event == "log" and m.step < cut}
-    assert sizes == {result["encoder_params_before"]} and len(moments) == 42
+    assert sizes == {result["encoder_params_before"]} and len(moments) == 43
     assert {m.encoder_params for m in moments if m.step >= cut} >= {result["encoder_params_after"]}
     assert not (tmp_path / "out.partial").exists()
 
