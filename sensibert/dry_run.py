@@ -149,7 +149,7 @@ def _steps_and_time(
     steps = options.max_steps if options.max_steps != -1 else math.ceil(options.epochs * a_pass)
     scored += rows_in_all if isinstance(encoded, EmbeddingData) else 0  # the original's embeddings are the labels
     in_all = seconds * (steps * share + scored / per_step * FORWARD)
-    return {"steps": steps, "estimated_seconds": round(in_all, 1), "timed_steps": number}
+    return {"steps": steps, "estimated_seconds": round(in_all, 3), "timed_steps": number}
 
 
 def _some_rows(options: Options, data: TaskData, train: Examples, number: int) -> tuple[TaskData, int]:

@@ -1,5 +1,6 @@
 """Fixtures every test may use. Environment first: torch and transformers read it when they are imported."""
 
+import logging
 import os
 import sys
 
@@ -81,3 +82,10 @@ def analyses(monkeypatch):
     found, collect = [], deciding.collect_factors
     monkeypatch.setattr(deciding, "collect_factors", lambda *args: (found.append(1), collect(*args))[1])
     return found
+
+
+@pytest.fixture(autouse=True)
+def usual_logging():
+    """What a test, a fixture or a library it calls changed of the logging, it changed for no other test."""
+    logging.getLogger("sensibert").setLevel(logging.NOTSET)
+    logging.disable(logging.NOTSET)

@@ -26,7 +26,7 @@ KEYS = {
     "plan": {"method", "budget", "scope", "grid", *SIZES, "flops_length", "output"},
     "trim": {"model", "method", "budget", "scope", "grid", *SIZES, "flops_length", "output"},
     "eval": {"task", "model", "encoder_params_after", "total_params_after", "metrics", "seconds"},
-    "inspect": (RESULT_KEYS - {"output"}) | {"family", "layers", "tensors"},
+    "inspect": (RESULT_KEYS - {"output"}) | {"family", "layers", "tensors", "measured"},
 }
 
 

@@ -131,7 +131,7 @@ def test_the_python_of_the_readme_saves_what_it_trimmed(here):
 
 def test_snippets_that_are_not_run_are_few():
     marked = [s for page in PAGES for s in snippets(page.read_text("utf-8")) if s.title.startswith("not run")]
-    assert len(marked) <= 2
+    assert len(marked) <= 4
 
 
 @pytest.mark.parametrize(
