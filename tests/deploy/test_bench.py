@@ -34,7 +34,7 @@ def test_every_file_of_a_folder_is_timed(folders):
     assert [row["runtime"] for row in rows] == ["torch", "onnx", "onnx int8", "torch.export"]
     assert [row["folder"] for row in rows] == [folders[0], folders[1], folders[1], folders[2]]
     for row in rows:
-        assert row["mb"] > 0 and row["load_s"] > 0 and row["peak_mb"] > 0
+        assert row["mb"] > 0 and row["load_s"] > 0 and row["peak_mb"] >= 0
         for spread in (row["batch_1_ms"], row["batch_32_ms"]):
             assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
     assert rows[2]["mb"] < rows[1]["mb"] and machine["threads"] == 1 and machine["processor"]

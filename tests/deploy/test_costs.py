@@ -57,7 +57,7 @@ def test_passes_are_timed_in_turns_on_the_threads_that_were_asked_for():
     threads = torch.get_num_threads()
     table = measure_costs(tiny_model(), Target("latency", "torch", 2, 8, 1))
     assert torch.get_num_threads() == threads
-    assert table.rest > 0 and table.heads[-1][0] == 4 and table.ffn[-1][0] == 64 and table.device
+    assert table.rest >= 0 and table.heads[-1][0] == 4 and table.ffn[-1][0] == 64 and table.device
     assert (table.threads, table.batch, table.length, table.family) == (1, 2, 8, "bert")
 
 
@@ -135,7 +135,7 @@ def test_probes_are_timed_with_the_runtime_alone(tmp_path, monkeypatch):
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
     made = CostTable.load(table)
     made.want_fit(layout_of(model))
-    assert made.runtime == "onnx" and made.length == 8 and made.rest > 0 and made.device
+    assert made.runtime == "onnx" and made.length == 8 and made.rest >= 0 and made.device
 
 
 @pytest.mark.parametrize(
