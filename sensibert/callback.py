@@ -347,9 +347,9 @@ class TrimCallback(TrainerCallback):
         tensors = {} if self._step_ranking is None else self._step_ranking.end()
         self._step_ranking = None
 
-        def analyzed() -> tuple[Plan, float | None]:
+        def analyzed() -> Plan:
             known = self.shared.analysis if first and self.shared is not None else None
-            plan, (sensitivity, factors), measured = decide(
+            plan, (sensitivity, factors) = decide(
                 inner, self.config, self._target(self.cuts[state.global_step]), batches, samples,
                 args.train_batch_size, seed, self.loss, autocast, self.choose, known,
             )  # fmt: skip
@@ -357,17 +357,17 @@ class TrimCallback(TrainerCallback):
                 self.shared.analysis = Analysis(sensitivity, factors)
             if first:
                 self.sensitivity = None if sensitivity is None else replace(sensitivity, tensors=tensors)
-            return (plan if processes.count == 1 else plan.on_cpu()), measured
+            return plan if processes.count == 1 else plan.on_cpu()
 
-        plan, measured = processes.by_first(analyzed)
+        plan = processes.by_first(analyzed)
         if self.config.compensate:
             processes.copy_from_first(consumer_weights(inner, plan.layout))
         processes.want_same(inner, f"at the cut at step {state.global_step}", plan)
-        if measured is not None:
-            self.memory.table, self.memory.measured = plan.budget.table, measured
+        if plan.budget.table is not None:
+            self.memory.table = plan.budget.table
         if first:
             allowed = min(allowed, len(rows))
-            if allowed < self.config.samples != TrimConfig.samples:  # somebody asked for more
+            if allowed < self.config.samples != TrimConfig.samples:  # more than the default were requested
                 share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"
                 self._warn(f"samples is {self.config.samples}, and the analysis reads {allowed}: at most {share}")
         return plan

@@ -277,13 +277,13 @@ def export_(context: typer.Context, values: dict[str, Any]) -> None:
       sensibert export small --to onnx --int8 --validation-file dev.csv --output small-onnx
       sensibert export small --to openvino --output small-openvino
     """
-    options, asked = _options(values, model=values["folder"]), {name: values[name] for name in EXPORTED}
-    check_export(**asked)
+    options, wanted = _options(values, model=values["folder"]), {name: values[name] for name in EXPORTED}
+    check_export(**wanted)
     max_loss = fraction("max_loss", values["max_loss"])
     from .commands import export_folder
     from .report import table
 
-    result = export_folder(options, **asked, max_loss=max_loss)
+    result = export_folder(options, **wanted, max_loss=max_loss)
     files = table(("", "MB"), [(name, f"{size / 1e6:.1f}") for name, size in result["files"].items()])
     scores = result.get("metrics", {})
     rows = [(metric, *(f"{found[metric]:.4f}" for found in scores.values())) for metric in scores.get("model", ())]

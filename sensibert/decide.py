@@ -40,7 +40,6 @@ class Analysis(NamedTuple):
 class Decision(NamedTuple):
     plan: Plan
     analysis: Analysis
-    measured: float | None = None  # cost of the trimmed model, where the budget is of measured costs
 
 
 def with_costs(budget: Budget, model: nn.Module, config: TrimConfig) -> Budget:
@@ -86,7 +85,6 @@ def decide(
     Costs measured on this device are measured again for the plan: where they are not what the table says, it is
     corrected, and the plan chosen again. The plan's budget has the corrected table."""
     assert config.method is not None  # of a resolved config
-    measured = None
     few = batches(samples, config.micro_batch)
     if analysis is None:
         rule, factors, sensitivity = None if choose is not None else STATISTICS[config.method], None, None
@@ -107,13 +105,13 @@ def decide(
 
         plan = allocated(budget)
         if budget.table is not None and (target := Target.of(budget.table)) is not None:
-            plan, measured = settle(_whole(model), plan, allocated, target)
+            plan = settle(_whole(model), plan, allocated, target)
     if config.compensate:
         if not isinstance(plan, UnitPlan):
             raise SensibertError("choose: returned a plan of blocks, and compensate is True; want compensate=False")
         assert analysis.factors is not None  # of an analysis for `compensate`
         compensate(model, plan, analysis.factors)
-    return Decision(plan, analysis, measured)
+    return Decision(plan, analysis)
 
 
 @checked

@@ -42,10 +42,10 @@ def wanted_rows(floor: float) -> int:
 
 def check_floor(options: Options, data: TaskData) -> None:
     """SensibertError if the validation data cannot show whether the floor holds."""
-    floor, asked = options.floor(), f"keep is {options.keep!r}"
+    floor, requested = options.floor(), f"keep is {options.keep!r}"
     if data.task.name in WITHOUT_RATIO:
         raise SensibertError(
-            f"{asked}, but the metric of task {data.task.name} is {data.main_metric}, a correlation, of which a "
+            f"{requested}, but the metric of task {data.task.name} is {data.main_metric}, a correlation, of which a "
             "percentage means nothing; want --budget or --budgets"
         )
     rows, wanted = _rows(data), wanted_rows(floor)

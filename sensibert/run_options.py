@@ -291,7 +291,7 @@ class Options:
             )
 
     def want_validation_data(self) -> None:
-        """SensibertError if there is nothing to evaluate on and evaluations are asked for."""
+        """SensibertError if there is nothing to evaluate on and evaluations are requested."""
         there = self.task == EMBEDDING or (self.task in PRESETS and self.train_file is None)
         if self.eval_steps is not None and self.validation_file is None and not there:
             raise SensibertError(

@@ -159,10 +159,10 @@ def costs_of(models: Sequence[PreTrainedModel], target: Target) -> list[float]:
 
 
 @checked
-def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan], target: Target) -> tuple[Plan, float]:
+def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan], target: Target) -> Plan:
     """Measure what a plan costs, and correct the table and choose again until both agree to CLOSE.
 
-    model: its architecture counts. Returns the plan, whose budget has the corrected table, and its measured cost."""
+    model: its architecture counts. The budget of the plan that is returned has the corrected table."""
     layout = plan.layout
     base = _random_model(model, target)
     for tries in range(TRIES + 1):
@@ -176,7 +176,7 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
             plan = choose(plan.budget.with_table(table.corrected(predicted, measured)))
         except SensibertError:  # the corrected table has no plan within the budget: `missed` tells by how much
             break
-    return plan, measured
+    return plan
 
 
 def _cost_of(model: PreTrainedModel, whole: PreTrainedModel, budget: Budget, target: Target) -> tuple[float, float]:

@@ -15,9 +15,9 @@ from .opened import BATCHES, Place, one_pass, opened
 def peak_mb(place: Place, length: int, threads: int | None) -> float | None:
     """Megabytes that loading the model and a pass of the largest of BATCHES add to the process; None on a system that
     does not tell."""
-    asked = json.dumps([*place, length, threads])
+    request = json.dumps([*place, length, threads])
     done = subprocess.run(
-        [sys.executable, "-m", "sensibert.deploy.peak_memory", asked], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sensibert.deploy.peak_memory", request], capture_output=True, text=True, check=False
     )
     try:
         return float(json.loads(done.stdout.splitlines()[-1]))

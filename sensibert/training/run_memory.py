@@ -36,7 +36,6 @@ class RunMemory:
     tokens: dict[str, int] = field(default_factory=dict)  # trained on by phase, without padding
     inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
     table: CostTable | None = None  # of a budget of measured costs, corrected at the cuts
-    measured: float | None = None  # cost of the trimmed model, as measured at the last cut
     _clock: float = field(default_factory=time.perf_counter)
     _tokens: int = 0  # at the last call of `spend`
 
@@ -74,7 +73,7 @@ class RunMemory:
             "tokens": self.tokens,
         }
         if self.table is not None:
-            known |= {"table": self.table.to_dict(), "measured": self.measured}
+            known["table"] = self.table.to_dict()
         return {"settings": dict(settings), **known, "inputs": self.inputs}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
@@ -90,7 +89,7 @@ class RunMemory:
             if (entry := content.get("table")) is not None:
                 table = CostTable.from_dict(entry)
                 if self.table is None or self.table.kind == table.kind:  # a run may branch from one with another budget
-                    self.table, self.measured = table, content["measured"]
+                    self.table = table
             return current_settings(content.get("settings", {}))
         except (OSError, ValueError, KeyError, AttributeError):  # a SensibertError is a ValueError
             raise SensibertError(
