@@ -11,8 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from .export import RUNTIMES_OF_GRAPHS, plain
 from .graphs import INT8_FILE, input_names, quantize, random_inputs, trace
 from .graphs import RUNTIMES as GRAPHS
 from .probe_timing import PROBES, clock_of, median_times, processor, table_from
+from .timed_models import times_in_torch
 
 KINDS = {"heads": "head", "ffn": "ffn"}  # column of a table -> kind of a site
 SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the units of a layer, in the probes of latency
@@ -148,14 +148,24 @@ def _probes(model: PreTrainedModel, target: Target) -> _Probes:
 
 def costs_of(models: Sequence[PreTrainedModel], target: Target) -> list[float]:
     """Microseconds of a forward pass of each model, the median of passes that take turns, or bytes of its file."""
+    if target.kind == "latency":
+        _want_positions(models, target)
     with tempfile.TemporaryDirectory() as folder:
+        if target.kind == "latency" and target.runtime == "torch":
+            return times_in_torch(models, Path(folder), target.batch, target.length, target.threads)
         places = [Path(folder) / str(number) for number in range(len(models))]
         if target.kind == "size":
             return [float(_write(model, place, target).stat().st_size) for model, place in zip(models, places)]
-        with _threads(target.threads):
-            ready = (_opened(model, place, target) for model, place in zip(models, places, strict=True))
-            clock = time.perf_counter if target.runtime == "cuda" else clock_of(target.threads)
-            return median_times(list(ready), clock)
+        ready = [_opened(model, place, target) for model, place in zip(models, places, strict=True)]
+        return median_times(ready, time.perf_counter if target.runtime == "cuda" else clock_of(target.threads))
+
+
+def _want_positions(models: Sequence[PreTrainedModel], target: Target) -> None:
+    for model in models:
+        if (longest := positions(model)) is not None and target.length > longest:
+            raise SensibertError(
+                f"latency_shape: {target.length} tokens, want at most {longest}, the model's positions"
+            )
 
 
 @checked
@@ -266,14 +276,11 @@ def _write(model: PreTrainedModel, folder: Path, target: Target) -> Path:
 
 
 def _opened(model: PreTrainedModel, folder: Path, target: Target) -> Callable[[], object]:
-    """One forward pass."""
-    if (longest := positions(model)) is not None and target.length > longest:
-        raise SensibertError(f"latency_shape: {target.length} tokens, want at most {longest}, the model's positions")
+    """One forward pass, on a GPU or of a graph."""
     device = "cuda" if target.runtime == "cuda" else "cpu"
     module: nn.Module
-    if target.runtime in ("torch", "cuda"):
-        module = nn.Module.to(model, device)
-        names = input_names(model, None)
+    if target.runtime == "cuda":
+        module, names = nn.Module.to(model, device), input_names(model, None)
     else:
         graph = module = GRAPHS[target.graph].open(_write(model, folder, target), target.threads)
         names = graph.inputs
@@ -288,13 +295,3 @@ def _opened(model: PreTrainedModel, folder: Path, target: Target) -> Callable[[]
             torch.cuda.synchronize()
 
     return run
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
