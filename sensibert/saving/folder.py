@@ -35,7 +35,7 @@ from ..models.unfinished import unfinished
 from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
-from .model_card import CARD, OF_RUN, card
+from .model_card import CARD, OF_RUN, card, licence_of
 from .publish import publish
 from .sentence_transformers import copy_modules, first_module, fits, library_class, source_of
 
@@ -172,7 +172,8 @@ def export(
     removed weights: loads everywhere, with the same logits up to rounding) or "both" (the dense one in a subfolder). An
     untrimmed model is written without changes; one masked by a grid as a stock model with zeros, with its masks in
     structure.safetensors. info: more facts for the entry `sensibert` of config.json; `metrics`, `base_model`,
-    `train_data` and `validation_data` go on the model card instead. overwrite: replace a model in the folder; its other
+    `train_data` and `validation_data` go on the model card instead, with the licence that the card of the base model
+    states. overwrite: replace a model in the folder; its other
     files are kept. accept_unfinished: also write a model whose training ended between two cuts, with the budget that it
     reached.
 
@@ -209,7 +210,9 @@ def export(
                 )
             if is_trimmed(made):
                 library = None if modules is None else library_class(modules)
-                (folder / CARD).write_text(card(path.name, made, _shapes(model), library, run), encoding="utf-8")
+                licence = licence_of(modules or "") or licence_of(model.config._name_or_path)
+                text = card(path.name, made, _shapes(model), library, run, licence, tokenizer is not None)
+                (folder / CARD).write_text(text, encoding="utf-8")
         if masked:
             save_structure(model, folder / STRUCTURE)
     return path

@@ -52,23 +52,32 @@ def tiny_tokenizer():
     return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
 
 
+def tokenizers():
+    """Family -> a tokenizer of its usual class."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "\u0120", "\u0120b"]  # byte level: Ġ is a space
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "\u2581a", "\u2581b"]  # sentencepiece: ▁ begins a word
+    return {
+        "bert": tiny_tokenizer(),
+        "roberta": transformers.RobertaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[("\u0120", "b")]),
+        "deberta-v2": transformers.DebertaV2Tokenizer(vocab=[(word, -float(i)) for i, word in enumerate(words)]),
+    }
+
+
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     """A trimmed classifier of every family and its zero-filled twin: family -> (folder, logits before it was saved)."""
     actual, folder = {}, tmp_path_factory.mktemp("shelf")
     for family in FAMILIES:
         model = trimmed(family)
-        tokenizer = tiny_tokenizer() if family == "bert" else None
-        path = export(
-            model, folder / family, tokenizer, layout="both", info={"method": "random", "budget": "50%params"}
-        )
+        tokenizer, info = tokenizers().get(family), {"method": "random", "budget": "50%params"}
+        path = export(model, folder / family, tokenizer, layout="both", info=info)
         actual[family] = (path, output(model))
         torch.save(actual[family][1], folder / f"{family}.pt")
     return actual
 
 
 ELSEWHERE = """
-import json, pickle, sys
+import contextlib, io, json, pickle, sys
 from pathlib import Path
 import torch, transformers
 shelf, batch, report = Path(sys.argv[1]), torch.load(sys.argv[2]), {}
@@ -96,8 +105,12 @@ for path in sorted(p for p in shelf.iterdir() if p.is_dir() and not p.name.start
 report["pickled"] = same(pickle.loads(pickle.dumps(again)), path.name)
 report["refused"] = refusal(shelf / "bert")
 report["refused, sizes ignored"] = refusal(shelf / "bert", ignore_mismatched_sizes=True)
-tokenizer = transformers.AutoTokenizer.from_pretrained(shelf / "bert", trust_remote_code=True)
-report["tokens"] = tokenizer("a b")["input_ids"]
+report["tokens"] = []
+for trust in (True, False, None):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        opened = [transformers.AutoTokenizer.from_pretrained(shelf / name, trust_remote_code=trust) for name in NAMES]
+    report["tokens"].append([tokenizer("a b")["input_ids"] for tokenizer in opened])
+    report[f"printed, {trust}"] = printed.getvalue()
 pipe = transformers.pipeline("text-classification", model=str(shelf / "bert"), trust_remote_code=True)
 report["pipeline"] = pipe("a b")[0]["label"]
 report["sensibert"] = "sensibert" in sys.modules
@@ -110,7 +123,7 @@ def elsewhere(shelf, tmp_path_factory):
     """What a process without sensibert reports about every folder of the shelf."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.save(tiny_batch(), folder / "batch.pt")
-    program = fresh.WITHOUT + ELSEWHERE
+    program = f"{fresh.WITHOUT}\nNAMES = {list(tokenizers())}\n{ELSEWHERE}"
     return json.loads(fresh.run(program, shelf["bert"][0].parent, folder / "batch.pt", cwd=folder, isolated=True))
 
 
@@ -152,7 +165,13 @@ def test_stock_transformers_refuses_in_words_and_never_loads_random_weights(else
 def test_pipelines_and_tokenizers_work_on_the_folder_both_ways(shelf, elsewhere):
     pipe = transformers.pipeline("text-classification", model=str(shelf["bert"][0]))
     assert pipe("a b")[0]["label"] == elsewhere["pipeline"]
-    assert tiny_tokenizer()("a b")["input_ids"] == elsewhere["tokens"] == pipe.tokenizer("a b")["input_ids"]
+    assert tiny_tokenizer()("a b")["input_ids"] == pipe.tokenizer("a b")["input_ids"]
+
+
+def test_tokenizers_open_without_the_code_of_the_folder_and_without_a_question_where_it_is_declined(elsewhere):
+    wanted = [tokenizer("a b")["input_ids"] for tokenizer in tokenizers().values()]
+    assert elsewhere["tokens"] == [wanted] * 3, "with trust_remote_code=True, False, and not given"
+    assert elsewhere["printed, True"] == elsewhere["printed, False"] == ""
 
 
 def test_a_folder_whose_layers_do_not_fit_its_config_is_refused_even_where_mismatches_are_ignored(tmp_path):
