@@ -1,18 +1,17 @@
-"""Fine-tune a real BERT on a CPU in a few minutes, trim its encoder to half meanwhile, compare, reload.
+"""Fine-tune a real BERT on a CPU twice, as it is and trimmed to half of its encoder, then compare and reload.
 
-`make demo` runs it. The model is all-MiniLM-L6-v2 from the `demo` extra, the task is examples/docstrings.py. Nothing is
-downloaded. All files go into one folder, by default runs/demo.
+`make demo` runs it, in a few minutes. The model is all-MiniLM-L6-v2 from the `demo` extra, the task is
+examples/docstrings.py. Nothing is downloaded. All files go into one folder, by default runs/demo.
 """
 
 import argparse
 import csv
 import os
 import resource
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,41 +44,27 @@ def packaged_model() -> str:
     return str(get_model_path())
 
 
-def latencies_ms(models: list, batch: int, length: int, repeats: int) -> list[float]:
-    """Median milliseconds of a forward pass of each model; they alternate, so that other processes slow all of them."""
-    ids = torch.randint(models[0].config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    seconds = [[] for _ in models]
-    with torch.inference_mode():
-        for turn in range(repeats + 1):
-            for model, times in zip(models, seconds):
-                begin = time.perf_counter()
-                model(input_ids=ids, attention_mask=torch.ones_like(ids))
-                if turn:  # the first is a warm-up
-                    times.append(time.perf_counter() - begin)
-    return [1000 * statistics.median(times) for times in seconds]
+def headline(compared: dict) -> str:
+    """The result of `compare_folders` for the untrimmed and the trimmed model, as a table with a row for each fact."""
+    models = compared["rows"]
 
+    def row(what: str, form: str, values: list[float], ratio: bool = True) -> tuple[str, ...]:
+        return (what, *(form.format(value) for value in values), f"{values[1] / values[0]:.2f}" if ratio else "")
 
-def compare(base: str, result: dict) -> list[tuple[str, str, str, str]]:
-    """Rows of the table: what, the model at the cut, the trimmed one, trimmed / at the cut."""
-    trimmed = AutoModelForSequenceClassification.from_pretrained(result["output"]).eval()
-    whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=trimmed.config.num_labels).eval()
-    rows = []
+    def latency(rows: int) -> tuple[str, ...]:
+        what = f"CPU latency, {rows} x {compared['machine']['length']} tokens"
+        return row(what, "{:.1f} ms", [model[f"batch_{rows}_ms"]["median"] for model in models])
 
-    def add(what: str, a: float, b: float, form: str, ratio: bool = True) -> None:
-        rows.append((what, form.format(a), form.format(b), f"{b / a:.2f}" if ratio else ""))
-
-    accuracies = 100 * result["metrics_at_cut"]["accuracy"], 100 * result["metrics"]["accuracy"]
-    add("accuracy on the validation set", *accuracies, "{:.1f} %", ratio=False)
-    add("encoder parameters", result["encoder_params_before"], result["encoder_params_after"], "{:,}")
-    add("all parameters, with embeddings", result["total_params_before"], result["total_params_after"], "{:,}")
-    for batch, repeats in ((32, 7), (1, 31)):
-        what = f"CPU latency, {batch} x 128 tokens"
-        add(what, *latencies_ms([whole, trimmed], batch, 128, repeats), "{:.1f} ms")
-    with tempfile.TemporaryDirectory() as folder:
-        whole.save_pretrained(folder)
-        files = [Path(place) / "model.safetensors" for place in (folder, result["output"])]
-        add("model.safetensors", *(file.stat().st_size / 1e6 for file in files), "{:.1f} MB")
-    return rows
+    scores = [100 * model["score"] for model in models]
+    rows = [
+        row("accuracy on the validation set", "{:.1f} %", scores, ratio=False),
+        row("encoder parameters", "{:,}", [model["encoder_params"] for model in models]),
+        row("all parameters, with embeddings", "{:,}", [model["total_params"] for model in models]),
+        latency(32),
+        latency(1),
+        row("model.safetensors", "{:.1f} MB", [model["mb"] for model in models]),
+    ]
+    return table(("", "untrimmed", "trimmed", "ratio"), rows)
 
 
 def classify(folder: str, validation: str) -> None:
@@ -107,7 +92,7 @@ def classify(folder: str, validation: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/demo", help="folder for the data and the trimmed model")
+    parser.add_argument("--output", default="runs/demo", help="folder for the data and both models")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--classify", nargs=2, metavar=("FOLDER", "VALIDATION"), help="only reload and classify")
     args = parser.parse_args(argv)
@@ -116,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         return classify(*args.classify)
 
     from sensibert import Options, TrimConfig, finetune_and_trim
+    from sensibert.compare import compare_folders
 
     begin, base, data = time.perf_counter(), packaged_model(), Path(args.output, "data")
     print(
@@ -123,27 +109,33 @@ def main(argv: list[str] | None = None) -> None:
     )
     counts = docstrings.build(data)
     print(f"{counts['train']:,} docstrings for training, {counts['validation']:,} for validation", flush=True)
-    result = finetune_and_trim(
-        Options(
-            model=base,
-            output=str(Path(args.output, "model")),
-            train_file=str(data / "train.csv"),
-            validation_file=str(data / "validation.csv"),
-            trim=TrimConfig(budget="50%params"),
-            epochs=args.epochs,
-            learning_rate=2e-4,
-            batch_size=BATCH,
-            max_length=MAX_LENGTH,
-            precision="auto",
-            overwrite=True,
-        )
+    options = Options(
+        model=base,
+        train_file=str(data / "train.csv"),
+        validation_file=str(data / "validation.csv"),
+        epochs=args.epochs,
+        learning_rate=2e-4,
+        batch_size=BATCH,
+        max_length=MAX_LENGTH,
+        precision="auto",
+        overwrite=True,
     )
-    print("\nall-MiniLM-L6-v2, encoder trimmed to half during fine-tuning\n")
-    print(table(("", "at the cut", "trimmed", "ratio"), compare(base, result)))
+    runs = {
+        "untrimmed": ("Run 1 of 2: fine-tune without trimming, for comparison", TrimConfig(method="baseline")),
+        "trimmed": ("Run 2 of 2: fine-tune as long, and trim the encoder to half meanwhile", TrimConfig("50%params")),
+    }
+    folders = [str(Path(args.output, name)) for name in runs]
+    for folder, (what, config) in zip(folders, runs.values()):
+        print(f"\n{what}", flush=True)
+        result = finetune_and_trim(replace(options, output=folder, trim=config))
+    compared = compare_folders(folders, options)
+    print(f"\nall-MiniLM-L6-v2 after {result['steps']} steps, without trimming and with it\n")
+    print(headline(compared))
+    gap = compared["rows"][1]["difference"]
+    low, high = (f"{100 * gap[name]:+.1f}" for name in ("low", "high"))
     print(
-        f"\nOne run of {result['steps']} steps. `at the cut` is the whole model just before it was trimmed, after a"
-        " third of the\nsteps; `trimmed` is the end of the run, after more training. For a fair comparison, fine-tune"
-        " without trimming\nfor as many steps: `sensibert finetune --method baseline` with the same options.\n",
+        f"\nWhat trimming changed: {100 * gap['value']:+.1f} points of accuracy, 95 % interval {low} to {high}\n"
+        f"({compared['test']}).\n",
         flush=True,
     )
     command = [sys.executable, __file__, "--classify", result["output"], str(data / "validation.csv")]

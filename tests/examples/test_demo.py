@@ -1,5 +1,6 @@
 """The whole of the examples, on a tiny model and two small libraries; of examples/demo.py with its second process."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -32,13 +33,18 @@ def demo(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_it_trims_compares_and_reloads(demo, tmp_path, capfd):
+def test_it_compares_with_an_untrimmed_model_of_as_many_steps_and_reloads(demo, tmp_path, capfd):
     demo.main(["--output", str(tmp_path / "out"), "--epochs", "2"])
     printed = capfd.readouterr().out
-    assert re.search(r"^ +at the cut +trimmed +ratio$", printed, flags=re.MULTILINE)
+    assert re.search(r"^ +untrimmed +trimmed +ratio$", printed, flags=re.MULTILINE)
     before, after = re.search(r"encoder parameters +([\d,]+) +([\d,]+)", printed).groups()
     assert int(after.replace(",", "")) <= int(before.replace(",", "")) / 2
-    trimmed = re.search(r"accuracy on the validation set +[\d.]+ % +([\d.]+) %", printed)[1]
+    whole, trimmed = re.search(r"accuracy on the validation set +([\d.]+) % +([\d.]+) %", printed).groups()
+    gap, low, high = map(float, re.search(r"([-+][\d.]+) points.* interval (\S+) to (\S+)$", printed, re.M).groups())
+    assert low <= gap <= high and gap == pytest.approx(float(trimmed) - float(whole), abs=0.11)
+    results = [json.loads((tmp_path / "out" / name / "result.json").read_text()) for name in ("untrimmed", "trimmed")]
+    assert results[0]["steps"] == results[1]["steps"] and f"after {results[0]['steps']} steps" in printed
+    assert results[0]["encoder_params_after"] == int(before.replace(",", ""))
     assert re.search(r"Reloaded from .*: accuracy ([\d.]+) %", printed)[1] == trimmed
     assert len(re.findall(r"^ +(?:alpha|beta) +\d+ %  ", printed, flags=re.MULTILINE)) == len(demo.LINES)
 
