@@ -27,10 +27,18 @@ def seed() -> int:
 
 
 @pytest.fixture(autouse=True)
-def few_latencies(monkeypatch):
-    """One measured pass of every model where the time does not matter."""
+def few_latencies(request, monkeypatch):
+    """One measured pass of every model where the time does not matter, and no process of its own for the memory that
+    it takes; the test that looks at the memory asks for `peak_memory`."""
     if (bench := sys.modules.get("sensibert.deploy.bench")) is not None:
         monkeypatch.setattr(bench, "ROUNDS", 1)
+        if "peak_memory" not in request.fixturenames:
+            monkeypatch.setattr(bench, "peak_mb", lambda *args: None)
+
+
+@pytest.fixture
+def peak_memory():
+    """For a test that needs the memory of a model measured."""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`sensibert bench`: one row a model and runtime, passes in turn."""
 
 import copy
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -18,15 +18,16 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 
-@pytest.fixture
-def folders(tmp_path):
-    model = runs.model_folder(tmp_path / "model", head="SequenceClassification")
-    runs.command("export", model, "--int8", "--output", tmp_path / "onnx")
-    runs.command("export", model, "--to", "torch", "--output", tmp_path / "torch")
-    return [model, str(tmp_path / "onnx"), str(tmp_path / "torch")]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    here = tmp_path_factory.mktemp("bench")
+    model = runs.model_folder(here / "model", head="SequenceClassification")
+    runs.command("export", model, "--int8", "--output", here / "onnx")
+    runs.command("export", model, "--to", "torch", "--output", here / "torch")
+    return [model, str(here / "onnx"), str(here / "torch")]
 
 
-def test_every_file_of_a_folder_is_timed(folders):
+def test_every_file_of_a_folder_is_timed(folders, peak_memory):
     threads = torch.get_num_threads()
     done = runs.command("bench", *folders, "--threads", 1, "--rounds", 3, "--length", 8, "--json")
     assert done.code == 0 and torch.get_num_threads() == threads
@@ -110,10 +111,11 @@ def test_a_file_of_torch_export_that_names_no_inputs_is_refused(tmp_path):
         measure([str(tmp_path)])
 
 
-def test_a_broken_graph_is_named(folders):
-    file = Path(folders[1]) / "onnx" / "model.onnx"
+def test_a_broken_graph_is_named(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "broken")
+    file = tmp_path / "broken" / "onnx" / "model.onnx"
     file.write_bytes(file.read_bytes()[:1000])
-    done = runs.command("bench", folders[1])
+    done = runs.command("bench", tmp_path / "broken")
     assert done.code == 2 and f"{file}: onnx cannot open it (" in done.err and len(done.err.splitlines()) == 1
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import sensibert.compare  # noqa: F401  (before the fixtures that make its measurements short)
 from tests.runs import REST, model_folder
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
