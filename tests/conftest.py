@@ -1,5 +1,6 @@
 """Fixtures every test may use. Environment first: torch and transformers read it when they are imported."""
 
+import gc
 import logging
 import os
 import sys
@@ -18,6 +19,22 @@ def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_sync():
+    """Nothing waits for the disk: tests that look at synced files have their own function, or their own process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage():
+    """Half a million objects of imported libraries live to the end. Every Trainer collects garbage, and every trim looks
+    through all objects: they need not look at these."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
