@@ -31,8 +31,8 @@ def no_sync():
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries_are_no_garbage():
-    """Half a million objects of imported libraries live to the end. Every Trainer collects garbage, and every trim looks
-    through all objects: they need not look at these."""
+    """Imported libraries are half a million objects that live to the end. Each Trainer collects garbage, and each trim
+    looks through all objects: they need not look at these."""
     gc.collect()
     gc.freeze()
 
@@ -45,10 +45,11 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def few_latencies(request, monkeypatch):
-    """One measured pass of every model where the time does not matter, and no process of its own for the memory that
-    it takes; the test that looks at the memory asks for `peak_memory`."""
+    """One measured pass of every model, over a few tokens, where the time does not matter, and no process of its own
+    for the memory that it takes; the test that looks at the memory asks for `peak_memory`."""
     if (bench := sys.modules.get("sensibert.deploy.bench")) is not None:
         monkeypatch.setattr(bench, "ROUNDS", 1)
+        monkeypatch.setattr(bench, "LENGTH", 16)
         if "peak_memory" not in request.fixturenames:
             monkeypatch.setattr(bench, "peak_mb", lambda *args: None)
 

@@ -1,9 +1,11 @@
 """Code in a process of its own, with or without sensibert (`from tests.fresh import ...`)."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,24 @@ class Absent:
         if name.split(".")[0] == "sensibert":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
+"""
+
+# First lines of a program that goes on once for each (folder, arguments) in a JSON file, after its imports, in a forked
+# process with the folder as its working directory. What that says is in the file `said` there.
+EACH = """
+import json, os, sys
+from pathlib import Path
+
+def each():
+    for folder, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        if not os.fork():
+            os.chdir(folder)
+            said = os.open("said", os.O_WRONLY | os.O_CREAT)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            return Path(folder), arguments
+        os.wait()
+    os._exit(0)
 """
 
 LOGITS = """
@@ -46,6 +66,17 @@ def run(code: str, *args: object, cwd: Path, isolated: bool = False) -> str:
     done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout[-500:], done.stderr[-3000:])
     return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def run_each(code: str, requested: dict[Any, tuple[object, ...]], here: Path) -> dict[Any, str]:
+    """What a program that begins with EACH says for each of several arguments. They share its imports."""
+    folders = {name: here / str(number) for number, name in enumerate(requested)}
+    for folder in folders.values():
+        folder.mkdir()
+    items = [(str(folders[name]), [str(part) for part in arguments]) for name, arguments in requested.items()]
+    (here / "requested").write_text(json.dumps(items))
+    run(EACH + code, here / "requested", cwd=here)
+    return {name: (folder / "said").read_text() for name, folder in folders.items()}
 
 
 def outputs_of(

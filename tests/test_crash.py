@@ -1,23 +1,22 @@
 """A run or a trim that is killed at any moment of its publishing leaves the output whole, or as it was."""
 
-import json
-
 import pytest
 
 from tests import fresh, runs
 
 # Forks at the beginning of publishing. Each child goes on and kills itself at one more call to the file system.
 KILLED = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-
-place, verb, existing = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "existing"
-output, partial, kept = place / "out", place / "out.partial", place / "kept"
+import shutil, signal
 from sensibert import cli, commands, recipe, run_output
 from sensibert.saving import publish as publishing
 from sensibert.training.checkpoints import latest_checkpoint
 from tests.runs import tree
 
+place, (existing, *arguments) = each()
+output, partial, kept = place / "out", place / "out.partial", place / "kept"
+if existing:
+    shutil.copytree(existing, output)
+    arguments.append("--overwrite")
 run_output.write_report = lambda *args: None
 EVENTS = {"os." + name for name in "rename remove rmdir mkdir link chmod symlink truncate".split()} | {"shutil.rmtree"}
 
@@ -96,11 +95,11 @@ def forked(original):
         os._exit(0)
     return run
 
-if verb == "finetune":
+if arguments[0] == "finetune":
     recipe._publish = forked(recipe._publish)
 else:
     commands.export = forked(commands.export)
-sys.argv = ["sensibert", *sys.argv[4:]]
+sys.argv = ["sensibert", *arguments, "--output", str(output)]
 try:
     cli.main()
 finally:
@@ -120,18 +119,26 @@ def here(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("existing", ["new", "existing"])
-@pytest.mark.parametrize("verb", ["finetune", "trim"])
-def test_a_kill_at_any_call_leaves_the_output_whole_or_as_it_was(here, tmp_path, verb, existing):
-    requested = {
+@pytest.fixture(scope="module")
+def said(here, tmp_path_factory):
+    runs.model_folder(here / "existing", head="SequenceClassification", seed=1, num_labels=2)
+    (here / "existing" / "notes.txt").write_text("mine")
+    commands = {
         "finetune": ["--model", here / "model", "--train-file", here / "train.csv", "--max-steps", 3]
         + ["--batch-size", 8, "--width-multiple", 4, "--save-steps", 2],
         "trim": ["--model", here / "tuned", "--plan", here / "plan.safetensors", "--layout", "both"],
-    }[verb]
-    output = tmp_path / "out"
-    if existing == "existing":
-        runs.model_folder(output, head="SequenceClassification", seed=1, num_labels=2)
-        (output / "notes.txt").write_text("mine")
-        requested = [*requested, "--overwrite"]
-    said = fresh.run(KILLED, tmp_path, verb, existing, verb, *requested, "--output", output, cwd=tmp_path)
-    assert json.loads(said) > 5
+    }
+    requested = {
+        (verb, existing): (here / existing if existing else "", verb, *arguments)
+        for verb, arguments in commands.items()
+        for existing in ("", "existing")
+    }
+    return fresh.run_each(KILLED, requested, tmp_path_factory.mktemp("kills"))
+
+
+@pytest.mark.parametrize("existing", ["", "existing"], ids=["new", "existing"])
+@pytest.mark.parametrize("verb", ["finetune", "trim"])
+def test_a_kill_at_any_call_leaves_the_output_whole_or_as_it_was(said, verb, existing):
+    number = said[verb, existing].strip().splitlines()[-1]
+    assert number.isdigit(), said[verb, existing][-3000:]
+    assert int(number) > 5

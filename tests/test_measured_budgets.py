@@ -17,6 +17,8 @@ from tests import runs
 from tests.helpers import tiny_model
 from tests.test_plain_trainer import arguments, rows
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def by_parameters(models, target):
     return [100 + layout_of(model).encoder_params / 10 for model in models]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import runs
+from tests import fresh, runs
 from tests.fresh import ROOT
 from tests.helpers import tiny_model
 
@@ -46,25 +46,44 @@ def test_plan_imports_no_transformers(tmp_path):
     assert code == 0 and "torch" in modules and not (SLOW - {"torch", "numpy"}) & modules
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "plan --sensitivity x --budget 5 --dry-run",
-        "finetune --model m --train-file t --output o --grid element --budget 50%flops",
-        "finetune --model m --train-file t --output o --epochs -1",
-        "finetune --model m --train-file t --output o --no-such-option",
-        "finetune --model m --output o",
-        "finetune --model no/such/folder --train-file t --output o",
-        "analyze --model m --train-file t --output o --method fihser",
-        "trim --model m --plan p --output o --layout small",
-        "trim --model m --plan p --output o --budget 50%params",
-        "eval no/such/folder --validation-file v",
-        "export m --output o --to onxn",
-        "export m --output o --max-loss much",
-        "bench m --rounds 0",
-        "inspect no/such/folder",
-    ],
-)
-def test_a_wrong_option_is_refused_before_anything_slow_is_imported(arguments):
-    modules, code = imported(*arguments.split())
-    assert code == 2 and not SLOW & modules
+WRONG = [
+    "plan --sensitivity x --budget 5 --dry-run",
+    "finetune --model m --train-file t --output o --grid element --budget 50%flops",
+    "finetune --model m --train-file t --output o --epochs -1",
+    "finetune --model m --train-file t --output o --no-such-option",
+    "finetune --model m --output o",
+    "finetune --model no/such/folder --train-file t --output o",
+    "analyze --model m --train-file t --output o --method fihser",
+    "trim --model m --plan p --output o --layout small",
+    "trim --model m --plan p --output o --budget 50%params",
+    "eval no/such/folder --validation-file v",
+    "export m --output o --to onxn",
+    "export m --output o --max-loss much",
+    "bench m --rounds 0",
+    "inspect no/such/folder",
+]
+ONCE = """
+from sensibert.cli import main
+
+_, arguments = each()
+sys.argv = ["sensibert", *arguments]
+code = 0
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+print()
+print(code, *sys.modules, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    return fresh.run_each(ONCE, {wrong: wrong.split() for wrong in WRONG}, tmp_path_factory.mktemp("wrong"))
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_option_is_refused_before_anything_slow_is_imported(refused, arguments):
+    code, *modules = refused[arguments].splitlines()[-1].split()
+    assert code == "2" and "sensibert.cli" in modules and not SLOW & set(modules), refused[arguments][-3000:]

@@ -7,6 +7,7 @@ begins with "not run" or "fails" says so to readers and to this test; what is ne
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,10 +70,13 @@ def extras() -> set[str]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """The working directory: a tiny model under a well-known name, and a file of each kind that pages speak of."""
-    monkeypatch.chdir(tmp_path)
+PICTURES = "quickstart"  # the page whose runs draw: that takes longer than a tiny run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model under a well-known name, and a file of each kind that pages speak of."""
+    tmp_path = tmp_path_factory.mktemp("pages")
     runs.model_folder(tmp_path / "bert-base-uncased")
     runs.sentence_file(tmp_path / "train.csv", 96, seed=1)
     runs.sentence_file(tmp_path / "dev.csv", 40, seed=2)
@@ -89,6 +93,16 @@ def here(tmp_path, monkeypatch):
     runs.text_file(tmp_path / "texts.txt")
     runs.pair_file(tmp_path / "triplets.csv", header=("anchor", "positive", "negative"))
     runs.scored_file(tmp_path / "similar.csv")
+    return tmp_path
+
+
+@pytest.fixture
+def here(request, files, tmp_path, monkeypatch):
+    """The working directory, with a copy of the files."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if getattr(request.node, "callspec", None) is None or f"{PICTURES}.md" not in request.node.callspec.id:
+        monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     return tmp_path
 
 
