@@ -128,14 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     for folder, (what, config) in zip(folders, runs.values()):
         print(f"\n{what}", flush=True)
         result = finetune_and_trim(replace(options, output=folder, trim=config))
-    compared = compare_folders(folders, options)
+    compared = compare_folders(folders, replace(options, precision="fp32"))  # as the folders are loaded below
     print(f"\nall-MiniLM-L6-v2 after {result['steps']} steps, without trimming and with it\n")
     print(headline(compared))
     gap = compared["rows"][1]["difference"]
     low, high = (f"{100 * gap[name]:+.1f}" for name in ("low", "high"))
     print(
         f"\nWhat trimming changed: {100 * gap['value']:+.1f} points of accuracy, 95 % interval {low} to {high}\n"
-        f"({compared['test']}).\n",
+        f"({compared['test']}). With standard errors:\n"
+        f"sensibert compare {' '.join(folders)} --validation-file {data / 'validation.csv'}\n",
         flush=True,
     )
     command = [sys.executable, __file__, "--classify", result["output"], str(data / "validation.csv")]
