@@ -77,6 +77,8 @@ def test_a_retired_setting_that_changed_something_is_refused(name, value):
 def test_json_that_is_no_config_is_refused_in_words():
     for text, message in (
         ("{", "the text is not JSON"),
+        ("[" * 50_000, "the text is not JSON .it is nested too deeply"),
+        ('{"budget": "50%params", "budget": "10%params"}', "the text is not JSON .'budget' is given twice"),
         ("[]", "the JSON holds a list, want an object of settings"),
         (
             '{"budgt": "50%params"}',
