@@ -1,6 +1,6 @@
-"""Would the tests notice a fault? Changes one place of a package at a time and runs the tests that read the file.
+"""Would the tests notice a fault? Changes one place at a time and runs the tests that read the file.
 
-    PYTHONPATH=. python bench/mutants.py sensibert/core [--sample 70] [--seed 0]
+    PYTHONPATH=. python bench/mutants.py sensibert/core sensibert/trimming [--sample 70] [--seed 0]
 
 A mutant is one comparison, operator, constant, default, condition, returned value or statement that is another or
 gone; a random sample of them is tried. Nothing is written: each runs in a fork that compiles the changed file when it
@@ -177,30 +177,28 @@ def interval(hits: int, tries: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path)
+    parser.add_argument("packages", type=Path, nargs="+")
     parser.add_argument("--sample", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="then the rest of the sample is left")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="a package; the rest of its sample is left")
     arguments = parser.parse_args()
-    end = time.monotonic() + 60 * arguments.minutes
-    package = arguments.package.resolve()
-    files = sorted(package.rglob("*.py")) if package.is_dir() else [package]
-    every = [(file, n) for file in files for n in range(len(list(changes(ast.parse(file.read_text())))))]
-    sample = random.Random(arguments.seed).sample(every, min(arguments.sample, len(every)))
     warm_up()
-    killed = tried = 0
-    for file, number in sample:
-        if time.monotonic() > end:
-            break
-        tests, total = chosen(file, arguments.seconds)
-        tree, text = mutant(file, number)
-        survives = run(tests, int(3 * total + 5), file, tree)[0] if tests else True
-        killed, tried = killed + (not survives), tried + 1
-        print("SURVIVES" if survives else "killed", text, f"({len(tests)} files)", flush=True)
-    counts = {"package": str(arguments.package), "mutants": len(every), "sample": tried, "seed": arguments.seed}
-    share = {"killed": killed, "share": round(killed / tried, 3), "interval": interval(killed, tried)}
-    print(json.dumps(counts | share))
+    for package in arguments.packages:
+        end, killed, tried = time.monotonic() + 60 * arguments.minutes, 0, 0
+        files = sorted(package.resolve().rglob("*.py")) if package.is_dir() else [package.resolve()]
+        every = [(file, n) for file in files for n in range(len(list(changes(ast.parse(file.read_text())))))]
+        for file, number in random.Random(arguments.seed).sample(every, min(arguments.sample, len(every))):
+            if time.monotonic() > end:
+                break
+            tests, total = chosen(file, arguments.seconds)
+            tree, text = mutant(file, number)
+            survives = run(tests, int(3 * total + 5), file, tree)[0] if tests else True
+            killed, tried = killed + (not survives), tried + 1
+            print("SURVIVES" if survives else "killed", text, f"({len(tests)} files)", flush=True)
+        counts = {"package": str(package), "mutants": len(every), "sample": tried, "seed": arguments.seed}
+        share = {"killed": killed, "share": round(killed / tried, 3), "interval": interval(killed, tried)}
+        print(json.dumps(counts | share), flush=True)
 
 
 def warm_up() -> None:

@@ -42,7 +42,7 @@ from tests import runs
 
 STEPS = 24
 KILLED = {"max_steps": STEPS, "save_steps": 2, "teacher": "snapshot", "samples": 64, "resume": True}
-EVERY = 20  # steps between two samples of a long run
+SAMPLES = 100  # of a long run
 GROWTH_MB = 4  # from the middle to the end of a phase; allocators keep what fragments
 
 
@@ -135,11 +135,11 @@ def long_run(place: Path, steps: int, packing: str) -> dict[str, Any]:
     noted = place / f"samples-{packing}"
 
     def watch() -> None:
-        file, step_end = open(noted, "w"), TrimCallback.on_step_end
+        file, step_end, every = open(noted, "w"), TrimCallback.on_step_end, max(1, steps // SAMPLES)
 
         def sampled(self, args, state, control, **kwargs):
             step_end(self, args, state, control, **kwargs)
-            if state.global_step % EVERY == 1:
+            if state.global_step % every == 0:
                 sample(file, state.global_step)
 
         TrimCallback.on_step_end = sampled

@@ -4,7 +4,7 @@
     PYTHONPATH=. python tests/fuzz/readers.py plan -max_total_time=60   # options of libFuzzer may follow the name
 
 A reader gets bytes, and may raise SensibertError and nothing else. It starts from a file that is whole, which
-tests/test_damaged_files.py reads too. Bytes that break it are left in the current folder as `crash-...`;
+tests/test_readers.py reads too. Bytes that break it are left in the current folder as `crash-...`;
 `python tests/fuzz/readers.py plan crash-...` reads them again.
 """
 
