@@ -3,9 +3,10 @@
     pip install atheris
     PYTHONPATH=. python tests/fuzz/readers.py plan -max_total_time=60   # options of libFuzzer may follow the name
 
-A reader gets bytes, and may raise SensibertError and nothing else. It starts from a file that is whole, which
-tests/test_readers.py reads too. Bytes that break it are left in the current folder as `crash-...`;
-`python tests/fuzz/readers.py plan crash-...` reads them again.
+A reader gets bytes, and may raise SensibertError and nothing else; `all` takes turns among the readers. Each starts from
+a file that is whole, which tests/test_readers.py reads too. Bytes that break one are left in the current folder as
+`crash-...`, after one byte that is the number of the reader; `python tests/fuzz/readers.py plan crash-...` reads them
+again.
 """
 
 from __future__ import annotations
@@ -141,26 +142,26 @@ def changed(content: Any, rng: random.Random) -> bytes:
 def main() -> None:
     import atheris
 
-    def mutated(data: bytes, most: int, seed: int) -> bytes:
-        rng = random.Random(seed)
-        try:
-            text = changed(json.loads(data), rng) if rng.random() < 0.7 else b""
-        except (ValueError, RecursionError):
-            text = b""
-        return text if 0 < len(text) <= most else atheris.Mutate(data, most)
-
     with tempfile.TemporaryDirectory() as scratch:
         every = {name: (seed, reader) for name, seed, reader in targets(Path(scratch))}
-        if len(sys.argv) < 2 or sys.argv[1] not in every:
-            sys.exit(f"name a reader: {' '.join(every)}")
-        seed, reader = every[sys.argv.pop(1)]
-        seeds = Path(scratch) / "seeds"
-        seeds.mkdir()
-        (seeds / "whole").write_bytes(seed)
+        if len(sys.argv) < 2 or sys.argv[1] not in (*every, "all"):
+            sys.exit(f"name a reader, or all: {' '.join(every)}")
+        name = sys.argv.pop(1)
+        chosen = list(every.values()) if name == "all" else [every[name]]
+        (seeds := Path(scratch) / "seeds").mkdir()
+        for number, (seed, _) in enumerate(chosen):
+            (seeds / str(number)).write_bytes(bytes([number]) + seed)
 
         def one(data: bytes) -> None:
+            _, reader = chosen[data[0] % len(chosen) if data else 0]
             with contextlib.suppress(SensibertError):
-                reader(data)
+                reader(data[1:])
+
+        def mutated(data: bytes, most: int, seed: int) -> bytes:
+            rng, text = random.Random(seed), b""
+            with contextlib.suppress(ValueError, RecursionError):
+                text = changed(json.loads(data[1:]), rng) if rng.random() < 0.7 else b""
+            return data[:1] + text if 0 < len(text) < most else atheris.Mutate(data, most)
 
         given = [] if any(not argument.startswith("-") for argument in sys.argv[1:]) else [str(seeds)]
         atheris.Setup([*sys.argv, *given], one, custom_mutator=mutated)
