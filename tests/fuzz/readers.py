@@ -3,8 +3,8 @@
     pip install atheris
     PYTHONPATH=. python tests/fuzz/readers.py plan -max_total_time=60   # options of libFuzzer may follow the name
 
-A reader gets bytes, and may raise SensibertError and nothing else; `all` takes turns among the readers. Each starts from
-a file that is whole, which tests/test_readers.py reads too. Bytes that break one are left in the current folder as
+A reader gets bytes, and may raise SensibertError and nothing else; `all` takes turns among the readers. Each starts
+from a file that is whole, which tests/test_readers.py reads too. Bytes that break one are left in the current folder as
 `crash-...`, after one byte that is the number of the reader; `python tests/fuzz/readers.py plan crash-...` reads them
 again.
 """
