@@ -24,7 +24,7 @@ demo-embeddings: $(VENV)/.demo
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-# Runs that are killed at 100 random moments: about ten minutes.
+# Runs that are killed at 100 random moments, and two runs of 2,000 steps: about fifteen minutes.
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/soak.py
 

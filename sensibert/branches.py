@@ -6,6 +6,7 @@ In the folder of the run: the checkpoints of the warm-up, and a folder in `branc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from .callback import TrimCallback
 from .core.config import BASELINE, TrimConfig
 from .core.errors import SensibertError
 from .core.files import make_folder, write_atomically, writing
+from .core.json_text import parse_json
 from .report.history import Moment
 from .run_options import SNAPSHOT, Options
 from .training.checkpoints import BRANCHES, checkpoints, delete, latest_checkpoint, want_same
@@ -116,11 +118,10 @@ class Branches:
         now = self.options.settings() | {name: value for name, value in inputs.items() if name != "config"}
         now = {name: value for name, value in now.items() if name not in MAY_CHANGE}
         if file.exists():
-            want_same(file.parent, json.loads(file.read_text()), now)
+            want_same(file.parent, _read(file), now)
         with writing(file):
             make_folder(file.parent)
-            text = json.dumps(now)
-            write_atomically(file, lambda path: Path(path).write_text(text))
+            _write(file, now)
 
     def warm_seconds(self) -> float:
         """That the warm-up took, with what was before it: loading and encoding."""
@@ -139,15 +140,15 @@ class Branches:
         """What `finish` noted about a branch; None if it is not finished."""
         self.warm_up()  # which refuses branches that were made with other settings
         file = self.folder / BRANCHES / name / OUTCOME
-        return json.loads(file.read_text()) if file.exists() else None
+        return _read(file) if file.exists() else None
 
     def finish(self, name: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
         """Note the outcome of a branch, so that a resumed run skips it, and delete its checkpoints."""
-        folder, text = self.folder / BRANCHES / name, json.dumps(outcome)
+        folder = self.folder / BRANCHES / name
         with writing(folder):
-            write_atomically(folder / OUTCOME, lambda path: Path(path).write_text(text))
+            _write(folder / OUTCOME, outcome)
         delete(checkpoints(folder))
-        return json.loads(text)
+        return _read(folder / OUTCOME)
 
     def baseline(self, more: Callable[[Trained], dict[str, Any]] = lambda trained: {}) -> dict[str, Any]:
         """Metrics and steps of the model that is trained to the end without trimming, the seconds from the cut on, and
@@ -159,6 +160,27 @@ class Branches:
         seconds = round(time.perf_counter() - begun, 3)
         facts = {name: trained.result[name] for name in ("metrics", "steps")}
         return self.finish(BASELINE, {**facts, "seconds": seconds, **more(trained)})
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file with the digest of its content, which no manifest has."""
+    text = json.dumps({"sha256": _digest(content), "content": content})
+    write_atomically(file, lambda path: Path(path).write_text(text))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The content of a file of `_write`; SensibertError if it is not what was written."""
+    try:
+        whole = parse_json(file.read_text())
+        if whole["sha256"] == _digest(whole["content"]):
+            return whole["content"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise SensibertError(f"resume: {file} is damaged: delete it, or start again without resume")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def as_baseline(options: Options) -> Options:

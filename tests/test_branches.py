@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sensibert import recipe
+from sensibert import branches, recipe
 from sensibert.callback import TrimCallback
 from sensibert.core.errors import SensibertError
 from sensibert.recipe import finetune_and_trim
@@ -123,3 +123,14 @@ def test_finished_branches_of_other_data_or_settings_are_not_taken(here, tmp_pat
     moved = runs.sentence_file(tmp_path / "moved.csv", 40, seed=2)  # the same rows
     result = finetune_and_trim(options(here, tmp_path / "out", resume=True, **usual, validation_file=moved))
     assert len(result["rows"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[" * 50_000, "{}", "[1]", '{"sha256": 1, "content": {}}', None])
+def test_a_damaged_note_of_a_branch_is_found(tmp_path, content):
+    file = tmp_path / "outcome.json"
+    noted = {"metrics": {"accuracy": 0.75, "loss": float("nan")}, "steps": 9, "warnings": ["ünd"]}
+    branches._write(file, noted)
+    assert branches._read(file)["steps"] == 9 and branches._read(file)["warnings"] == ["ünd"]
+    file.write_text(file.read_text().replace("0.75", "0.95") if content is None else content)
+    with pytest.raises(SensibertError, match="^resume: .*outcome.json is damaged: delete it"):
+        branches._read(file)

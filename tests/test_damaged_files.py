@@ -323,6 +323,12 @@ def test_a_manifest(place, data):
         check_manifest(folder, "checkpoint")
 
 
+def test_a_manifest_of_endless_sizes(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"version": 2, "files": {"a": {"bytes": 1e999, "sha256": ""}}}')
+    with pytest.raises(SensibertError, match="not a complete checkpoint"):
+        check_manifest(tmp_path, "checkpoint")
+
+
 MODULES = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in
            {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}.items()]  # fmt: skip
 LISTED = {

@@ -12,6 +12,7 @@ from .arguments import checked, one_of, show
 from .budget import SCOPES, Budget
 from .cost_table import RUNTIMES, CostTable
 from .errors import SensibertError
+from .json_text import parse_json
 from .schedule import Schedule
 from .settings import POSITIVE, check, former_names, setting, settings_of
 from .statistics import FORMER_METHODS, STATISTICS
@@ -198,7 +199,7 @@ class TrimConfig:
     def from_json(cls, text: str) -> TrimConfig:
         """Inverse of `to_json`; also reads what earlier versions wrote. SensibertError for anything else."""
         try:
-            settings = json.loads(text)
+            settings = parse_json(text, any_size=True)
         except ValueError as error:
             raise SensibertError(f"TrimConfig: the text is not JSON ({error})") from None
         if not isinstance(settings, dict):

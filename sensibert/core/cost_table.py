@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import one_of, show, want_fields
 from .errors import SensibertError
 from .files import write_atomically
+from .json_text import parse_json
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -117,9 +118,9 @@ class CostTable:
     def load(cls, path: str | Path) -> CostTable:
         """Read a file of `save`. SensibertError for any other file."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or "it is not JSON"
+            data = parse_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or f"it is not JSON: {error}"
             raise SensibertError(f"latency_table: {path} cannot be read ({reason})") from None
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise SensibertError(f"latency_table: {path} is no table of costs, want a file of sensibert latency")

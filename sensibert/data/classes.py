@@ -25,7 +25,8 @@ def kind(column: Column, values: Iterable[Cell]) -> str:
     for row, value in values:
         first.setdefault(_kind_of(column, row, value), (row, value))
     if "name" in first and {"integer", "number"} & set(first):
-        (row, value), (_, other) = sorted((first["name"], first.get("integer") or first["number"]), reverse=True)
+        two = (first["name"], first.get("integer") or first["number"])
+        (row, value), (_, other) = sorted(two, key=lambda cell: cell[0], reverse=True)  # a list may hold both
         raise column.error(
             row, f"is {show(value)}, and an earlier label is {show(other)}: want numbers only or names only"
         )

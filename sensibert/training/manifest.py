@@ -93,5 +93,5 @@ def _entries(folder: Path, what: str) -> tuple[dict[str, int], dict[str, str] | 
             {name: int(entry["bytes"]) for name, entry in files.items()},
             {name: str(entry["sha256"]) for name, entry in files.items()},
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise SensibertError(f"{folder}: not a complete {what} ({MANIFEST} is missing or unreadable)") from None

@@ -55,6 +55,11 @@ def test_ties_keep_the_first_and_nan_is_dropped_first():
     assert kept(allocate(scored, Budget.parse("17params"))) == [[0, 1, 2, 3], [0, 1, 2]]
 
 
+def test_nan_is_dropped_first_in_every_weight():
+    scored = make((2, 2), (2, 2), grid=Grid.element(), scores=[[1, math.nan, 1, 1], [math.nan, -2, -3, math.inf]])
+    assert kept(allocate(scored, Budget.parse("16params"), allocation="uniform")) == [[0, 2, 3], [1, 2, 3]]
+
+
 def test_short_blocks_are_priced_by_their_elements():
     """5 x 3 in blocks of 2: 4, 2 / 4, 2 / 2, 1 elements."""
     grid, score = Grid(2, 2), [4.0, 3.0, 3.0, 1.0, 1.0, 1.0]  # per element: 1, 1.5, 0.75, 0.5, 0.5, 1

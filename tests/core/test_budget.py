@@ -3,7 +3,10 @@
 import pytest
 
 from sensibert.core.budget import Budget
+from sensibert.core.cost_table import CostTable
 from sensibert.core.errors import SensibertError
+
+TABLE = CostTable("latency", "torch", 1, ((0, 0), (4, 8)), ((0, 0), (6, 6)), "bert", 32)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,55 @@ def test_a_text_that_is_no_budget_is_refused_with_an_example(text, message):
 def test_an_unknown_scope_is_named():
     with pytest.raises(SensibertError, match="scope is 'head', want one of encoder, model"):
         Budget.parse("50%params", scope="head")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"value": "50%params"}, "value is '50%params', want a number; Budget.parse reads a text"),
+        ({"value": 0.0}, "value is 0.0, want more than 0"),
+        ({"value": float("inf")}, "value is inf, want more than 0"),
+        ({"value": float("nan"), "relative": True}, r"value is nan, want a fraction in \(0, 1\]"),
+        ({"value": 1.5, "relative": True}, r"value is 1.5, want a fraction in \(0, 1\]"),
+        ({"kind": "hours"}, "kind is 'hours', want one of params, flops, latency, size"),
+        ({"scope": "layer"}, "scope is 'layer', want one of encoder, model"),
+        ({"length": 0}, "length is 0, want at least 1"),
+        ({"kind": "size", "table": TABLE}, "kind is 'size', and table is of latency"),
+    ],
+)
+def test_a_field_that_no_budget_has_is_named(fields, message):
+    with pytest.raises(SensibertError, match=f"^Budget: {message}$"):
+        Budget(**({"value": 1.0, "kind": "params"} | fields))
+    assert Budget(1.0, "params", True).length == 128 and Budget(1.5, "params", length=1).scope == "encoder"
+
+
+def test_measured_costs_are_those_of_the_whole_model():
+    assert Budget.parse("8ms").scope == Budget(1.0, "latency", table=TABLE).scope == "model"
+    assert (Budget.parse("8ms").measured, Budget.parse("5params").measured) == (True, False)
+    assert Budget.parse("8ms").with_table(TABLE).table == TABLE
+
+
+@pytest.mark.parametrize(
+    "text, cost, amount",
+    [("8ms", 12_345, "12.35 ms"), ("8MB", 1_500_000, "1.5 MB"), ("50%flops", 1_234_567, "1,234,567 flops")],
+)
+def test_a_cost_is_written_in_the_unit_of_the_budget(text, cost, amount):
+    assert Budget.parse(text).amount(cost) == amount
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(2e12, "2Tflops"), (1e9, "1Gflops"), (999e6, "999Mflops"), (1e6, "1Mflops"), (1000, "1Kflops"), (999, "999flops")],
+)
+def test_the_largest_unit_that_fits_is_written(value, text):
+    assert str(Budget(float(value), "flops")) == text and Budget.parse(text).value == value
+
+
+def test_what_masks_cannot_meet_is_refused():
+    Budget.parse("50%params").check_grid(elements=True)
+    Budget.parse("50%flops").check_grid(elements=False)
+    with pytest.raises(SensibertError, match="50%flops, but no kernel skips single elements"):
+        Budget.parse("50%flops").check_grid(elements=True)
+    for elements in (True, False):
+        with pytest.raises(SensibertError, match="8ms, but masked weights cost what they did, want grid unit"):
+            Budget.parse("8ms").check_grid(elements)

@@ -26,6 +26,40 @@ def test_json_and_settings_give_the_same_config_back(config):
     assert config.settings().keys() == trim_names()
 
 
+DEFAULTS = {
+    "budget": "50%params",
+    "method": None,
+    "grid": "unit",
+    "scope": "encoder",
+    "allocation": "global",
+    "width_multiple": None,
+    "flops_length": 128,
+    "samples": 1024,
+    "micro_batch": 4,
+    "compensate": None,
+    "runtime": "torch",
+    "latency_shape": "1x128",
+    "latency_threads": 1,
+    "latency_table": None,
+    "schedule": "oneshot",
+    "trim_start": None,
+    "trim_duration": 0.2,
+    "milestones": 6,
+    "warmup_ratio": 0.06,
+    "rewarm_ratio": 0.03,
+    "recovery": None,
+    "recover_peak": None,
+    "recover_dropout": None,
+    "freeze_embeddings": None,
+}
+
+
+def test_defaults_change_only_on_purpose():
+    """Runs that name no setting, and files of earlier versions that lack one, depend on them."""
+    assert TrimConfig().settings() == DEFAULTS
+    assert (Schedule().start(), Schedule().dropout(), Schedule().peak(0.5, 0.1)) == (1 / 3, 0.0, 1.6)
+
+
 def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrimConfig().budget = "30%params"
@@ -77,6 +111,8 @@ def test_a_retired_setting_that_changed_something_is_refused(name, value):
 def test_json_that_is_no_config_is_refused_in_words():
     for text, message in (
         ("{", "the text is not JSON"),
+        ("[" * 50_000, "the text is not JSON .it is nested too deeply"),
+        ('{"budget": "50%params", "budget": "10%params"}', "the text is not JSON .'budget' is given twice"),
         ("[]", "the JSON holds a list, want an object of settings"),
         (
             '{"budgt": "50%params"}',

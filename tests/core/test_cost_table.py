@@ -59,6 +59,8 @@ def test_fields_that_do_not_fit_are_named(change, message):
     [
         (None, "cannot be read"),
         ("{", "cannot be read"),
+        ("[" * 50_000, "cannot be read .it is not JSON: it is nested too deeply"),
+        ('{"rest": 1, "rest": 2}', "cannot be read .it is not JSON: 'rest' is given twice"),
         ("[]", "is no table of costs, want a file of sensibert latency"),
         ("{}", "is no table of costs"),
         ({"rest": "much"}, "rest is 'much'"),

@@ -34,3 +34,33 @@ def test_a_site_is_found_by_name():
 
 def test_a_layout_survives_json():
     assert layout_from(json.loads(json.dumps(dataclasses.asdict(layout())))) == layout()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["sites"][0].update(kind="layer"), "Site: layer.0.head is no axis of a layer"),
+        (lambda d: d["sites"][0].update(minimum=5), "Site: layer.0.head is no axis of a layer"),
+        (lambda d: d["sites"][0]["consumer"].update(span=9), "Site: layer.0.head is no axis of a layer"),
+        (lambda d: d["sites"][1]["flops"].update(pair=-1), "Flops: pair is -1, want 0 to"),
+        (lambda d: d["sites"][1]["members"][0].update(dim="0"), "Member: dim is '0', want a whole number"),
+        (lambda d: d["encoder_rest"].update(token=10**15), "Flops: token is 1000000000000000, want 0 to"),
+        (lambda d: d["weights"][0].update(rows=-1), "Weight: rows is -1, want 0 to"),
+        (lambda d: d["weights"].append(d["weights"][0]), "Layout: a site or weight is listed twice"),
+        (lambda d: d.update(encoder_params=9001), "have 4,390 parameters, the encoder 9,001 and the model 9,000"),
+        (lambda d: d.update(encoder_params=4389), "have 4,390 parameters, the encoder 4,389 and the model 9,000"),
+    ],
+)
+def test_a_layout_that_no_model_has_is_refused(change, message):
+    data = json.loads(json.dumps(dataclasses.asdict(layout())))
+    change(data)
+    with pytest.raises(SensibertError, match=message):
+        layout_from(data)
+
+
+def test_the_bounds_of_a_layout_are_allowed():
+    data = json.loads(json.dumps(dataclasses.asdict(layout())))
+    data["sites"][0]["minimum"] = data["sites"][0]["units"]
+    data |= {"encoder_params": 4390, "total_params": 4390}
+    data["encoder_rest"]["token"] = 10**15 - 1
+    assert layout_from(data).encoder_params == 4390

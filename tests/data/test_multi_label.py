@@ -68,6 +68,7 @@ BAD = {
         [["a"], ["b", 1]],
         "row 2, column 'labels' is 1 (int), and an earlier label is 'a' (str): want numbers",
     ),
+    "mixture in a row": ([["a", 1]], "row 1, column 'labels' is 'a' (str), and an earlier label is 1 (int): want numb"),
     "fraction": ([[1, 0], [0.5, 1]], "row 2, column 'labels' holds 0.5 (float), want names or integers"),
     "nan": ([[1, float("nan")]], "row 1, column 'labels' holds nan (float), want names or integers"),
     "fraction as text": ([["1"], ["0.5"]], "row 2, column 'labels' is '0.5' (str), want an integer or a name"),

@@ -89,12 +89,23 @@ def test_texts_of_kept_pieces_keep_their_tokens_and_their_bits(kind):
     assert new(few[0])["input_ids"][0] == new.bos_token_id and new.pad_token == "<pad>"
 
 
-def test_special_tokens_at_the_end_are_renumbered_in_the_config_too():
+def template(sep, cls):
+    return processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[sep, cls])
+
+
+def sequence(sep, cls):
+    return processors.Sequence([processors.ByteLevel(), template(sep, cls)])
+
+
+@pytest.mark.parametrize(
+    "post_processor", [template, sequence, processors.BertProcessing, processors.RobertaProcessing]
+)
+def test_special_tokens_at_the_end_are_renumbered_in_the_config_too(post_processor):
     made, trainer = word_pieces()
     made.train_from_iterator(texts(0, count=400), trainers.WordPieceTrainer(vocab_size=190, special_tokens=["<unk>"]))
     made.add_special_tokens(["[CLS]", "[SEP]", "[PAD]"])
     ends = [(name, made.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    made.post_processor = post_processor(*ends)
     old = PreTrainedTokenizerFast(tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     model = tiny_model(
         "modernbert", vocab_size=len(old), pad_token_id=old.pad_token_id, cls_token_id=old.cls_token_id,

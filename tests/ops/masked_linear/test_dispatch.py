@@ -83,6 +83,36 @@ def test_an_estimate_grows_with_the_tokens_and_with_what_is_kept(path, part):
     assert 0 < time(1024, 0.5) < time(4096, 0.5) and time(4096, 0.25) <= time(4096, 0.5)
 
 
+def test_estimates_by_hand():
+    """x, W and y of 1000 x 1000 in 2 bytes: the plain matmul takes `dense`, and a pass over one of them `one`."""
+    square = Problem(1000, 1000, 1000, torch.bfloat16, Grid.element(), 0.5, 1.0, "sm_90")
+    rows = square._replace(grid=Grid.row(), share=0.5, row_share=0.5)
+    columns = square._replace(grid=Grid.column(), share=0.5)
+    launch, take, one = 2.5, 4.5, 2e6 / 3.4e6
+    dense = 2e9 / 620e6 + launch
+    half = take + 1.5 * one  # x or y and its kept half
+    for path, problem, us in (
+        ("dense", square, dense),
+        ("bits", square, 1.03 * dense),
+        ("tiles", square, (0.5 + 0.525) * dense + launch),
+        ("tiles", square._replace(part="dw"), (0.17 + 0.55) * dense + 18),
+        ("masked", square, dense + launch + 3 * one),
+        ("masked", square._replace(part="dw"), dense + launch + 3 * one),
+        ("masked", square._replace(ready=True), dense),
+        ("masked", rows, dense + launch + 2 * one),
+        ("masked", rows._replace(ready=True), dense + launch + 2 * one),
+        ("masked", rows._replace(part="dx"), 0.5 * dense + half + launch + 2 * one),
+        ("masked", columns, 0.5 * dense + half + launch + 2 * one),
+        ("compact", rows, 0.5 * dense + half + launch + 2 * one),
+        ("compact", rows._replace(ready=True), 0.5 * dense + half),
+        ("compact", rows._replace(part="dw"), 0.5 * dense + half + 2 * launch + 1.5 * one),
+        ("compact", columns._replace(part="dx"), 0.5 * dense + half + launch + 2 * one),
+        ("compact", rows._replace(share=0.25), 0.25 * dense + 2 * half + launch + 1.5 * one),
+        ("compact", rows._replace(share=0.0, row_share=0.0), 2 * (take + one) + launch + one),
+    ):
+        assert paths.estimate(path, problem) == pytest.approx(us), (path, problem)
+
+
 def test_only_kernels_of_our_own_have_to_be_measured():
     assert paths.MEASURED <= set(paths.KERNELS) <= OWN
 
