@@ -111,7 +111,9 @@ def of_sentences(folder: Path, backend: str) -> list:
     from sentence_transformers import SentenceTransformer
 
     # Graphs need no code of the folder.
-    model = SentenceTransformer(str(folder), device="cpu", backend=backend, trust_remote_code=backend == "torch")
+    exact = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}} if backend == "openvino" else {}  # it may choose bf16
+    trust = backend == "torch"
+    model = SentenceTransformer(str(folder), device="cpu", backend=backend, trust_remote_code=trust, model_kwargs=exact)
     return model.encode(TEXTS).tolist()
 
 
