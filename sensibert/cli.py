@@ -40,13 +40,17 @@ app = typer.Typer(
 )
 
 
-def _command(names: Iterable[str], name: str | None = None, **changed: dict[str, Any]) -> Callable:
-    """Decorator: turn a function of (context, values) into a command with these options, in this order."""
+def _command(
+    names: Iterable[str], name: str | None = None, families: bool = False, **changed: dict[str, Any]
+) -> Callable:
+    """Decorator: turn a function of (context, values) into a command with these options, in this order.
+
+    families: whether a folder may be that of several models; the command then checks it itself."""
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
             paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
-            for name in MODELS & paths.keys():
+            for name in () if families else MODELS & paths.keys():
                 want_model_folder(paths[name], name)
             function(context, values | paths)
 
@@ -366,10 +370,12 @@ def compare(context: typer.Context, values: dict[str, Any]) -> None:
 
 @_command(
     ["folder", "output", "as_json"],
+    families=True,
     output={"help": "HTML file to write. Without it: report/report.html in the folder.", "default": None},
 )
 def report(context: typer.Context, values: dict[str, Any]) -> None:
-    """Write one HTML page about a trimmed model: what was cut, sizes, scores, sensitivity, and how to use it.
+    """Write one HTML page about a trimmed model: what was cut, sizes, scores, sensitivity, and how to use it. Or about
+    the models of several budgets: scores against size and latency.
 
     \b
     Example:
@@ -381,18 +387,21 @@ def report(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], result, f"written to {result['output']}")
 
 
-@_command(["folder", "config", "as_json"])
+@_command(["folder", "config", "as_json"], families=True)
 def inspect(context: typer.Context, values: dict[str, Any]) -> None:
-    """Show what is left of a trimmed model, layer by layer.
+    """Show what is left of a trimmed model, layer by layer, or the models of a run with several budgets.
 
     \b
     Example:
       sensibert inspect small
     """
     from .core.artifacts import BlockPlan, UnitPlan
-    from .inspection import inspect_folder
-    from .report import share, table
+    from .inspection import inspect_family, inspect_folder
+    from .report import family_table, share, table
 
+    if (family := inspect_family(values["folder"])) is not None:
+        folders = "\n".join(os.path.join(values["folder"], row["folder"]) for row in family["rows"])
+        return _print(values["as_json"], family, f"{family_table(family)}\n\nIts models:\n{folders}")
     result = inspect_folder(values["folder"])
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]

@@ -152,7 +152,7 @@ EXTRA = {
     "plan": _parameter(
         "plan", str | None, typer.Option(help="Plan file of `sensibert plan`; without one, a training file."), None
     ),
-    "to": _parameter("to", str, typer.Option(help="Runtime of the graph: onnx, openvino or torch."), "onnx"),
+    "to": _parameter("to", str, typer.Option(help="Runtime: onnx, openvino, torch or executorch."), "onnx"),
     "int8": _parameter(
         "int8", bool, typer.Option("--int8", help="Write a second graph, with weights in 8 bits (onnx only)."), False
     ),

@@ -9,11 +9,12 @@ from .core.artifacts import Sensitivity
 from .core.config import TrimConfig, grid_name
 from .core.errors import SensibertError, first_line
 from .core.files import write_atomically, writing
-from .core.folder_facts import read_result
+from .core.folder_facts import read_family, read_result
 from .inputs import load_folder
 from .models import layout_of
 from .models.masks import cost_of, masks_of
 from .models.structure import is_trimmed
+from .report.family_page import family_page
 from .report.history import FILE, Moment, read_history
 from .report.page import page
 from .run_options import RESULT
@@ -28,17 +29,33 @@ _NOTED = (
 
 
 def report_folder(folder: str, output: str | None) -> dict:
-    """Write the HTML page of a trimmed model folder; by default into its folder `report`."""
-    facts, path = inspect_folder(folder), Path(folder)
-    scores, target = path / "sensitivity.safetensors", Path(output) if output else path / "report" / "report.html"
-    sensitivity = Sensitivity.load(scores) if scores.exists() else None
-    sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
-    text = page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None, _moments(path / "report" / FILE))
+    """Write the HTML page of a trimmed model folder, or of a family; by default into its folder `report`."""
+    path = Path(folder)
+    target = Path(output) if output else path / "report" / "report.html"
+    if (family := read_family(path / RESULT)) is not None:
+        members = [read_result(path / row["folder"] / RESULT) for row in family["rows"]]
+        text = family_page(folder, family, members)
+    else:
+        text = _page_of(folder)
     with writing(target):
         if output is None:
             target.parent.mkdir(exist_ok=True)
         write_atomically(target, lambda part: Path(part).write_text(text, encoding="utf-8"))
     return {"model": folder, "output": str(target)}
+
+
+def _page_of(folder: str) -> str:
+    facts, path = inspect_folder(folder), Path(folder)
+    scores = path / "sensitivity.safetensors"
+    sensitivity = Sensitivity.load(scores) if scores.exists() else None
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors") if file.name.startswith("model")]
+    return page(facts, sensitivity, sum(sizes) / 1e6 if sizes else None, _moments(path / "report" / FILE))
+
+
+def inspect_family(folder: str) -> dict | None:
+    """The result of the run that made several models, with the path of the folder; None for any other folder."""
+    family = read_family(Path(folder) / RESULT)
+    return None if family is None else family | {"output": folder}
 
 
 def _moments(file: Path) -> list[Moment]:

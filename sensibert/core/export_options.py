@@ -5,7 +5,7 @@ from __future__ import annotations
 from .arguments import one_of
 from .errors import SensibertError
 
-RUNTIME_NAMES = ("onnx", "openvino", "torch")
+RUNTIME_NAMES = ("onnx", "openvino", "torch", "executorch")
 
 
 def check_export(to: str, int8: bool, fp16_embeddings: bool) -> None:
@@ -14,5 +14,5 @@ def check_export(to: str, int8: bool, fp16_embeddings: bool) -> None:
         raise SensibertError(f"to is {to!r}, {one_of(to, RUNTIME_NAMES)}")
     if int8 and to != "onnx":
         raise SensibertError(f"int8 is True and to is {to!r}, want onnx")
-    if fp16_embeddings and to == "torch":
-        raise SensibertError("fp16_embeddings is True and to is 'torch', want onnx or openvino")
+    if fp16_embeddings and to not in ("onnx", "openvino"):
+        raise SensibertError(f"fp16_embeddings is True and to is {to!r}, want onnx or openvino")

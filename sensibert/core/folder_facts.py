@@ -78,6 +78,46 @@ def read_result(file: Path) -> dict[str, Any]:
     return content
 
 
+# Of a family's result.json, and of each of its rows.
+FAMILY: dict[str, Any] = {
+    **dict.fromkeys(("task", "method", "metric"), str),
+    **dict.fromkeys(("encoder_params_before", "seed", "steps"), int),
+    "metrics_baseline": dict[str, float] | None,
+    "seconds": dict[str, float],
+    "rows": list[dict[str, Any]],
+}
+ROW: dict[str, Any] = {
+    **dict.fromkeys(("folder", "budget"), str),
+    **dict.fromkeys(("encoder_params_after", "total_params_after"), int),
+    "metrics": dict[str, float] | None,
+    "seconds": float,
+    "warnings": list[str],
+}
+
+
+def read_family(file: Path) -> dict[str, Any] | None:
+    """The content of the result.json of a family, or None if it is that of a single run, or there is none.
+
+    SensibertError if it cannot be read or has values of other types."""
+    if not file.exists() or "rows" not in (content := read_result(file)):
+        return None
+    _want_types(content, FAMILY, str(file))
+    metric, seconds = content["metric"], {"warm_up_and_analysis", "total"}
+    baseline = content["metrics_baseline"]
+    if not content["rows"] or not content["seconds"].keys() >= seconds or metric not in (baseline or {metric: 0.0}):
+        raise SensibertError(f"{file} has no models or no scores, want the result that sensibert wrote")
+    if baseline is not None and "baseline" not in content["seconds"]:
+        raise SensibertError(f"{file}: seconds has no baseline, want the result that sensibert wrote")
+    for number, row in enumerate(content["rows"]):
+        label = f"{file}: rows[{number}]"
+        _want_types(row, ROW, label)
+        if row["metrics"] is not None and metric not in row["metrics"]:
+            raise SensibertError(f"{label}: metrics has no {show(metric)}, want the result that sensibert wrote")
+        if Path(row["folder"]).name != row["folder"]:
+            raise SensibertError(f"{label}: folder is {show(row['folder'])}, want a name without a path")
+    return content
+
+
 def want_facts(facts: Mapping[str, Any], label: str) -> None:
     """SensibertError for a fact of FACTS that is of another type or out of range."""
     for name, hint in FACTS.items():
@@ -103,5 +143,5 @@ def _want_bounded(label: str, value: Any) -> None:
 def _want_types(values: Mapping[str, Any], types: Mapping[str, Any], label: str) -> None:
     for name, hint in types.items():
         if name not in values:
-            raise SensibertError(f"{label} has no {name}, want the entry that sensibert wrote")
+            raise SensibertError(f"{label} has no {name}, want what sensibert wrote")
         want(f"{label}: {name}", values[name], hint)

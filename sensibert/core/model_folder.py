@@ -44,7 +44,9 @@ def want_model_folder(source: str | Path, argument: str) -> None:
 
 def _config(file: Path, place: str) -> dict[str, Any]:
     if not file.is_file():
-        raise SensibertError(f"{place} has no config.json, want the folder of a model")
+        members = sorted(path.parent.name for path in file.parent.glob(f"*/{file.name}"))
+        among = f"; it holds {', '.join(members)}" if members else ""
+        raise SensibertError(f"{place} has no config.json, want the folder of a model{among}")
     try:
         config = parse_json(file.read_text(encoding="utf-8"), any_size=True)
     except (OSError, ValueError) as error:

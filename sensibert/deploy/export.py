@@ -53,12 +53,14 @@ def export_graph(
 ) -> dict:
     """Write a folder with the model's graph, a stock config, its tokenizer and modules of sentence-transformers.
 
-    to: `onnx` (onnx/model.onnx), `openvino` (openvino/openvino_model.xml) or `torch` (torch/model.pt2 of torch.export).
-    The outputs of the graph are compared with the model's on made-up text. fp16_embeddings: store embedding tables in
-    16 bits (not with torch). int8: write onnx/model_quantized.onnx too, unless it loses more than the fraction max_loss
-    of the main metric. score: metrics of a module, the main one first, for the model and every graph.
+    to: `onnx` (onnx/model.onnx), `openvino` (openvino/openvino_model.xml), `torch` (torch/model.pt2 of torch.export) or
+    `executorch` (model.pte). The outputs of the graph are compared with the model's on made-up text. fp16_embeddings:
+    store embedding tables in 16 bits (onnx, openvino). int8: write onnx/model_quantized.onnx too, unless it loses more
+    than the fraction max_loss of the main metric. score: metrics of a module, the main one first, for the model and
+    every graph.
 
-    Returns facts: files with their bytes, the largest difference of the outputs, metrics. SensibertError for a runtime
+    Returns facts: files with their bytes, the largest difference of the outputs, metrics, and the tokens of the longest
+    text where there is a limit. SensibertError for a runtime
     that is not installed, a model without a graph, or a graph that computes something else; nothing is then written."""
     check_export(to, int8, fp16_embeddings)
     if not 0 <= max_loss < 1:
@@ -68,10 +70,10 @@ def export_graph(
     check_output(output, overwrite)
     modules = source_of(model)
     model = plain(model, runtime.empty_layers)
-    traced = trace(model, tokenizer)._replace(half_tables=fp16_embeddings)
+    traced = trace(model, tokenizer, runtime.longest)._replace(half_tables=fp16_embeddings)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
-        (folder / runtime.file).parent.mkdir()
+        (folder / runtime.file).parent.mkdir(exist_ok=True)
         runtime.write(traced, folder / runtime.file)
         graph = runtime.open(folder / runtime.file, None)
         facts["difference"] = _want_same(model, graph, traced, to)
@@ -79,6 +81,8 @@ def export_graph(
             facts["metrics"] = {"model": score(model), to: score(graph)}
         if int8:
             facts |= _with_int8(folder, traced, facts.get("metrics"), score, max_loss)
+        graphs = sorted(path for path in folder.rglob("*") if path.is_file())
+        facts["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in graphs}
         config = stock_config(model.config)
         config.architectures = [stock_class(model).__name__]
         config.save_pretrained(folder)
@@ -86,8 +90,7 @@ def export_graph(
             tokenizer.save_pretrained(folder)
         if modules is not None:
             copy_modules(modules, folder, model.config.problem_type == "regression")
-        graphs = [path for path in folder.glob("*/*") if path.parent.name in RUNTIMES]
-        facts["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(graphs)}
+    facts |= {} if traced.longest is None else {"longest": traced.longest}
     return {**facts, "output": str(output)}
 
 

@@ -1,7 +1,7 @@
-"""A model as a graph in a file, for ONNX Runtime, OpenVINO or torch alone, and that file as a module.
+"""A model as a graph in a file, for ONNX Runtime, OpenVINO, ExecuTorch or torch alone, and that file as a module.
 
-Batch and length of a graph are free. Its inputs are int64 [B, S] (`input_names`), its outputs those of the model that
-OUTPUTS names, in fp32.
+Batch and length of a graph are free; only ExecuTorch has a longest text, and computes rows one by one. Its inputs are
+int64 [B, S] (`input_names`), its outputs those of the model that OUTPUTS names, in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import SensibertError, described
 from ..models.modules import positions
+from . import executorch_file
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -71,17 +72,23 @@ class Trace(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     half_tables: bool = False  # whether embedding tables are stored in fp16
+    longest: int | None = None  # tokens of a text, if there is a limit
 
 
-def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Trace:
-    """The graph of a model in eval mode. SensibertError if torch.export cannot make one."""
+def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, longest: int | None = None) -> Trace:
+    """The graph of a model in eval mode. longest: trace it for one row of at most so many tokens (or the positions of
+    the model, if they are fewer). SensibertError if torch.export cannot make one."""
     names = input_names(model, tokenizer)
     rows, tokens = EXAMPLE
-    inputs = random_inputs(names, model.config.vocab_size, rows, min(tokens, positions(model) or tokens))
+    known = positions(model)
+    free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if longest is not None:
+        longest = min(longest, known or longest)
+        rows, free = 1, {1: torch.export.Dim("length", max=longest)}
+    inputs = random_inputs(names, model.config.vocab_size, rows, min(tokens, known or tokens))
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     outputs = tuple(name for name in OUTPUTS if name in found)
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -90,19 +97,24 @@ def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     except Exception as error:  # of torch.export, which has many
         kind = type(model).__name__
         raise SensibertError(f"export: torch.export has no graph of this {kind} ({described(error)})") from error
-    return Trace(program, names, outputs)
+    return Trace(program, names, outputs, longest=longest)
 
 
 class Graph(nn.Module):
     """A graph in its runtime, with the inputs and outputs of the model. On a CPU.
 
-    run: (the inputs by name, int64 [B, S]) -> outputs in the order of `outputs`."""
+    run: (the inputs by name, int64 [B, S]) -> outputs in the order of `outputs`. longest: the most tokens of a text;
+    None: any number."""
 
     def __init__(
-        self, run: Callable[[dict[str, Tensor]], list[Tensor]], inputs: tuple[str, ...], outputs: tuple[str, ...]
+        self,
+        run: Callable[[dict[str, Tensor]], list[Tensor]],
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        longest: int | None = None,
     ) -> None:
         super().__init__()
-        self.run, self.inputs, self.outputs = run, inputs, outputs
+        self.run, self.inputs, self.outputs, self.longest = run, inputs, outputs, longest
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask for the device of a parameter
 
     def forward(self, **inputs: Tensor) -> Outputs:
@@ -115,7 +127,7 @@ class Graph(nn.Module):
 class Runtime(NamedTuple):
     """file: where the graph lies in an exported folder, as other libraries expect it. tolerance: of its outputs, as a
     fraction of the largest. extra: of this package, which installs `packages`. empty_layers: whether it computes layers
-    without heads or neurons rightly."""
+    without heads or neurons rightly. longest: tokens of a text, and it then takes one row; None: no limits."""
 
     file: str
     tolerance: float
@@ -124,14 +136,17 @@ class Runtime(NamedTuple):
     write: Callable[[Trace, Path], None]
     open: Callable[[Path, int | None], Graph]
     empty_layers: bool = True
+    longest: int | None = None
 
     def want_packages(self, name: str) -> None:
         for package in self.packages:
             try:
-                import_module(package)
+                with _quiet():
+                    import_module(package)
             except ImportError:
+                shown = package.partition(".")[0]
                 raise SensibertError(
-                    f"{name} needs the package {package}: pip install 'sensibert[{self.extra}]'"
+                    f"{name} needs the package {shown}: pip install 'sensibert[{self.extra}]'"
                 ) from None
 
 
@@ -242,6 +257,32 @@ def _open_torch(file: Path, threads: int | None) -> Graph:
     return Graph(lambda inputs: list(module(*inputs.values())), inputs, outputs)
 
 
+def _write_executorch(traced: Trace, file: Path) -> None:
+    assert traced.longest is not None  # of this runtime
+    try:
+        with _quiet():
+            executorch_file.write(traced.program, traced.inputs, traced.outputs, traced.longest, file)
+    except Exception as error:  # of its compiler
+        raise SensibertError(f"export: executorch has no program of this model ({described(error)})") from error
+
+
+def _open_executorch(file: Path, threads: int | None) -> Graph:
+    with _quiet():
+        program = executorch_file.opened(file, threads)
+
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        rows, tokens = inputs["input_ids"].shape
+        if tokens > program.longest:
+            raise SensibertError(f"executorch: a text has {tokens} tokens, want at most {program.longest}")
+        parts = []
+        for row in range(rows):
+            found = program.run({name: value[row : row + 1] for name, value in inputs.items()})
+            parts.append([value.clone() for value in found])
+        return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    return Graph(run, program.inputs, program.outputs, program.longest)
+
+
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 RUNTIMES = {
     "onnx": Runtime("onnx/model.onnx", 1e-4, ONNX, "export", _write_onnx, _open_onnx),
@@ -250,6 +291,10 @@ RUNTIMES = {
         empty_layers=False,
     ),
     "torch": Runtime("torch/model.pt2", 1e-4, (), None, _write_torch, _open_torch),
+    "executorch": Runtime(
+        *("model.pte", 1e-4, ("executorch.exir",), "executorch", _write_executorch, _open_executorch),
+        longest=executorch_file.LONGEST,
+    ),
 }
 
 

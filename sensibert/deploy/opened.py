@@ -62,7 +62,6 @@ def opened(place: Place, threads: int | None) -> Entry:
         names = input_names(model, None)
         return Entry(folder, name, size, seconds, model, names, model.config.vocab_size, positions(model))
     config, file = AutoConfig.from_pretrained(folder, trust_remote_code=False), Path(place.file)
-    longest = getattr(config, "max_position_embeddings", None)
     runtime = RUNTIMES[name.partition(" ")[0]]
     runtime.want_packages(name)
     begin = time.perf_counter()
@@ -76,6 +75,7 @@ def opened(place: Place, threads: int | None) -> Entry:
     size = file.stat().st_size
     if file.suffix in PAIRED:
         size += file.with_suffix(PAIRED[file.suffix]).stat().st_size
+    longest = graph.longest or getattr(config, "max_position_embeddings", None)
     shown = "torch.export" if name == "torch" else name
     return Entry(folder, shown, size, seconds, graph, graph.inputs, config.vocab_size, longest)
 

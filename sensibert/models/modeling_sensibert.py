@@ -122,7 +122,7 @@ class _Trimmed:
 
 
 def _made(name, stock):
-    if not issubclass(stock, transformers.PreTrainedConfig):
+    if not issubclass(stock, transformers.PretrainedConfig):
         config_class = __getattr__(f"Sensibert{stock.config_class.__name__}")
         made = type(name, (_Trimmed, stock), {"__module__": __name__, "config_class": config_class})
         # transformers registers which hidden states to record when it builds a model; ours change class afterwards.

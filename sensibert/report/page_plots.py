@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 from ..core.artifacts import Sensitivity
 from .history import Moment, cut_steps, losses, scores, sizes
@@ -12,7 +13,17 @@ from .plots import LOWEST_RISE
 
 LEFT, RIGHT = 44, 388  # of the area of a plot that is 410 wide
 LINE = 11  # height of the numbers beside a plot
+WIDE = 6.2  # of a letter
 Points = Sequence[tuple[float, float]]
+
+
+class Measured(NamedTuple):
+    """A model in a plot of scores. left: percent of the encoder's parameters. ms: of a forward pass, if measured."""
+
+    name: str
+    score: float
+    left: float
+    ms: float | None
 
 
 def run(moments: Sequence[Moment], params_before: int, metric: str) -> str:
@@ -53,6 +64,54 @@ def _against_steps(title: str, points: Points, form: str, from_zero: bool, cuts:
     if len(points) <= 12 and not from_zero:
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--main)"/>' for x, y in path]
     return _figure(parts, title, f"{title}, by step", 135)
+
+
+def against_score(
+    metric: str, models: Sequence[Measured], baseline: float | None, baseline_ms: float | None, pass_: str | None
+) -> str:
+    """The scores of models against their size, and against their latency if all were timed.
+
+    baseline: score of the model that was trained without trimming, its latency, and what was timed, in words."""
+    panels = [("encoder parameters left, percent", [(m.left, m.score, m.name) for m in models], 100.0)]
+    timed = [(m.ms, m.score, m.name) for m in models if m.ms is not None]
+    if len(timed) == len(models) and baseline_ms is not None:
+        panels.append((f"{pass_}, ms", timed, baseline_ms))
+    drawn = "".join(_scatter(metric, title, points, whole, baseline) for title, points, whole in panels)
+    note = "" if baseline is None else f'<p class="soft">Square and dotted line: {escape(metric)} without trimming.</p>'
+    return f'{note}<div class="plots">{drawn}</div>'
+
+
+def _scatter(
+    metric: str, title: str, points: Sequence[tuple[float, float, str]], whole: float, baseline: float | None
+) -> str:
+    """Scores over a cost that begins at 0. whole: the cost of the untrimmed model."""
+    upper, lower = 14, 150
+    scores = [score for _, score, _ in points] + ([] if baseline is None else [baseline])
+    spare = 0.15 * (max(scores) - min(scores)) or 0.05
+    low, high, last = min(scores) - spare, max(scores) + spare, max([whole, *(cost for cost, _, _ in points)])
+
+    def place(cost: float, score: float) -> tuple[float, float]:
+        return LEFT + cost / last * (RIGHT - LEFT), lower - (score - low) / (high - low) * (lower - upper)
+
+    parts = [_rule(place(0, score)[1], f"{score:.3f}") for score in (low, (low + high) / 2, high)]
+    parts += [_below(place(cost, low)[0], lower, f"{cost:.3g}") for cost in (0, last / 2, last)]
+    if baseline is not None:
+        x, y = place(whole, baseline)
+        parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--soft)" '
+                     'stroke-dasharray="2 3"/>')  # fmt: skip
+        parts.append(f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="var(--ink)"/>')
+    path = [(*place(cost, score), name) for cost, score, name in sorted(points)]
+    parts.append(_line([(x, y) for x, y, _ in path]))
+    named: list[tuple[float, float, float]] = []  # (left, right, base) of the names so far
+    for x, y, name in path:
+        width = WIDE * len(name)
+        left, base = min(x + 6, RIGHT - width), y + 13  # beside the line, which rises to the right, and in the plot
+        while any(left < right and start < left + width and abs(base - at) < LINE for start, right, at in named):
+            base += LINE
+        named.append((left, left + width, base))
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--main)"/>')
+        parts.append(f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="start">{escape(name)}</text>')
+    return _figure(parts, f"{metric} against {title}", f"{metric} against {title}", 175)
 
 
 def _rule(y: float, text: str) -> str:

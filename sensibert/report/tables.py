@@ -10,6 +10,7 @@ from ..core.config import BASELINE
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
 from .phase import LABELS
+from .timings import timings
 
 THROUGHPUT = {"tokens_per_s": "tokens a second", "ops_per_step": "ops a step", "peak_memory_gb": "peak memory, GB"}
 
@@ -131,13 +132,8 @@ def family_table(result: Mapping[str, Any]) -> str:
 
 def _on_a_device(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
     """Rows of the file's size and of latencies, as far as the result has them."""
-    rows, latency = [], result.get("latency") or {}
-    if "mb_after" in result:
-        rows.append(("model file, MB", result["mb_before"], result["mb_after"]))
-    for name, times in latency.items():
-        if name.startswith("batch_"):
-            batch = name.removeprefix("batch_").removesuffix("_ms")
-            rows.append((f"latency of {batch} x {latency['length']} tokens, ms", times["before"], times["after"]))
+    rows = [("model file, MB", result["mb_before"], result["mb_after"])] if "mb_after" in result else []
+    rows += [(f"{what}, ms", before, after) for what, before, after in timings(result)]
     return [(label, f"{before:.1f}", f"{after:.1f}", share(after, before)) for label, before, after in rows]
 
 

@@ -116,8 +116,8 @@ def test_every_family_agrees_at_another_size_with_an_ffn_gone(family, tmp_path):
     ],
 )
 def test_outputs_are_those_of_the_head(head, outputs, to, tmp_path):
-    if to == "openvino":
-        pytest.importorskip("openvino")
+    for package in RUNTIMES[to].packages:
+        pytest.importorskip(package)
     source = small(tmp_path, head)
     model, tokenizer = load(source)
     export_graph(model, str(tmp_path / "out"), to, tokenizer)
@@ -239,9 +239,11 @@ def test_the_runtimes_that_can_be_asked_for_are_those_that_there_are():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--to", "onxn"], "to is 'onxn', want one of onnx, openvino, torch; did you mean 'onnx'?"),
+        (["--to", "onxn"], "to is 'onxn', want one of onnx, openvino, torch, executorch; did you mean 'onnx'?"),
         (["--to", "torch", "--int8"], "int8 is True and to is 'torch', want onnx"),
         (["--to", "torch", "--fp16-embeddings"], "fp16_embeddings is True and to is 'torch', want onnx or openvino"),
+        (["--to", "executorch", "--int8"], "int8 is True and to is 'executorch', want onnx"),
+        (["--to", "executorch", "--fp16-embeddings"], "fp16_embeddings is True and to is 'executorch', want onnx or"),
         (["--max-loss", "much"], "max_loss is 'much', want for example 0.5%"),
         (["--max-loss", "120%"], "max_loss is '120%', want for example 0.5%"),
         (["--validation-file", "missing.csv"], "missing.csv"),
@@ -258,8 +260,13 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(graphs, "import_module", absent)
-    for to, extra in (("onnx", "export"), ("openvino", "openvino")):
-        with pytest.raises(SensibertError, match=rf"{to} needs the package onnx: pip install 'sensibert\[{extra}\]'"):
+    for to, package, extra in (
+        ("onnx", "onnx", "export"),
+        ("openvino", "onnx", "openvino"),
+        ("executorch", "executorch", "executorch"),
+    ):
+        message = rf"{to} needs the package {package}: pip install 'sensibert\[{extra}\]'"
+        with pytest.raises(SensibertError, match=message):
             export_graph(tiny_model(), str(tmp_path / "out"), to)
     assert not list(tmp_path.iterdir())
 

@@ -114,6 +114,15 @@ def test_latencies_of_the_result_are_among_the_sizes():
     assert "latency of 1 x 128 tokens 20.0 ms 11.0 ms 55.0 %" in text and "latency" not in read(page(facts()))[1]
 
 
+def test_with_a_baseline_the_model_stands_beside_it():
+    times = {"threads": 1, "length": 128, "batch_1_ms": {"before": 20.0, "after": 5.0}}
+    reader, text = read(page(facts(metrics_baseline={"accuracy": 0.95}, latency=times)))
+    assert "accuracy against encoder parameters" in text and "accuracy against latency of 1 x 128 tokens, ms" in text
+    assert [float(a["cx"]) for tag, a in reader.tags if tag == "circle"] == [216.0, 130.0]  # half, and a quarter
+    assert len([1 for tag, a in reader.tags if tag == "rect" and a["width"] == "8"]) == 2
+    assert "against" not in read(page(facts(latency=times)))[1]
+
+
 @pytest.mark.parametrize("missing", ["metrics", "seconds", "budget", "steps", "task"])
 def test_what_a_folder_does_not_tell_is_left_out(missing):
     _, text = read(page(facts(**{missing: None})))
