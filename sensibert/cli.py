@@ -16,8 +16,8 @@ from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PA
 from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
 from .core.errors import SensibertError, Terminated, Told
-from .core.launch import launched, want_one_process
 from .core.export_options import check_export
+from .core.launch import launched, want_one_process
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
 from .core.text import printable
@@ -421,6 +421,8 @@ def main() -> None:
     # transformers reads these when it is imported. Its warnings and progress bars would hide that line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launched().count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # advice to programmers, from every process
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("sensibert").addFilter(_printable_record)

@@ -112,7 +112,7 @@ def _finetune_and_trim(
             return result
     processes.by_first(partial(check_place, options))
     place = workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints)
-    with (display(options.quiet) if processes.first else Silent()) as shown, ExitStack() as stack:
+    with display(options.quiet) if processes.first else Silent() as shown, ExitStack() as stack:
         folder, checkpoint = processes.by_first(lambda: stack.enter_context(place))
         processes.by_first(lambda: try_move(options.output, folder))
         shown("load")
