@@ -1,4 +1,4 @@
-"""`sensibert finetune` in two processes, over gloo: what one process does with the same batches, written and told once."""
+"""`sensibert finetune` in two processes, over gloo: it does what one does with the same batches, and tells it once."""
 
 import json
 import shutil

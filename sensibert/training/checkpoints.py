@@ -109,14 +109,10 @@ def want_same_run(checkpoint: str | Path, was: dict[str, object], now: dict[str,
         if rows is None or here is None:
             want_same(checkpoint, {"processes": was.get("processes")}, {"processes": count})
         elif rows != here:
-            share = (
-                f", {rows // count} in each process"
-                if rows % count == 0
-                else ", and a number of processes that divides it"
-            )
+            share = f"{rows}, {rows // count} in each process" if rows % count == 0 else f"processes that divide {rows}"
             raise SensibertError(
                 f"resume: {checkpoint} has {rows} rows a step, with processes {was['processes']}, and this run {here}, "
-                f"with processes {count}: want {rows}{share}"
+                f"with processes {count}: want {share}"
             )
         was, now = ({name: s[name] for name in s if name not in OF_A_STEP} for s in (was, now))
     want_same(checkpoint, was, now)

@@ -41,10 +41,10 @@ def finetune(
     """Train a model in place, from a checkpoint of the same run if one is given; return the trainer.
 
     callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
-    arguments allow it, "on" raises SensibertError where they do not, "off" pads them, as "auto" does in several processes. graphs: on a GPU packed steps run
-    as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options: lr_shape, teacher,
-    distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not finite, a damaged
-    checkpoint, or a batch that the memory of the GPU does not hold."""
+    arguments allow it, in one process; "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU
+    packed steps run as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options:
+    lr_shape, teacher, distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not
+    finite, a damaged checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
     if arguments.world_size > 1:

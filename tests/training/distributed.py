@@ -187,7 +187,7 @@ def sentences(training: Training) -> dict:
 
 
 def commands(training: Training) -> dict:
-    """Commands one after the other, in a folder with a model, data, and a checkpoint of one process in begun.partial."""
+    """Commands one after the other, in a folder with models, data, and in begun.partial a checkpoint of one process."""
     from unittest import mock
 
     from sensibert import TrimCallback, recipe
