@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from sensibert import SensibertError, finetune_and_trim
-from sensibert.core.launch import launched
+from sensibert.core.launch import Launch, launched
 from tests import runs
 from tests.training.distributed import RUN, run, start
 
@@ -126,7 +126,7 @@ def test_an_error_of_one_process_ends_all(here, whole):
 
 
 def test_torchrun(here):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     given = ("--model", "model", "--train-file", "train.csv", "--max-steps", "3", "--batch-size", "16", "--quiet")
     command = [*launcher, "-m", "sensibert", "finetune", *given, "--output", "launched"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600)
@@ -173,7 +173,7 @@ def test_other_commands_want_one_process(two, tmp_path):
 def test_a_bad_argument_is_told_by_the_first_process_of_a_machine(two, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launched() == (2, 1, 1)
+    assert launched() == Launch(2, 1, 1)
     ended = runs.command("finetune", "--model", "m", "--train-file", "t.csv", "--batch-size", "9", "--output", tmp_path)
     assert (ended.code, ended.err) == (2, "")
 

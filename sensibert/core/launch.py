@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from .errors import SensibertError
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     count: int = 1
     number: int = 0  # of this process, among all
     local: int = 0  # and among those on its machine

@@ -29,7 +29,7 @@ class Started(Processes):
     @classmethod
     def connect(cls, device: torch.device) -> Started:
         """Connect all processes that were started; each has to call it. device: of this process."""
-        count, number, _ = launched()
+        count, number = launched().count, launched().number
         if count == 1:
             return cls()
         if dist.is_initialized():
