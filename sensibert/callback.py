@@ -42,7 +42,7 @@ from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
 from .sensitivity.ranking import StepRanking
 from .start_checks import check_analysis, check_parallel, check_trainer
-from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimmed_weights, seal, want_same
+from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimmed_weights, seal, want_same_run
 from .training.processes import Processes
 from .training.recovery import Recovery
 from .training.reducer import Reducer
@@ -219,7 +219,7 @@ class TrimCallback(TrainerCallback):
         self.warnings, self._step_ranking, self._processes = [], None, Processes.of(args)
         self._end_reducer()
         if self.config.trims:
-            check_parallel(args, kwargs["model"], self.config)
+            check_parallel(args, kwargs["model"], self.config, unwrapped(optimizer))
             for text in check_trainer(args, model, getattr(loader, "dataset", None), unwrapped(optimizer)):
                 self._warn(text)
         if model is not self._model:  # from model_init, or another
@@ -240,7 +240,7 @@ class TrimCallback(TrainerCallback):
             if self._made_with is None and (checkpoint / MEMORY).exists():
                 self._remember(checkpoint)
             if self._made_with:
-                want_same(checkpoint, {"processes": 1} | self._made_with, self._settings(args, state))
+                want_same_run(checkpoint, {"processes": 1} | self._made_with, self._settings(args, state))
             if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
                 restructure(model, read_structure(checkpoint / STRUCTURE))  # a plain Trainer loads zeros, not masks
         self._checkpoint = self._made_with = None  # a later train() is another run
@@ -280,8 +280,9 @@ class TrimCallback(TrainerCallback):
     ) -> None:
         if self._reducer is not None and self._processes.count > 1 and not self._reducer.found:
             raise SensibertError(
-                f"TrimCallback: {self._processes.count} processes train, and the model is not in "
-                "DistributedDataParallel: want a Trainer that puts it there"
+                f"TrimCallback: {self._processes.count} processes train, and the model does not run in "
+                "DistributedDataParallel: want a Trainer that puts it there, and of sentence-transformers a loss that "
+                "runs the model as its attribute `model`"
             )
 
     def on_optimizer_step(

@@ -15,8 +15,9 @@ import typer.core
 from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PANELS, PATHS, SHAPE_NAMES, option
 from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
-from .core.errors import SensibertError, Terminated
+from .core.errors import SensibertError, Terminated, Told
 from .core.export_options import check_export
+from .core.launch import launched, want_one_process
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
 from .core.text import printable
@@ -49,6 +50,8 @@ def _command(
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
+            if function.__name__ != "finetune" or values["dry_run"]:
+                want_one_process("finetune --dry-run" if function.__name__ == "finetune" else str(context.info_name))
             paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
             for name in () if families else MODELS & paths.keys():
                 want_model_folder(paths[name], name)
@@ -90,6 +93,8 @@ def _sensibert(
 
 
 def _print(as_json: bool, result: dict, text: str) -> None:
+    if launched().number:
+        return
     print(printable(text), flush=True)
     if as_json:
         print(json.dumps(result), flush=True)
@@ -419,10 +424,14 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM: the conventio
 
 
 def main() -> None:
-    """Entry point. Errors of the user and of the system become one line and exit code 2."""
+    """Entry point. Errors of the user and of the system become one line and exit code 2.
+
+    Of several processes the first one prints: results, and the errors that it has too."""
     # transformers reads these when it is imported. Its warnings and progress bars would hide that line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launched().count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # advice to programmers, from every process
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("sensibert").addFilter(_printable_record)
@@ -433,6 +442,8 @@ def main() -> None:
             _fail(message, INTERRUPTED)
         if code:
             sys.exit(code)
+    except Told:
+        _fail("", 2)
     except Terminated as error:
         _fail(str(error), TERMINATED)
     except (SensibertError, OSError) as error:
@@ -465,6 +476,13 @@ def _in_words(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> None:
+    process, connected = launched(), "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    if process.local and (not connected or code == INTERRUPTED):
+        message = ""  # of arguments, or of Ctrl-C: the first process of each machine has it too
     if message:  # empty after the help text
-        print(f"sensibert: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        who = f"process {process.number}: " if process.number else ""
+        print(f"sensibert: error: {who}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    if connected:  # at a usual exit torch.distributed may wait for the others
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from .branches import Branches, Make, Trained, WarmUp, add_baseline
 from .callback import Choose, Shared, TrimCallback
 from .core.arguments import checked
+from .core.device import device_of
 from .core.errors import SensibertError
 from .core.files import writing
 from .core.folder_facts import read_result
@@ -48,7 +50,7 @@ from .models.embedding import EmbeddingModel
 from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.history import history
-from .report.progress import Display, display
+from .report.progress import Display, Silent, display
 from .report.trainer_logs import ShowLogs
 from .run_inputs import made_from, want_same_inputs
 from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
@@ -63,6 +65,7 @@ from .training.evaluations import evaluations_of
 from .training.finetune import finetune
 from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
+from .training.started import Started
 from .training.termination import SaveOnTermination
 from .trimming.vocabulary import trim_vocabulary
 
@@ -88,19 +91,30 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
 
     choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate. accept_unfinished: also write a
     model that is larger than the budget, because the training ended before the last cut or `choose` kept more; without
-    it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json."""
+    it, SensibertError, and the checkpoints stay. With `budgets` the content of the family's result.json.
+
+    In several processes (torchrun, accelerate launch) all have to call it, and all return the same. They share each
+    batch; the first one analyzes, scores and writes."""
     started = time.perf_counter()
     check_run(options)
-    options = options.resolved()
-    if options.resume and not options.overwrite and (result := finished(options)) is not None:
-        logging.getLogger("sensibert").warning("resume: %s is of this run, which is finished", options.output)
-        return result
-    check_place(options)
-    with (
-        display(options.quiet) as shown,
-        workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints) as (folder, checkpoint),
-    ):
-        try_move(options.output, folder)
+    processes = Started.connect(device_of(options.device))
+    with processes.told_once():
+        return _finetune_and_trim(options.resolved(), processes, started, choose, accept_unfinished)
+
+
+def _finetune_and_trim(
+    options: Options, processes: Started, started: float, choose: Choose | None, accept_unfinished: bool
+) -> dict:
+    if options.resume and not options.overwrite:
+        if (result := processes.by_first(partial(finished, options))) is not None:
+            if processes.first:
+                logging.getLogger("sensibert").warning("resume: %s is of this run, which is finished", options.output)
+            return result
+    processes.by_first(partial(check_place, options))
+    place = workspace(options.output, options.resume, options.overwrite, options.keep_checkpoints)
+    with display(options.quiet) if processes.first else Silent() as shown, ExitStack() as stack:
+        folder, checkpoint = processes.by_first(lambda: stack.enter_context(place))
+        processes.by_first(lambda: try_move(options.output, folder))
         shown("load")
         check_family(options.model)
         vocabulary = Vocabulary.of(options)
@@ -110,7 +124,7 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         measured = next((str(budget) for budget in options.parsed_budgets() if budget.measured), options.trim.budget)
         options = replace(options, trim=replace(options.trim, schedule=schedule, budget=measured))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
-        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown)
+        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown, processes)
         return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
 
 
@@ -168,6 +182,7 @@ class Inputs:
     accept_unfinished: bool
     shared: Shared | None  # by runs that branch from one warm-up
     shown: Display
+    processes: Started
 
 
 def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
@@ -189,9 +204,9 @@ def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
     else:
         trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
     inputs.shown("write")
-    _publish(options, folder, partial(write, options=options, trained=trained))
+    inputs.processes.by_first(lambda: _publish(options, folder, partial(write, options=options, trained=trained)))
     inputs.shown.end()
-    return trained.result
+    return inputs.processes.by_first(lambda: trained.result)
 
 
 def _train(
@@ -202,8 +217,10 @@ def _train(
     started: float,
     make: Make | None = None,
 ) -> Trained:
-    """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored."""
+    """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored, and others in the first
+    process alone."""
     vocabulary, data, shared, shown = inputs.vocabulary, inputs.data, inputs.shared, inputs.shown
+    processes = inputs.processes
     set_seed(options.seed)
     loaded = load_model(options.model, data)
     before = vocabulary.trim(loaded)
@@ -222,14 +239,17 @@ def _train(
     def score(model: nn.Module) -> tuple[dict[str, float] | None, Any]:
         return (None, None) if data.validation is None else scored(model)
 
+    def metrics_of(model: nn.Module) -> dict[str, float] | None:
+        return processes.by_first(lambda: score(model)[0])
+
     def evaluate(model: nn.Module) -> dict[str, float]:
         callback.memory.spend(callback.phase)
-        metrics = score(model)[0]
+        metrics = metrics_of(model)
         callback.memory.spend("evaluate")
         return metrics or {}
 
     if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
-        shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
+        processes.by_first(lambda: shutil.rmtree(folder / SNAPSHOT, ignore_errors=True))
     if (folder / SNAPSHOT / MANIFEST).exists():  # earlier versions wrote none
         check_manifest(folder / SNAPSHOT, "teacher of this run")
     teacher = load_teacher(options, data, folder)
@@ -238,13 +258,10 @@ def _train(
         nonlocal teacher
         if options.teacher == SNAPSHOT:
             assert isinstance(model, PreTrainedModel)  # the one that was loaded above: no embedding model has a teacher
-            shutil.rmtree(folder / SNAPSHOT, ignore_errors=True)
-            # atomic: a resumed run needs the same teacher
-            export(model, folder / SNAPSHOT, vocabulary.tokenizer, accept_unfinished=True)
-            write_manifest(folder / SNAPSHOT)
+            processes.by_first(partial(_save_snapshot, model, folder / SNAPSHOT, vocabulary.tokenizer))
             teacher = load_teacher(options, data, folder)
         if shared is None:
-            return score(model)[0]
+            return metrics_of(model)
         shared.metrics = score(model)[0] if shared.metrics is None else shared.metrics
         return shared.metrics
 
@@ -263,13 +280,13 @@ def _train(
         want_same_inputs(checkpoint, callback.memory, found)
     callback.memory.inputs = found
     with writing(folder):
-        begin(folder, checkpoint)
+        processes.by_first(lambda: begin(folder, checkpoint))
     callback.memory.restart_clock(started)
     callback.memory.spend("load")
     if isinstance(data, EmbeddingData):
         to_device(model, options.device)
         shown("embed")
-        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown)
+        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown, processes)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
     termination = SaveOnTermination()
@@ -296,37 +313,54 @@ def _train(
             f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
             "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
         )
-    evaluations, state, logits = evaluations_of(trainer.state), trainer.state, None
-    last = state.best_global_step if options.best else state.global_step
-    metrics = evaluations.get(last or 0)
-    if metrics is None or shared is not None:  # which may compare rows
-        metrics, logits = score(model)
-    callback.memory.spend("evaluate")
-    callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-    result = result_of(options, data, model, callback, state.global_step, metrics) | before
-    result["best_step"] = last if options.best else None
-    listed = evaluations.items() if options.eval_steps else ()
-    result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
-    result["throughput"] = throughput_of(callback.memory, trainer)
-    moments = history(state.log_history, list(callback.cuts), result, data.main_metric)
-    shown("measure")
-    result |= against_untrimmed(loaded, *original)
-    if options.trim.trims and callback.budget.measured:
-        result["measured"] = measured_facts(loaded, callback.budget)
-        callback.warnings += missed(result["measured"])
-    callback.memory.spend("measure")
-    add_times(result, callback.memory)
-    return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
+    evaluations, state = evaluations_of(trainer.state), trainer.state
+
+    def measured() -> Trained:
+        logits, last = None, state.best_global_step if options.best else state.global_step
+        metrics = evaluations.get(last or 0)
+        if metrics is None or shared is not None:  # which may compare rows
+            metrics, logits = score(model)
+        callback.memory.spend("evaluate")
+        callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
+        result = result_of(options, data, model, callback, state.global_step, metrics) | before
+        result["best_step"] = last if options.best else None
+        listed = evaluations.items() if options.eval_steps else ()
+        result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
+        result["throughput"] = throughput_of(callback.memory, trainer)
+        moments = history(state.log_history, list(callback.cuts), result, data.main_metric)
+        shown("measure")
+        result |= against_untrimmed(loaded, *original)
+        if options.trim.trims and callback.budget.measured:
+            result["measured"] = measured_facts(loaded, callback.budget)
+            callback.warnings += missed(result["measured"])
+        callback.memory.spend("measure")
+        add_times(result, callback.memory)
+        return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
+
+    return processes.in_first(measured, Trained(loaded, callback))
+
+
+def _save_snapshot(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    export(model, folder, tokenizer, accept_unfinished=True)  # atomic: a resumed run needs the same teacher
+    write_manifest(folder)
 
 
 def _with_original(
-    data: EmbeddingData, model: nn.Module, file: Path, autocast: torch.dtype | None, shown: Display
+    data: EmbeddingData,
+    model: nn.Module,
+    file: Path,
+    autocast: torch.dtype | None,
+    shown: Display,
+    processes: Started,
 ) -> EmbeddingData:
     """Adds the embeddings of the model as it is now."""
 
     def embed(texts: Features) -> np.ndarray:
         if texts is data.train:
-            return saved_embeddings(file, model, texts, data.collator, autocast, shown)
+            saved = partial(saved_embeddings, file, model, texts, data.collator, autocast, shown)
+            found = processes.in_first(saved, None)
+            return saved() if found is None else found  # the others read what it has written
         return np.asarray(predict(model, texts, data.collator, autocast=autocast))
 
     return data.with_labels(embed)

@@ -98,7 +98,7 @@ class Options:
         show_default="128, at most max_length / 3",
     )  # fmt: skip
     batch_size: int | None = setting(
-        None, "Rows per batch.", TRAINING, bound=POSITIVE, show_default="32, or the preset's"
+        None, "Rows per batch, of all processes together.", TRAINING, bound=POSITIVE, show_default="32, or the preset's"
     )
     gradient_accumulation: int = setting(1, "Batches per optimizer step.", TRAINING, bound=POSITIVE)
     max_steps: int = setting(

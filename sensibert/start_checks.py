@@ -30,14 +30,27 @@ from .training.processes import check_processes
 from .trimming.self_check import probe
 
 
-def check_parallel(args: TrainingArguments, trained: nn.Module, config: TrimConfig) -> None:
+def check_parallel(
+    args: TrainingArguments, trained: nn.Module, config: TrimConfig, optimizer: torch.optim.Optimizer
+) -> None:
     """SensibertError for several processes, or GPUs, in which trimming is not supported. trained: of the Trainer."""
     check_processes(args)
     if args.world_size == 1:
         return
     want = f"world_size is {args.world_size}; want one process, or"
-    if is_wrapped(trained):
-        raise SensibertError(f"TrimCallback: the model is a {type(trained).__name__} and {want} to trim it first")
+    if is_wrapped(trained) and has_classes(trained) and args.ddp_find_unused_parameters is not False:
+        raise SensibertError(
+            f"TrimCallback: ddp_find_unused_parameters is {args.ddp_find_unused_parameters} and the model is a "
+            f"{type(trained).__name__}, whose backward pass fails with it in several processes; want False"
+        )
+    own = {id(parameter) for parameter in trained.parameters()}
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own and p.requires_grad]
+    if others:  # DistributedDataParallel reduces the gradients of the model alone
+        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in others)
+        raise SensibertError(
+            f"TrimCallback: the optimizer also trains weights of the loss, outside of the {type(trained).__name__} "
+            f"({shapes}), which would differ among the processes, and {want} a loss without weights"
+        )
     if config.parsed_budget().measured:
         raise SensibertError(
             f"TrimCallback: the costs of budget {config.budget} are measured and {want} a budget of params or flops"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,17 +12,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from .core.arguments import one_of, show
 from .core.device import device_of
 from .core.errors import SensibertError
+from .core.launch import launched
 from .run_options import NO_TRACKER, Options
-from .training.finetune import want_one_process
 
 ONLY_AT_THE_END = 10**9  # steps between evaluations; Trainer then evaluates after the last step alone
 
 
 def check_run(options: Options) -> None:
-    """SensibertError if a file, the device or a tracker that the run needs is missing, or if it is one of several
-    processes."""
-    if (count := os.environ.get("WORLD_SIZE", "")).isdecimal():  # of torchrun and accelerate
-        want_one_process(int(count))
+    """SensibertError if a file, the device or a tracker that the run needs is missing, or for settings that want one
+    process in several."""
+    if (count := launched().count) > 1:
+        _check_processes(options, count)
     options.want_data()
     options.want_validation_data()
     device_of(options.device)
@@ -35,22 +34,42 @@ def check_run(options: Options) -> None:
             raise SensibertError(f"report_to is {name!r}, which is not installed; want it installed, or {NO_TRACKER}")
 
 
+def _check_processes(options: Options, count: int) -> None:
+    want, rows = f"and {count} processes were started; want", options.resolved().batch_size
+    assert rows is not None  # of resolved options
+    for name in ("budgets", "keep", "baseline"):
+        if value := getattr(options, name):
+            raise SensibertError(f"finetune: {name} is {show(value)} {want} one process, or a run without it")
+    if options.trim.trims and options.trim.parsed_budget().measured:
+        raise SensibertError(
+            f"finetune: the costs of budget {options.trim.budget} are measured {want} one process, or a budget of "
+            "params or flops"
+        )
+    if options.packing == "on":
+        raise SensibertError(f"finetune: packing is 'on' {want} 'auto': batches are padded in several processes")
+    if ":" in options.device:
+        raise SensibertError(f"finetune: device is {options.device!r} {want} 'auto' or 'cuda', one GPU for each")
+    if rows % count:
+        raise SensibertError(f"finetune: batch_size is {rows} {want} a multiple of {count}: they share each batch")
+
+
 def training_arguments(options: Options, folder: Path, main_metric: str | None = None) -> TrainingArguments:
     """options: resolved. main_metric: of the evaluations; None where there is nothing to evaluate on."""
     assert options.epochs is not None and options.learning_rate is not None and options.batch_size is not None
     device = device_of(options.device)
-    on_gpu = device.type == "cuda"
+    on_gpu, count = device.type == "cuda", launched().count
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // count,
         gradient_accumulation_steps=options.gradient_accumulation,
         weight_decay=options.weight_decay,
         optim="adamw_torch_fused",
         bf16=options.autocast() is not None,
         use_cpu=not on_gpu,
+        ddp_backend=None if count == 1 else "nccl" if on_gpu else "gloo",
         seed=options.seed,
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
@@ -69,7 +88,7 @@ def training_arguments(options: Options, folder: Path, main_metric: str | None =
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},  # copies from pinned memory
     )
-    if on_gpu:
+    if on_gpu and count == 1:
         _use_one(arguments, device)
     return arguments
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from .errors import SensibertError
+from .launch import launched
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name; auto is the GPU if there is one. SensibertError for one that this machine lacks."""
+    """The device of this name; auto is the GPU if there is one, in several processes one for each. SensibertError for
+    one that this machine lacks."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
+    if name == "cuda" and launched().count > 1:
+        name = f"cuda:{launched().local}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         there = ", ".join(["auto", "cpu", *(f"cuda:{number}" for number in range(count))])

@@ -14,6 +14,14 @@ class Terminated(SensibertError):
     """The process was asked to end, and a training saved its state first."""
 
 
+class OfAnother(SensibertError):
+    """Another process of the same training failed, and says why."""
+
+
+class Told(OfAnother):
+    """Another process failed too, and has said why."""
+
+
 _IN_OUR_WORDS = {
     "trust_remote_code": "it needs code of its own, which sensibert does not run",
     "weights_only": "its pytorch_model.bin is damaged, or holds more than weights",

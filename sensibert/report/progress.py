@@ -101,6 +101,12 @@ class Display(logging.Handler):
     def ended(self, phase: Phase) -> None: ...
 
 
+class Silent(Display):
+    """A display that hides warnings too: those of a process whose messages the first one shows."""
+
+    least = logging.ERROR
+
+
 class _Shown(Display):
     """A display that shows the messages of the logger."""
 

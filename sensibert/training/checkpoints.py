@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -92,6 +94,34 @@ def want_same(checkpoint: str | Path, was: dict[str, object], now: dict[str, obj
             raise SensibertError(
                 f"resume: {checkpoint} has {name} {was.get(name)}, and this run {now.get(name)}: want the same"
             )
+
+
+OF_A_STEP = ("processes", "batch_size", "gradient_accumulation_steps")  # their product: the rows of a step
+
+
+def want_same_run(checkpoint: str | Path, was: dict[str, object], now: dict[str, object]) -> None:
+    """`want_same`, but another number of processes may share the rows of a step.
+
+    SensibertError if these are not as many rows."""
+    if was.get("processes") != now.get("processes"):
+        rows, here = (_rows_of_step(settings) for settings in (was, now))
+        count = cast(int, now["processes"])
+        if rows is None or here is None:
+            want_same(checkpoint, {"processes": was.get("processes")}, {"processes": count})
+        elif rows != here:
+            share = f"{rows}, {rows // count} in each process" if rows % count == 0 else f"processes that divide {rows}"
+            raise SensibertError(
+                f"resume: {checkpoint} has {rows} rows a step, with processes {was['processes']}, and this run {here}, "
+                f"with processes {count}: want {share}"
+            )
+        was, now = ({name: s[name] for name in s if name not in OF_A_STEP} for s in (was, now))
+    want_same(checkpoint, was, now)
+
+
+def _rows_of_step(settings: dict[str, object]) -> int | None:
+    """Of all processes together; None if the settings do not tell."""
+    numbers = [number for name in OF_A_STEP if isinstance(number := settings.get(name), int)]
+    return math.prod(numbers) if len(numbers) == len(OF_A_STEP) else None
 
 
 def checkpoint_of(arguments: TrainingArguments, state: TrainerState) -> Path:

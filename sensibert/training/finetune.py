@@ -21,16 +21,8 @@ from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.packed import pooling_of
 from .fast_loop import FastTrainer
+from .processes import Processes
 from .trainer import ADAMW, TrimTrainer
-
-
-def want_one_process(count: int) -> None:
-    """SensibertError for several processes: `finetune` scores, saves and resumes in one."""
-    if count > 1:
-        raise SensibertError(
-            f"finetune: world_size is {count}, want 1; to train in several processes, use TrimCallback "
-            "in a Trainer of your own, or trim first (sensibert trim), then train the smaller model"
-        )
 
 
 @checked
@@ -46,19 +38,22 @@ def finetune(
     printed: bool = True,
     **trainer_options: Any,
 ) -> TrimTrainer:
-    """Train a model in place, in one process, from a checkpoint of the same run if one is given; return the trainer.
+    """Train a model in place, from a checkpoint of the same run if one is given; return the trainer.
 
     callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
-    arguments allow it, "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU packed steps run
-    as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options: lr_shape, teacher,
-    distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not finite, a damaged
-    checkpoint, or a batch that the memory of the GPU does not hold."""
+    arguments allow it, in one process; "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU
+    packed steps run as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options:
+    lr_shape, teacher, distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not
+    finite, a damaged checkpoint, or a batch that the memory of the GPU does not hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
-    want_one_process(arguments.world_size)
+    if arguments.world_size > 1:
+        if packing == "on":
+            raise SensibertError(f"finetune: packing is 'on' and world_size is {arguments.world_size}, want 'auto'")
+        packing = "off"
     if isinstance(train, Sized) and not len(train):
         raise SensibertError("finetune: train is empty, want at least one row")
-    if packing == "auto" and checkpoint is not None and _of_earlier_version(Path(checkpoint)):
+    if packing == "auto" and checkpoint is not None and _was_padded(Path(checkpoint)):
         packing = "off"  # its rows come in the order that the run began with
     trainer = _trainer(
         packing,
@@ -74,7 +69,8 @@ def finetune(
         trainer.remove_callback(PrinterCallback)
     with writing(f"a checkpoint to {arguments.output_dir}", "; --resume continues from the last complete checkpoint"):
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with Processes.of(arguments).training():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError as error:
             size, batches = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
             raise SensibertError(
@@ -85,8 +81,10 @@ def finetune(
     return trainer
 
 
-def _of_earlier_version(checkpoint: Path) -> bool:
-    """Whether the checkpoint is of a version that neither packed nor counted tokens."""
+def _was_padded(checkpoint: Path) -> bool:
+    """Whether the checkpoint is of several processes, or of a version that neither packed nor counted tokens."""
+    if (checkpoint / "rng_state_1.pth").exists():
+        return True
     try:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError):  # `check_checkpoint` says what is wrong with it

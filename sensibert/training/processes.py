@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..core.artifacts import Plan
-from ..core.errors import SensibertError, first_line
+from ..core.errors import OfAnother, SensibertError, first_line
+from ..core.launch import launched
 from ..models.modules import weights_digest
 
 Result = TypeVar("Result")
@@ -41,7 +41,7 @@ def check_processes(args: TrainingArguments) -> None:
             f"TrimCallback: n_gpu is {args.n_gpu}: DataParallel in one process is not supported; want a process for "
             "each GPU (torchrun --nproc-per-node), or one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    if (started := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(started) > args.world_size:
+    if (started := launched().count) > args.world_size:
         raise SensibertError(
             f"TrimCallback: {started} processes were started, and each would train alone and write the same files; "
             "on a CPU want TrainingArguments(use_cpu=True, ddp_backend='gloo')"
@@ -79,7 +79,7 @@ class Processes:
         return self.number == 0
 
     def by_first(self, work: Callable[[], Result]) -> Result:
-        """What the first process gets from `work`, in all of them. If it raises there, SensibertError in the others."""
+        """What the first process gets from `work`, in all of them. If it raises there, OfAnother in the others."""
         if self.count == 1:
             return work()
         failure: Exception | None = None
@@ -94,8 +94,18 @@ class Processes:
         if failure is not None:
             raise failure
         if message[1] is not None:
-            raise SensibertError(message[1])
+            raise OfAnother(message[1])
         return message[0]
+
+    def in_first(self, work: Callable[[], Result], elsewhere: Any) -> Result:
+        """What `work` returns in the first process, and `elsewhere` in the others, once it is done."""
+        kept = [elsewhere]
+
+        def run() -> None:
+            kept[0] = work()
+
+        self.by_first(run)
+        return kept[0]
 
     @torch.no_grad()
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
@@ -133,10 +143,24 @@ class Processes:
                 dist.monitored_barrier(timeout=timedelta(seconds=self.timeout))
             yield
         except RuntimeError as error:  # torch's DistBackendError is one
-            raise SensibertError(
-                f"TrimCallback: process {self.number} lost another one, which ended or did not answer within "
-                f"ddp_timeout ({self.timeout} s): {first_line(error)}"
-            ) from error
+            raise self.lost(error) from error
+
+    def lost(self, error: RuntimeError) -> OfAnother:
+        """What to raise for an error of torch.distributed."""
+        return OfAnother(
+            f"TrimCallback: process {self.number} lost another one, which ended or did not answer within ddp_timeout "
+            f"({self.timeout} s): {first_line(error)}"
+        )
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """A context in which an error of torch.distributed, while gradients are reduced, is OfAnother."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise self.lost(error) from error
+            raise
 
 
 def _plan_digest(plan: Plan) -> str:

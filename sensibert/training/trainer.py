@@ -126,7 +126,8 @@ class TrimTrainer(Trainer):
         lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
         if lengths is None:
             return super()._get_train_sampler(train_dataset)
-        return LengthSampler(lengths, self.args.train_batch_size, self.args.data_seed or self.args.seed)
+        size = self.args.train_batch_size * self.args.world_size  # several processes divide each of these batches
+        return LengthSampler(lengths, size, self.args.data_seed or self.args.seed)
 
     def compute_loss(
         self,
@@ -154,7 +155,7 @@ class TrimTrainer(Trainer):
         if ids is not None:
             mask = inputs.get("attention_mask")
             self._tokens = self._tokens + (ids.numel() if mask is None else mask.sum())
-            if ids.is_cpu:
+            if ids.is_cpu and self.args.world_size == 1:
                 self._count_tokens()
         self._note(self._losses, loss)
         return loss
@@ -173,7 +174,10 @@ class TrimTrainer(Trainer):
         return norm
 
     def _count_tokens(self) -> None:
-        self.state.num_input_tokens_seen += int(self._tokens)
+        tokens = self._tokens
+        if self.args.world_size > 1:  # all processes are at the same place
+            tokens = self.accelerator.reduce(torch.as_tensor(tokens, device=self.args.device), "sum")
+        self.state.num_input_tokens_seen += int(tokens)
         self._tokens = 0
 
     def _want_finite(self) -> None:

@@ -1,8 +1,9 @@
 """Every snippet of README.md and of the pages in docs/ runs as it stands, in a folder with the files that it names.
 
 A page is a test; its snippets run in order. Python shares one namespace, `sensibert` runs in this process, a yaml with
-a title becomes that file. `make`, `pip install`, `python FILE` and `torchrun FILE` are checked, not run. A title that
-begins with "not run" or "fails" says so to readers and to this test; what is neither code nor command is marked text.
+a title becomes that file. `make`, `pip install`, `python FILE` and `torchrun FILE` are checked, not run; `torchrun -m
+sensibert` runs in this one process. A title that begins with "not run" or "fails" says so to readers and to this test;
+what is neither code nor command is marked text.
 """
 
 import re
@@ -49,6 +50,8 @@ def commands(code: str) -> list[list[str]]:
 def complaint(words: list[str], fails: bool) -> str | None:
     """Run or check one command; what is wrong with it, or None."""
     program, *rest = words
+    if program == "torchrun" and "-m" in rest:
+        program, *rest = rest[rest.index("-m") + 1 :]
     if program == "sensibert":
         done = runs.command(*rest)
         if fails:

@@ -42,7 +42,7 @@ def run(case: str, folder: Path, count: int, ending: int | None = None) -> list[
 
 
 def _found(process: subprocess.Popen) -> dict:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, (out[-500:], err[-3000:])
     return json.loads(out.strip().splitlines()[-1]) | {"errors": err}
 
@@ -68,7 +68,7 @@ class Training:
 
         usual = {"max_steps": 6, "per_device_train_batch_size": 8 // self.count, "learning_rate": 1e-3, "seed": 0}
         usual |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-        usual |= {"ddp_backend": "gloo", "ddp_timeout": 60} if self.count > 1 else {}
+        usual |= {"ddp_backend": "gloo", "ddp_timeout": 300} if self.count > 1 else {}
         args = TrainingArguments(str(self.folder / "run"), **(usual | changed))
         callback = callback or TrimCallback(config)
         self.model = tiny_model()
@@ -105,7 +105,9 @@ def several(training: Training) -> dict:
     found["checkpointing"] = training(gradient_checkpointing=True)
     found["blocks"] = training(TrimTrainer, TrimConfig(grid="block8"))
     found["bf16"] = training(TrimTrainer, bf16=True)
-    return found if training.count == 1 else found | _resumed(training) | _refused(training)
+    if training.count == 1:
+        return found | {"saved": training(TrimTrainer, save_strategy="steps", save_steps=4)}
+    return found | _resumed(training) | _refused(training)
 
 
 def _resumed(training: Training) -> dict:
@@ -115,6 +117,9 @@ def _resumed(training: Training) -> dict:
     found = {"saved": training(TrimTrainer, save_strategy="steps", save_steps=1)}
     for step in (1, 4):
         found[f"from {step}"] = training(TrimTrainer, resume=str(training.folder / f"run/checkpoint-{step}"))
+    one = str(training.folder.parent / "alone/run/checkpoint-4")
+    found["from one"] = training(TrimTrainer, resume=one)
+    found["more rows"] = training(TrimTrainer, resume=one, per_device_train_batch_size=8)
     return found
 
 
@@ -138,15 +143,118 @@ def _refused(training: Training) -> dict:
     return {"other weights": training(callbacks=[Change()]), "no plan": training(callback=failing)}
 
 
+def sentences(training: Training) -> dict:
+    """Trainings in the trainers of sentence-transformers, without dropout."""
+    from torch import nn
+
+    from sensibert import SensibertError, TrimConfig
+    from sensibert.models.modules import weights_digest
+    from sensibert.models.structure import structure_of
+    from tests.sentence_models import sentence_model
+    from tests.test_sentence_trainers import KINDS, trainer
+
+    def train(name: str, model, columns, loss, **more) -> dict:
+        changed = {"per_device_train_batch_size": 8 // training.count}
+        changed |= {"ddp_backend": "gloo", "ddp_timeout": 300} if training.count > 1 else {}
+        running = trainer(model, columns, loss, training.folder / name, TrimConfig("50%params"), **(changed | more))
+        try:
+            running.train()
+        except SensibertError as error:
+            return {"step": running.state.global_step, "error": str(error)}
+        kept = structure_of(model.transformers_model)
+        return {
+            "step": running.state.global_step,
+            "wrapper": type(running.model_wrapped).__name__,
+            "digest": weights_digest(model),
+            "kept": {name: tensor.tolist() for name, tensor in kept.items()},
+        }
+
+    several = ("pairs", "cached", "splade", "classes", "texts", "lists", "reranker")
+    kinds = ("scores", *(several if training.count > 1 else ("reranker",)))
+    # Once processes are connected, transformers writes folders in the first one alone.
+    models = {kind: sentence_model(KINDS[kind][0], training.folder / f"{kind}-{training.rank}") for kind in kinds}
+    found: dict[str, dict] = {}
+    for kind, model in models.items():
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        name, columns, loss = KINDS[kind]
+        more = {"ddp_find_unused_parameters": False} if name == "CrossEncoder" else {}
+        if kind == "reranker" and training.count > 1:
+            found["unused"] = train("unused", model, columns, loss)
+        found[kind] = train(kind, model, columns, loss, **more)
+    return found
+
+
+def commands(training: Training) -> dict:
+    """Commands one after the other, in a folder with models, data, and in begun.partial a checkpoint of one process."""
+    from unittest import mock
+
+    from sensibert import TrimCallback, recipe
+    from sensibert.models.modules import weights_digest
+    from tests import runs
+
+    os.chdir(training.folder)
+    digests: list[str] = []
+
+    def finetune(model, *args, **kwargs):
+        trainer = trained(model, *args, **kwargs)
+        digests.append(weights_digest(model))
+        return trainer
+
+    def command(*more: object, model: str = "model", train: str = "train.csv") -> dict:
+        given = ("finetune", "--model", model, "--train-file", train, *RUN, *more)
+        done = runs.command(*given, shown=True)
+        return {"code": done.code, "out": done.out, "err": done.err, "digest": digests.pop() if digests else None}
+
+    step_end = TrimCallback.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 4 and training.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trained = recipe.finetune
+    with mock.patch.object(os, "_exit", sys.exit), mock.patch.object(recipe, "finetune", finetune):
+        found = {"wrong": command("--label-column", "nowhere", "--output", "wrong")}
+        more = ("--teacher", "snapshot", "--eval-steps", 5, "--best", "--json")
+        found["done"] = command("--validation-file", "dev.csv", *more, "--output", "both")
+        with mock.patch.object(TrimCallback, "on_step_end", interrupted):
+            found["stopped"] = command("--output", "stopped")
+        found["rows"] = command("--resume", "--batch-size", 8, "--output", "begun")
+        found["resumed"] = command("--resume", "--output", "begun")
+        embedding = ("--task", "embedding", "--validation-file", "scored.csv", "--output", "embedding")
+        found["embedding"] = command(*embedding, model="encoder", train="train.txt")
+    return found
+
+
+RUN = ("--max-steps", 10, "--batch-size", 16, "--learning-rate", 1e-3)
+
+
+def failing(training: Training) -> None:
+    """A command whose last process cannot read its data. Exits."""
+    from unittest import mock
+
+    from sensibert import SensibertError, cli, recipe
+
+    def unreadable(*_: object) -> None:
+        raise SensibertError("train.csv: cannot be read here")
+
+    sys.argv = ["sensibert", "finetune", "--model", "model", "--train-file", "train.csv", "--output", "failing"]
+    os.chdir(training.folder)
+    with mock.patch.object(recipe, "load_data", unreadable if training.rank == 1 else recipe.load_data):
+        cli.main()
+
+
 def one(training: Training) -> dict:
     return training()
 
 
-def resumed(training: Training) -> dict:
+def resumed(training: Training, **changed) -> dict:
     """A resume from the checkpoint that another number of processes wrote."""
     from sensibert import TrimTrainer
 
-    return training(TrimTrainer, resume=str(training.folder / "run/checkpoint-4"))
+    return training(TrimTrainer, resume=str(training.folder / "run/checkpoint-4"), **changed)
 
 
 def dying(training: Training, sent: int = signal.SIGKILL, **changed) -> dict:

@@ -15,8 +15,8 @@ from sensibert.start_checks import check_parallel
 from sensibert.training.checkpoints import check_checkpoint
 from sensibert.training.manifest import MANIFEST
 from tests.helpers import tiny_model
-from tests.runs import command
-from tests.training.distributed import run
+from tests.training.distributed import Training, run, sentences, several
+from tests.training.distributed import resumed as resume
 
 CASES = ("adamw", "sgd", "uneven", "accumulated", "checkpointing", "blocks", "bf16")
 
@@ -28,11 +28,12 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(here):
-    return run("several", here / "alone", 1)[0]
+    (here / "alone").mkdir()
+    return json.loads(json.dumps(several(Training(here / "alone"))))
 
 
 @pytest.fixture(scope="module")
-def both(here):
+def both(here, alone):  # whose checkpoint it resumes
     return run("several", here / "both", 2)
 
 
@@ -75,9 +76,18 @@ def test_checkpoints_are_complete_and_resume_to_the_same_bits(both, here):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
 
 
-def test_another_number_of_processes_does_not_resume(both, here):
-    (found,) = run("resumed", here / "both", 1)
-    assert found["step"] == 4 and "has processes 2, and this run 1: want the same" in found["error"]
+def test_one_process_resumes_the_checkpoints_of_two_and_two_those_of_one(both, here):
+    saved = both[0]["saved"]
+    for found in (resume(Training(here / "both")), both[0]["from one"]):
+        assert found["step"] == 6 and found["kept"] == saved["kept"]
+    assert both[0]["from one"] == both[1]["from one"]
+
+
+def test_a_resume_with_another_number_of_rows_a_step_is_refused(both, here):
+    found = resume(Training(here / "both"), per_device_train_batch_size=4)
+    message = "has 8 rows a step, with processes 2, and this run 4, with processes 1: want 8, 8 in each process"
+    assert found["step"] == 4 and message in found["error"]
+    assert "and this run 16, with processes 2: want 8, 4 in each process" in both[0]["more rows"]["error"]
 
 
 def test_processes_with_other_weights_are_named_before_the_cut(both):
@@ -96,7 +106,24 @@ def test_a_lost_process_ends_the_others(case, here):
     assert found["step"] == 2 and "process 0 lost another one, which ended or did not answer" in found["error"]
 
 
+def test_trainers_of_sentence_transformers(here):
+    pytest.importorskip("sentence_transformers")
+    (here / "trainers").mkdir()
+    (here / "trainer").mkdir()
+    alone, (first, second) = sentences(Training(here / "trainer")), run("sentences", here / "trainers", 2)
+    assert {**first, "errors": ""} == {**second, "errors": ""}
+    for kind in ("scores", "pairs", "cached", "splade", "reranker", "lists"):
+        assert first[kind]["step"] == 6 and first[kind]["wrapper"] == "DistributedDataParallel", kind
+    for kind in ("scores", "reranker"):  # the other losses compare the rows of a process
+        assert first[kind]["kept"] == {name: list(kept) for name, kept in alone[kind]["kept"].items()}
+    assert "weights of the loss, outside of the SentenceTransformer ((2, 96), (2,))" in first["classes"]["error"]
+    assert "a loss that runs the model as its attribute `model`" in first["texts"]["error"]
+    assert "ddp_find_unused_parameters is None and the model is a CrossEncoder" in first["unused"]["error"]
+    assert all(first[kind]["step"] == 0 for kind in ("classes", "texts", "unused"))
+
+
 USUAL = {"fsdp": None, "deepspeed": None, "n_gpu": 1, "world_size": 2, "parallel_mode": ParallelMode.DISTRIBUTED}
+SGD = torch.optim.SGD([torch.zeros(1)])
 USUAL |= {"torch_compile": False, "parallelism_config": None, "save_on_each_node": False}
 
 
@@ -114,25 +141,17 @@ USUAL |= {"torch_compile": False, "parallelism_config": None, "save_on_each_node
 def test_other_parallel_training_is_refused_in_words(changed, message, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(SensibertError, match=message):
-        check_parallel(SimpleNamespace(**USUAL | changed), tiny_model(), TrimConfig())
+        check_parallel(SimpleNamespace(**USUAL | changed), tiny_model(), TrimConfig(), SGD)
 
 
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SensibertError, match="2 processes were started, and each would train alone"):
-        check_parallel(SimpleNamespace(**USUAL | {"world_size": 1}), tiny_model(), TrimConfig())
+        check_parallel(SimpleNamespace(**USUAL | {"world_size": 1}), tiny_model(), TrimConfig(), SGD)
 
 
 def test_costs_that_are_measured_want_one_process(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(SensibertError, match="costs of budget 8ms are measured and world_size is 2; want one process"):
-        check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig("8ms"))
-    check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig())
-
-
-def test_the_command_line_wants_one_process_before_it_writes_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (tmp_path / "train.csv").write_text("sentence,label\nbad,0\ngood,1\n")
-    ended = command("finetune", "--model", "m", "--train-file", tmp_path / "train.csv", "--output", tmp_path / "out")
-    assert ended.code == 2 and "finetune: world_size is 2, want 1; to train in several processes" in ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+        check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig("8ms"), SGD)
+    check_parallel(SimpleNamespace(**USUAL), tiny_model(), TrimConfig(), SGD)
