@@ -48,7 +48,8 @@ def with_costs(budget: Budget, model: nn.Module, config: TrimConfig) -> Budget:
     if not budget.measured or not config.trims:
         return budget
     if budget.table is None:
-        target = Target(budget.kind, config.runtime, *parse_shape(config.latency_shape), config.latency_threads)
+        shape = parse_shape(config.latency_shape)
+        target = Target(budget.kind, config.runtime, *shape, config.latency_threads, config.weights or "fp32")
         budget = budget.with_table(measure_costs(_whole(model), target))
     assert budget.table is not None
     budget.table.want_fit(layout_of(model))

@@ -104,6 +104,7 @@ def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]
     at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
     if budget.measured:
         at = f" in {config.runtime}, {config.latency_shape}, {config.latency_threads} threads"
+        at += f", weights in {config.weights}" if budget.kind == "size" and config.weights else ""
     return {
         "budget": f"{budget} of the {budget.scope}{at}",
         "method": config.method,
