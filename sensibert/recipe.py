@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from .branches import Branches, Make, Trained, WarmUp, add_baseline
 from .callback import Choose, Shared, TrimCallback
@@ -39,22 +39,21 @@ from .inputs import (
     load_data,
     load_model,
     load_teacher,
-    load_tokenizer,
     to_device,
-    vocabulary_texts,
 )
 from .models import layout_of
 from .models.embedding import EmbeddingModel
-from .models.masks import cost_of
 from .models.structure import STRUCTURE
 from .report.history import history
 from .report.progress import Display, display
 from .report.trainer_logs import ShowLogs
+from .run_form import Taken, Vocabulary, form_warnings, held_out, size_choice
 from .run_inputs import made_from, want_same_inputs
 from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
 from .run_output import add_times, result_of, score_warnings, throughput_of, write_model
 from .saving.folder import export
 from .saving.publish import publish
+from .size_choice import HeldOut
 from .trainer_arguments import check_run, training_arguments
 from .training.checkpoints import EMBEDDINGS, LOGS, begin, partial_folder, remove, sealed, workspace
 from .training.distillation import Distillation
@@ -64,7 +63,6 @@ from .training.finetune import finetune
 from .training.manifest import MANIFEST, check_manifest, write_manifest
 from .training.predict import predict
 from .training.termination import SaveOnTermination
-from .trimming.vocabulary import trim_vocabulary
 
 OF_PLACE = ("output", "keep_checkpoints")  # settings that change nothing in the output
 # Entries of a result.json that a summary shows.
@@ -110,7 +108,8 @@ def finetune_and_trim(options: Options, choose: Choose | None = None, accept_unf
         measured = next((str(budget) for budget in options.parsed_budgets() if budget.measured), options.trim.budget)
         options = replace(options, trim=replace(options.trim, schedule=schedule, budget=measured))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
-        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown)
+        rows = held_out(options, data, vocabulary)
+        inputs = Inputs(vocabulary, data, rows, folder, choose, accept_unfinished, shared, shown)
         return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
 
 
@@ -135,34 +134,12 @@ def finished(options: Options) -> dict | None:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer of a run, and that of the model, if it was trimmed for texts."""
-
-    whole: PreTrainedTokenizerBase
-    tokenizer: PreTrainedTokenizerBase
-    texts: list[str] | None
-
-    @classmethod
-    def of(cls, options: Options) -> Vocabulary:
-        whole, texts = load_tokenizer(options.model), vocabulary_texts(options)
-        trimmed = whole if texts is None else trim_vocabulary(load_model(options.model), whole, texts)
-        return cls(whole, trimmed, texts)
-
-    def trim(self, model: PreTrainedModel) -> dict[str, int]:
-        """Trim a model's embeddings to the vocabulary; return the facts for result.json."""
-        before = {"total_params_before": cost_of(model, "model")[0]}
-        if self.texts is None:
-            return before
-        trim_vocabulary(model, self.whole, self.texts)
-        return before | {"vocabulary_before": len(self.whole), "vocabulary_after": len(self.tokenizer)}
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What all trainings of a run have in common. folder: of the run."""
+    """What all trainings of a run have in common. rows: to choose the form of a file by. folder: of the run."""
 
     vocabulary: Vocabulary
     data: TaskData
+    rows: HeldOut | None
     folder: Path
     choose: Choose | None
     accept_unfinished: bool
@@ -172,10 +149,10 @@ class Inputs:
 
 def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
     """Train all models that the options ask for, and write the output; return the content of result.json."""
-    write, folder, data = partial(write_model, inputs.vocabulary.tokenizer), branches.folder, inputs.data
+    folder, data = branches.folder, inputs.data
     if options.budgets:
         layout = layout_of(load_model(options.model, data))
-        result = train_family(branches, data.main_metric, layout, write)
+        result = train_family(branches, data.main_metric, layout, write_model)
         inputs.shown("write")
         _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
         inputs.shown.end()
@@ -189,7 +166,7 @@ def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
     else:
         trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
     inputs.shown("write")
-    _publish(options, folder, partial(write, options=options, trained=trained))
+    _publish(options, folder, partial(write_model, options=options, trained=trained))
     inputs.shown.end()
     return trained.result
 
@@ -248,7 +225,7 @@ def _train(
         shared.metrics = score(model)[0] if shared.metrics is None else shared.metrics
         return shared.metrics
 
-    saves = options.save_before_cut
+    saves, form = options.save_before_cut, size_choice(options, vocabulary, inputs.rows)
     callback = (make or TrimCallback)(
         options.trim,
         before_cut=before_cut,
@@ -256,6 +233,7 @@ def _train(
         choose=inputs.choose,
         shared=shared,
         progress=shown,
+        size_choice=form if inputs.choose is None else None,
     )
     found = made_from(options, data, model, teacher)
     callback.prepare(model, checkpoint)
@@ -272,6 +250,8 @@ def _train(
         data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown)
         callback.memory.spend("embed")
     assert data.train is not None  # `load_data` reads the training file
+    if form is not None and form.rows is None:
+        form.rows = HeldOut("training", (data.train, data.collator))
     termination = SaveOnTermination()
     with termination.listening():
         trainer = finetune(
@@ -285,7 +265,7 @@ def _train(
             printed=False,
             eval_dataset=data.validation,
             score=evaluate,
-            lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
+            lr_shape=lambda *steps: options.trim.schedule.lr(not options.trim.trims, callback.left())(*steps),
             teacher=lambda: teacher,
             distil=Distillation(options.distil, options.temperature),
         )
@@ -298,12 +278,19 @@ def _train(
         )
     evaluations, state, logits = evaluations_of(trainer.state), trainer.state, None
     last = state.best_global_step if options.best else state.global_step
-    metrics = evaluations.get(last or 0)
+    metrics, full = evaluations.get(last or 0), None
+    taken = Taken.of(options, vocabulary, callback.memory)
+    if taken.changes:
+        full = score(model)[0] if metrics is None else metrics
+        data, facts = taken.bring(loaded, options, data, vocabulary)
+        before, metrics = before | facts, None
     if metrics is None or shared is not None:  # which may compare rows
         metrics, logits = score(model)
     callback.memory.spend("evaluate")
     callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
+    callback.warnings += form_warnings(data.main_metric, full, metrics)
     result = result_of(options, data, model, callback, state.global_step, metrics) | before
+    result |= {"weights": taken.weights, "metrics_in_full": full, "size": callback.memory.size}
     result["best_step"] = last if options.best else None
     listed = evaluations.items() if options.eval_steps else ()
     result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
@@ -316,7 +303,7 @@ def _train(
         callback.warnings += missed(result["measured"])
     callback.memory.spend("measure")
     add_times(result, callback.memory)
-    return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
+    return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0], taken.tokenizer)
 
 
 def _with_original(

@@ -96,17 +96,16 @@ class CostTable:
         return dataclasses.replace(self, offset=self.offset + round(measured - predicted))
 
     def in_form(self, weights: str, removed: int, others: int, vocabulary: int = 0) -> CostTable:
-        """Sizes of the same model in another form, from those in fp32 with all rows of the embeddings.
+        """Sizes of the same model in another form, computed from those with all rows of the embeddings.
 
-        removed: elements of rows that the embeddings lose. others: elements outside of heads and neurons, that have
-        these weights in the file; for the graph of a runtime those of the embeddings alone. vocabulary: rows that are
-        left."""
-        each = 1 if self.runtime.endswith("int8") else WEIGHTS["fp32"]
-        saved = (WEIGHTS["fp32"] - WEIGHTS[weights]) * (others - removed) + each * removed
-        halved = WEIGHTS["fp32"] // WEIGHTS[weights] if self.runtime == "torch" else 1
-        units = {name: tuple((n, -(-cost // halved)) for n, cost in getattr(self, name)) for name in ("heads", "ffn")}
+        removed: elements of rows that the embeddings lose. others: elements outside of heads and neurons that change
+        their precision, for the graph of a runtime those of the embeddings alone. vocabulary: rows that are left."""
+        each = 1 if self.runtime.endswith("int8") else WEIGHTS[weights]
+        saved = (WEIGHTS[self.weights] - WEIGHTS[weights]) * others + each * removed
+        halved = WEIGHTS[self.weights] // WEIGHTS[weights] if self.runtime == "torch" else 1
+        heads, ffn = (tuple((n, -(-cost // halved)) for n, cost in points) for points in (self.heads, self.ffn))
         rest = max(0, self.rest - saved)
-        return dataclasses.replace(self, weights=weights, vocabulary=vocabulary, rest=rest, **units)
+        return dataclasses.replace(self, weights=weights, vocabulary=vocabulary, rest=rest, heads=heads, ffn=ffn)
 
     def described(self) -> str:
         """What was measured, in words."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..core.errors import SensibertError
+from .modules import Module
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @torch.no_grad()

@@ -44,7 +44,9 @@ def test_a_file_in_16_bits_has_half_the_bytes_and_the_logits_of_the_rounded_mode
     assert torch.equal(output(load(folder)[0].float()), output(model))
 
 
-@pytest.mark.parametrize("first, trusted", [("import sensibert", False), (fresh.WITHOUT, True)], ids=["sensibert", "trusted"])
+@pytest.mark.parametrize(
+    "first, trusted", [("import sensibert", False), (fresh.WITHOUT, True)], ids=["sensibert", "trusted"]
+)
 def test_another_process_computes_in_32_bits_with_it(first, trusted, tmp_path):
     model = trimmed()
     folder = export(model, tmp_path / "half", tiny_tokenizer(), weights="fp16")
