@@ -96,13 +96,17 @@ def test_what_is_given_is_not_chosen(here, tmp_path):
     assert done.json["encoder_params_after"] < done.json["encoder_params_before"]
 
 
-def test_16_bits_are_written_for_any_budget_and_without_trimming(here, tmp_path):
+def test_16_bits_are_written_for_any_budget(here, tmp_path):
     done = finetune(here, tmp_path / "out", "50%params", "--weights", "bf16")
     assert done.code == 0, done.err
     assert Auto.from_pretrained(tmp_path / "out").dtype == torch.bfloat16 and done.json["weights"] == "bf16"
-    whole = finetune(here, tmp_path / "whole", "50%params", "--method", "baseline", "--weights", "fp16")
-    assert whole.code == 0, whole.err
-    assert megabytes(tmp_path / "whole") < 0.55 * megabytes(here / "model")
+
+
+def test_16_bits_alone_may_meet_a_budget(here, tmp_path):
+    done = finetune(here, tmp_path / "out", "60%size", "--weights", "fp16", "--vocabulary", "all")
+    assert done.code == 0, done.err
+    assert done.json["encoder_params_after"] == done.json["encoder_params_before"] and done.json["size"] is None
+    assert 0.5 * megabytes(here / "model") <= megabytes(tmp_path / "out") < 0.6 * megabytes(here / "model")
 
 
 def test_training_rows_tell_where_there_are_no_others(here, tmp_path):
