@@ -135,6 +135,6 @@ def form_warnings(name: str, full: dict[str, float] | None, metrics: dict[str, f
     if not full or not metrics or metrics[name] >= full[name] - LOSES * abs(full[name]):
         return []
     return [
-        f"{name} is {metrics[name]:.4f} in the form of the file, and {full[name]:.4f} in 32 bits with the whole "
-        "vocabulary: --weights fp32 and --vocabulary all keep them"
+        f"{name} is {metrics[name]:.4f} as the file holds the model, and was {full[name]:.4f} in 32 bits with the "
+        "whole vocabulary: a larger budget, --vocabulary all or --weights fp32 may lose less"
     ]

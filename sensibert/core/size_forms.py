@@ -16,8 +16,8 @@ def form_lines(facts: Mapping[str, Any]) -> list[str]:
     for form in facts["forms"]:
         met = "cannot meet the budget"
         if form["loss"] is not None:
-            met = f"with {100 * form['heads_and_neurons']:.0f} % of heads and neurons, loss {form['loss']:+.2g}"
-        lines.append(f"{_name(form)} {met}" + ", chosen" * form["chosen"])
+            met = f"{100 * form['heads_and_neurons']:.0f} % of heads and neurons, loss {form['loss']:+.2g}"
+        lines.append(f"{_name(form)}: {met}" + ", chosen" * form["chosen"])
     return lines
 
 
