@@ -3,22 +3,27 @@
     python bench/bench_budgets.py --model MODEL --data FOLDER --runtime torch --budgets 70%latency 8ms 12MB [--seed 0]
         [--vocabulary train] [--epochs 3]
     python bench/bench_budgets.py --model MODEL --data FOLDER --keep 99% [--seed 0]
+    python bench/bench_budgets.py --model MODEL --data FOLDER --smallest 98% --between 4 24 [--tries 4] [--scratch DIR]
 
 FOLDER holds train.csv and validation.csv. Rows of a case: `ms` or `MB`, as measured in the end, with the budget as the
 rival; the main metric, with that of the parameter budget as the rival. The parameter budget is the largest whose plan
 costs no more by the same table, for the same sensitivity. With --keep: what is left of the encoder, and the score on
-the half of the validation rows that did not choose the budget, with the floor as the rival.
+the half of the validation rows that did not choose the budget, with the floor as the rival. With --smallest: megabytes
+of the smallest file that keeps that fraction of the score of the model without trimming, by bisection of budgets; every
+budget is a whole run. With --scratch, runs that are finished are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
 from _harness import record
 
 from sensibert.allocation import allocate
+from sensibert.core.arguments import fraction
 from sensibert.core.artifacts import Plan, Sensitivity
 from sensibert.core.budget import Budget
 from sensibert.core.cost import counts_of, spent
@@ -48,8 +53,10 @@ def run(arguments: argparse.Namespace, output: Path, **settings: object) -> dict
         vocabulary=arguments.vocabulary,
         epochs=arguments.epochs,
         seed=arguments.seed,
+        learning_rate=arguments.learning_rate,
         precision="auto",
         quiet=True,
+        resume=output.exists(),
         **settings,
     )
     return finetune_and_trim(options)
@@ -83,6 +90,37 @@ def keep(arguments: argparse.Namespace, scratch: Path) -> None:
     record("bench_budgets", case, "of the baseline", 100 * kept["of_baseline"], "%", "floor", 100 * kept["floor"])
 
 
+def middle(low: float, high: float) -> float:
+    """A budget in MB between two others, with three digits: costs of sizes are ratios."""
+    return float(f"{math.sqrt(low * high):.3g}")
+
+
+def smallest(arguments: argparse.Namespace, scratch: Path) -> None:
+    """The rows of the smallest file that keeps a fraction of the dense score."""
+    dense = run(arguments, scratch / "dense", method="baseline")
+    metric = next(iter(dense["metrics"]))
+    floor = fraction("smallest", arguments.smallest, "98%") * dense["metrics"][metric]
+    case = f"{arguments.name} {arguments.data.name} smallest {arguments.smallest} {arguments.runtime}"
+    case += f" seed {arguments.seed}"
+    (low, high), best = arguments.between, None
+    for number in range(arguments.tries):
+        size = high if number == 0 else middle(low, high)  # the largest must hold, or nothing is known
+        budget = f"{size:g}MB"
+        result = run(arguments, scratch / budget, budget=budget, runtime=arguments.runtime)
+        scores = result["graph"]["metrics"] if "graph" in result else {"torch": result["metrics"]}
+        score, megabytes = scores[list(scores)[-1]][metric], result["measured"]["after"]
+        form = next((form for form in (result["size"] or {"forms": []})["forms"] if form["chosen"]), {})
+        print(f"{budget}: {megabytes:.4g} MB, {metric} {score:.4f}, floor {floor:.4f}, {form}", flush=True)
+        record("bench_budgets", f"{case} tried {budget}", metric, score, "", arguments.smallest, floor)
+        if score >= floor:
+            best, high = megabytes, size
+        elif number == 0:
+            raise SystemExit(f"{budget} does not keep {arguments.smallest}: want a larger --between")
+        else:
+            low = size
+    record("bench_budgets", case, "MB", best, "MB", "dense", dense["mb_after"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -92,16 +130,24 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--budgets", nargs="+", default=[])
     what.add_argument("--keep")
+    what.add_argument("--smallest", help="fraction of the dense score, 98%%")
+    parser.add_argument("--between", type=float, nargs=2, default=(4.0, 24.0), help="MB")
+    parser.add_argument("--tries", type=int, default=4, help="runs of --smallest beside the dense one")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--vocabulary")
     parser.add_argument("--alone", action="store_true", help="without the run of the parameter budget")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.scratch or Path(temporary)
+        if arguments.smallest:
+            smallest(arguments, scratch)
         for number, budget in enumerate(arguments.budgets):
-            measure(arguments, budget, Path(scratch) / str(number))
+            measure(arguments, budget, scratch / str(number))
         if arguments.keep:
-            keep(arguments, Path(scratch))
+            keep(arguments, scratch)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from .callback import TrimCallback
 from .core.config import BASELINE, TrimConfig
@@ -35,8 +35,8 @@ MAY_CHANGE = ("output", "budgets", "baseline", "keep_checkpoints", "save_steps",
 
 class Trained(NamedTuple):
     """A training that is finished. result: the content of result.json. logits: of the validation rows. moments: what
-    the training logged. score: (model or graph) -> metrics on the validation rows. All but the first two are missing of
-    a warm-up."""
+    the training logged. score: (model or graph) -> metrics on the validation rows. tokenizer: of the model. All but the
+    first two are missing of a warm-up."""
 
     model: PreTrainedModel
     callback: TrimCallback
@@ -44,6 +44,7 @@ class Trained(NamedTuple):
     logits: Any = None
     moments: Sequence[Moment] = ()
     score: Callable[[nn.Module], dict[str, float]] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 Make = Callable[..., TrimCallback]  # TrimCallback, or what takes the same arguments
@@ -186,7 +187,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def as_baseline(options: Options) -> Options:
     """The same run without trimming. The run's own snapshot at the cut cannot teach it."""
     teacher = None if options.teacher == SNAPSHOT else options.teacher
-    trim = replace(options.trim, method=BASELINE)
+    trim = replace(options.trim, method=BASELINE, weights=None)
     return replace(options, baseline=False, budgets=None, keep=None, teacher=teacher, trim=trim)
 
 

@@ -27,8 +27,9 @@ from .core.logs import announce
 from .core.progress import Progress, counted, phase_of, unseen
 from .core.rows import Rows
 from .core.schedule import Schedule
+from .core.size_forms import form_lines
 from .data.batching import micro_batches
-from .decide import Analysis, Choose, decide, with_costs
+from .decide import Allocated, Analysis, Choose, Tried, decide, with_costs
 from .models import layout_of
 from .models.masks import Masks, cost_of, masks_of
 from .models.modules import consumer_weights
@@ -41,6 +42,7 @@ from .optim import MaskedAdamW, unwrapped
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
 from .sensitivity.ranking import StepRanking
+from .size_choice import SizeChoice
 from .start_checks import check_analysis, check_parallel, check_trainer
 from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimmed_weights, seal, want_same_run
 from .training.processes import Processes
@@ -76,7 +78,8 @@ class TrimCallback(TrainerCallback):
     save_before_cut: also save a checkpoint one step before the first cut. choose: (model, micro-batches, budget) ->
     Plan, in place of analyze and allocate. shared: the analysis at the first cut is put there, and taken from there if
     there is one: for callbacks whose models are the same at that cut. progress: called with (phase, done, of all) after
-    every step, and for every micro-batch that the analysis reads.
+    every step, and for every micro-batch that the analysis reads. size_choice: chooses the form of the weights file for
+    a budget of size at the first cut; the caller brings the model into it at the end.
 
     What a cut did is logged in one line, by the logger `sensibert` at level INFO. Where nothing configures logging, the
     line is written to standard error, as Python does with warnings. `getLogger("sensibert").setLevel("WARNING")` turns
@@ -102,12 +105,13 @@ class TrimCallback(TrainerCallback):
         choose: Choose | None = None,
         shared: Shared | None = None,
         progress: Progress = unseen,
+        size_choice: SizeChoice | None = None,
     ) -> None:
         if not isinstance(config, TrimConfig):
             config = TrimConfig(config)
         self._requested, self.config = config, config.resolved()
         self.loss, self.before_cut, self.save_before_cut, self.choose = loss, before_cut, save_before_cut, choose
-        self.shared = shared
+        self.shared, self.size_choice = shared, size_choice
         self.progress, self.phase = progress, "train"  # phase: of the last step
         self.memory, self.recovery = RunMemory(), Recovery()
         self.cuts: dict[int, float] = {}  # step -> progress of the trimming
@@ -149,13 +153,14 @@ class TrimCallback(TrainerCallback):
         seen = self._seen.get(model) or Untrimmed.of(model)
         budget = self.config.parsed_budget()
         if self.config.trims:
-            grid = self.config.parsed_grid()
+            grid, before = self.config.parsed_grid(), RunMemory()
             if checkpoint is not None and budget.measured:
-                (before := RunMemory()).restore(Path(checkpoint))
+                before.restore(Path(checkpoint))
                 if before.table is not None and before.table.kind == budget.kind:
                     budget = budget.with_table(before.table)
             budget = with_costs(budget, model, self.config)
-            cost.want_reach(seen.layout, budget, grid)
+            open_still = self.size_choice is not None and before.size is None
+            cost.want_reach(seen.layout, self._smallest(budget, model) if open_still else budget, grid)
             if grid is not None and is_trimmed(model):
                 raise SensibertError(f"model: units were removed already, want an untrimmed model for grid {grid}")
         self._seen[model], self._model = seen, model
@@ -350,9 +355,10 @@ class TrimCallback(TrainerCallback):
 
         def analyzed() -> Plan:
             known = self.shared.analysis if first and self.shared is not None else None
+            fitted = None if self.size_choice is None or not first else self._fitted(inner, state)
             plan, (sensitivity, factors) = decide(
                 inner, self.config, self._target(self.cuts[state.global_step]), batches, samples,
-                args.train_batch_size, seed, self.loss, autocast, self.choose, known,
+                args.train_batch_size, seed, self.loss, autocast, self.choose, known, fitted,
             )  # fmt: skip
             if first and self.shared is not None:
                 self.shared.analysis = Analysis(sensitivity, factors)
@@ -372,6 +378,22 @@ class TrimCallback(TrainerCallback):
                 share = f"1/{round(1 / SHARE_OF_SAMPLES)} of the rows that the run trains on, or {least}"
                 self._warn(f"samples is {self.config.samples}, and the analysis reads {allowed}: at most {share}")
         return plan
+
+    def _fitted(self, model: nn.Module, state: TrainerState) -> Callable[[Allocated, Tried], Budget]:
+        """The budget of this step's cut, in the form of the file that `size_choice` chooses for the whole budget."""
+
+        def fitted(allocated: Allocated, tried: Tried) -> Budget:
+            assert self.size_choice is not None
+            self.memory.table, self.memory.size = self.size_choice.choose(model, self.budget, allocated, tried)
+            for line in form_lines(self.memory.size):
+                announce(f"size: {line}")
+            return self._target(self.cuts[state.global_step])
+
+        return fitted
+
+    def _smallest(self, budget: Budget, model: nn.Module) -> Budget:
+        """With the costs of the smallest form that the file can have."""
+        return budget if self.size_choice is None else self.size_choice.smallest(budget, model)
 
     def left(self) -> float:
         """Fraction of the encoder's cost that remains under the budget; 1 without trimming."""
@@ -404,12 +426,14 @@ class TrimCallback(TrainerCallback):
 
     def _cost_before(self) -> int:
         """The budget's cost of the untrimmed model."""
-        layout = self._untrimmed().layout
-        return cost.spent(layout, cost.counts_of(layout), self.budget)
+        return cost.whole(self._untrimmed().layout, self.budget)
 
     def _allowed(self) -> int:
         """The budget as an absolute number."""
-        return cost.limit(self._untrimmed().layout, self.budget, self.config.parsed_grid())
+        budget = self.budget
+        if self._model is not None and self.memory.size is None:
+            budget = self._smallest(budget, self._model)
+        return cost.limit(self._untrimmed().layout, budget, self.config.parsed_grid())
 
     def _untrimmed(self) -> Untrimmed:
         if self._model is None:

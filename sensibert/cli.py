@@ -22,7 +22,7 @@ from .core.model_folder import want_model_folder
 from .core.settings import settings_of
 from .core.text import printable
 from .core.version import version
-from .run_options import Options, all_names
+from .run_options import OUTPUT, Options, all_names
 
 MODELS = {"model", "folder"}  # arguments that are a model
 SIZES = ("vocabulary", "encoder_params", "total_params", "flops")
@@ -218,7 +218,11 @@ OF_ONE_STEP = (
 
 
 @_command(
-    ["model", "output", "plan", "vocabulary", *OF_ONE_STEP, "config", "layout", "overwrite", "dry_run", "as_json"],
+    [
+        *("model", "output", "plan", "vocabulary", *OF_ONE_STEP, "weights", "config", "layout", "overwrite", "dry_run"),
+        "as_json",
+    ],
+    weights={"panel": OUTPUT, "show_default": "as they are"},
     vocabulary={"help": "File of texts: keep only the pieces of the vocabulary that they need.", "panel": None},
 )
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
@@ -242,11 +246,11 @@ def trim(context: typer.Context, values: dict[str, Any]) -> None:
         return [values[name] for name in names]
 
     if values["vocabulary"] is not None:
-        result = trim_vocabulary_of(*of("model", "vocabulary", "output", "overwrite", "dry_run"))
+        result = trim_vocabulary_of(*of("model", "vocabulary", "output", "overwrite", "dry_run", "weights"))
     elif values["plan"] is None:
         result = trim_on_data(options, values["dry_run"])
     else:
-        result = trim_folder(*of("model", "plan", "output", "layout", "overwrite", "dry_run"))
+        result = trim_folder(*of("model", "plan", "output", "layout", "overwrite", "dry_run", "weights"))
     _print(values["as_json"], result, f"{_sizes(result)}{_written(result)}")
 
 

@@ -112,7 +112,9 @@ def measure_latency(config: TrimConfig, model: str, save: str | None, probes: st
     return {"model": model, **table.to_dict(), "of": table.described(), "output": save}
 
 
-def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool) -> dict:
+def trim_folder(
+    model: str, plan: str, output: str, layout: str, overwrite: bool, dry_run: bool, weights: str | None = None
+) -> dict:
     """Trim the model in a folder by a plan file and export it. The plan must have been made for this model."""
     if layout not in LAYOUTS:
         raise SensibertError(f"layout is {layout!r}, {one_of(layout, LAYOUTS)}")
@@ -134,11 +136,13 @@ def trim_folder(model: str, plan: str, output: str, layout: str, overwrite: bool
         trim(loaded, chosen)
         info = {"method": chosen.method, "budget": str(chosen.budget)}
         with writing(output):
-            export(loaded, output, tokenizer, layout=layout, overwrite=overwrite, info=info)
+            export(loaded, output, tokenizer, layout=layout, overwrite=overwrite, info=info, weights=weights)
     return {"model": model, **plan_result(chosen), "output": None if dry_run else output}
 
 
-def trim_vocabulary_of(model: str, texts: str, output: str, overwrite: bool, dry_run: bool) -> dict:
+def trim_vocabulary_of(
+    model: str, texts: str, output: str, overwrite: bool, dry_run: bool, weights: str | None = None
+) -> dict:
     """Keep the pieces of a model folder's vocabulary that the texts of a file need, and export the model."""
     check_output(output, overwrite)
     check_apart(output, model=model, vocabulary=texts)
@@ -152,7 +156,7 @@ def trim_vocabulary_of(model: str, texts: str, output: str, overwrite: bool, dry
     smaller = trim_vocabulary(loaded, tokenizer, texts_of(examples))
     if not dry_run:
         with writing(output):
-            export(loaded, output, smaller, overwrite=overwrite)
+            export(loaded, output, smaller, overwrite=overwrite, weights=weights)
     return {
         "model": model,
         "vocabulary_before": before,
@@ -192,7 +196,15 @@ def trim_on_data(options: Options, dry_run: bool) -> dict:
         encoder = model.base_model if isinstance(model, EmbeddingModel) else model
         tokenizer = load_tokenizer(options.model)
         with writing(options.output):
-            export(encoder, options.output, tokenizer, options.layout, info=info, overwrite=options.overwrite)
+            export(
+                encoder,
+                options.output,
+                tokenizer,
+                options.layout,
+                info=info,
+                overwrite=options.overwrite,
+                weights=config.weights,
+            )
     return {"model": options.model, **plan_result(plan), "output": None if dry_run else options.output}
 
 
@@ -240,6 +252,8 @@ def model_and_data(
         raise SensibertError(f"validation_file is missing, want a file or a preset task ({', '.join(PRESETS)})")
     examples = training_examples(options) if role == "train" else validation_examples(options)
     model, tokenizer = load_folder(options.model, "model" if role == "train" else "folder")
+    if role == "validation":
+        model.float()  # scores are those of the weights, whatever a CPU does with 16 bits
     if tokenizer is None:
         tokenizer = load_tokenizer(options.model)
     noted = _noted_lengths(options.model) | (getattr(model.config, "sensibert", None) or {})

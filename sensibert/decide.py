@@ -19,6 +19,7 @@ from .core.errors import SensibertError
 from .core.statistics import STATISTICS
 from .deploy.costs import Target, measure_costs, settle
 from .models import base_of, layout_of
+from .models.modules import copy_of
 from .models.unfinished import note_budget
 from .models.wrapped import has_classes, inner_model, is_wrapped
 from .sensitivity import analyze, collect_factors, sampled_loss
@@ -28,6 +29,8 @@ from .trimming import compensate, trim
 
 Batches = Callable[[int, int], Iterator[dict]]  # (samples, rows a batch) -> batches of the training data
 Choose = Callable[[nn.Module, Iterator[dict], Budget], Plan]
+Allocated = Callable[[Budget], Plan]  # of heads and neurons
+Tried = Callable[[Plan], nn.Module]  # a copy of the model that is trimmed by the plan
 
 
 class Analysis(NamedTuple):
@@ -48,7 +51,8 @@ def with_costs(budget: Budget, model: nn.Module, config: TrimConfig) -> Budget:
     if not budget.measured or not config.trims:
         return budget
     if budget.table is None:
-        target = Target(budget.kind, config.runtime, *parse_shape(config.latency_shape), config.latency_threads)
+        shape = parse_shape(config.latency_shape)
+        target = Target(budget.kind, config.runtime, *shape, config.latency_threads, config.weights or "fp32")
         budget = budget.with_table(measure_costs(_whole(model), target))
     assert budget.table is not None
     budget.table.want_fit(layout_of(model))
@@ -74,13 +78,15 @@ def decide(
     autocast: torch.dtype | None = None,
     choose: Choose | None = None,
     analysis: Analysis | None = None,
+    fitted: Callable[[Allocated, Tried], Budget] | None = None,
 ) -> Decision:
     """Analyze the model, unless its analysis is given, and allocate the budget. With `compensate`, adjust the kept
     weights in place.
 
     config: resolved. budget: of this cut; a cubic schedule has several. samples: rows that the analysis reads.
     batch_size: rows a batch, where the size does not change the result (factors).
-    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate.
+    choose: (model, micro-batches, budget) -> Plan, in place of analyze and allocate. fitted: the budget in place of the
+    given one, chosen by what plans can be made and what they do to the model.
 
     Costs measured on this device are measured again for the plan: where they are not what the table says, it is
     corrected, and the plan chosen again. The plan's budget has the corrected table."""
@@ -97,12 +103,20 @@ def decide(
     if choose is not None:
         plan = choose(model, few, budget)
     else:
-        scores = analysis.sensitivity
+        scores, known = analysis
         assert scores is not None  # without `choose`
 
         def allocated(budget: Budget) -> Plan:
             return allocate(scores, budget, config.width_multiple, config.allocation)
 
+        def tried(plan: Plan) -> nn.Module:
+            made = copy_of(model)
+            if config.compensate:
+                assert isinstance(plan, UnitPlan) and known is not None
+                compensate(made, plan, known)
+            return trim(made, plan)
+
+        budget = budget if fitted is None else fitted(allocated, tried)
         plan = allocated(budget)
         if budget.table is not None and (target := Target.of(budget.table)) is not None:
             plan = settle(_whole(model), plan, allocated, target)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -38,7 +39,7 @@ from .models.modules import attribute, positions, unsupported
 from .models.pooling import read_pooling
 from .models.structure import STRUCTURE, read_structure
 from .models.weights import from_pretrained
-from .run_options import OF_TRAINING, SNAPSHOT, Options
+from .run_options import ALL_PIECES, OF_TRAINING, SNAPSHOT, Options
 from .saving import load
 
 # For a folder that is damaged or of another kind, transformers, its libraries and pickle raise errors of many classes.
@@ -63,7 +64,7 @@ def training_examples(options: Options) -> Examples:
 
 def vocabulary_texts(options: Options) -> list[str] | None:
     """The texts whose pieces the vocabulary keeps; None if it keeps all."""
-    if options.vocabulary is None:
+    if options.vocabulary in (None, ALL_PIECES):
         return None
     if options.vocabulary == OF_TRAINING:
         return list(texts_of(training_examples(options)))
@@ -191,6 +192,24 @@ def encode(
     columns = options.text_column, options.label_column
     lengths = options.max_length, options.doc_stride
     return TaskData.build(options.task, train, validation, tokenizer, *lengths, *columns, names, one_logit=one_logit)
+
+
+def validation_rows(
+    options: Options, data: TaskData, tokenizer: PreTrainedTokenizerBase, labelled: int | None = None
+) -> TaskData:
+    """The validation rows of a run in the tokens of another tokenizer. labelled: at most so many, drawn by the seed, as
+    training rows: with labels for a loss."""
+    examples = prepared(options, validation_examples(options))[0]
+    assert examples is not None  # `data` has them
+    if options.task is None or data.one_logit:
+        options = replace(options, task=data.task.name)
+    parts: tuple[Examples | None, Examples | None] = None, examples
+    if labelled is not None:
+        chosen = np.sort(np.random.default_rng(options.seed).permutation(len(examples))[:labelled])
+        columns = {name: [values[i] for i in chosen] for name, values in examples.columns.items()}
+        parts = replace(examples, columns=columns), None
+    encoded = encode(options, tokenizer, *parts, data.label_names or None, data.one_logit)
+    return replace(encoded, own_names=data.own_names)
 
 
 def encode_texts(

@@ -2,72 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-
-from .branches import Branches, Make, Trained, WarmUp, add_baseline
-from .callback import Choose, Shared, TrimCallback
+from .branches import Branches, add_baseline
+from .callback import Choose, Shared
 from .core.arguments import checked
 from .core.device import device_of
-from .core.errors import SensibertError
 from .core.files import writing
 from .core.folder_facts import read_result
 from .core.json_text import parse_json
 from .core.output_paths import check_apart, check_output, try_move
-from .data.embedding_data import EmbeddingData
-from .data.encode import Features
-from .data.task_data import TaskData
-from .deploy.bench import against_untrimmed
-from .deploy.costs import measured_facts, missed
 from .family import train_family, write_family
 from .floor import Search
-from .inputs import (
-    check_family,
-    check_room,
-    load_data,
-    load_model,
-    load_teacher,
-    load_tokenizer,
-    to_device,
-    vocabulary_texts,
-)
+from .inputs import check_family, load_data, load_model
 from .models import layout_of
-from .models.embedding import EmbeddingModel
-from .models.masks import cost_of
-from .models.structure import STRUCTURE
-from .report.history import history
-from .report.progress import Display, Silent, display
-from .report.trainer_logs import ShowLogs
-from .run_inputs import made_from, want_same_inputs
-from .run_options import PATHS, RECIPE, RESULT, SNAPSHOT, Options
-from .run_output import add_times, result_of, score_warnings, throughput_of, write_model
-from .saving.folder import export
+from .report.progress import Silent, display
+from .run_form import Vocabulary, held_out
+from .run_options import PATHS, RECIPE, RESULT, Options
+from .run_output import write_model
+from .run_training import Inputs, train
 from .saving.publish import publish
-from .trainer_arguments import check_run, training_arguments
-from .training.checkpoints import EMBEDDINGS, LOGS, begin, partial_folder, remove, sealed, workspace
-from .training.distillation import Distillation
-from .training.embeddings import saved_embeddings
-from .training.evaluations import evaluations_of
-from .training.finetune import finetune
-from .training.manifest import MANIFEST, check_manifest, write_manifest
-from .training.predict import predict
+from .trainer_arguments import check_run
+from .training.checkpoints import LOGS, partial_folder, remove, sealed, workspace
 from .training.started import Started
-from .training.termination import SaveOnTermination
-from .trimming.vocabulary import trim_vocabulary
 
 OF_PLACE = ("output", "keep_checkpoints")  # settings that change nothing in the output
 # Entries of a result.json that a summary shows.
@@ -124,8 +89,9 @@ def _finetune_and_trim(
         measured = next((str(budget) for budget in options.parsed_budgets() if budget.measured), options.trim.budget)
         options = replace(options, trim=replace(options.trim, schedule=schedule, budget=measured))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
-        inputs = Inputs(vocabulary, data, folder, choose, accept_unfinished, shared, shown, processes)
-        return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(_train, inputs)))
+        rows = held_out(options, data, vocabulary)
+        inputs = Inputs(vocabulary, data, rows, folder, choose, accept_unfinished, shared, shown, processes)
+        return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(train, inputs)))
 
 
 def finished(options: Options) -> dict | None:
@@ -148,49 +114,12 @@ def finished(options: Options) -> dict | None:
     return result
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer of a run, and that of the model, if it was trimmed for texts."""
-
-    whole: PreTrainedTokenizerBase
-    tokenizer: PreTrainedTokenizerBase
-    texts: list[str] | None
-
-    @classmethod
-    def of(cls, options: Options) -> Vocabulary:
-        whole, texts = load_tokenizer(options.model), vocabulary_texts(options)
-        trimmed = whole if texts is None else trim_vocabulary(load_model(options.model), whole, texts)
-        return cls(whole, trimmed, texts)
-
-    def trim(self, model: PreTrainedModel) -> dict[str, int]:
-        """Trim a model's embeddings to the vocabulary; return the facts for result.json."""
-        before = {"total_params_before": cost_of(model, "model")[0]}
-        if self.texts is None:
-            return before
-        trim_vocabulary(model, self.whole, self.texts)
-        return before | {"vocabulary_before": len(self.whole), "vocabulary_after": len(self.tokenizer)}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What all trainings of a run have in common. folder: of the run."""
-
-    vocabulary: Vocabulary
-    data: TaskData
-    folder: Path
-    choose: Choose | None
-    accept_unfinished: bool
-    shared: Shared | None  # by runs that branch from one warm-up
-    shown: Display
-    processes: Started
-
-
 def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
     """Train all models that the options ask for, and write the output; return the content of result.json."""
-    write, folder, data = partial(write_model, inputs.vocabulary.tokenizer), branches.folder, inputs.data
+    folder, data = branches.folder, inputs.data
     if options.budgets:
         layout = layout_of(load_model(options.model, data))
-        result = train_family(branches, data.main_metric, layout, write)
+        result = train_family(branches, data.main_metric, layout, write_model)
         inputs.shown("write")
         _publish(options, folder, partial(write_family, run=folder, result=result, settings=options.settings()))
         inputs.shown.end()
@@ -202,168 +131,12 @@ def _run(inputs: Inputs, options: Options, branches: Branches) -> dict:
         trained = branches.run("trimmed", options)
         add_baseline(trained.result, baseline)
     else:
-        trained = _train(inputs, options, folder, branches.checkpoint, branches.started)
+        trained = train(inputs, options, folder, branches.checkpoint, branches.started)
     inputs.shown("write")
-    inputs.processes.by_first(lambda: _publish(options, folder, partial(write, options=options, trained=trained)))
+    write = partial(write_model, options=options, trained=trained)
+    inputs.processes.by_first(lambda: _publish(options, folder, write))
     inputs.shown.end()
     return inputs.processes.by_first(lambda: trained.result)
-
-
-def _train(
-    inputs: Inputs,
-    options: Options,
-    folder: Path,
-    checkpoint: Path | None,
-    started: float,
-    make: Make | None = None,
-) -> Trained:
-    """One training, with its checkpoints in `folder`. The model of a WarmUp is not scored, and others in the first
-    process alone."""
-    vocabulary, data, shared, shown = inputs.vocabulary, inputs.data, inputs.shared, inputs.shown
-    processes = inputs.processes
-    set_seed(options.seed)
-    loaded = load_model(options.model, data)
-    before = vocabulary.trim(loaded)
-    check_room(loaded, data)
-    original = type(loaded), copy.deepcopy(loaded.config)
-    model = EmbeddingModel(loaded, data.pooling) if isinstance(data, EmbeddingData) else loaded
-    autocast = options.autocast()
-
-    def scored(model: nn.Module) -> tuple[dict[str, float], Any]:
-        assert data.validation is not None
-        logits = predict(model, data.validation, data.collator, autocast=autocast, progress=shown)
-        metrics = data.compute_metrics(logits)
-        shown.scored(metrics, data.main_metric)
-        return metrics, logits
-
-    def score(model: nn.Module) -> tuple[dict[str, float] | None, Any]:
-        return (None, None) if data.validation is None else scored(model)
-
-    def metrics_of(model: nn.Module) -> dict[str, float] | None:
-        return processes.by_first(lambda: score(model)[0])
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        callback.memory.spend(callback.phase)
-        metrics = metrics_of(model)
-        callback.memory.spend("evaluate")
-        return metrics or {}
-
-    if checkpoint is None or not (checkpoint / STRUCTURE).exists():  # resumed before the cut, which makes a new one
-        processes.by_first(lambda: shutil.rmtree(folder / SNAPSHOT, ignore_errors=True))
-    if (folder / SNAPSHOT / MANIFEST).exists():  # earlier versions wrote none
-        check_manifest(folder / SNAPSHOT, "teacher of this run")
-    teacher = load_teacher(options, data, folder)
-
-    def before_cut(model: nn.Module) -> dict[str, float] | None:
-        nonlocal teacher
-        if options.teacher == SNAPSHOT:
-            assert isinstance(model, PreTrainedModel)  # the one that was loaded above: no embedding model has a teacher
-            processes.by_first(partial(_save_snapshot, model, folder / SNAPSHOT, vocabulary.tokenizer))
-            teacher = load_teacher(options, data, folder)
-        if shared is None:
-            return metrics_of(model)
-        shared.metrics = score(model)[0] if shared.metrics is None else shared.metrics
-        return shared.metrics
-
-    saves = options.save_before_cut
-    callback = (make or TrimCallback)(
-        options.trim,
-        before_cut=before_cut,
-        save_before_cut=saves,
-        choose=inputs.choose,
-        shared=shared,
-        progress=shown,
-    )
-    found = made_from(options, data, model, teacher)
-    callback.prepare(model, checkpoint)
-    if checkpoint is not None:
-        want_same_inputs(checkpoint, callback.memory, found)
-    callback.memory.inputs = found
-    with writing(folder):
-        processes.by_first(lambda: begin(folder, checkpoint))
-    callback.memory.restart_clock(started)
-    callback.memory.spend("load")
-    if isinstance(data, EmbeddingData):
-        to_device(model, options.device)
-        shown("embed")
-        data = _with_original(data, model, inputs.folder / EMBEDDINGS, autocast, shown, processes)
-        callback.memory.spend("embed")
-    assert data.train is not None  # `load_data` reads the training file
-    termination = SaveOnTermination()
-    with termination.listening():
-        trainer = finetune(
-            model,
-            data.train,
-            data.collator,
-            training_arguments(options, folder, None if data.validation is None else data.main_metric),
-            [callback, ShowLogs(shown), termination],
-            checkpoint,
-            options.packing,
-            printed=False,
-            eval_dataset=data.validation,
-            score=evaluate,
-            lr_shape=options.trim.schedule.lr(not options.trim.trims, callback.left()),
-            teacher=lambda: teacher,
-            distil=Distillation(options.distil, options.temperature),
-        )
-    if make is WarmUp:
-        return Trained(loaded, callback)
-    if not inputs.accept_unfinished and (excess := callback.excess(model)) is not None:
-        raise SensibertError(
-            f"finetune: the run ended at step {trainer.state.global_step} of {trainer.state.max_steps} with {excess}; "
-            "--resume continues from the last complete checkpoint; export(..., accept_unfinished=True) writes its model"
-        )
-    evaluations, state = evaluations_of(trainer.state), trainer.state
-
-    def measured() -> Trained:
-        logits, last = None, state.best_global_step if options.best else state.global_step
-        metrics = evaluations.get(last or 0)
-        if metrics is None or shared is not None:  # which may compare rows
-            metrics, logits = score(model)
-        callback.memory.spend("evaluate")
-        callback.warnings += score_warnings(data, metrics, callback.memory.metrics_at_cut)
-        result = result_of(options, data, model, callback, state.global_step, metrics) | before
-        result["best_step"] = last if options.best else None
-        listed = evaluations.items() if options.eval_steps else ()
-        result["evaluations"] = [{"step": step, **scores} for step, scores in listed]
-        result["throughput"] = throughput_of(callback.memory, trainer)
-        moments = history(state.log_history, list(callback.cuts), result, data.main_metric)
-        shown("measure")
-        result |= against_untrimmed(loaded, *original)
-        if options.trim.trims and callback.budget.measured:
-            result["measured"] = measured_facts(loaded, callback.budget)
-            callback.warnings += missed(result["measured"])
-        callback.memory.spend("measure")
-        add_times(result, callback.memory)
-        return Trained(loaded, callback, result, logits, moments, lambda model: scored(model)[0])
-
-    return processes.in_first(measured, Trained(loaded, callback))
-
-
-def _save_snapshot(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    export(model, folder, tokenizer, accept_unfinished=True)  # atomic: a resumed run needs the same teacher
-    write_manifest(folder)
-
-
-def _with_original(
-    data: EmbeddingData,
-    model: nn.Module,
-    file: Path,
-    autocast: torch.dtype | None,
-    shown: Display,
-    processes: Started,
-) -> EmbeddingData:
-    """Adds the embeddings of the model as it is now."""
-
-    def embed(texts: Features) -> np.ndarray:
-        if texts is data.train:
-            saved = partial(saved_embeddings, file, model, texts, data.collator, autocast, shown)
-            found = processes.in_first(saved, None)
-            return saved() if found is None else found  # the others read what it has written
-        return np.asarray(predict(model, texts, data.collator, autocast=autocast))
-
-    return data.with_labels(embed)
 
 
 def _publish(options: Options, folder: Path, write: Callable[[Path], None]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEVICE: Bound = (lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, "auto, cpu, cuda or cuda:0")
 PRECISIONS = ("fp32", "bf16", "auto")
-OF_TRAINING = "train"  # value of `vocabulary`: the texts of the training file
+OF_TRAINING, ALL_PIECES = "train", "all"  # values of `vocabulary`: the texts of the training file; all pieces
 RESULT, RECIPE = "result.json", "recipe.json"  # files in the output of a run
 SNAPSHOT = "snapshot"  # value of `teacher`: the run's own model at the cut
 WITHOUT_GRADIENT = ("taylor", "saliency")  # statistics of a loss that is 0 for the original embeddings
@@ -89,9 +89,10 @@ class Options:
     )
     vocabulary: str | None = setting(
         None,
-        f"File of texts, or {OF_TRAINING}, the training file: keep only the pieces of the vocabulary that they need.",
+        f"File of texts, or {OF_TRAINING}, the training file: keep only the pieces of the vocabulary that they need. "
+        f"{ALL_PIECES}: keep all.",
         DATA,
-        show_default="all pieces",
+        show_default="all; a budget of MB chooses",
     )
     doc_stride: int | None = setting(
         None, "Tokens that two neighbouring windows of a long context share.", DATA, bound=NOT_NEGATIVE,
@@ -169,7 +170,7 @@ class Options:
             raise SensibertError(
                 f"teacher is {SNAPSHOT!r}, the model at the cut, but method baseline does not trim; want a model"
             )
-        if self.vocabulary is not None and self.teacher not in (None, SNAPSHOT):
+        if self.vocabulary not in (None, ALL_PIECES) and self.teacher not in (None, SNAPSHOT):
             raise SensibertError("vocabulary and teacher are both given, and the teacher has a vocabulary of its own")
         if self.teacher == "average":
             raise SensibertError("teacher is 'average', which was removed; want a model or snapshot")
@@ -267,6 +268,16 @@ class Options:
             for budget in budgets:
                 budget.check_grid(block_size == 1)
         return budgets
+
+    def size_budgets(self) -> bool:
+        """Whether a model of the run has a budget of size."""
+        budgets = self.parsed_budgets() or ([] if self.keep else [self.trim.parsed_budget()])
+        return self.trim.trims and any(budget.kind == "size" for budget in budgets)
+
+    def chooses_vocabulary(self) -> bool:
+        """Whether a budget of size may take fewer pieces: validation rows tell what that loses."""
+        there = self.validation_file is not None or (self.task in PRESETS and self.train_file is None)
+        return self.vocabulary is None and self.task != EMBEDDING and there and self.size_budgets()
 
     def floor(self) -> float:
         """`keep` as a fraction; 0 without it. SensibertError for what is no percentage below 100 %."""

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from .branches import Trained, add_seconds
 from .callback import TrimCallback
@@ -99,19 +98,22 @@ def _card_facts(options: Options, result: dict) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value}
 
 
-def write_model(tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options, trained: Trained) -> None:
+def write_model(folder: Path, options: Options, trained: Trained) -> None:
     """Write a model, its results and its report into a new folder."""
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None  # of a training that is finished
     model, callback, result = trained.model, trained.callback, trained.result
     names = ("task", "method", "seed") if unfinished(model) else ("task", "method", "budget", "seed")
     info = {name: result[name] for name in names}
     info["max_length"] = callback.memory.inputs["max_length"]
     info |= _card_facts(options, result)
     begin = time.perf_counter()
-    export(model, folder, tokenizer, options.layout, info=info, accept_unfinished=True)
+    weights = result["weights"]
+    export(model, folder, tokenizer, options.layout, info=info, accept_unfinished=True, weights=weights)
     result["mb_after"] = round(sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6, 3)
     if callback.budget.measured and options.trim.runtime in RUNTIMES_OF_GRAPHS:
         score = None if result["metrics"] is None else trained.score
-        result["graph"] = export_for(options.trim.runtime, model, str(folder / GRAPH), tokenizer, score)
+        result["graph"] = export_for(options.trim.runtime, model, str(folder / GRAPH), tokenizer, score, weights)
     add_seconds(result, "write", time.perf_counter() - begin)
     text = json.dumps(result, indent=2)
     plan = callback.whole_plan(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import checked, one_of, show
 from .budget import SCOPES, Budget
-from .cost_table import RUNTIMES, CostTable
+from .cost_table import RUNTIMES, WEIGHTS, CostTable
 from .errors import SensibertError
 from .json_text import parse_json
 from .schedule import Schedule
@@ -72,7 +72,8 @@ class TrimConfig:
     budget: an upper bound, `50%params`, `30%flops`, `5.3Mparams` or `1.2Gflops`, of the encoder, or of the
     model with scope="model"; FLOPs are those of one sequence of flops_length tokens. Or `8ms` (or `50%latency`) of a
     forward pass of latency_shape rows x tokens in a runtime on latency_threads threads, or `12MB` (`50%size`) of the
-    weights file for that runtime: costs are measured first, or read from latency_table. method: the statistic
+    weights file for that runtime: costs are measured first, or read from latency_table. weights: the precision that the
+    file will have, fp32 by default; `export` and `with_weights` write it. method: the statistic
     that scores units; None: `obs`, for blocks of a grid `fisher`; `baseline` runs without trimming. grid: `unit`
     removes attention heads and FFN neurons; `element` and `block<size>` set single weights or blocks to 0. allocation:
     one threshold for the whole model (`global`), the same fraction of every layer (`uniform`), or dynamic programming
@@ -128,6 +129,13 @@ class TrimConfig:
     latency_threads: int = setting(1, "Threads of that pass on a CPU.", MEASUREMENT, bound=POSITIVE)
     latency_table: str | None = setting(
         None, "File of `sensibert latency`, for example of another device.", MEASUREMENT, show_default="measured here"
+    )
+    weights: str | None = setting(
+        None,
+        "Precision of the weights in model.safetensors; fp16 is also that of the embeddings in a graph for --runtime.",
+        MEASUREMENT,
+        tuple(WEIGHTS),
+        show_default="fp32; finetune chooses for a budget of MB",
     )
     schedule: Schedule = field(default_factory=Schedule)
 

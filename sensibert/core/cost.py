@@ -47,10 +47,10 @@ def encoder_left(layout: Layout, budget: Budget) -> float:
     measured, that of heads and neurons."""
     counts = counts_of(layout)
     if budget.measured:
-        total = spent(layout, counts, budget)
-        encoder = total - table_of(budget).rest
-    else:
-        total, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
+        encoder = spent(layout, counts, budget) - (rest := table_of(budget).rest)
+        allowed = budget.value * (whole(layout, budget) if budget.relative else 1)
+        return min(1.0, max(0.0, (allowed - rest) / encoder))
+    total, encoder = (spent(layout, counts, replace(budget, scope=scope)) for scope in (budget.scope, "encoder"))
     return ((total if budget.relative else 1) * budget.value - (total - encoder)) / encoder
 
 
@@ -61,6 +61,12 @@ def table_of(budget: Budget) -> CostTable:
             f"budget: {budget} needs measured costs, want a table of `sensibert latency`, or finetune, which measures"
         )
     return budget.table
+
+
+def whole(layout: Layout, budget: Budget) -> int:
+    """The cost of the untrimmed model, of which a relative budget is a fraction."""
+    known = table_of(budget).whole if budget.measured else 0
+    return known or spent(layout, counts_of(layout), budget)
 
 
 def unit_cost(site: Site, budget: Budget) -> int:
@@ -149,10 +155,10 @@ def _untrimmable(budget: Budget, smallest: int) -> str:
 
 def want_reach(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     """`limit` of an untrimmed model; SensibertError also if the budget exceeds its cost."""
-    allowed, whole = limit(layout, budget, grid), spent(layout, counts_of(layout), budget)
-    if allowed > whole:
+    allowed, most = limit(layout, budget, grid), whole(layout, budget)
+    if allowed > most:
         raise SensibertError(
-            f"budget: {budget}, and the {budget.scope} has {budget.amount(whole)}: nothing would be trimmed, want less"
+            f"budget: {budget}, and the {budget.scope} has {budget.amount(most)}: nothing would be trimmed, want less"
         )
     return allowed
 
@@ -163,14 +169,14 @@ def limit(layout: Layout, budget: Budget, grid: Grid | None = None) -> int:
     grid: the blocks that are masked; None: whole units are removed."""
     if grid is not None:
         budget.check_grid(grid == Grid.element())
-    whole = spent(layout, counts_of(layout), budget)
+    most = whole(layout, budget)
     if grid is None:
         smallest = spent(layout, {site.name: site.minimum for site in layout.sites}, budget)
     else:
-        smallest = whole - sum(w.rows * w.cols * element_cost(w, budget) for w in layout.weights)
-    allowed = int(whole * budget.value) if budget.relative else int(budget.value)
+        smallest = most - sum(w.rows * w.cols * element_cost(w, budget) for w in layout.weights)
+    allowed = int(most * budget.value) if budget.relative else int(budget.value)
     if allowed < smallest:
-        share = f"{math.ceil(1e4 * smallest / whole) / 100:g} %"
+        share = f"{math.ceil(1e4 * smallest / most) / 100:g} %"
         raise SensibertError(
             f"budget: {budget} of the {budget.scope} is {budget.amount(allowed)}, "
             f"but {_untrimmable(budget, smallest)}; "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Points = tuple[tuple[int, int], ...]  # (units kept, cost), ascending, from 0 units at cost 0
 MEASURED = {"latency": "ms", "size": "MB"}  # kind of a budget -> its unit
 RUNTIMES = ("torch", "onnx", "onnx-int8", "openvino", "cuda")
+WEIGHTS = {"fp32": 4, "fp16": 2, "bf16": 2}  # precision of the weights in a file -> bytes of one
 FORMAT = "sensibert.costs"
 
 
@@ -31,7 +32,10 @@ class CostTable:
     kind: `latency`, in microseconds of one forward pass, or `size`, in bytes. rest: cost of everything but heads and
     FFN neurons. heads, ffn: points (units kept, cost of one sub-layer), the first (0, 0); costs never decrease. family,
     hidden: of the model. device, threads, batch, length: what was measured, for latency. offset: cost of a trimmed
-    model beyond the sum of its parts, as far as it was measured. SensibertError for a field that does not fit."""
+    model beyond the sum of its parts, as far as it was measured. For size: weights, their precision in the file;
+    vocabulary, rows of the embeddings, 0 for those of the model; whole, bytes of the untrimmed model's file in 32 bits,
+    of which a relative budget is a fraction, 0 for the sum of all parts. SensibertError for a field that does not
+    fit."""
 
     kind: str
     runtime: str
@@ -45,10 +49,13 @@ class CostTable:
     batch: int = 1
     length: int = 128
     offset: int = 0
+    weights: str = "fp32"
+    vocabulary: int = 0
+    whole: int = 0
 
     def __post_init__(self) -> None:
         want_fields(self)
-        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES)):
+        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES), ("weights", WEIGHTS)):
             if (value := getattr(self, name)) not in known:
                 raise SensibertError(f"CostTable: {name} is {show(value)}, {one_of(value, known)}")
         for name in ("heads", "ffn"):
@@ -89,10 +96,22 @@ class CostTable:
         """The table that predicts for a trimmed model what was measured."""
         return dataclasses.replace(self, offset=self.offset + round(measured - predicted))
 
+    def in_form(self, weights: str, removed: int, others: int, vocabulary: int = 0) -> CostTable:
+        """Sizes of the same model in another form, computed from those with all rows of the embeddings.
+
+        removed: elements of rows that the embeddings lose. others: elements outside of heads and neurons that change
+        their precision, for the graph of a runtime those of the embeddings alone. vocabulary: rows that are left."""
+        each = 1 if self.runtime.endswith("int8") else WEIGHTS[weights]
+        saved = (WEIGHTS[self.weights] - WEIGHTS[weights]) * others + each * removed
+        halved = WEIGHTS[self.weights] // WEIGHTS[weights] if self.runtime == "torch" else 1
+        heads, ffn = (tuple((n, -(-cost // halved)) for n, cost in points) for points in (self.heads, self.ffn))
+        rest = max(0, self.rest - saved)
+        return dataclasses.replace(self, weights=weights, vocabulary=vocabulary, rest=rest, heads=heads, ffn=ffn)
+
     def described(self) -> str:
         """What was measured, in words."""
         if self.kind == "size":
-            return f"the weights file for {self.runtime}"
+            return f"the weights file for {self.runtime}" + f" in {self.weights}" * (self.weights != "fp32")
         where = f" on {self.device}" if self.device else ""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"one forward pass of {self.batch} x {self.length} tokens in {self.runtime}, {threads}{where}"

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,14 @@ from ..core.arguments import checked, one_of, show
 from ..core.artifacts import Plan, UnitPlan
 from ..core.budget import Budget
 from ..core.cost import counts_of, limit, spent
-from ..core.cost_table import MEASURED, RUNTIMES, CostTable
+from ..core.cost_table import MEASURED, RUNTIMES, WEIGHTS, CostTable
 from ..core.errors import SensibertError
 from ..core.layout import Layout
 from ..models import layout_of
 from ..models.modules import positions
 from ..models.reloadable import stock_class, stock_config
 from ..models.unfinished import reached
+from ..models.weight_bits import with_weights
 from ..saving.folder import new_folder
 from ..trimming.trim import trim
 from . import probe_timing
@@ -51,16 +52,19 @@ TRIES = 3  # tables of costs that are corrected by a measurement, before the las
 @dataclass(frozen=True)
 class Target:
     """What is measured. kind: `latency` or `size`. batch, length: rows and tokens of a forward pass, and threads: of a
-    CPU, for latency. SensibertError for a value that cannot be, or a runtime that is not installed."""
+    CPU, for latency. weights, vocabulary: of a file, as in CostTable. SensibertError for a value that cannot be, or a
+    runtime that is not installed."""
 
     kind: str
     runtime: str = "torch"
     batch: int = 1
     length: int = 128
     threads: int = 1
+    weights: str = "fp32"
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES)):
+        for name, known in (("kind", MEASURED), ("runtime", RUNTIMES), ("weights", WEIGHTS)):
             if (value := getattr(self, name)) not in known:
                 raise SensibertError(f"{name} is {show(value)}, {one_of(value, known)}")
         for name in ("batch", "length", "threads"):
@@ -69,6 +73,8 @@ class Target:
         if self.runtime == "cuda" and (self.kind == "size" or not torch.cuda.is_available()):
             why = "has no file of its own" if self.kind == "size" else "has no GPU here"
             raise SensibertError(f"runtime is 'cuda', which {why}; want {', '.join(RUNTIMES[:-1])}")
+        if self.kind == "size" and self.weights == "bf16" and self.runtime != "torch":
+            raise SensibertError(f"weights is 'bf16', which a graph for {self.runtime} has not; want fp32 or fp16")
         if self.runtime not in ("torch", "cuda"):
             GRAPHS[self.graph].want_packages(self.runtime)
 
@@ -76,7 +82,9 @@ class Target:
     def of(cls, table: CostTable) -> Target | None:
         """What a table holds; None if it cannot be measured here: on another device, or without its runtime."""
         try:
-            target = cls(table.kind, table.runtime, table.batch, table.length, table.threads)
+            target = cls(
+                *(table.kind, table.runtime, table.batch, table.length, table.threads, table.weights, table.vocabulary)
+            )
         except SensibertError:
             return None
         return target if target.device == table.device else None
@@ -99,9 +107,28 @@ def measure_costs(model: PreTrainedModel, target: Target) -> CostTable:
     """The costs of a model's layers by the heads and neurons they keep; the model, trimmed or not, is unchanged.
 
     Seconds for torch and for sizes; about a minute for a runtime of graphs, since every probe is exported."""
+    target, weights = replace(target, weights="fp32"), target.weights if target.kind == "size" else "fp32"
     probes = _probes(model, target)
     costs = costs_of(probes.models, target)
-    return CostTable.from_dict(table_from(probes.facts | {"device": target.device}, probes.levels, probes.sites, costs))
+    facts = probes.facts | {"device": target.device}
+    if target.kind == "size":
+        facts["whole"] = round(costs[0])
+    table = CostTable.from_dict(table_from(facts, probes.levels, probes.sites, costs))
+    return table if weights == "fp32" else size_in_form(table, probes.models[0], weights)
+
+
+def size_in_form(table: CostTable, model: nn.Module, weights: str, vocabulary: int | None = None) -> CostTable:
+    """Sizes of the file in another form, computed from a table in fp32 with all rows of the embeddings. `settle`
+    corrects them for the model that is chosen.
+
+    model: untrimmed. vocabulary: rows that its embeddings keep; None: all."""
+    rows, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    layout, removed, others = layout_of(model), 0 if vocabulary is None else (rows - vocabulary) * width, rows * width
+    if table.runtime == "torch":
+        others = layout.total_params - sum(site.units * site.params for site in layout.sites)
+    elif table.runtime.endswith("int8"):
+        weights = "fp32"  # the graph has 8 bits, whatever the folder has
+    return table.in_form(weights, removed, others, vocabulary or 0)
 
 
 @checked
@@ -210,6 +237,7 @@ def measured_facts(model: PreTrainedModel, budget: Budget) -> dict[str, object]:
     if (target := Target.of(table)) is not None:
         alike = _trimmed(whole, layout_of(whole), counts_of(layout))
         costs["before"], costs["after"] = _cost_of(alike, whole, budget, target)
+        costs["before"] = float(table.whole or costs["before"])
     shown = {name: budget.in_unit(cost) for name, cost in costs.items()}
     return {"of": table.described(), "unit": MEASURED[table.kind], **shown}
 
@@ -246,6 +274,9 @@ def _random_model(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     if target.kind == "latency" and model.get_output_embeddings() is None:
         config.vocab_size = min(config.vocab_size, VOCABULARY)
         config.pad_token_id = 0
+    elif target.vocabulary:
+        config.vocab_size = target.vocabulary
+        config.pad_token_id = min(config.pad_token_id or 0, target.vocabulary - 1)
     return stock_class(model)(config).eval()
 
 
@@ -262,12 +293,13 @@ def _write(model: PreTrainedModel, folder: Path, target: Target) -> Path:
     """The weights file of a model for a runtime."""
     folder.mkdir()
     if target.runtime == "torch":
-        model.save_pretrained(folder)
+        (model if target.weights == "fp32" else with_weights(model, target.weights)).save_pretrained(folder)
         return folder / "model.safetensors"
     runtime = GRAPHS[target.graph]
     file = folder / "graph" / Path(runtime.file).name
     file.parent.mkdir()
-    runtime.write(trace(plain(model, runtime.empty_layers), None), file)
+    halved = target.weights == "fp16" and not target.runtime.endswith("int8")
+    runtime.write(trace(plain(model, runtime.empty_layers), None)._replace(half_tables=halved), file)
     if target.runtime.endswith("int8"):
         quantized = file.with_name(Path(INT8_FILE).name)
         quantize(file, quantized)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from ..core.export_options import check_export
 from ..core.output_paths import check_output
 from ..models import layout_of
 from ..models.masks import masks_of
-from ..models.modules import positions
+from ..models.modules import copy_of, positions
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import is_trimmed, structure_of
 from ..models.weights import from_pretrained
@@ -95,11 +94,18 @@ def export_graph(
 
 
 def export_for(
-    runtime: str, model: PreTrainedModel, output: str, tokenizer: PreTrainedTokenizerBase, score: Score | None
+    runtime: str,
+    model: PreTrainedModel,
+    output: str,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score | None,
+    weights: str = "fp32",
 ) -> dict:
-    """`export_graph` for a runtime of a budget. The graph in int8 is kept whatever it loses, which the facts tell."""
+    """`export_graph` for a runtime of a budget. The graph in int8 is kept whatever it loses, which the facts tell.
+    weights: with fp16, embedding tables are stored in 16 bits."""
     to, _, int8 = runtime.partition("-")
-    return export_graph(model, output, to, tokenizer, bool(int8), score=score, max_loss=ANY_LOSS)
+    halved = weights == "fp16" and not int8
+    return export_graph(model, output, to, tokenizer, bool(int8), halved, score=score, max_loss=ANY_LOSS)
 
 
 def plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
@@ -108,10 +114,7 @@ def plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
     layout = layout_of(model)
     empty = [site.name for site in layout.sites if not site.units]
     if masks_of(model) is None and (empty_layers or not empty):
-        made = copy.deepcopy(model).cpu().float().eval()
-        for name in ("forward", "_original_forward"):  # a Trainer leaves its mixed precision in the model
-            vars(made).pop(name, None)
-        return made
+        return copy_of(model).cpu().float().eval()
     structure = structure_of(model)
     with tempfile.TemporaryDirectory() as folder:
         filled = zero_filled(model)

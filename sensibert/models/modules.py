@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .families import base_type, families
 from .families.family import Family
 from .modeling_sensibert import EmptyLinear
 from .wrapped import INSIDE, is_wrapped
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def unsupported(model_type: str, argument: str = "model") -> str:
@@ -60,6 +63,14 @@ def want_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
     for name, weight in weights:
         if not weight.isfinite().all():
             raise SensibertError(f"{what}: {name} has NaN or infinite values, want finite weights")
+
+
+def copy_of(model: Module) -> Module:
+    """A copy that computes in its own precision: a Trainer leaves its mixed precision in the model."""
+    made = copy.deepcopy(model)
+    for name in ("forward", "_original_forward"):
+        vars(made).pop(name, None)
+    return made
 
 
 def weights_digest(model: nn.Module) -> str:

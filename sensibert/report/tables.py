@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
+from ..core.size_forms import form_lines
 from ..core.statistics import FORMER_METHODS
 from ..core.text import share, table
 from .phase import LABELS
@@ -35,6 +36,8 @@ def summary(result: Mapping[str, Any]) -> str:
     parts = [f"{result['task']}, {made_by}", table(("", "before", "after", "left"), sizes)]
     if measured := result.get("measured"):
         parts.append(_measured(measured))
+    if size := result.get("size"):
+        parts.append("\n".join(("The budget was divided by what each part costs in loss.", *form_lines(size))))
     speed = [
         (THROUGHPUT[name], values.get("before", "-"), values.get("after", "-"))
         for name, values in (result.get("throughput") or {}).items()
@@ -83,6 +86,9 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         seconds = (result.get("seconds") or {}).get(BASELINE)
         took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
         notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
+    if full := result.get("metrics_in_full"):
+        name = next(iter(full))
+        notes.append(f"In 32 bits, with the whole vocabulary of the training: {name} {full[name]:.4f}.")
     return notes
 
 

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from ..core.arguments import checked, one_of, want
 from ..core.config import LAYOUTS
+from ..core.cost_table import WEIGHTS
 from ..core.errors import SensibertError, first_line
 from ..core.files import make_readable, writing
 from ..core.folder_facts import want_facts
@@ -32,6 +33,7 @@ from ..models.modules import want_finite
 from ..models.reloadable import stock_class, stock_config
 from ..models.structure import STRUCTURE, is_trimmed, read_structure, save_structure, structure_of
 from ..models.unfinished import unfinished
+from ..models.weight_bits import with_weights
 from ..models.weights import from_pretrained
 from ..models.wrapped import inner_model, is_wrapped
 from ..nn import MaskedLinear
@@ -164,6 +166,7 @@ def export(
     overwrite: bool = False,
     info: dict | None = None,
     accept_unfinished: bool = False,
+    weights: str | None = None,
 ) -> Path:
     """Write a transformers model, trimmed or not, as a folder that reloads to the same logits; return the path.
 
@@ -175,7 +178,8 @@ def export(
     `train_data` and `validation_data` go on the model card instead, with the licence that the card of the base model
     states. overwrite: replace a model in the folder; its other
     files are kept. accept_unfinished: also write a model whose training ended between two cuts, with the budget that it
-    reached.
+    reached. weights: `fp16` or `bf16` writes model.safetensors in 16 bits, half as large, and config.json says so;
+    `from_pretrained(path, dtype=torch.float32)` computes in 32 bits with them. None: as the model has them.
 
     model may be a SentenceTransformer, SparseEncoder or CrossEncoder, or come from the folder of one and fit its
     modules. Those are written too, with pooling, prompts and tokenizer. SensibertError if the path is not empty or
@@ -185,6 +189,8 @@ def export(
         want(f"export: {name}", value, hint)
     path, info, whole = Path(os.path.expanduser(path)).resolve(), info or {}, model
     model = cast(PreTrainedModel, inner_model(whole))
+    if weights is not None and weights not in WEIGHTS:
+        raise SensibertError(f"export: weights is {weights!r}, {one_of(weights, WEIGHTS)}")
     _check(model, path, layout, overwrite, info, accept_unfinished)
     run, info = ({n: v for n, v in info.items() if (n in OF_RUN) is both} for both in (True, False))
     parts: dict[str, PreTrainedModel] = {}  # subfolder -> what goes into it
@@ -201,6 +207,7 @@ def export(
             if (beside / "tokenizer_config.json").is_file():
                 tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
         for part, made in parts.items():
+            made = made if weights is None else with_weights(made, weights)
             made.save_pretrained(folder / part)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / part)

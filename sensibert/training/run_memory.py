@@ -36,6 +36,7 @@ class RunMemory:
     tokens: dict[str, int] = field(default_factory=dict)  # trained on by phase, without padding
     inputs: dict[str, object] = field(default_factory=dict)  # settings and digests of model, data and teacher
     table: CostTable | None = None  # of a budget of measured costs, corrected at the cuts
+    size: dict[str, Any] | None = None  # what the form of the weights file was chosen by
     _clock: float = field(default_factory=time.perf_counter)
     _tokens: int = 0  # at the last call of `spend`
 
@@ -74,6 +75,8 @@ class RunMemory:
         }
         if self.table is not None:
             known["table"] = self.table.to_dict()
+        if self.size is not None:
+            known["size"] = self.size
         return {"settings": dict(settings), **known, "inputs": self.inputs}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
@@ -85,7 +88,7 @@ class RunMemory:
                 want(name, content.get(name, {}), dict[str, kind])  # type: ignore[valid-type]
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
             self.seconds, self.inputs = content["seconds"], content.get("inputs", {})
-            self.tokens = content.get("tokens", {})
+            self.tokens, self.size = content.get("tokens", {}), content.get("size")
             if (entry := content.get("table")) is not None:
                 table = CostTable.from_dict(entry)
                 if self.table is None or self.table.kind == table.kind:  # a run may branch from one with another budget
@@ -104,6 +107,7 @@ def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]
     at = f" at {budget.length} tokens" if budget.kind == "flops" else ""
     if budget.measured:
         at = f" in {config.runtime}, {config.latency_shape}, {config.latency_threads} threads"
+        at += f", weights in {config.weights}" if budget.kind == "size" and config.weights else ""
     return {
         "budget": f"{budget} of the {budget.scope}{at}",
         "method": config.method,

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,11 +37,32 @@ def trim_vocabulary(
 
     SensibertError for no texts, a tokenizer that is not a fast one of WordPiece, BPE or Unigram, or does not fit the
     model, and a model with a head over the vocabulary. The model is then unchanged."""
+    return shrink(model, tokenizer, texts).tokenizer
+
+
+class Smaller(NamedTuple):
+    """A tokenizer of fewer pieces. kept: their numbers in the old one, ascending."""
+
+    tokenizer: PreTrainedTokenizerBase
+    kept: list[int]
+
+
+def shrink(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Smaller:
+    """`trim_vocabulary`, with the numbers of the pieces for `keep_pieces` of models with the same vocabulary."""
     whole = _content(tokenizer)
-    table = _table_of(model, tokenizer)
+    _table_of(model, tokenizer)
     kept = _kept(whole, _used(tokenizer, texts))
+    made = Smaller(_rewritten(tokenizer, whole, {old: new for new, old in enumerate(kept)}), kept)
+    keep_pieces(model, made)
+    return made
+
+
+def keep_pieces(model: PreTrainedModel, smaller: Smaller) -> None:
+    """Keep the rows of a model's embeddings that belong to these pieces, in place. SensibertError for a model whose
+    positions would change; the model is then unchanged."""
+    kept, table = smaller.kept, model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)  # `_table_of` checked it
     number = {old: new for new, old in enumerate(kept)}
-    trimmed = _rewritten(tokenizer, whole, number)
     rows = torch.tensor(kept, device=table.weight.device)
     pad = number.get(model.config.pad_token_id)
     made = nn.Embedding(len(kept), table.embedding_dim, None if table.padding_idx is None else pad, device="meta")
@@ -58,7 +79,6 @@ def trim_vocabulary(
         for name, value in vars(config).items():
             if name.endswith("_token_id") and isinstance(value, int):
                 setattr(config, name, number.get(value, value))
-    return trimmed
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
