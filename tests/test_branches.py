@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sensibert import branches, recipe
+from sensibert import branches, recipe, run_training
 from sensibert.callback import TrimCallback
 from sensibert.core.errors import SensibertError
 from sensibert.recipe import finetune_and_trim
@@ -71,7 +71,7 @@ def test_a_broken_run_with_a_baseline_resumes(here, tmp_path, monkeypatch, step,
     with monkeypatch.context() as patch:
         dies_at(patch, step, method)
         if step == 2:  # in the warm-up, whose callback is another
-            patch.setattr(recipe.WarmUp, "on_save", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
+            patch.setattr(run_training.WarmUp, "on_save", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             finetune_and_trim(options(here, tmp_path / "broken", **usual))
     result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **usual))

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from sensibert import recipe
+from sensibert import run_training
 from sensibert.callback import TrimCallback
 from sensibert.models import layout_of
 from sensibert.run_options import Options
@@ -181,4 +181,4 @@ def test_bad_input_is_refused_in_words_and_leaves_nothing(here, tmp_path):
 
 def test_a_file_of_texts_has_no_labels_for_other_tasks(here, tmp_path):
     refused("no column 'label'", *arguments(here, tmp_path / "out", task="text-classification")[:-1])
-    assert recipe.EMBEDDINGS == "embeddings.npy"
+    assert run_training.EMBEDDINGS == "embeddings.npy"

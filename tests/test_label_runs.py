@@ -147,7 +147,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_lists_are_refused_before_anything_is_encoded(here, tmp_path, monkeypatch, case):
-    for step in ("data.task_data.encode_text", "recipe.finetune"):
+    for step in ("data.task_data.encode_text", "run_training.finetune"):
         monkeypatch.setattr(f"sensibert.{step}", None)
     role, lists, message = BAD[case]
     files = {"train": here / "train.jsonl", "dev": here / "dev.jsonl", role: json_lines(tmp_path / "bad.jsonl", lists)}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerState
 
 import sensibert
-from sensibert import recipe
+from sensibert import run_output, run_training
 from sensibert.callback import TrimCallback
 from sensibert.core.artifacts import Plan, Sensitivity, UnitPlan
 from sensibert.core.config import TrimConfig
@@ -91,11 +91,11 @@ def test_the_cubic_schedule_cuts_in_steps_and_ends_at_the_budget(here, tmp_path)
             super().on_step_end(args, state, control, model=model, **kwargs)
             seen.append(layout_of(model).encoder_params)
 
-    original, recipe.TrimCallback = recipe.TrimCallback, Watch
+    original, run_training.TrimCallback = run_training.TrimCallback, Watch
     try:
         result = finetune_and_trim(options(here, tmp_path / "out", schedule="cubic", milestones=3, epochs=1))
     finally:
-        recipe.TrimCallback = original
+        run_training.TrimCallback = original
     assert len(set(seen)) == 4 and seen == sorted(seen, reverse=True)  # dense and three cuts
     assert seen[-1] == result["encoder_params_after"] <= 0.5 * result["encoder_params_before"]
     plan = Plan.load(tmp_path / "out" / "plan.safetensors")
@@ -186,9 +186,9 @@ def test_a_run_that_learned_nothing_says_so(here, tmp_path):
 )
 def test_scores_at_chance_or_far_below_those_at_the_cut_are_worth_a_warning(score, at_cut, said):
     data = SimpleNamespace(main_metric="accuracy", constant_score=lambda: 0.6)
-    found = recipe.score_warnings(data, {"accuracy": score}, None if at_cut is None else {"accuracy": at_cut})
+    found = run_output.score_warnings(data, {"accuracy": score}, None if at_cut is None else {"accuracy": at_cut})
     assert [next(word for word in ("fell", "same") if word in text) for text in found] == said
-    assert recipe.score_warnings(data, None, None) == []
+    assert run_output.score_warnings(data, None, None) == []
 
 
 @pytest.mark.parametrize("recovery, after", [(None, 0.0), ("rewarm", 0.0), ("continue", 0.25)])
@@ -222,7 +222,7 @@ def test_how_far_the_rate_of_a_continued_schedule_rises_follows_from_the_budget(
         rates.append(lr_shape)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "finetune", stop)
+    monkeypatch.setattr(run_training, "finetune", stop)
     third = layout_of(AutoModelForSequenceClassification.from_pretrained(here / "model")).encoder_params // 3
     requested = {"budget": budget.format(third=third), "scope": scope, "recovery": "continue"}
     with pytest.raises(KeyboardInterrupt):

@@ -190,7 +190,7 @@ def commands(training: Training) -> dict:
     """Commands one after the other, in a folder with models, data, and in begun.partial a checkpoint of one process."""
     from unittest import mock
 
-    from sensibert import TrimCallback, recipe
+    from sensibert import TrimCallback, run_training
     from sensibert.models.modules import weights_digest
     from tests import runs
 
@@ -214,8 +214,8 @@ def commands(training: Training) -> dict:
         if state.global_step == 4 and training.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trained = recipe.finetune
-    with mock.patch.object(os, "_exit", sys.exit), mock.patch.object(recipe, "finetune", finetune):
+    trained = run_training.finetune
+    with mock.patch.object(os, "_exit", sys.exit), mock.patch.object(run_training, "finetune", finetune):
         found = {"wrong": command("--label-column", "nowhere", "--output", "wrong")}
         more = ("--teacher", "snapshot", "--eval-steps", 5, "--best", "--json")
         found["done"] = command("--validation-file", "dev.csv", *more, "--output", "both")
