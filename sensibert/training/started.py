@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,7 +56,8 @@ class Started(Processes):
             if self.store is None:
                 raise
             if self.first:
-                self.store.set(FAILED, "1")
+                with suppress(RuntimeError):  # the store may be gone
+                    self.store.set(FAILED, "1")
                 raise
             try:
                 self.store.wait([FAILED], PATIENCE)
