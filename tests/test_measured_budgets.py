@@ -55,7 +55,7 @@ def test_a_run_meets_a_budget_in_milliseconds(here, clock, tmp_path):
 def test_a_run_meets_a_budget_in_megabytes(here, tmp_path):
     whole = (here / "model" / "model.safetensors").stat().st_size
     budget = f"{whole * 0.8 / 1e6:.4f}MB"
-    done = finetune(here, tmp_path / "out", budget)
+    done = finetune(here, tmp_path / "out", budget, "--weights", "fp32", "--vocabulary", "all")
     assert done.code == 0, done.err
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert 0.7 * whole <= size <= 0.8 * whole * 1.02

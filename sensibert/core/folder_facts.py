@@ -20,8 +20,11 @@ FACTS: dict[str, Any] = {
     **dict.fromkeys(("task", "method", "budget", "scope", "model", "grid"), str | None),
     **dict.fromkeys(("seed", "steps", "samples", "max_length", "doc_stride", "flops_length"), int | None),
     **dict.fromkeys([f"{n}_{when}" for n in SIZES for when in ("before", "after")], int),
-    **dict.fromkeys(("metrics", "metrics_at_cut", "metrics_dense", "seconds"), dict[str, float] | None),
+    **dict.fromkeys(
+        ("metrics", "metrics_at_cut", "metrics_dense", "metrics_in_full", "seconds"), dict[str, float] | None
+    ),
     "warnings": list[str] | None,
+    "size": dict[str, Any] | None,
     "throughput": dict[str, dict[str, float]] | None,
 }
 # Of the shapes, which are there if layers were cut.

@@ -84,6 +84,7 @@ class RunMemory:
         try:
             content = parse_json((checkpoint / MEMORY).read_text())
             want("metrics_at_cut", content.get("metrics_at_cut"), dict[str, float] | None)
+            want("size", content.get("size"), dict[str, Any] | None)
             for name, kind in {"seconds": float, "tokens": int, "inputs": Any, "settings": Any}.items():
                 want(name, content.get(name, {}), dict[str, kind])  # type: ignore[valid-type]
             self.metrics_at_cut = content.get("metrics_at_cut", content.get("metrics_dense"))
