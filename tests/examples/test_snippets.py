@@ -101,9 +101,10 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def here(request, files, tmp_path, monkeypatch):
-    """The working directory, with a copy of the files."""
+    """The working directory, with a copy of the files. Runs of embedding models, 3,000 steps by default, take 12."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sensibert.run_options.STEPS_OF_EMBEDDING", 12)
     if getattr(request.node, "callspec", None) is None or f"{PICTURES}.md" not in request.node.callspec.id:
         monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     return tmp_path
