@@ -2,7 +2,7 @@
 
 import pytest
 
-from sensibert.core.text import printable, share, table
+from sensibert.core.text import printable, share, short, table
 
 
 def test_a_table_aligns_the_first_column_to_the_left_and_the_others_to_the_right():
@@ -20,6 +20,11 @@ def test_the_columns_on_the_left_can_be_chosen():
 
 def test_a_table_without_rows_is_its_header():
     assert table(("name", "n"), []).splitlines() == ["name  n", "----  -"]
+
+
+def test_a_count_in_short():
+    counts = (0, 999, 1000, 999_949, 1_000_000, 10_600_000, 2.5e9)
+    assert [short(count) for count in counts] == ["0", "999", "1.0K", "999.9K", "1.0M", "10.6M", "2.5G"]
 
 
 def test_a_share_of_nothing_is_a_dash():

@@ -9,6 +9,7 @@ import torch
 from sensibert.core.errors import SensibertError
 from sensibert.models import families, layout_of
 from sensibert.nn import MaskedLinear
+from sensibert.trimming.self_check import check_same, probe
 from sensibert.trimming.trim import trim
 from tests.helpers import tiny_batch, tiny_model
 from tests.plans import outputs, random_plan
@@ -97,3 +98,37 @@ def test_modes_and_random_state_are_as_they_were():
     trim(model, random_plan(layout_of(model)))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "dtype, matmul, passes, fails",
+    [
+        (torch.float64, "highest", 5e-7, 2e-6),
+        (torch.float32, "highest", 1e-5, 4e-5),
+        (torch.float32, "high", 2e-3, 1e-2),
+        (torch.bfloat16, "highest", 2e-2, 1e-1),
+        (torch.float16, "high", 2e-2, 1e-1),
+    ],
+)
+def test_only_rounding_of_the_precision_in_use_is_allowed(dtype, matmul, passes, fails):
+    model = tiny_model().to(dtype)
+    expected, before = probe(model), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        check_same(model, expected * (1 + passes))
+        with pytest.raises(SensibertError, match=r"masked and trimmed bert differ by .* \(relative\), want rounding"):
+            check_same(model, expected * (1 + fails))
+        with pytest.raises(SensibertError, match="differ by nan"):
+            check_same(model, expected * torch.nan)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_base_model_that_returns_something_else_first_is_named(monkeypatch):
+    model = tiny_model()
+    for output, came in (((None,), "NoneType"), (torch.zeros(2, 5), r"\[2, 5\]")):
+        monkeypatch.setattr(model.bert, "forward", lambda output=output, **inputs: output)
+        with pytest.raises(
+            SensibertError, match=rf"a BertModel, returns {came} first, want hidden states \[2, 12, ..."
+        ):
+            probe(model)

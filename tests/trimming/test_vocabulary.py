@@ -1,6 +1,7 @@
 """A smaller vocabulary: the same tokens and bits for texts of kept pieces, and tokens for any other text."""
 
 import copy
+import json
 import random
 
 import pytest
@@ -112,7 +113,9 @@ def test_special_tokens_at_the_end_are_renumbered_in_the_config_too(post_process
         sep_token_id=old.sep_token_id, bos_token_id=old.cls_token_id, eos_token_id=old.sep_token_id,
     )  # fmt: skip
     before, few = copy.deepcopy(model), texts(1, WORDS[:6])
+    old.backend_tokenizer.enable_padding(pad_id=old.pad_token_id, pad_token="[PAD]")  # as a call with padding leaves it
     new = trim_vocabulary(model, old, few)
+    assert json.loads(new.backend_tokenizer.to_str())["padding"]["pad_id"] == new.pad_token_id
     assert new.pad_token_id < old.pad_token_id and model.config.pad_token_id == new.pad_token_id
     assert model.get_input_embeddings().padding_idx == new.pad_token_id
     assert (model.config.cls_token_id, model.config.sep_token_id) == (new.cls_token_id, new.sep_token_id)
