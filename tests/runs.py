@@ -149,7 +149,7 @@ RESULT_KEYS = {
     *("metrics", "metrics_at_cut", "metrics_baseline", "cut_step", "seconds", "samples", "warnings", "throughput"),
     *("encoder_params_before", "encoder_params_after", "total_params_before", "total_params_after"),
     *("flops_before", "flops_after", "flops_length"),
-    *("evaluations", "best_step", "latency", "mb_before", "mb_after"),
+    *("evaluations", "best_step", "latency", "mb_before", "mb_after", "weights", "metrics_in_full", "size"),
 }
 
 
