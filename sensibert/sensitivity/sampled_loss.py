@@ -72,9 +72,10 @@ def _drawn_binary_loss(outputs: Any, batch: Mapping[str, Tensor], generator: tor
 
     The training loss is a mean over labels. The squares of gradients estimate its curvature if the sum over labels is
     divided by sqrt(C): labels are independent, so their squares add up."""
-    if not isinstance(outputs, Mapping) or "logits" not in outputs or outputs["logits"].dim() != 2:
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
         return sampled_loss(outputs, batch, generator)
-    logits = outputs["logits"].float()
+    logits = logits.float()
     labels = (_draw(logits, generator, torch.Tensor.uniform_) < logits.detach().sigmoid()).to(logits.dtype)
     rows, classes = logits.shape
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / (rows * classes**0.5)

@@ -81,7 +81,10 @@ def test_an_unknown_scope_is_named():
 def test_a_field_that_no_budget_has_is_named(fields, message):
     with pytest.raises(SensibertError, match=f"^Budget: {message}$"):
         Budget(**({"value": 1.0, "kind": "params"} | fields))
-    assert Budget(1.0, "params", True).length == 128 and Budget(1.5, "params", length=1).scope == "encoder"
+    assert (
+        Budget(1.0, "params", True).length == Budget.parse("50%params").length == 128
+        and Budget(1.5, "params", length=1).scope == "encoder"
+    )
 
 
 def test_measured_costs_are_those_of_the_whole_model():

@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 
-from sensibert.core.config import ALLOCATIONS, BASELINE, METHODS, RETIRED, TrimConfig, trim_names
+from sensibert.core.config import (
+    ALLOCATIONS,
+    BASELINE,
+    METHODS,
+    RETIRED,
+    TrimConfig,
+    grid_name,
+    parse_grid,
+    parse_shape,
+    trim_names,
+)
 from sensibert.core.errors import SensibertError
 from sensibert.core.grid import Grid
 from sensibert.core.schedule import Schedule
@@ -160,3 +170,22 @@ def test_every_setting_says_what_it_is_and_every_list_of_choices_is_written_once
 def test_a_number_that_nothing_could_count_to_is_refused(make, message):
     with pytest.raises(SensibertError, match=message):
         make()
+
+
+def test_a_grid_is_named_as_it_is_read():
+    for name in ("unit", "element", "block64", "block3"):
+        assert grid_name(parse_grid(name)) == name
+    assert grid_name(Grid.row()) == "row" and grid_name(Grid.block(2, 3)) == str(Grid.block(2, 3))
+
+
+@pytest.mark.parametrize("text", ["1x0", "0x1", "1", "x", "1x1000000", "1 x 2", "", None, 3])
+def test_a_shape_that_is_none_is_named(text):
+    assert parse_shape("1x128") == (1, 128) and parse_shape("999999x1") == (999_999, 1)
+    with pytest.raises(SensibertError, match="^latency_shape is .*, want rows x tokens, for example 1x128$"):
+        parse_shape(text)
+
+
+def test_a_table_of_latencies_needs_a_budget_of_latency():
+    with pytest.raises(SensibertError, match="latency_table is given, and budget is 5MB: want a budget of ms, or no"):
+        TrimConfig(budget="5MB", latency_table="not-read.json")
+    assert TrimConfig(latency_table="not-read.json").parsed_budget().table is None

@@ -1,5 +1,6 @@
 """A file is written whole or not at all, and the system's refusal names the path."""
 
+import errno
 import os
 import resource
 import signal
@@ -7,7 +8,7 @@ import signal
 import pytest
 
 from sensibert.core.errors import SensibertError
-from sensibert.core.files import write_atomically, writing
+from sensibert.core.files import make_folder, sync_entries, sync_tree, write_atomically, writing
 
 
 def filled(size: int):
@@ -73,3 +74,25 @@ def test_other_errors_pass_unchanged(error):
         with writing("file"):
             raise error
     assert caught.value is error
+
+
+def test_no_file_stays_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        write_atomically(tmp_path / "file", filled(1))
+        make_folder(tmp_path / "a" / "b")
+        sync_tree(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("number, passes", [(errno.EINVAL, True), (errno.EBADF, True), (errno.EIO, False)])
+def test_a_system_that_cannot_sync_a_folder_is_no_error_but_a_broken_disk_is(tmp_path, monkeypatch, number, passes):
+    def refuses(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    if passes:
+        sync_entries(tmp_path)
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            sync_entries(tmp_path)

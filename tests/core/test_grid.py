@@ -31,6 +31,11 @@ def test_expand_gives_every_element_the_value_of_its_block(grid, rows, cols):
             assert wide[i, j] == keep[i // height, j // width]
 
 
+def test_a_block_has_an_element_where_the_weight_has_none():
+    assert Grid.tensor().block_size(0, 0) == Grid.tensor().block_size(1, 1) == (1, 1)
+    assert Grid.tensor().block_size(2, 3) == (2, 3) and Grid.block(4, 16).block_size(0, 1) == (4, 16)
+
+
 def test_a_keep_of_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"Grid rows:8: keep is \(3, 1\), want \(2, 1\)"):
         Grid.rows(8).expand(torch.ones(3, 1, dtype=torch.bool), 16, 4)

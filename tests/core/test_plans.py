@@ -114,3 +114,25 @@ def test_a_file_of_version_0_1_loads_and_is_written_with_the_same_content(folder
         facts, written = (json.loads(file.metadata()["facts"]) for file in (before, after))
     assert written == {name: value for name, value in facts.items() if name != "notes"}  # which nobody wrote
     assert (plan.params, plan.flops) == (facts["params"], facts["flops"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda keep: keep.pop("layer.0.ffn"), "keep lacks 'layer.0.ffn', want one mask for each of 3 names"),
+        (lambda keep: keep.update(x=torch.ones(1) > 0), "keep has 'x', which is not in the layout, want one mask"),
+        (lambda keep: keep.update({"layer.0.ffn": torch.ones(6)}), r"keep\['layer.0.ffn'\] is torch.float32 \(6,\)"),
+        (lambda keep: keep.update({"layer.0.ffn": torch.ones(5) > 0}), r"is torch.bool \(5,\), want torch.bool \(6,\)"),
+    ],
+)
+def test_masks_that_do_not_fit_the_layout_are_named(change, message):
+    plan = unit_plan()
+    keep = dict(plan.keep)
+    change(keep)
+    with pytest.raises(SensibertError, match=f"^UnitPlan: .*{message}|^UnitPlan: {message}"):
+        UnitPlan(plan.layout, keep, plan.budget, plan.method)
+
+
+def test_a_name_that_is_no_site_is_named():
+    with pytest.raises(SensibertError, match="^kept: name is 'layer.0.fnn', want one of .*did you mean 'layer.0.ffn'"):
+        unit_plan().kept("layer.0.fnn")

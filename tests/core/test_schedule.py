@@ -116,6 +116,14 @@ def test_the_rate_is_never_negative_nor_above_its_peaks(shape, total, warm):
         assert 0 <= lr(step, total) <= (1 if step < last else max(1, REWARM_PEAK)) + 1e-9
 
 
+def test_what_does_not_fit_into_a_run_is_said():
+    assert Schedule().shortcomings(3) == Schedule("cubic").shortcomings(300) == []
+    last = "the last cut is after step 1, the last one: no steps are left to recover from it"
+    assert Schedule().shortcomings(1) == [last]
+    assert Schedule("cubic").shortcomings(1) == ["1 steps have room for 1 of 6 cuts (milestones)", last]
+    assert Schedule("cubic").shortcomings(10) == ["10 steps have room for 3 of 6 cuts (milestones)"]
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

@@ -136,3 +136,18 @@ def test_what_a_model_notes_in_its_first_pass_counts():
     expected = binary_loss(multi_label_model())(outputs, batch, generator())
     assert torch.equal(loss(outputs, batch, generator()), expected)
     assert not torch.equal(sampled_loss(outputs, batch, generator()), expected)
+
+
+@pytest.mark.parametrize(
+    "outputs, message",
+    [
+        ((torch.ones(2, 3),), "the model returns a tuple, want a mapping with logits"),
+        ({"logits": None}, "logits is None, want a tensor"),
+        ({"logits": torch.ones(3)}, r"logits are \(3,\), want \[B, C\] or \[B, S, C\]"),
+        ({"logits": torch.ones(1, 2, 3, 4)}, r"logits are \(1, 2, 3, 4\), want"),
+    ],
+)
+def test_outputs_without_a_known_loss_are_named(outputs, message):
+    for loss in (sampled_loss, binary_loss(multi_label_model())):
+        with pytest.raises(SensibertError, match=message):
+            loss(outputs, {})

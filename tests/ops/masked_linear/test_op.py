@@ -226,6 +226,9 @@ def test_a_captured_step_replays_with_new_data(grid):
 @pytest.mark.parametrize(
     "change,message",
     [
+        *(({name: 3}, f"^masked_linear: {name} is 3, want a tensor") for name in ("x", "weight", "bias", "keep")),
+        ({"grid": "row"}, "^masked_linear: grid is 'row', want a Grid"),
+        ({"compact": 3}, "^masked_linear: compact is 3, want a CompactWeight or None"),
         ({"weight": torch.ones(4)}, r"weight is \(4,\), want \[N, K\]"),
         ({"x": torch.ones(5, 7)}, r"x is \(5, 7\), want \[..., 6\] for a weight \(4, 6\)"),
         ({"x": torch.tensor(1.0)}, r"x is \(\), want \[..., 6\]"),
