@@ -27,17 +27,29 @@ LEARNED = 0.01  # a main metric that is no more than this above that of a consta
 FAR_BELOW = 0.05  # and so is one that is more than this below the one at the cut
 
 
+def nothing_learned(data: TaskData, metrics: dict[str, float] | None) -> str | None:
+    """A sentence about a main metric that a constant answer would reach too; None for any other."""
+    if metrics is None:
+        return None
+    name, constant = data.main_metric, data.constant_score()
+    if metrics[name] > constant + LEARNED:
+        return None
+    return (
+        f"{name} is {metrics[name]:.4f}, and the same answer for every row would score {constant:.4f}: "
+        "a lower learning rate may help, or more steps"
+    )
+
+
 def score_warnings(data: TaskData, metrics: dict | None, at_cut: dict | None) -> list[str]:
     """Sentences about a main metric that shows that nothing was learned, or that far more was lost than usual."""
     if metrics is None:
         return []
-    name, found = data.main_metric, []
-    score, constant = metrics[name], data.constant_score()
-    if score <= constant + LEARNED:
-        found.append(f"{name} is {score:.4f}, and the same answer for every row would score {constant:.4f}")
-    if at_cut is not None and at_cut[name] - score > FAR_BELOW:
+    name, text = data.main_metric, nothing_learned(data, metrics)
+    found = [] if text is None else [text]
+    if at_cut is not None and at_cut[name] - metrics[name] > FAR_BELOW:
         found.append(
-            f"{name} fell from {at_cut[name]:.4f} at the cut to {score:.4f}: a larger budget or more steps lose less"
+            f"{name} fell from {at_cut[name]:.4f} at the cut to {metrics[name]:.4f}: "
+            "a larger budget or more steps lose less"
         )
     return found
 

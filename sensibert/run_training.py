@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from .report.trainer_logs import ShowLogs
 from .run_form import Taken, Vocabulary, form_warnings, size_choice
 from .run_inputs import made_from, want_same_inputs
 from .run_options import SNAPSHOT, Options
-from .run_output import add_times, result_of, score_warnings, throughput_of
+from .run_output import add_times, nothing_learned, result_of, score_warnings, throughput_of
 from .saving.folder import export
 from .size_choice import HeldOut, SizeChoice
 from .trainer_arguments import training_arguments
@@ -198,10 +199,14 @@ class _Training:
             tokenizer, folder = self.inputs.vocabulary.tokenizer, self.folder / SNAPSHOT
             self.inputs.processes.by_first(partial(_save_snapshot, model, folder, tokenizer))
             self.teacher = load_teacher(self.options, self.data, self.folder)
-        if shared is None:
-            return self._metrics(model)
-        shared.metrics = self._scored(model)[0] if shared.metrics is None else shared.metrics
-        return shared.metrics
+        if shared is not None and shared.metrics is not None:
+            return shared.metrics
+        metrics = self._metrics(model)
+        if self.inputs.processes.first and (text := nothing_learned(self.data, metrics)) is not None:
+            logging.getLogger("sensibert").warning("before the cut, %s", text)
+        if shared is not None:
+            shared.metrics = metrics
+        return metrics
 
     def want_finished(self, trainer: TrimTrainer) -> None:
         """SensibertError if the model is larger than the budget."""

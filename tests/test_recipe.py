@@ -169,14 +169,15 @@ def test_the_samples_that_the_analysis_read_are_in_the_result(here, tmp_path):
     assert unasked["samples"] == 64 and not any(text.startswith("samples") for text in unasked["warnings"])
 
 
-def test_a_run_that_learned_nothing_says_so(here, tmp_path):
+def test_a_run_that_learned_nothing_says_so_at_the_cut_and_at_the_end(here, tmp_path, caplog):
     done = runs.command(
         *("finetune", "--model", here / "model", "--train-file", here / "train.csv", "--max-steps", 8),
-        *("--validation-file", here / "dev.csv", "--learning-rate", 1, "--method", "baseline"),
+        *("--validation-file", here / "dev.csv", "--learning-rate", 1, "--budget", "50%params"),
         *("--output", tmp_path / "out", "--json"),
     )
+    assert [record.message for record in caplog.records if record.message.startswith("before the cut, accuracy is 0.")]
     (text,) = done.json["warnings"]
-    assert re.fullmatch(r"accuracy is 0\.\d{4}, and the same answer for every row would score 0\.\d{4}", text)
+    assert re.fullmatch(r"accuracy is 0\.\d{4}, and the same answer for every row would score 0\.\d{4}: .+", text)
     assert f"Warning: {text}." in done.out
 
 
