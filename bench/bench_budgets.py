@@ -67,7 +67,8 @@ def measure(arguments: argparse.Namespace, budget: str, scratch: Path) -> None:
     result = run(arguments, scratch / "measured", budget=budget, runtime=arguments.runtime)
     measured, metric = result["measured"], next(iter(result["metrics"]))
     case = f"{arguments.name} {arguments.data.name} {budget} {arguments.runtime}"
-    case += f" vocabulary {arguments.vocabulary}" * bool(arguments.vocabulary) + f" seed {arguments.seed}"
+    case += f" vocabulary {arguments.vocabulary}" * bool(arguments.vocabulary)
+    case += f" {arguments.epochs:g} epochs" * (arguments.epochs != 3) + f" seed {arguments.seed}"
     unit = measured["unit"]
     record("bench_budgets", case, unit, measured["after"], unit, "budget", measured["budget"])
     scores = {metric: result["metrics"][metric]}

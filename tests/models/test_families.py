@@ -43,8 +43,10 @@ OTHERS = [
     pytest.param("gte", {}, id="gte"),
     pytest.param("eurobert", {"bos_token_id": 1, "eos_token_id": 2}, id="eurobert-late-pooling"),
     pytest.param("eurobert", {"bos_token_id": 1, "eos_token_id": 2, "classifier_pooling": "mean"}, id="eurobert"),
+    pytest.param("ultrabert", {}, id="ultrabert"),
+    pytest.param("ultrabert", {"classifier_pooling": "mean"}, id="ultrabert-mean"),
 ]
-ROTARY = ("modernbert", "nomic_bert", "gte", "eurobert")
+ROTARY = ("modernbert", "nomic_bert", "gte", "eurobert", "ultrabert")
 
 
 def make(family: str, head: str, **overrides):

@@ -1,10 +1,10 @@
-"""Nomic BERT, GTE and EuroBERT: rotary encoders with a gated FFN in three matrices."""
+"""Nomic BERT, GTE, EuroBERT and UltraBERT: rotary encoders with a gated FFN in three matrices."""
 
 from .family import Axis, Family
 
 FAMILY = Family(
     model_type="nomic_bert",
-    aliases=("gte", "eurobert"),
+    aliases=("gte", "eurobert", "ultrabert"),
     encoder="layers",
     layers="layers.*",
     head=Axis(produces=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), consumes="self_attn.o_proj"),
