@@ -223,7 +223,11 @@ OF_ONE_STEP = (
         "as_json",
     ],
     weights={"panel": OUTPUT, "show_default": "as they are"},
-    vocabulary={"help": "File of texts: keep only the pieces of the vocabulary that they need.", "panel": None},
+    vocabulary={
+        "help": "File of texts: keep only the pieces of the vocabulary that they need.",
+        "panel": None,
+        "show_default": "all",
+    },
 )
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
     """Trim a model without training, by a plan, or to a budget on a training file, and write the folder.

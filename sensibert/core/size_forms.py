@@ -7,12 +7,13 @@ from typing import Any
 
 
 def form_lines(facts: Mapping[str, Any]) -> list[str]:
-    """What was measured and chosen, a line each. facts: `size` of a result.json."""
+    """What was measured and chosen, a line each: first what the bits cost alone, and the vocabulary, then every form of
+    the file with the heads and neurons that fit. facts: `size` of a result.json."""
     lines = [f"{facts['rows']:,} {facts['of']} rows at the cut, loss {facts['loss_before']:.4f}"]
     for form in facts["forms"]:
         if (loss := form.get("loss_alone")) is not None:
-            per = loss / form["mb_saved"]
-            lines.append(f"{_name(form)}: {form['mb_saved']:.4g} MB less, loss {loss:+.2g}, {per:+.1g} a MB")
+            what, per = _change(form, facts["forms"][0]), loss / form["mb_saved"]
+            lines.append(f"{what} alone: {form['mb_saved']:.4g} MB less, loss {loss:+.2g}, {per:+.1g} a MB")
     for form in facts["forms"]:
         met = "cannot meet the budget"
         if form["loss"] is not None:
@@ -21,6 +22,18 @@ def form_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _change(form: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """The one thing that differs from the first form."""
+    return _bits(form) if form["weights"] != first["weights"] else _pieces(form)
+
+
 def _name(form: Mapping[str, Any]) -> str:
-    pieces = f"{form['vocabulary']:,} pieces" if form["vocabulary"] else "all pieces"
-    return f"weights in {form['weights']}, {pieces}"
+    return f"{_bits(form)}, {_pieces(form)}"
+
+
+def _bits(form: Mapping[str, Any]) -> str:
+    return f"weights in {form['weights']}"
+
+
+def _pieces(form: Mapping[str, Any]) -> str:
+    return f"{form['vocabulary']:,} pieces" if form["vocabulary"] else "all pieces"

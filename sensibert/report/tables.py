@@ -54,7 +54,8 @@ def summary(result: Mapping[str, Any]) -> str:
     if (step := result.get("best_step")) is not None:
         parts.append(f"At the end: the best of {len(result['evaluations'])} evaluations, at step {step}.")
     if latency := result.get("latency"):
-        parts.append(f"Latency: one forward pass on the CPU, {latency['threads']} threads.")
+        threads = latency["threads"]
+        parts.append(f"Latency: one forward pass on the CPU, {threads} thread{'s' if threads != 1 else ''}.")
     if seconds := result.get("seconds"):
         spent = (f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in seconds.items())
         parts.append(f"Seconds: {', '.join(spent)}.")
@@ -88,7 +89,7 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
     if full := result.get("metrics_in_full"):
         name = next(iter(full))
-        notes.append(f"In 32 bits, with the whole vocabulary of the training: {name} {full[name]:.4f}.")
+        notes.append(f"As it was trained, before the file was made smaller: {name} {full[name]:.4f}.")
     return notes
 
 
