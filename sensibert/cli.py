@@ -418,7 +418,7 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     result = inspect_folder(values["folder"])
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
-    shown = ("model", "family", "task", "method", "budget", "grid", "seed", "steps")
+    shown = ("model", "family", "task", "method", "budget", "weights", "grid", "seed", "steps")
     facts, layers = _lines({name: result[name] for name in shown}), table(UnitPlan.table_header, rows)
     if result["tensors"]:
         left = [(row["tensor"], row["kept"], row["of"], share(row["kept"], row["of"])) for row in result["tensors"]]

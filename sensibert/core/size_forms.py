@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+DIVIDED = "The budget was divided by what each part costs in loss."
+
 
 def form_lines(facts: Mapping[str, Any]) -> list[str]:
     """What was measured and chosen, a line each: first what the bits cost alone, and the vocabulary, then every form of
@@ -12,8 +14,9 @@ def form_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"{facts['rows']:,} {facts['of']} rows at the cut, loss {facts['loss_before']:.4f}"]
     for form in facts["forms"]:
         if (loss := form.get("loss_alone")) is not None:
-            what, per = _change(form, facts["forms"][0]), loss / form["mb_saved"]
-            lines.append(f"{what} alone: {form['mb_saved']:.4g} MB less, loss {loss:+.2g}, {per:+.1g} a MB")
+            what, saved = _change(form, facts["forms"][0]), form["mb_saved"]
+            a_mb = f", {loss / saved:+.1g} a MB" if saved else ""
+            lines.append(f"{what} alone: {saved:.4g} MB less, loss {loss:+.2g}{a_mb}")
     for form in facts["forms"]:
         met = "cannot meet the budget"
         if form["loss"] is not None:
