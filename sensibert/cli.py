@@ -20,7 +20,7 @@ from .core.export_options import check_export
 from .core.launch import launched, want_one_process
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
-from .core.text import printable
+from .core.text import number_of, printable
 from .core.version import version
 from .run_options import OUTPUT, Options, all_names
 
@@ -192,6 +192,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
         *("latency_table", "overwrite", "dry_run", "why", "as_json"),
     ],
     output={"help": "Plan file to write (.safetensors).", "default": None},
+    latency_table={"help": "File of `sensibert latency`, for a budget of ms or MB.", "show_default": None},
 )
 def plan(context: typer.Context, values: dict[str, Any]) -> None:
     """Choose what to keep under a budget; needs no model and no data.
@@ -337,7 +338,7 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
         cells = (f"{each['median']:.1f} ({each['p10']:.1f}, {each['p90']:.1f})" for each in spreads)
         peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", peak, *cells))
-    shown = f"{machine['processor']}, {machine['threads']} threads, texts of {machine['length']} tokens"
+    shown = f"{machine['processor']}, {number_of(machine['threads'], 'thread')}, texts of {machine['length']} tokens"
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 
 

@@ -19,8 +19,8 @@ def form_lines(facts: Mapping[str, Any]) -> list[str]:
             lines.append(f"{what} alone: {saved:.4g} MB less, loss {loss:+.2g}{a_mb}")
     for form in facts["forms"]:
         met = "cannot meet the budget"
-        if form["loss"] is not None:
-            met = f"{100 * form['heads_and_neurons']:.0f} % of heads and neurons, loss {form['loss']:+.2g}"
+        if (left := form["heads_and_neurons"]) is not None and form["loss"] is not None:
+            met = f"{100 * left:.0f} % of heads and neurons, loss {form['loss']:+.2g}"
         lines.append(f"{_name(form)}: {met}" + ", chosen" * form["chosen"])
     return lines
 

@@ -9,7 +9,7 @@ from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
 from ..core.size_forms import DIVIDED, form_lines
 from ..core.statistics import FORMER_METHODS
-from ..core.text import share, table
+from ..core.text import number_of, share, table
 from .phase import LABELS
 from .timings import timings
 
@@ -54,8 +54,7 @@ def summary(result: Mapping[str, Any]) -> str:
     if (step := result.get("best_step")) is not None:
         parts.append(f"At the end: the best of {len(result['evaluations'])} evaluations, at step {step}.")
     if latency := result.get("latency"):
-        threads = latency["threads"]
-        parts.append(f"Latency: one forward pass on the CPU, {threads} thread{'s' if threads != 1 else ''}.")
+        parts.append(f"Latency: one forward pass on the CPU, {number_of(latency['threads'], 'thread')}.")
     if seconds := result.get("seconds"):
         spent = (f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in seconds.items())
         parts.append(f"Seconds: {', '.join(spent)}.")
