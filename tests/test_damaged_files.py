@@ -226,7 +226,11 @@ FORM = {"weights": "fp16", "vocabulary": None, "mb_saved": 0.1, "heads_and_neuro
 LATER = {  # what later versions note
     "size": {"rows": 4, "of": "validation", "loss_before": 0.7, "forms": [FORM | {"loss_alone": 0.1}]},
     "latency": {"length": 128, "threads": 1, "batch_1_ms": {"before": 2.0, "after": 1.0}},
-    **{"mb_before": 0.2, "mb_after": 0.1, "weights": "fp16", "cut_step": 1, "metrics_baseline": {"accuracy": 0.5}},
+    "mb_before": 0.2,
+    "mb_after": 0.1,
+    "weights": "fp16",
+    "cut_step": 1,
+    "metrics_baseline": {"accuracy": 0.5},
 }
 RESULT = json.loads((FIXTURES / "unit" / "result.json").read_text()) | LATER
 
