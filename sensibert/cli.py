@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer.core
@@ -17,12 +18,13 @@ from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
 from .core.errors import SensibertError, Terminated, Told
 from .core.export_options import check_export
+from .core.folder_facts import read_family
 from .core.launch import launched, want_one_process
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
 from .core.text import number_of, printable
 from .core.version import version
-from .run_options import OUTPUT, Options, all_names
+from .run_options import OUTPUT, RESULT, Options, all_names
 
 MODELS = {"model", "folder"}  # arguments that are a model
 SIZES = ("vocabulary", "encoder_params", "total_params", "flops")
@@ -44,17 +46,17 @@ app = typer.Typer(
 def _command(
     names: Iterable[str], name: str | None = None, families: bool = False, **changed: dict[str, Any]
 ) -> Callable:
-    """Decorator: turn a function of (context, values) into a command with these options, in this order.
-
-    families: whether a folder may be that of several models; the command then checks it itself."""
+    """Decorator: turn a function of (context, values) into a command with these options, in this order. families:
+    whether a folder may be that of several models."""
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
             if function.__name__ != "finetune" or values["dry_run"]:
                 want_one_process("finetune --dry-run" if function.__name__ == "finetune" else str(context.info_name))
             paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
-            for name in () if families else MODELS & paths.keys():
-                want_model_folder(paths[name], name)
+            for name in MODELS & paths.keys():
+                if not (families and read_family(Path(paths[name]) / RESULT)):
+                    want_model_folder(paths[name], name)
             function(context, values | paths)
 
         own = [EXTRA[n] if n in EXTRA else option(n, **changed.get(n, {})) for n in names]
