@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer.core
@@ -17,12 +18,13 @@ from .core.arguments import at_least_one, fraction
 from .core.config import RETIRED
 from .core.errors import SensibertError, Terminated, Told
 from .core.export_options import check_export
+from .core.folder_facts import read_family
 from .core.launch import launched, want_one_process
 from .core.model_folder import want_model_folder
 from .core.settings import settings_of
-from .core.text import printable
+from .core.text import number_of, printable
 from .core.version import version
-from .run_options import OUTPUT, Options, all_names
+from .run_options import OUTPUT, RESULT, Options, all_names
 
 MODELS = {"model", "folder"}  # arguments that are a model
 SIZES = ("vocabulary", "encoder_params", "total_params", "flops")
@@ -44,17 +46,17 @@ app = typer.Typer(
 def _command(
     names: Iterable[str], name: str | None = None, families: bool = False, **changed: dict[str, Any]
 ) -> Callable:
-    """Decorator: turn a function of (context, values) into a command with these options, in this order.
-
-    families: whether a folder may be that of several models; the command then checks it itself."""
+    """Decorator: turn a function of (context, values) into a command with these options, in this order. families:
+    whether a folder may be that of several models."""
 
     def register(function: Callable[[typer.Context, dict[str, Any]], None]) -> Callable:
         def run(context: typer.Context, **values: Any) -> None:
             if function.__name__ != "finetune" or values["dry_run"]:
                 want_one_process("finetune --dry-run" if function.__name__ == "finetune" else str(context.info_name))
             paths = {name: os.path.expanduser(values[name]) for name in PATHS if values.get(name) is not None}
-            for name in () if families else MODELS & paths.keys():
-                want_model_folder(paths[name], name)
+            for name in MODELS & paths.keys():
+                if not (families and read_family(Path(paths[name]) / RESULT)):
+                    want_model_folder(paths[name], name)
             function(context, values | paths)
 
         own = [EXTRA[n] if n in EXTRA else option(n, **changed.get(n, {})) for n in names]
@@ -192,6 +194,7 @@ def analyze(context: typer.Context, values: dict[str, Any]) -> None:
         *("latency_table", "overwrite", "dry_run", "why", "as_json"),
     ],
     output={"help": "Plan file to write (.safetensors).", "default": None},
+    latency_table={"help": "File of `sensibert latency`, for a budget of ms or MB.", "show_default": None},
 )
 def plan(context: typer.Context, values: dict[str, Any]) -> None:
     """Choose what to keep under a budget; needs no model and no data.
@@ -223,7 +226,11 @@ OF_ONE_STEP = (
         "as_json",
     ],
     weights={"panel": OUTPUT, "show_default": "as they are"},
-    vocabulary={"help": "File of texts: keep only the pieces of the vocabulary that they need.", "panel": None},
+    vocabulary={
+        "help": "File of texts: keep only the pieces of the vocabulary that they need.",
+        "panel": None,
+        "show_default": "all",
+    },
 )
 def trim(context: typer.Context, values: dict[str, Any]) -> None:
     """Trim a model without training, by a plan, or to a budget on a training file, and write the folder.
@@ -333,7 +340,7 @@ def bench(context: typer.Context, values: dict[str, Any]) -> None:
         cells = (f"{each['median']:.1f} ({each['p10']:.1f}, {each['p90']:.1f})" for each in spreads)
         peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         lines.append((row["folder"], row["runtime"], f"{row['mb']:.1f}", f"{row['load_s']:.2f}", peak, *cells))
-    shown = f"{machine['processor']}, {machine['threads']} threads, texts of {machine['length']} tokens"
+    shown = f"{machine['processor']}, {number_of(machine['threads'], 'thread')}, texts of {machine['length']} tokens"
     _print(values["as_json"], {"machine": machine, "rows": rows}, f"{table(header, lines)}\n\n{shown}")
 
 
@@ -414,7 +421,7 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     result = inspect_folder(values["folder"])
     columns = ("heads", "heads_of", "ffn", "ffn_of")
     rows = [(f"layer {row['layer']}", *(row[name] for name in columns)) for row in result["layers"]]
-    shown = ("model", "family", "task", "method", "budget", "grid", "seed", "steps")
+    shown = ("model", "family", "task", "method", "budget", "weights", "grid", "seed", "steps")
     facts, layers = _lines({name: result[name] for name in shown}), table(UnitPlan.table_header, rows)
     if result["tensors"]:
         left = [(row["tensor"], row["kept"], row["of"], share(row["kept"], row["of"])) for row in result["tensors"]]

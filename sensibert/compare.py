@@ -8,7 +8,7 @@ from typing import Any
 
 from .commands import model_and_data
 from .core.errors import SensibertError
-from .core.text import table
+from .core.text import number_of, table
 from .data.row_sums import RESAMPLES, RowSums, bootstrap, paired_difference, row_sums
 from .deploy import measure
 from .models.masks import cost_of
@@ -92,6 +92,7 @@ def comparison(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     notes = (
         f"{result['validation_rows']:,} rows. Differences, intervals and p (two-sided): {result['test']}.",
-        f"Forward passes of rows of {machine['length']} tokens: {machine['processor']}, {machine['threads']} threads.",
+        f"Forward passes of rows of {machine['length']} tokens: {machine['processor']}, "
+        f"{number_of(machine['threads'], 'thread')}.",
     )
     return "\n\n".join([table(header, lines), "\n".join(notes)])

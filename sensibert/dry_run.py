@@ -28,11 +28,12 @@ from .inputs import (
     to_device,
     training_examples,
     validation_examples,
+    vocabulary_texts,
 )
 from .models import layout_of
 from .models.embedding import EmbeddingModel
 from .recipe import check_place
-from .run_options import Options
+from .run_options import OF_TRAINING, Options
 from .trainer_arguments import check_run, training_arguments
 from .training.predict import predict
 from .training.timing import STEPS, step_seconds
@@ -50,6 +51,8 @@ def outline(options: Options) -> dict:
     check_place(options)
     train = training_examples(options) if options.train_file else None
     validation = validation_examples(options) if options.validation_file else None
+    if options.vocabulary != OF_TRAINING:
+        vocabulary_texts(options)  # names a file that cannot be read
     check_family(options.model)
     if options.task != EMBEDDING and train:
         train, validation = prepared(options, train, validation)
@@ -77,6 +80,8 @@ def outline(options: Options) -> dict:
         "budgets": options.budgets,
         "keep": options.keep,
         "baseline": options.baseline or options.keep is not None or None,
+        "weights": trim.weights,
+        "vocabulary": options.vocabulary,
         "scope": trim.scope,
         "grid": trim.grid,
         "encoder_params_before": layout.encoder_params,

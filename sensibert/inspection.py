@@ -24,7 +24,7 @@ from .saving.folder import zero_filled
 _NOTED = (
     *("task", "method", "budget", "scope", "seed", "steps", "metrics", "metrics_at_cut", "seconds", "samples"),
     *("warnings", "throughput", "metrics_baseline", "cut_step", "measured"),
-    *("evaluations", "best_step", "latency", "mb_before", "mb_after"),
+    *("evaluations", "best_step", "latency", "mb_before", "mb_after", "weights", "metrics_in_full", "size"),
 )
 
 

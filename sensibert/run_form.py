@@ -98,11 +98,12 @@ def precisions(trim: TrimConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Taken:
-    """The form that a run ends with."""
+    """The form that a run ends with. budgeted: whether a budget of size chose it, or a part of it."""
 
     tokenizer: PreTrainedTokenizerBase
     weights: str
     fewer: bool
+    budgeted: bool
 
     @classmethod
     def of(cls, options: Options, vocabulary: Vocabulary, memory: RunMemory) -> Taken:
@@ -110,7 +111,8 @@ class Taken:
         weights = options.trim.weights or (table.weights if table is not None else "fp32")
         fewer = table is not None and table.vocabulary > 0
         chosen = vocabulary.smaller if fewer else None
-        return cls(vocabulary.tokenizer if chosen is None else chosen.tokenizer, weights, fewer)
+        tokenizer = vocabulary.tokenizer if chosen is None else chosen.tokenizer
+        return cls(tokenizer, weights, fewer, table is not None)
 
     @property
     def changes(self) -> bool:
@@ -129,12 +131,13 @@ class Taken:
             round_weights(model, self.weights)
         return data, facts
 
-
-def form_warnings(name: str, full: dict[str, float] | None, metrics: dict[str, float] | None) -> list[str]:
-    """Sentences about a main metric, by its name, that the form of the file lowers by more than LOSES."""
-    if not full or not metrics or metrics[name] >= full[name] - LOSES * abs(full[name]):
-        return []
-    return [
-        f"{name} is {metrics[name]:.4f} as the file holds the model, and was {full[name]:.4f} in 32 bits with the "
-        "whole vocabulary: a larger budget, --vocabulary all or --weights fp32 may lose less"
-    ]
+    def warnings(self, name: str, full: dict[str, float] | None, metrics: dict[str, float] | None) -> list[str]:
+        """Sentences about a main metric, by its name, that the form lowers by more than LOSES. full: as trained."""
+        if not full or not metrics or metrics[name] >= full[name] - LOSES * abs(full[name]):
+            return []
+        ways = ["a larger budget"] * self.budgeted + ["--vocabulary all"] * self.fewer
+        ways += ["--weights fp32"] * (self.weights != "fp32")
+        return [
+            f"{name} is {metrics[name]:.4f} as the file holds the model, and was {full[name]:.4f} as it was trained: "
+            f"{' or '.join(ways)} may lose less"
+        ]

@@ -29,7 +29,7 @@ from .models.structure import STRUCTURE
 from .report.history import history
 from .report.progress import Display
 from .report.trainer_logs import ShowLogs
-from .run_form import Taken, Vocabulary, form_warnings, size_choice
+from .run_form import Taken, Vocabulary, size_choice
 from .run_inputs import made_from, want_same_inputs
 from .run_options import SNAPSHOT, Options
 from .run_output import add_times, nothing_learned, result_of, score_warnings, throughput_of
@@ -233,7 +233,7 @@ class _Training:
             metrics, logits = self._scored(self.model)
         memory.spend("evaluate")
         callback.warnings += score_warnings(self.data, metrics, memory.metrics_at_cut)
-        callback.warnings += form_warnings(metric, full, metrics)
+        callback.warnings += taken.warnings(metric, full, metrics)
         result = result_of(options, self.data, self.model, callback, state.global_step, metrics) | self.facts
         result |= {"weights": taken.weights, "metrics_in_full": full, "size": memory.size}
         result["best_step"] = last if options.best else None

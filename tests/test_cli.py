@@ -240,6 +240,15 @@ def test_help_shows_an_example(name):
         assert f"  sensibert {name} " in done.out
 
 
+def test_the_help_of_trim_promises_no_choice_of_a_vocabulary():
+    text = " ".join(command("trim", "--help").out.replace("│", " ").split())
+    assert "only the pieces of the vocabulary that they need. [default: (all)]" in text
+
+
+def test_the_help_of_plan_promises_no_measurement():
+    assert "measured here" not in command("plan", "--help").out
+
+
 def test_the_help_of_task_names_every_task_and_preset():
     """The table of tasks needs torch, and the help must not: so this text is a copy."""
     text = settings_of(Options)["task"].metadata["help"]

@@ -222,7 +222,17 @@ def test_the_entry_of_a_config(text):
         want_entry(parse_json(text, any_size=True), "folder: here")
 
 
-RESULT = json.loads((FIXTURES / "unit" / "result.json").read_text())
+FORM = {"weights": "fp16", "vocabulary": None, "mb_saved": 0.1, "heads_and_neurons": 0.9, "loss": 0.1, "chosen": True}
+LATER = {  # what later versions note
+    "size": {"rows": 4, "of": "validation", "loss_before": 0.7, "forms": [FORM | {"loss_alone": 0.1}]},
+    "latency": {"length": 128, "threads": 1, "batch_1_ms": {"before": 2.0, "after": 1.0}},
+    "mb_before": 0.2,
+    "mb_after": 0.1,
+    "weights": "fp16",
+    "cut_step": 1,
+    "metrics_baseline": {"accuracy": 0.5},
+}
+RESULT = json.loads((FIXTURES / "unit" / "result.json").read_text()) | LATER
 
 
 @FEW
@@ -262,6 +272,9 @@ def test_a_folder_is_inspected_and_reported_whatever_it_says_of_itself(trimmed, 
         ("result.json", {"flops_length": "long"}, "flops_length is 'long', want a whole number"),
         ("result.json", {"scope": "house"}, "scope is 'house', want encoder or model"),
         ("result.json", {"seconds": {"total": None}}, r"seconds\['total'\] is None, want a number"),
+        ("result.json", {"latency": {"length": 128, "threads": 1, "batch_1_ms": 3}}, "latency: batch_1_ms is 3, want"),
+        ("result.json", {"size": LATER["size"] | {"forms": [{}]}}, r"size: forms\[0\] has no weights, want what"),
+        ("result.json", {"metrics_baseline": {"accuracy": "high"}}, r"metrics_baseline\['accuracy'\] is 'high', want"),
         ("config.json", {"sensibert": CONFIG["sensibert"] | {"ffn": [8, 10**12]}}, "has the size 1000000000000, want"),
         ("config.json", {"sensibert": CONFIG["sensibert"] | {"heads": "all"}}, "heads is 'all', want a list"),
         ("config.json", {"sensibert": CONFIG["sensibert"] | {"heads": [4, 2]}}, r"kept_heads\[1\] has 3 heads, want 2"),

@@ -56,6 +56,14 @@ def test_texts_of_an_embedding_model_count_once(here, tmp_path):
     assert command(*requested, "--json").json["steps"] == facts["steps"]
 
 
+def test_the_form_of_the_file_is_shown_and_a_misspelt_vocabulary_is_named(here, tmp_path):
+    more = {"vocabulary": here / "dev.csv", "weights": "fp16"}
+    done = command(*arguments(here, tmp_path / "out", **more), "--dry-run")
+    assert done.code == 0 and "weights: fp16" in done.out and f"vocabulary: {here / 'dev.csv'}" in done.out
+    done = command(*arguments(here, tmp_path / "out", vocabulary="al"), "--dry-run")
+    assert done.code == 2 and "vocabulary: al is not a file" in done.err
+
+
 def test_at_most_ten_classes_are_shown_of_those_in_the_file(here, tmp_path):
     with open(here / "many.csv", "w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *(("good film", f"class{i % 12:02}") for i in range(48))])

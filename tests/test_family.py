@@ -77,11 +77,11 @@ def test_a_broken_family_resumes_and_trains_no_model_twice(here, tmp_path, monke
     finetune_and_trim(options(here, tmp_path / "whole", **usual))
     write, written = recipe.write_model, []
 
-    def dies(tokenizer, folder, own, trained):
+    def dies(folder, own, trained):
         if own.trim.budget == first:
             raise Killed
         written.append(own.trim.budget)
-        write(tokenizer, folder, own, trained)
+        write(folder, own, trained)
 
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_model", dies)

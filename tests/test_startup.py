@@ -57,6 +57,7 @@ WRONG = [
     "trim --model m --plan p --output o --layout small",
     "trim --model m --plan p --output o --budget 50%params",
     "eval no/such/folder --validation-file v",
+    "report no/such/folder",
     "export m --output o --to onxn",
     "export m --output o --max-loss much",
     "bench m --rounds 0",

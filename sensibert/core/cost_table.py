@@ -14,6 +14,7 @@ from .arguments import one_of, show, want_fields
 from .errors import SensibertError
 from .files import write_atomically
 from .json_text import parse_json
+from .text import number_of
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -113,7 +114,7 @@ class CostTable:
         if self.kind == "size":
             return f"the weights file for {self.runtime}" + f" in {self.weights}" * (self.weights != "fp32")
         where = f" on {self.device}" if self.device else ""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = number_of(self.threads, "thread")
         return f"one forward pass of {self.batch} x {self.length} tokens in {self.runtime}, {threads}{where}"
 
     def to_dict(self) -> dict[str, Any]:

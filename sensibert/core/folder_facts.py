@@ -17,15 +17,28 @@ LONGEST = 10_000_000  # tokens
 SIZES = ("encoder_params", "total_params", "flops")
 # Names that both have -> types. Other names are those of users.
 FACTS: dict[str, Any] = {
-    **dict.fromkeys(("task", "method", "budget", "scope", "model", "grid"), str | None),
+    **dict.fromkeys(("task", "method", "budget", "scope", "model", "grid", "weights"), str | None),
     **dict.fromkeys(("seed", "steps", "samples", "max_length", "doc_stride", "flops_length"), int | None),
+    **dict.fromkeys(("cut_step", "best_step"), int | None),
     **dict.fromkeys([f"{n}_{when}" for n in SIZES for when in ("before", "after")], int),
-    **dict.fromkeys(
-        ("metrics", "metrics_at_cut", "metrics_dense", "metrics_in_full", "seconds"), dict[str, float] | None
-    ),
+    **dict.fromkeys(("mb_before", "mb_after"), float),
+    **dict.fromkeys(("metrics", "metrics_at_cut", "metrics_dense", "metrics_in_full"), dict[str, float] | None),
+    **dict.fromkeys(("metrics_baseline", "seconds"), dict[str, float] | None),
     "warnings": list[str] | None,
-    "size": dict[str, Any] | None,
+    **dict.fromkeys(("latency", "size"), dict[str, Any] | None),
     "throughput": dict[str, dict[str, float]] | None,
+}
+# Of `latency`, and of each of its entries batch_N_ms.
+LATENCY: dict[str, Any] = {"length": int, "threads": int}
+TIMES: dict[str, Any] = {"before": float, "after": float}
+# Of `size`, and of each of its forms.
+SIZE: dict[str, Any] = {"rows": int, "of": str, "loss_before": float, "forms": list[dict[str, Any]]}
+FORM: dict[str, Any] = {
+    "weights": str,
+    "vocabulary": int | None,
+    "mb_saved": float,
+    **dict.fromkeys(("heads_and_neurons", "loss"), float | None),
+    "chosen": bool,
 }
 # Of the shapes, which are there if layers were cut.
 SHAPES: dict[str, Any] = {
@@ -132,6 +145,17 @@ def want_facts(facts: Mapping[str, Any], label: str) -> None:
     for name in ("max_length", "doc_stride", "flops_length"):
         if (length := facts.get(name)) is not None and not 0 <= length <= LONGEST:
             raise SensibertError(f"{label}: {name} is {show(length)}, want a number of tokens")
+    if latency := facts.get("latency"):
+        _want_types(latency, LATENCY, f"{label}: latency")
+        for name, times in latency.items():
+            if name.startswith("batch_"):
+                want(f"{label}: latency: {name}", times, dict[str, float])
+                _want_types(times, TIMES, f"{label}: latency: {name}")
+    if size := facts.get("size"):
+        _want_types(size, SIZE, f"{label}: size")
+        for number, form in enumerate(size["forms"]):
+            _want_types(form, FORM, f"{label}: size: forms[{number}]")
+            want(f"{label}: size: forms[{number}]: loss_alone", form.get("loss_alone"), float | None)
 
 
 def _want_bounded(label: str, value: Any) -> None:
@@ -139,6 +163,9 @@ def _want_bounded(label: str, value: Any) -> None:
     if isinstance(value, dict):
         for name, inside in value.items():
             _want_bounded(f"{label}[{show(name)}]", inside)
+    elif isinstance(value, list):
+        for number, inside in enumerate(value):
+            _want_bounded(f"{label}[{number}]", inside)
     elif isinstance(value, int) and abs(value) >= 2**BITS:
         raise SensibertError(f"{label} has more than {BITS} bits, want a smaller number")
 

@@ -32,6 +32,11 @@ def share(after: float, before: float) -> str:
     return f"{100 * after / before:.1f} %" if before else "-"
 
 
+def number_of(number: int, name: str) -> str:
+    """A number of things, for example "1 thread" or "2 threads"."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def short(number: float) -> str:
     """A count in three digits or so, for example "10.6M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from ..core.artifacts import Sensitivity
+from ..core.size_forms import DIVIDED, form_lines
 from ..core.text import share
 from .history import Moment
 from .page_parts import bar, cards, document, heading, loading, section, short, table
@@ -71,7 +72,7 @@ def _headline(facts: Mapping[str, Any], megabytes: float | None) -> str:
         before, after = facts[f"{name}_before"], facts[f"{name}_after"]
         found.append((share(after, before), f"of the {label}", f"{short(after)} of {short(before)}"))
     if megabytes is not None:
-        found.append((f"{megabytes:.1f} MB", "weights file", ""))
+        found.append((f"{megabytes:.1f} MB", "weights file", f"in {facts['weights']}" if facts.get("weights") else ""))
     return cards(found)
 
 
@@ -102,7 +103,11 @@ def _sizes(facts: Mapping[str, Any]) -> str:
         rows.append((shown, f"{before:,}", f"{after:,}", share(after, before)))
     for what, old, new in timings(facts):
         rows.append((what, f"{old:.1f} ms", f"{new:.1f} ms", share(new, old)))
-    return table(("", "before", "after", "left"), rows)
+    sizes = table(("", "before", "after", "left"), rows)
+    if facts.get("size"):
+        forms = "".join(f"<li>{escape(line)}</li>" for line in form_lines(facts["size"]))
+        sizes += f'<p class="soft">{DIVIDED}</p><ul>{forms}</ul>'
+    return sizes
 
 
 def _scores(facts: Mapping[str, Any]) -> str:

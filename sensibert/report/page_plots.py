@@ -13,7 +13,7 @@ from .plots import LOWEST_RISE
 
 LEFT, RIGHT = 44, 388  # of the area of a plot that is 410 wide
 LINE = 11  # height of the numbers beside a plot
-WIDE = 6.2  # of a letter
+WIDE = 7.3  # of a letter, in a font that runs wide
 Points = Sequence[tuple[float, float]]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..core.artifacts import Plan, Sensitivity
 from ..core.config import BASELINE
-from ..core.size_forms import form_lines
+from ..core.size_forms import DIVIDED, form_lines
 from ..core.statistics import FORMER_METHODS
-from ..core.text import share, table
+from ..core.text import number_of, share, table
 from .phase import LABELS
 from .timings import timings
 
@@ -37,7 +37,7 @@ def summary(result: Mapping[str, Any]) -> str:
     if measured := result.get("measured"):
         parts.append(_measured(measured))
     if size := result.get("size"):
-        parts.append("\n".join(("The budget was divided by what each part costs in loss.", *form_lines(size))))
+        parts.append("\n".join((DIVIDED, *form_lines(size))))
     speed = [
         (THROUGHPUT[name], values.get("before", "-"), values.get("after", "-"))
         for name, values in (result.get("throughput") or {}).items()
@@ -54,7 +54,7 @@ def summary(result: Mapping[str, Any]) -> str:
     if (step := result.get("best_step")) is not None:
         parts.append(f"At the end: the best of {len(result['evaluations'])} evaluations, at step {step}.")
     if latency := result.get("latency"):
-        parts.append(f"Latency: one forward pass on the CPU, {latency['threads']} threads.")
+        parts.append(f"Latency: one forward pass on the CPU, {number_of(latency['threads'], 'thread')}.")
     if seconds := result.get("seconds"):
         spent = (f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in seconds.items())
         parts.append(f"Seconds: {', '.join(spent)}.")
@@ -85,10 +85,10 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
     if BASELINE in columns:
         seconds = (result.get("seconds") or {}).get(BASELINE)
         took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
-        notes.append(f"Baseline: the same run without trimming, {steps:,} steps{took}.")
+        notes.append(f"Baseline: the same run without trimming{f', {steps:,} steps' if steps else ''}{took}.")
     if full := result.get("metrics_in_full"):
         name = next(iter(full))
-        notes.append(f"In 32 bits, with the whole vocabulary of the training: {name} {full[name]:.4f}.")
+        notes.append(f"As it was trained, before the file was made smaller: {name} {full[name]:.4f}.")
     return notes
 
 

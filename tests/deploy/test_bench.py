@@ -41,7 +41,7 @@ def test_every_file_of_a_folder_is_timed(folders, peak_memory):
     assert rows[2]["mb"] < rows[1]["mb"] and machine["threads"] == 1 and machine["processor"]
     lines = done.out.splitlines()
     assert "batch 32: ms" in lines[0] and all(row["runtime"] in line for row, line in zip(rows, lines[2:]))
-    assert f"{machine['processor']}, 1 threads, texts of 8 tokens" in done.out
+    assert f"{machine['processor']}, 1 thread, texts of 8 tokens" in done.out
 
 
 def test_texts_that_the_models_have_no_positions_for_are_refused(folders):

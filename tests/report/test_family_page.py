@@ -60,6 +60,15 @@ def test_names_do_not_overlap():
     assert below[1] - below[0] >= 11 or below[0] - below[1] >= 11
 
 
+def test_names_of_models_that_are_near_do_not_touch():
+    rows = family()["rows"]
+    for row, params in zip(rows, (635_000, 452_000), strict=True):  # as far apart as nine letters of 7.2 are wide
+        row |= {"encoder_params_after": params, "metrics": {"f1": 0.9}}
+    reader, _ = read(family_page("all", family(rows=rows, metrics_baseline=None), [{}, {}]))
+    first, second = (float(a["y"]) for tag, a in reader.tags if a.get("text-anchor") == "start")
+    assert abs(first - second) >= 11
+
+
 def test_what_was_not_measured_is_left_out():
     rows = [row | {"metrics": None} for row in family()["rows"]]
     _, text = read(family_page("all", family(rows=rows, metrics_baseline=None), [{}, {}]))

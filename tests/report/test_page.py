@@ -114,6 +114,16 @@ def test_latencies_of_the_result_are_among_the_sizes():
     assert "latency of 1 x 128 tokens 20.0 ms 11.0 ms 55.0 %" in text and "latency" not in read(page(facts()))[1]
 
 
+def test_what_a_budget_of_size_was_divided_by_is_on_the_page():
+    form = {"vocabulary": None, "mb_saved": 45.0, "heads_and_neurons": 0.9, "loss": 0.01, "chosen": True}
+    size = {"rows": 40, "of": "validation", "loss_before": 0.7, "forms": [{"weights": "fp16", **form}]}
+    full = {"accuracy": 0.91}
+    _, text = read(page(facts(weights="fp16", size=size, metrics_in_full=full), megabytes=45.5))
+    assert "45.5 MB weights file in fp16" in text
+    assert "weights in fp16, all pieces: 90 % of heads and neurons, loss +0.01, chosen" in text
+    assert "before the file was made smaller: accuracy 0.9100" in text
+
+
 def test_with_a_baseline_the_model_stands_beside_it():
     times = {"threads": 1, "length": 128, "batch_1_ms": {"before": 20.0, "after": 5.0}}
     reader, text = read(page(facts(metrics_baseline={"accuracy": 0.95}, latency=times)))

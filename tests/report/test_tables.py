@@ -5,6 +5,7 @@ import torch
 
 from sensibert.core.artifacts import Sensitivity
 from sensibert.core.grid import Grid
+from sensibert.core.size_forms import form_lines
 from sensibert.models import layout_of
 from sensibert.report.tables import ranking, ranking_rows, summary
 from tests.helpers import tiny_model
@@ -53,6 +54,33 @@ def test_the_summary_of_a_baseline_has_scores_at_the_end_only():
 def test_the_summary_without_validation_has_no_scores():
     lines = summary(RESULT | {"metrics": None, "metrics_at_cut": None}).splitlines()
     assert len(lines) == 7 and lines[-1].startswith("encoder GFLOPs")
+
+
+FORMS = [
+    {"weights": "fp32", "vocabulary": None, "mb_saved": 0.0, "heads_and_neurons": None, "loss": None, "chosen": False},
+    {"weights": "fp16", "vocabulary": None, "mb_saved": 45.0, "loss_alone": 0.0, "chosen": True}
+    | {"heads_and_neurons": 0.9, "loss": 0.01},
+    {"weights": "fp32", "vocabulary": 3343, "mb_saved": 40.0, "loss_alone": 0.02, "chosen": False}
+    | {"heads_and_neurons": 0.4, "loss": 0.5},
+]
+
+
+def test_what_bits_and_pieces_cost_alone_is_told_from_whole_forms():
+    lines = form_lines({"rows": 40, "of": "validation", "loss_before": 0.7, "forms": FORMS})
+    assert lines == [
+        "40 validation rows at the cut, loss 0.7000",
+        "weights in fp16 alone: 45 MB less, loss +0, +0 a MB",
+        "3,343 pieces alone: 40 MB less, loss +0.02, +0.0005 a MB",
+        "weights in fp32, all pieces: cannot meet the budget",
+        "weights in fp16, all pieces: 90 % of heads and neurons, loss +0.01, chosen",
+        "weights in fp32, 3,343 pieces: 40 % of heads and neurons, loss +0.5",
+    ]
+
+
+@pytest.mark.parametrize(("threads", "shown"), [(1, "1 thread."), (2, "2 threads.")])
+def test_one_thread_is_no_threads(threads, shown):
+    latency = {"length": 128, "threads": threads, "batch_1_ms": {"before": 2.0, "after": 1.0}}
+    assert f"Latency: one forward pass on the CPU, {shown}" in summary(RESULT | {"latency": latency}).splitlines()
 
 
 def test_the_ranking_is_most_sensitive_first_with_units_kept(layout):
