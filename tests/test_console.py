@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sensibert import cli, recipe
+from sensibert import cli, run_training
 from tests import runs
 from tests.runs import command
 
@@ -86,7 +86,7 @@ def test_a_terminal_shows_one_moving_line_below_the_finished_phases(here, tmp_pa
 def test_quiet_leaves_the_last_table(here, tmp_path):
     done = command(*arguments(here, tmp_path / "out", "--quiet"), shown=True)
     assert (done.code, done.err) == (0, "") and done.out.startswith("text-classification, 50%params by obs\n")
-    for shown in ("model file, MB", "latency of 1 x 128 tokens, ms", "threads", "Seconds: load ", "warm-up "):
+    for shown in ("model file, MB", "latency of 1 x 16 tokens, ms", "threads", "Seconds: load ", "warm-up "):
         assert shown in done.out, shown
 
 
@@ -156,7 +156,9 @@ def test_evaluations_without_a_file_are_refused(here, tmp_path):
 
 def test_the_processor_can_be_chosen(here, tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(recipe, "finetune", lambda model, train, collator, args, *_, **__: used.append(args) or 1 / 0)
+    monkeypatch.setattr(
+        run_training, "finetune", lambda model, train, collator, args, *_, **__: used.append(args) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         command(*arguments(here, tmp_path / "out", "--device", "cpu"))
     assert used[0].device == torch.device("cpu") and used[0].use_cpu

@@ -23,7 +23,7 @@ from sensibert import (
     export,
     layout_of,
     load,
-    recipe,
+    run_training,
     trim,
 )
 from sensibert.core.config import TrimConfig
@@ -211,7 +211,7 @@ class Stopping(TrimCallback):
 @pytest.mark.parametrize("schedule", [{"trim_start": 0.9}, SHORT, SHORT | {"grid": "element", "width_multiple": None}])
 def test_a_run_publishes_nothing_larger_than_its_budget_and_resumes(here, tmp_path, monkeypatch, schedule):
     requested = {"batch_size": 32, "save_steps": 2, **schedule}  # ten steps
-    monkeypatch.setattr(recipe, "TrimCallback", Stopping)
+    monkeypatch.setattr(run_training, "TrimCallback", Stopping)
     with pytest.raises(
         SensibertError, match=r"finetune: the run ended at step 5 of 10 with [\d,]+ params of 17,088, want"
     ):

@@ -51,6 +51,7 @@ DEFAULTS = {
     "latency_shape": "1x128",
     "latency_threads": 1,
     "latency_table": None,
+    "weights": None,
     "schedule": "oneshot",
     "trim_start": None,
     "trim_duration": 0.2,

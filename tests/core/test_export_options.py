@@ -16,7 +16,7 @@ def test_what_a_runtime_has(options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("tflite", False, False), "to is 'tflite', want one of onnx, openvino, torch"),
+        (("tflite", False, False), "to is 'tflite', want one of onnx, openvino, torch, executorch"),
         (("openvino", True, False), "int8 is True and to is 'openvino', want onnx"),
         (("torch", True, False), "int8 is True and to is 'torch', want onnx"),
         (("torch", False, True), "fp16_embeddings is True and to is 'torch', want onnx or openvino"),
