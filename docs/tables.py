@@ -79,6 +79,19 @@ def runtimes(rows: list[dict]) -> str:
     return grouped([row for row in rows if row["bench"] == "bench_runtimes"])
 
 
+def budgets(rows: list[dict]) -> str:
+    """Budgets of latency, size and accuracy: what was measured in the end, and what it is held against."""
+    lines = []
+    for row in rows:
+        again = row["metric"].endswith(", model")  # the model that the graph was made of
+        if row["bench"] == "bench_budgets" and " tried " not in row["case"] and not again:
+            value, unit = number(row["value"]), f" {row['unit']}" if row["unit"] else ""
+            rival = f"{row['rival']}: {number(row['rival_value'])}" if row.get("rival") else "-"
+            what = f" ({row['metric']})" if row["metric"] != row["unit"] else ""
+            lines.append([row["case"], f"{value}{unit}{what}", rival, row["device"]])
+    return markdown(["run", "measured", "held against", "device"], lines)
+
+
 def rank(rows: list[dict]) -> str:
     """One line a predictor, one column a measurement: rank correlation of the predicted and the measured loss."""
     cells: dict[str, dict[str, float]] = {}
@@ -138,6 +151,7 @@ TABLES = {
     "ablation": ablation,
     "rank": rank,
     "runtimes": runtimes,
+    "budgets": budgets,
 }
 
 

@@ -290,6 +290,15 @@ def test_a_row_where_we_lose_is_printed_and_the_newest_counts(tables, tmp_path):
     assert "| masked_adamw | bert-base | 2,000 us | fused AdamW 0.5 · loop 3 | cpu |" in text
 
 
+def test_budgets_stand_beside_what_was_measured(tables, tmp_path):
+    kept = row("bench_budgets", "tiny 8ms", 8.2, "ms", unit="ms", rival="budget", rival_value=8.0, ratio=0.976)
+    scores = [row("bench_budgets", "tiny 8ms", 0.9, name, unit="") for name in ("f1", "f1, model")]
+    tried = row("bench_budgets", "tiny smallest 98% tried 9MB", 0.8, "f1", unit="")
+    text = tables.fill("<!-- table: budgets -->\n<!-- end -->", tables.load(write(tmp_path, kept, *scores, tried)))
+    assert "| tiny 8ms | 8.2 ms | budget: 8 | cpu |" in text and "| tiny 8ms | 0.9 (f1) | - | cpu |" in text
+    assert "model" not in text and "tried" not in text
+
+
 def test_a_table_without_rows_has_a_note(tables, tmp_path):
     text = tables.fill(README, tables.load(tmp_path))
     assert text.count(tables.NOTHING) == 2 and "old" not in text and text.endswith("after")
