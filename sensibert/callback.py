@@ -22,11 +22,9 @@ from .core.artifacts import Plan, Sensitivity
 from .core.budget import Budget
 from .core.config import TrimConfig
 from .core.errors import SensibertError
-from .core.layout import Layout
 from .core.logs import announce
 from .core.progress import Progress, counted, phase_of, unseen
 from .core.rows import Rows
-from .core.schedule import Schedule
 from .core.size_forms import form_lines
 from .data.batching import micro_batches
 from .decide import Allocated, Analysis, Choose, Tried, decide, with_costs
@@ -35,10 +33,11 @@ from .models.masks import Masks, cost_of, masks_of
 from .models.modules import consumer_weights
 from .models.sizes import Sizes
 from .models.structure import STRUCTURE, is_trimmed, read_structure
-from .models.unfinished import note_budget, reached
+from .models.unfinished import note_budget
 from .models.untrimmed import Untrimmed
 from .models.wrapped import has_classes, inner_batches, inner_model
 from .optim import MaskedAdamW, unwrapped
+from .run_budget import BudgetOfRun
 from .sensitivity import sampled_loss
 from .sensitivity.gradients import Loss
 from .sensitivity.ranking import StepRanking
@@ -64,7 +63,7 @@ class Shared:
     metrics: dict[str, float] | None = None  # at the cut
 
 
-class TrimCallback(TrainerCallback):
+class TrimCallback(BudgetOfRun, TrainerCallback):
     """Trims the model of a running transformers.Trainer, or the one inside a SentenceTransformer, SparseEncoder or
     CrossEncoder in the trainers of these. Add it to `callbacks=`; nothing else has to change.
 
@@ -124,21 +123,6 @@ class TrimCallback(TrainerCallback):
         self._reducer: Reducer | None = None  # of the present training, if it was started with torchrun
         self._checkpoint: Path | None = None  # the run resumes from it
         self._made_with: dict[str, object] | None = None  # settings saved in that checkpoint
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.config.schedule
-
-    @property
-    def budget(self) -> Budget:
-        """With the table of its costs, where those are measured, once there is a model."""
-        budget, table = self.config.parsed_budget(), self.memory.table
-        return budget.with_table(table) if table is not None and table.kind == budget.kind else budget
-
-    @property
-    def layout(self) -> Layout | None:
-        """Of the untrimmed model; None until there is one."""
-        return None if self._model is None else self._seen[self._model].layout
 
     def __getstate__(self) -> dict[str, object]:
         # Weak references cannot be pickled, as some backends of a hyperparameter search do.
@@ -390,55 +374,6 @@ class TrimCallback(TrainerCallback):
             return self._target(self.cuts[state.global_step])
 
         return fitted
-
-    def _smallest(self, budget: Budget, model: nn.Module) -> Budget:
-        """With the costs of the smallest form that the file can have."""
-        return budget if self.size_choice is None else self.size_choice.smallest(budget, model)
-
-    def left(self) -> float:
-        """Fraction of the encoder's cost that remains under the budget; 1 without trimming."""
-        return cost.encoder_left(self._untrimmed().layout, self.budget) if self.config.trims else 1.0
-
-    def _target(self, progress: float) -> Budget:
-        """The budget at this point of the schedule, as an absolute number: the model may have been trimmed before."""
-        budget, before = self.budget, self._cost_before()
-        value = budget.value
-        if progress < 1 or budget.relative:
-            value = before * self.schedule.ratio(progress, value if budget.relative else value / before)
-        return replace(budget, relative=False, value=float(int(value)))
-
-    def whole_plan(self, model: nn.Module) -> Plan:
-        """All cuts so far as one plan of the untrimmed model."""
-        assert self.config.method is not None  # of a resolved config
-        return self._untrimmed().whole_plan(inner_model(model), self.budget, self.config.method)
-
-    def excess(self, model: nn.Module) -> str | None:
-        """What the model has and what the budget allows, if that is less; None if the budget is met."""
-        if not self.config.trims or (actual := reached(inner_model(model), self.budget)) <= (
-            allowed := self._allowed()
-        ):
-            return None
-        budget = self.budget
-        before, most = (
-            budget.amount(cost) if budget.measured else f"{cost:,}" for cost in (self._cost_before(), allowed)
-        )
-        return f"{budget.amount(actual)} of {before}, want at most {most} ({budget})"
-
-    def _cost_before(self) -> int:
-        """The budget's cost of the untrimmed model."""
-        return cost.whole(self._untrimmed().layout, self.budget)
-
-    def _allowed(self) -> int:
-        """The budget as an absolute number."""
-        budget = self.budget
-        if self._model is not None and self.memory.size is None:
-            budget = self._smallest(budget, self._model)
-        return cost.limit(self._untrimmed().layout, budget, self.config.parsed_grid())
-
-    def _untrimmed(self) -> Untrimmed:
-        if self._model is None:
-            raise SensibertError("TrimCallback: it has seen no model yet, want it among the callbacks of a Trainer")
-        return self._seen[self._model]
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

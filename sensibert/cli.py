@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect as signatures
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -13,10 +12,10 @@ from typing import Annotated, Any
 
 import typer.core
 
+from .cli_errors import run_to_exit
 from .cli_options import DATA_NAMES, EXTRA, FORMER, KINDS, MEASUREMENT_NAMES, PANELS, PATHS, SHAPE_NAMES, option
 from .core.arguments import at_least_one, fraction
-from .core.config import RETIRED
-from .core.errors import SensibertError, Terminated, Told
+from .core.errors import SensibertError
 from .core.export_options import check_export
 from .core.folder_facts import read_family
 from .core.launch import launched, want_one_process
@@ -430,10 +429,6 @@ def inspect(context: typer.Context, values: dict[str, Any]) -> None:
     _print(values["as_json"], result, "\n\n".join(filter(None, parts)))
 
 
-_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM: the convention of shells
-
-
 def main() -> None:
     """Entry point. Errors of the user and of the system become one line and exit code 2.
 
@@ -445,55 +440,4 @@ def main() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # advice to programmers, from every process
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("sensibert").addFilter(_printable_record)
-    try:
-        code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # typer returns this code after Ctrl-C
-            message = "stopped; finetune --resume continues from the last complete checkpoint, if there is one"
-            _fail(message, INTERRUPTED)
-        if code:
-            sys.exit(code)
-    except Told:
-        _fail("", 2)
-    except Terminated as error:
-        _fail(str(error), TERMINATED)
-    except (SensibertError, OSError) as error:
-        _fail(str(error), 2)
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        # Click's usage errors have an exit code and a formatted message. Anything else is a bug of ours.
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            raise
-        _fail(_in_words(error), error.exit_code)
-
-
-def _printable_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), ()
-    return True
-
-
-def _in_words(error: Any) -> str:
-    """The message of a usage error, with the value that came; or that the option no longer exists."""
-    name = getattr(error, "option_name", "")
-    if name.lstrip("-").replace("-", "_") in RETIRED:
-        return f"{name} was removed: want it left out"
-    details = getattr(error.__cause__, "errors", None)
-    if not callable(details):
-        return error.format_message()
-    detail = details()[0]
-    wanted = _WANTED.get(detail["type"].partition("_")[0], detail["msg"])
-    return f"Invalid value for {error.param_hint or error.param.opts[0]!r}: it is {detail['input']!r}, want {wanted}"
-
-
-def _fail(message: str, code: int) -> None:
-    process, connected = launched(), "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    if process.local and (not connected or code == INTERRUPTED):
-        message = ""  # of arguments, or of Ctrl-C: the first process of each machine has it too
-    if message:  # empty after the help text
-        who = f"process {process.number}: " if process.number else ""
-        print(f"sensibert: error: {who}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-    if connected:  # at a usual exit torch.distributed may wait for the others
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    run_to_exit(app)

@@ -24,9 +24,12 @@ MODEL = "model"  # in the folder of a branch: the finished model folder
 # Facts of a member's result.json that are those of the family.
 COMMON = (
     *("task", "model", "method", "scope", "grid", "seed", "steps", "flops_length", "metrics_at_cut", "cut_step"),
-    *("encoder_params_before", "total_params_before", "flops_before"),
+    *("encoder_params_before", "total_params_before", "flops_before", "mb_before"),
 )
-OWN = ("budget", "encoder_params_after", "total_params_after", "flops_after", "metrics", "warnings")
+OWN = (
+    *("budget", "weights", "mb_after", "encoder_params_after", "total_params_after", "flops_after", "metrics"),
+    "warnings",
+)
 Write = Callable[[Path, Options, Trained], None]  # a model folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,6 +56,15 @@ class Vocabulary:
         """Trim a model's embeddings to the requested vocabulary; return the facts for result.json."""
         before = {"total_params_before": cost_of(model, "model")[0]}
         return before | (self.keep(model) if self.requested else {})
+
+    def want_chosen(self, checkpoint: Path, memory: RunMemory) -> None:
+        """SensibertError if the run that left a checkpoint has chosen fewer pieces, and this one may not."""
+        pieces = memory.table.vocabulary if memory.size is not None and memory.table is not None else 0
+        if pieces and self.smaller is None:
+            raise SensibertError(
+                f"resume: {checkpoint} is of a run that chose {pieces:,} pieces of the vocabulary, and this one keeps "
+                "all: want vocabulary left out"
+            )
 
     def keep(self, model: PreTrainedModel) -> dict[str, int]:
         """Keep the pieces of the smaller vocabulary; return the facts."""

@@ -126,6 +126,7 @@ class _Training:
         memory = self.callback.memory
         if checkpoint is not None:
             want_same_inputs(checkpoint, memory, found)
+            inputs.vocabulary.want_chosen(checkpoint, memory)
         memory.inputs = found
         with writing(folder):
             inputs.processes.by_first(lambda: begin(folder, checkpoint))

@@ -105,7 +105,7 @@ class SizeChoice:
             raise refused or SensibertError("budget: no form of the weights file has a finite loss at the cut")
         for facts in found:
             facts["chosen"] = facts is found[best]
-        rows = {"rows": min(ROWS, len(self.rows.whole[0])), "of": self.rows.of, "loss_before": untouched}
+        rows = {"rows": self._number(self.rows.whole[0]), "of": self.rows.of, "loss_before": untouched}
         return tables[best], {**rows, "forms": found}
 
     def _single(self) -> list[Form]:
@@ -132,11 +132,18 @@ class SizeChoice:
         rows, collator = self.rows.fewer if form.fewer and self.rows.fewer is not None else self.rows.whole
         total, number = 0.0, 0
         with eval_mode(model) as device, torch.no_grad():
-            for batch, outputs in passes(model, micro_batches(rows, collator, ROWS, TOGETHER, self.seed), device):
+            batches = micro_batches(rows, collator, self._number(rows), TOGETHER, self.seed)
+            for batch, outputs in passes(model, batches, device):
                 loss = model_loss(outputs)
                 assert loss is not None  # the rows have labels
                 total, number = total + float(loss) * batch_size(batch), number + batch_size(batch)
         return total / number
+
+    def _number(self, rows: Rows) -> int:
+        """Rows to measure on. All validation rows, which are chosen before they are encoded: a question has a row for
+        each window, and not as many in another vocabulary."""
+        assert self.rows is not None
+        return len(rows) if self.rows.of == "validation" else min(ROWS, len(rows))
 
 
 def _bytes(layout: Any, budget: Budget) -> int:

@@ -29,6 +29,7 @@ ORDER = (
     ("size_choice",),
     ("run_inputs",),
     ("start_checks",),
+    ("run_budget",),
     ("callback",),
     ("branches",),
     ("family",),
@@ -42,6 +43,7 @@ ORDER = (
     ("dry_run",),
     ("commands",),
     ("compare",),
+    ("cli_errors",),
     ("cli",),
     ("__main__",),
     ("",),  # sensibert/__init__.py names everything, and nobody inside imports it

@@ -116,6 +116,8 @@ def test_a_plan_is_made_from_a_table(here, clock, tmp_path):
     asked = ("plan", "--sensitivity", scores, "--budget", "60%latency", "--width-multiple", 8, "--dry-run")
     refused = runs.command(*asked)
     assert refused.code == 2 and "needs measured costs, want a table of `sensibert latency`" in refused.err
+    for_size = runs.command(*asked[:3], "--budget", "60%size", "--dry-run")
+    assert for_size.code == 2 and "60%size needs measured costs, want finetune or trim, which measure" in for_size.err
     done = runs.command(*asked, "--latency-table", tmp_path / "table.json", "--json")
     assert done.code == 0 and done.json["budget"] == "60%latency"
 

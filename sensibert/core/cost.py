@@ -57,9 +57,9 @@ def encoder_left(layout: Layout, budget: Budget) -> float:
 def table_of(budget: Budget) -> CostTable:
     """The measured costs of a budget; SensibertError if it has none."""
     if budget.table is None:
-        raise SensibertError(
-            f"budget: {budget} needs measured costs, want a table of `sensibert latency`, or finetune, which measures"
-        )
+        want = "finetune or trim, which measure"
+        want = want if budget.kind == "size" else f"a table of `sensibert latency`, or {want}"
+        raise SensibertError(f"budget: {budget} needs measured costs, want {want} them")
     return budget.table
 
 

@@ -45,7 +45,7 @@ KINDS = {"heads": "head", "ffn": "ffn"}  # column of a table -> kind of a site
 SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the units of a layer, in the probes of latency
 VOCABULARY = 1024  # of the probes of latency: rows that are not read cost nothing
 CLOSE = 0.03  # a measured cost this close to a predicted one confirms it
-PROMISED = 0.05  # a result costs no more than this above its budget, or the run says so
+PROMISED = {"ms": 0.05, "MB": 0.0}  # a result costs no more than this above its budget, or the run says so
 TRIES = 3  # tables of costs that are corrected by a measurement, before the last plan is taken
 
 
@@ -111,15 +111,18 @@ def measure_costs(model: PreTrainedModel, target: Target) -> CostTable:
     probes = _probes(model, target)
     costs = costs_of(probes.models, target)
     facts = probes.facts | {"device": target.device}
-    if target.kind == "size":
-        facts["whole"] = round(costs[0])
     table = CostTable.from_dict(table_from(facts, probes.levels, probes.sites, costs))
+    if target.kind == "size":
+        counts, whole = counts_of(layout_of(model)), costs[0]
+        if counts != counts_of(layout_of(probes.models[0])):  # trimmed before: a fraction is one of what is there
+            whole = spent(layout_of(model), counts, Budget(1.0, "size", True, table=table))
+        table = replace(table, whole=round(whole))
     return table if weights == "fp32" else size_in_form(table, probes.models[0], weights)
 
 
 def size_in_form(table: CostTable, model: nn.Module, weights: str, vocabulary: int | None = None) -> CostTable:
-    """Sizes of the file in another form, computed from a table in fp32 with all rows of the embeddings. `settle`
-    corrects them for the model that is chosen.
+    """Sizes of the file in another form, computed from a table with all rows of the embeddings, in fp32 or in the same
+    precision. `settle` corrects them for the model that is chosen.
 
     model: untrimmed. vocabulary: rows that its embeddings keep; None: all."""
     rows, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
@@ -197,7 +200,8 @@ def _want_positions(models: Sequence[PreTrainedModel], target: Target) -> None:
 
 @checked
 def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan], target: Target) -> Plan:
-    """Measure what a plan costs, and correct the table and choose again until both agree to CLOSE.
+    """Measure what a plan costs, and correct the table and choose again until both agree to CLOSE; a file also until it
+    is no larger than the budget.
 
     model: its architecture counts. The budget of the plan that is returned has the corrected table."""
     layout = plan.layout
@@ -207,7 +211,8 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
         assert table is not None  # of a budget of measured costs
         predicted = spent(layout, counts, plan.budget)
         measured = _cost_of(_trimmed(base, layout, counts), base, plan.budget, target)[1]
-        if abs(measured - predicted) <= CLOSE * predicted or tries == TRIES:
+        fits = target.kind == "latency" or measured <= limit(layout, plan.budget)
+        if (fits and abs(measured - predicted) <= CLOSE * predicted) or tries == TRIES:
             break
         try:
             plan = choose(plan.budget.with_table(table.corrected(predicted, measured)))
@@ -217,10 +222,12 @@ def settle(model: PreTrainedModel, plan: Plan, choose: Callable[[Budget], Plan],
 
 
 def _cost_of(model: PreTrainedModel, whole: PreTrainedModel, budget: Budget, target: Target) -> tuple[float, float]:
-    """(cost of the untrimmed model, cost of a trimmed one), measured together. A machine that is slower or faster than
-    when the table was made changes the time of both by a factor, which is taken out."""
+    """(cost of the untrimmed model, cost of a trimmed one). Times are measured together: a machine that is slower or
+    faster than when the table was made changes both by a factor, which is taken out."""
     layout = layout_of(whole)
     known = float(spent(layout, counts_of(layout), budget))
+    if target.kind == "size":
+        return known, costs_of([model], target)[0]
     before, after = costs_of([whole, model], target)
     return known, after * known / before
 
@@ -249,7 +256,7 @@ def missed(facts: Mapping[str, Any]) -> list[str]:
         return [
             f"the budget of {budget:.4g} {unit} is met by the table of costs, and cannot be measured on this device"
         ]
-    if after > budget * (1 + PROMISED):
+    if after > budget * (1 + PROMISED[unit]):
         return [f"{facts['of']} takes {after:.4g} {unit}, more than the budget of {budget:.4g} {unit}"]
     return []
 

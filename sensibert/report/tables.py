@@ -117,17 +117,20 @@ def floor_table(kept: Mapping[str, Any]) -> str:
 def family_table(result: Mapping[str, Any]) -> str:
     """The models of a family as text. result: the content of its result.json."""
     whole, metric, baseline = result["encoder_params_before"], result["metric"], result.get("metrics_baseline")
+    sized = all("mb_after" in row for row in result["rows"])  # those of earlier versions lack it
     rows: list[tuple[object, ...]] = []
     if baseline:
-        rows.append((BASELINE, whole, share(whole, whole), f"{baseline[metric]:.4f}", "", result["seconds"][BASELINE]))
+        size, seconds = f"{result.get('mb_before', 0):.1f}", result["seconds"][BASELINE]
+        rows.append((BASELINE, whole, share(whole, whole), size, f"{baseline[metric]:.4f}", "", seconds))
     for row in result["rows"]:
         score, params = (row["metrics"] or {}).get(metric), row["encoder_params_after"]
         of = share(score, baseline[metric]) if score is not None and baseline else ""
         shown = "-" if score is None else f"{score:.4f}"
-        rows.append((row["budget"], params, share(params, whole), shown, of, row["seconds"]))
+        size = f"{row['mb_after']:.1f}" if sized else ""
+        rows.append((row["budget"], params, share(params, whole), size, shown, of, row["seconds"]))
     cells = [(*row[:-1], f"{row[-1]:.0f} s") for row in rows]
-    header = ("budget", "encoder parameters", "left", metric, "of the baseline", "seconds")
-    kept = [c for c in range(len(header)) if c != 4 or baseline]
+    header = ("budget", "encoder parameters", "left", "file, MB", metric, "of the baseline", "seconds")
+    kept = [c for c in range(len(header)) if (c != 3 or sized) and (c != 5 or baseline)]
     parts = [f"{result['task']}, {len(result['rows'])} budgets by {result['method']}"]
     parts.append(table([header[c] for c in kept], [[row[c] for c in kept] for row in cells]))
     shared = result["seconds"]["warm_up_and_analysis"]

@@ -111,6 +111,8 @@ def test_what_a_trimmed_model_costs_is_told_in_the_unit_of_the_budget(monkeypatc
     assert facts["unit"] == "ms" and facts["budget"] == 1.2 and facts["before"] > facts["after"]
     assert facts["after"] == pytest.approx(by_parameters([model], None)[0] / 1e3, rel=1e-3) and missed(facts) == []
     assert "more than the budget of 1.2 ms" in missed(facts | {"after": 1.3})[0]
+    assert missed(facts | {"after": 1.02 * facts["budget"]}) == []
+    assert missed(facts | {"after": 1.02 * facts["budget"], "unit": "MB"}) != []  # files are not noisy
     elsewhere = budget.with_table(CostTable.from_dict(budget.table.to_dict() | {"device": "a phone"}))
     facts = measured_facts(model, elsewhere)
     assert "after" not in facts and "cannot be measured on this device" in missed(facts)[0]

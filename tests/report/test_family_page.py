@@ -7,6 +7,7 @@ import pytest
 from sensibert.core.errors import SensibertError
 from sensibert.core.folder_facts import read_family
 from sensibert.report.family_page import family_page
+from sensibert.report.tables import family_table
 from tests import runs
 from tests.report.small import RESULT
 from tests.report.test_page import read
@@ -117,3 +118,14 @@ def test_the_commands_take_the_folder_of_a_family(tmp_path):
     (folder / "50-params" / "result.json").unlink()
     done = runs.command("report", folder)
     assert done.code == 2 and "result.json: cannot be read" in done.err
+
+
+def test_the_table_has_the_size_of_every_file():
+    known = family()
+    assert "MB" not in family_table(known)  # of an earlier version
+    for row, megabytes in zip(known["rows"], (8.0, 6.04), strict=True):
+        row["mb_after"] = megabytes
+    lines = [line.split() for line in family_table(known | {"mb_before": 10.0}).splitlines()]
+    assert [line[4] for line in lines if line and line[0] in ("baseline", "75%params", "50%params")] == [
+        *("10.0", "8.0", "6.0"),
+    ]
