@@ -44,7 +44,7 @@ def train_family(branches: Branches, metric: str, layout: Layout, write: Write) 
     """Train a model for every budget, each into the folder of its branch; return the content of result.json.
 
     metric: the main one. layout: of the untrimmed model. A resumed run skips the models that are finished.
-    SensibertError, before anything is trained, for a budget that the model cannot meet."""
+    SensibertError, before anything is trained, for a budget of parameters or FLOPs that the model cannot meet."""
     options, rows, common = branches.options, [], {}
     for budget in options.parsed_budgets():
         if not budget.measured:  # the others are measured in their runs

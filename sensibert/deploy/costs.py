@@ -300,7 +300,7 @@ def _write(model: PreTrainedModel, folder: Path, target: Target) -> Path:
     """The weights file of a model for a runtime."""
     folder.mkdir()
     if target.runtime == "torch":
-        (model if target.weights == "fp32" else with_weights(model, target.weights)).save_pretrained(folder)
+        with_weights(model, target.weights).save_pretrained(folder)
         return folder / "model.safetensors"
     runtime = GRAPHS[target.graph]
     file = folder / "graph" / Path(runtime.file).name

@@ -23,7 +23,9 @@ def round_weights(model: nn.Module, weights: str) -> None:
 
 
 def with_weights(model: Module, weights: str) -> Module:
-    """A copy of the model in another dtype. SensibertError for a value that is too large for fp16."""
+    """The model, or a copy if its dtype is another. SensibertError for a value that is too large for fp16."""
+    if all(parameter.dtype == DTYPES[weights] for parameter in model.parameters()):
+        return model
     want_room(model, weights)
     return copy.deepcopy(model).to(DTYPES[weights])
 

@@ -87,8 +87,8 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         took = f" (from the cut on {seconds:.0f} s)" if seconds else ""
         notes.append(f"Baseline: the same run without trimming{f', {steps:,} steps' if steps else ''}{took}.")
     if full := result.get("metrics_in_full"):
-        name = next(iter(full))
-        notes.append(f"As it was trained, before the file was made smaller: {name} {full[name]:.4f}.")
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in full.items())
+        notes.append(f"As it was trained, before the file was made smaller: {scores}.")
     return notes
 
 
