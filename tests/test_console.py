@@ -86,7 +86,7 @@ def test_a_terminal_shows_one_moving_line_below_the_finished_phases(here, tmp_pa
 def test_quiet_leaves_the_last_table(here, tmp_path):
     done = command(*arguments(here, tmp_path / "out", "--quiet"), shown=True)
     assert (done.code, done.err) == (0, "") and done.out.startswith("text-classification, 50%params by obs\n")
-    for shown in ("model file, MB", "latency of 1 x 16 tokens, ms", "threads", "Seconds: load ", "warm-up "):
+    for shown in ("model file, MB", "latency of 1 x 16 tokens, ms", "thread", "Seconds: load ", "warm-up "):
         assert shown in done.out, shown
 
 
