@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..core.text import share
-from .page_parts import cards, document, heading, loading, section, short, table
+from ..core.text import share, short
+from .page_parts import cards, document, heading, loading, section, table
 from .page_plots import Measured, against_score
 from .timings import Times, one_text
 

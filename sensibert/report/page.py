@@ -9,9 +9,9 @@ from typing import Any
 
 from ..core.artifacts import Sensitivity
 from ..core.size_forms import DIVIDED, form_lines
-from ..core.text import share
+from ..core.text import share, short
 from .history import Moment
-from .page_parts import bar, cards, document, heading, loading, section, short, table
+from .page_parts import bar, cards, document, heading, loading, section, table
 from .page_plots import Measured, against_score, curves, run
 from .plots import role
 from .tables import score_columns, score_notes

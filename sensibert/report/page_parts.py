@@ -62,13 +62,6 @@ def cards(found: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="facts">{"".join(shown)}</div>'
 
 
-def short(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:g}"
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], plain: bool = True) -> str:
     """plain: cells are text, else HTML with their own <td>."""
     top = "".join(f"<th>{escape(name)}</th>" for name in header)
