@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they bring
@@ -83,6 +84,15 @@ def no_pictures(request, monkeypatch):
 @pytest.fixture
 def report():
     """For a test that needs the pictures of a run drawn."""
+
+
+@pytest.fixture
+def sizes_of_weights(monkeypatch):
+    """The size of model.safetensors stands for that of a graph: no graphs of probes."""
+    from sensibert.deploy import costs
+
+    measured = costs.costs_of
+    monkeypatch.setattr(costs, "costs_of", lambda models, target: measured(models, replace(target, runtime="torch")))
 
 
 @pytest.fixture

@@ -1,9 +1,17 @@
-"""Code in a process of its own, with or without sensibert (`from tests.fresh import ...`)."""
+"""Code in a process of its own, with or without sensibert (`from tests.fresh import ...`).
+
+Importing torch and transformers takes five seconds, most of what a short program takes. So these processes are forked
+from one that has imported them, and nothing of sensibert. Tests of imports start a real one: subprocess.run.
+"""
 
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +19,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch", "torch.distributed", "transformers.modeling_utils", "transformers.trainer"])
 
 # First lines of a program in which sensibert cannot be imported.
 WITHOUT = """
@@ -58,24 +68,76 @@ torch.save(found, written)
 """
 
 
-def run(code: str, *args: object, cwd: Path, isolated: bool = False) -> str:
-    """The last line that a program prints. isolated: nothing of this checkout is on its path."""
-    environment = os.environ | {"HF_HOME": str(cwd / "hf"), "HF_MODULES_CACHE": str(cwd / "modules")}
-    environment |= {} if isolated else {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *(["-I"] if isolated else []), "-c", code, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout[-500:], done.stderr[-3000:])
-    return (done.stdout.strip().splitlines() or [""])[-1]
+class Started:
+    """A function in a forked process, with its own working directory and environment."""
+
+    def __init__(self, function: Callable[..., None], *args: object, cwd: Path, **environment: str) -> None:
+        self.said = Path(tempfile.mkdtemp())
+        given = (function, args, self.said, cwd, {**os.environ, **environment})
+        self.process = FORKED.Process(target=_enter, args=given)
+        self.process.start()
+
+    def ended(self, timeout: float = 600) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        out, err = ((self.said / name).read_text() for name in ("out", "err"))
+        return self.process.exitcode, out, err
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        shutil.rmtree(self.said)
 
 
-def run_each(code: str, requested: dict[Any, tuple[object, ...]], here: Path) -> dict[Any, str]:
+def _enter(function: Callable[..., None], args: tuple, said: Path, cwd: Path, environment: Mapping[str, str]) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    function(*args)
+
+
+def _program(code: str, args: list[str], modules: str, isolated: bool) -> None:
+    for module in [*sys.modules.values()]:  # transformers has read its environment already
+        if hasattr(module, "HF_MODULES_CACHE"):
+            module.HF_MODULES_CACHE = modules
+    sys.argv = ["-c", *args]
+    sys.path[:] = [folder for folder in sys.path if folder and Path(folder).resolve() != ROOT]
+    sys.path[:0] = [] if isolated else [str(ROOT)]
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
+
+
+def run(code: str, *args: object, cwd: Path, isolated: bool = False, interpreter: bool = False) -> str:
+    """The last line that a program prints. isolated: nothing of this checkout is on its path. interpreter: in a new
+    one, which has imported nothing."""
+    words = [*map(str, args)]
+    if interpreter:
+        caches = {"HF_HOME": str(cwd / "hf"), "HF_MODULES_CACHE": str(cwd / "modules")}
+        environment = os.environ | caches | ({} if isolated else {"PYTHONPATH": str(ROOT)})
+        command = [sys.executable, *(["-I"] if isolated else []), "-c", code, *words]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        started = Started(_program, code, words, str(cwd / "modules"), isolated, cwd=cwd)
+        status, out, err = started.ended()
+        started.kill()
+    assert status == 0, (out[-500:], err[-3000:])
+    return (out.strip().splitlines() or [""])[-1]
+
+
+def run_each(
+    code: str, requested: dict[Any, tuple[object, ...]], here: Path, interpreter: bool = False
+) -> dict[Any, str]:
     """What a program that begins with EACH says for each of several arguments. They share its imports."""
     folders = {name: here / str(number) for number, name in enumerate(requested)}
     for folder in folders.values():
         folder.mkdir()
     items = [(str(folders[name]), [str(part) for part in arguments]) for name, arguments in requested.items()]
     (here / "requested").write_text(json.dumps(items))
-    run(EACH + code, here / "requested", cwd=here)
+    run(EACH + code, here / "requested", cwd=here, interpreter=interpreter)
     return {name: (folder / "said").read_text() for name, folder in folders.items()}
 
 

@@ -62,6 +62,10 @@ def test_the_folder_has_a_picture_and_a_table_with_the_baseline(here, tmp_path, 
     assert seconds["total"] == pytest.approx(seconds["warm_up_and_analysis"] + seconds["baseline"] + rows, abs=0.01)
     own = json.loads((tmp_path / "f" / "70-params" / "result.json").read_text())
     assert own["metrics_baseline"] == done.json["metrics_baseline"]
+    timed = command("bench", here / "model", tmp_path / "f", "--rounds", 1, "--length", 8, "--json")
+    assert [row["folder"] for row in timed.json["rows"]] == [
+        str(folder) for folder in (here / "model", tmp_path / "f/70-params", tmp_path / "f/50-params")
+    ]
 
 
 def test_without_validation_data_there_are_models_and_no_scores(here, tmp_path):

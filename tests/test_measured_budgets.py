@@ -62,7 +62,7 @@ def test_a_run_meets_a_budget_in_megabytes(here, tmp_path):
     assert done.json["measured"]["after"] == pytest.approx(size / 1e6, rel=0.03)
 
 
-def test_the_file_of_the_budget_s_runtime_is_written_too(here, tmp_path):
+def test_the_file_of_the_budget_s_runtime_is_written_too(here, sizes_of_weights, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     runs.model_folder(tmp_path / "model", num_hidden_layers=1)

@@ -16,7 +16,7 @@ print(light, CONFIG_MAPPING["sensibert_bert"].__module__, type(sys.meta_path[0])
 
 
 def test_importing_sensibert_is_light_and_transformers_learns_of_it_when_its_auto_classes_come(tmp_path):
-    light, module, first_finder = fresh.run(FIRST, cwd=tmp_path).split()
+    light, module, first_finder = fresh.run(FIRST, cwd=tmp_path, interpreter=True).split()
     assert (light, module) == ("True", "sensibert.models.modeling_sensibert")
     assert first_finder != "_WhenImported", "the import hook serves once"
 

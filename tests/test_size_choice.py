@@ -184,7 +184,7 @@ def test_sizes_in_a_form_are_computed_as_they_are_measured(weights, vocabulary):
     assert Target.of(table) == target and CostTable.from_dict(table.to_dict()) == table
 
 
-def test_the_graph_s_embeddings_are_in_16_bits(here, tmp_path):
+def test_the_graph_s_embeddings_are_in_16_bits(here, sizes_of_weights, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnx

@@ -81,7 +81,8 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    return fresh.run_each(ONCE, {wrong: wrong.split() for wrong in WRONG}, tmp_path_factory.mktemp("wrong"))
+    requested, here = {wrong: wrong.split() for wrong in WRONG}, tmp_path_factory.mktemp("wrong")
+    return fresh.run_each(ONCE, requested, here, interpreter=True)
 
 
 @pytest.mark.parametrize("arguments", WRONG)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..core.errors import SensibertError, described
+from ..core.folder_facts import read_family
 from ..models.modules import positions
 from ..saving.folder import load
 from .graphs import INT8_FILE, RUNTIMES, Graph, input_names, random_inputs
@@ -41,8 +42,10 @@ class Entry(NamedTuple):
 
 
 def places_in(folder: str) -> list[Place]:
-    """The models in a folder; SensibertError if there is none."""
+    """The models in a folder, or in those of a family; SensibertError if there is none."""
     path, found = Path(folder), []
+    if (family := read_family(path / "result.json")) is not None:
+        return [place for row in family["rows"] for place in places_in(str(path / row["folder"]))]
     if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
         found.append(Place(folder, "torch", None))
     graphs = {name: runtime.file for name, runtime in RUNTIMES.items()} | {"onnx int8": INT8_FILE}

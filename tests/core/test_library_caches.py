@@ -12,8 +12,8 @@ def test_importing_sensibert_enlarges_the_caches_that_the_environment_does_not_s
     for name in CAPACITIES:
         monkeypatch.delenv(name, raising=False)
     code = CODE.format(names=list(CAPACITIES))
-    assert fresh.run(code, cwd=tmp_path).split() == [str(entries) for entries in CAPACITIES.values()]
+    assert fresh.run(code, cwd=tmp_path, interpreter=True).split() == [str(entries) for entries in CAPACITIES.values()]
     first = next(iter(CAPACITIES))
     monkeypatch.setenv(first, "7")
-    assert fresh.run(code, cwd=tmp_path).split()[0] == "7"
+    assert fresh.run(code, cwd=tmp_path, interpreter=True).split()[0] == "7"
     assert os.environ[first] == "7"

@@ -121,15 +121,12 @@ def test_what_a_trimmed_model_costs_is_told_in_the_unit_of_the_budget(monkeypatc
 def test_probes_are_timed_with_the_runtime_alone(tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    monkeypatch.setattr(costs, "SHARES", (0, 1 / 2))
+    monkeypatch.setattr(costs, "SHARES", (0,))
     model = tiny_model(num_hidden_layers=1)
     write_probes(model, tmp_path / "probes", Target("latency", "onnx", 1, 8))
     content = json.loads((tmp_path / "probes" / "probes.json").read_text())
-    assert content["levels"] == {"heads": [0, 1, 2, 4], "ffn": [0, 32, 64]} and content["sites"] == {
-        "heads": 1,
-        "ffn": 1,
-    }
-    assert len(content["files"]) == 1 + 3 + 2
+    assert content["levels"] == {"heads": [0, 1, 4], "ffn": [0, 64]} and content["sites"] == {"heads": 1, "ffn": 1}
+    assert len(content["files"]) == 1 + 2 + 1
     script, table = tmp_path / "probes" / "probe_timing.py", tmp_path / "table.json"
     code = "import sys, runpy; sys.modules['torch'] = sys.modules['sensibert'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -365,5 +365,5 @@ print(len(added), type(model) in known)
 
 
 def test_a_trim_imports_no_other_model_family_and_makes_the_class_known_to_pipelines(tmp_path):
-    number, known = fresh.run(TRIM, cwd=tmp_path).split()
+    number, known = fresh.run(TRIM, cwd=tmp_path, interpreter=True).split()
     assert int(number) < 20 and known == "True"

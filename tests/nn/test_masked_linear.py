@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sensibert.core.grid import Grid
 from sensibert.nn import MaskedLinear
+from tests.fresh import FORKED
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRIDS = [Grid.element(), Grid.row(), Grid.column(), Grid.rows(4), Grid.block(4, 4)]
@@ -233,10 +234,9 @@ def _ddp_worker(rank, world, file, queue):
 
 
 def test_ddp_averages_the_gradients_of_two_processes(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = FORKED.SimpleQueue()
     given = [(rank, 2, tmp_path / "store", queue) for rank in range(2)]
-    workers = [context.Process(target=_ddp_worker, args=args, daemon=True) for args in given]
+    workers = [FORKED.Process(target=_ddp_worker, args=args, daemon=True) for args in given]
     for worker in workers:
         worker.start()
     results = sorted(queue.get() for _ in workers)

@@ -16,6 +16,7 @@ from sensibert.ops.masked_linear import dispatch as paths
 from sensibert.ops.masked_linear.kept_index import kept_index, valid_matrix
 from sensibert.optim import compact_weights
 from sensibert.optim.masked_adamw import MaskedAdamW
+from tests.fresh import FORKED
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 BF16 = torch.bfloat16
@@ -395,8 +396,7 @@ def _ddp_against_plain(file):
 
 
 def test_ddp_trains_as_without(tmp_path):
-    process = torch.multiprocessing.get_context("spawn").Process
-    worker = process(target=_ddp_against_plain, args=(tmp_path / "store",), daemon=True)
+    worker = FORKED.Process(target=_ddp_against_plain, args=(tmp_path / "store",), daemon=True)
     worker.start()
     worker.join(120)
     assert worker.exitcode == 0

@@ -166,7 +166,7 @@ from transformers import AutoModel
 folder = sensibert.export(AutoModel.from_pretrained("org/mini"), sys.argv[1])
 print(sorted(path.name for path in folder.iterdir()))
 """
-    names = fresh.run(code, tmp_path / "out", cwd=tmp_path)
+    names = fresh.run(code, tmp_path / "out", cwd=tmp_path, interpreter=True)
     assert "modules.json" in names and "1_Pooling" in names and "tokenizer.json" in names
 
 

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from socket import socket
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fresh import Started
 
 
 def free_port() -> int:
@@ -17,16 +16,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(case: str, folder: Path, count: int) -> list[subprocess.Popen]:
+def start(case: str, folder: Path, count: int) -> list[Started]:
     """Start the processes of a case, each with the environment variables that torchrun sets."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "HF_HOME": str(folder / "hf")}
-    command = [sys.executable, "-m", "tests.training.distributed", case, str(folder)]
-    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    if count == 1:
-        ranks = [os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, cwd=folder, env=rank, **pipes) for rank in ranks]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Started(_process, case, folder, cwd=folder, **environment, **number) for number in numbers]
 
 
 def run(case: str, folder: Path, count: int, ending: int | None = None) -> list[dict]:
@@ -38,13 +32,17 @@ def run(case: str, folder: Path, count: int, ending: int | None = None) -> list[
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
 
 
-def _found(process: subprocess.Popen) -> dict:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, (out[-500:], err[-3000:])
+def _found(process: Started) -> dict:
+    status, out, err = process.ended()
+    assert status == 0, (out[-500:], err[-3000:])
     return json.loads(out.strip().splitlines()[-1]) | {"errors": err}
+
+
+def _process(case: str, folder: Path) -> None:
+    print(json.dumps(globals()[case](Training(folder))), flush=True)
+    os._exit(0)  # gloo may wait
 
 
 class Training:
@@ -272,14 +270,3 @@ def dying(training: Training, sent: int = signal.SIGKILL, **changed) -> dict:
 def stopping(training: Training) -> dict:
     """The last process stops, without an end."""
     return dying(training, signal.SIGSTOP, ddp_timeout=3)
-
-
-def main() -> None:
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    found = globals()[case](Training(folder))
-    print(json.dumps(found), flush=True)
-    os._exit(0)  # gloo may wait
-
-
-if __name__ == "__main__":
-    main()
