@@ -85,13 +85,21 @@ def _finetune_and_trim(
         vocabulary = Vocabulary.of(options)
         data = load_data(options, vocabulary.tokenizer)
         schedule = options.trim.schedule.for_task(data.task.recovery, data.task.trim_start)
-        # A warm-up with a budget of measured costs measures them, for all runs that branch from it.
-        measured = next((str(budget) for budget in options.parsed_budgets() if budget.measured), options.trim.budget)
-        options = replace(options, trim=replace(options.trim, schedule=schedule, budget=measured))
+        options = replace(options, trim=replace(options.trim, schedule=schedule, budget=_first_budget(options)))
         shared = Shared() if options.baseline or options.budgets or options.keep else None
         rows = held_out(options, data, vocabulary)
         inputs = Inputs(vocabulary, data, rows, folder, choose, accept_unfinished, shared, shown, processes)
         return _run(inputs, options, Branches(options, folder, checkpoint, started, partial(train, inputs)))
+
+
+def _first_budget(options: Options) -> str:
+    """Of the warm-up. With a measured budget it measures costs for all runs that branch from it, and refuses one that
+    cannot be reached: so the smallest of those that are like the first."""
+    measured = [budget for budget in options.parsed_budgets() if budget.measured]
+    if not measured:
+        return options.trim.budget
+    kind = measured[0].kind, measured[0].relative
+    return str(min((each for each in measured if (each.kind, each.relative) == kind), key=lambda each: each.value))
 
 
 def finished(options: Options) -> dict | None:

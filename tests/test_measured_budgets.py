@@ -214,6 +214,13 @@ def test_a_vocabulary_of_a_file_and_a_teacher_of_another_are_refused(here, tmp_p
     assert done.code == 2 and "vocabulary and teacher are both given" in done.err
 
 
+def test_a_family_with_a_budget_out_of_reach_is_refused_before_training(here, clock, steps, tmp_path):
+    files = ("--train-file", here / "train.csv", "--max-steps", 12, "--output", tmp_path / "out")
+    done = runs.command("finetune", "--model", here / "model", *files, "--budgets", "60,1%latency")
+    assert done.code == 2 and "the smallest reachable budget is " in done.err, done.err
+    assert steps == [] and not (tmp_path / "out").exists()
+
+
 def test_a_family_of_measured_budgets_measures_once(here, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(costs, "costs_of", lambda models, target: calls.append(len(models)) or by_parameters(models, 0))

@@ -33,6 +33,7 @@ pipeline_tag: {pipeline}
 | all parameters | {total:,} | {base_total:,} |
 | heads by layer | {heads} | {base_heads} |
 | FFN neurons by layer | {ffn} | {base_ffn} |
+| data type of the weights | {dtype} | |
 
 Budget: {budget}. Method: {method}.
 
@@ -153,6 +154,7 @@ def card(
         base_heads=_numbers(full["head"]),
         ffn=_numbers(entry["ffn"]),
         base_ffn=_numbers(full["ffn"]),
+        dtype=str(view.dtype).removeprefix("torch."),
         budget=(entry["budget"] or "not noted")
         + (f", on the way to {entry[UNFINISHED]}" if UNFINISHED in entry else ""),
         method=entry["method"] or "not noted",

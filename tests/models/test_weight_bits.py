@@ -34,7 +34,9 @@ def test_a_file_in_16_bits_has_half_the_bytes_and_the_logits_of_the_rounded_mode
     assert 0.5 * sizes[0] <= sizes[1] < 0.6 * sizes[0]
     assert model.dtype == torch.float32  # the one in memory is unchanged
     folder = tmp_path / weights
-    assert json.loads((folder / "config.json").read_text())["dtype"] == str(DTYPES[weights]).removeprefix("torch.")
+    name = str(DTYPES[weights]).removeprefix("torch.")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == name
+    assert f"| data type of the weights | {name} |" in (folder / "README.md").read_text()
     assert Auto.from_pretrained(folder).dtype == DTYPES[weights]
     before, again = output(model), Auto.from_pretrained(folder, dtype=torch.float32)
     round_weights(model, weights)

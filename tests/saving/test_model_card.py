@@ -25,6 +25,7 @@ def test_the_card_has_sizes_origin_and_both_ways_of_loading(tmp_path):
     share = after.encoder_params / before.encoder_params
     assert f"| {after.encoder_params:,} | {before.encoder_params:,} ({100 * share:.1f} % left) |" in card
     assert f"| {after.total_params:,} | {before.total_params:,} |" in card
+    assert "| data type of the weights | float32 |" in card
     assert "pipeline_tag: question-answering" in card and "Scores" not in card and "base_model:" not in card
     assert "Budget: 50%params. Method: random." in card, "info goes before what the plan says, which fills in the rest"
 
