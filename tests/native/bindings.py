@@ -58,8 +58,17 @@ def build(op: str, folder: Path, shared: Path, *defines: str) -> Path:
         assert count, f"{source.name} no longer says {old}"
     source.write_text(text + f'#include "../kernels/{op}.cu"\n{STREAM}\n')
     library = folder / f"{op}.so"
-    command = [compiler(), *FLAGS, *precompiled(shared), *defines, f"-I{folder}", f"-I{HERE}", f"-I{folder / 'csrc' / 'kernels'}"]
-    command += ["-shared", str(source), "-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    command = [
+        compiler(),
+        *FLAGS,
+        *precompiled(shared),
+        *defines,
+        f"-I{folder}",
+        f"-I{HERE}",
+        f"-I{folder / 'csrc' / 'kernels'}",
+    ]
+    command += ["-shared", str(source)]
+    command += ["-o", str(library), f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     return library

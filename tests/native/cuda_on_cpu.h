@@ -82,9 +82,9 @@ struct Fiber {
     dim3 thread;
     unsigned linear = 0;
     State state = State::kDone;
-    unsigned mask = 0;        // of the warp operation it waits at
-    uint64_t offer = 0;       // its operand there
-    uint64_t* seen;           // the operands of its warp, once all have arrived, until the next operation
+    unsigned mask = 0;               // of the warp operation it waits at
+    uint64_t offer = 0;              // its operand there
+    uint64_t* seen;                  // the operands of its warp, once all have arrived, until the next operation
     const uint32_t* word = nullptr;  // what it spins on: it goes on once *word & bits is not `value`
     uint32_t bits = 0, value = 0;
     unsigned syncs = 0;       // __syncthreads passed

@@ -134,10 +134,9 @@ inline void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t
     if (map->bytes)
         load_bytes(*map, shared_address(box), col, row);
     else
-        each_in_box(*map, shared_address(box), col, row,
-                    [](unsigned char* to, const unsigned char* from, auto bytes) {
-                        from ? memcpy(to, from, bytes) : memset(to, 0, bytes);
-                    });
+        each_in_box(*map, shared_address(box), col, row, [](unsigned char* to, const unsigned char* from, auto bytes) {
+            from ? memcpy(to, from, bytes) : memset(to, 0, bytes);
+        });
     barrier_update(barrier, 0, -int64_t(map->box_rows) * (map->bytes ? 16 : 128));
 }
 inline void prefetch_map(const TensorMap*) {}

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch._dynamo
-import torch.testing._internal.optests  # of torch.library.opcheck
+import torch.testing._internal.optests  # noqa: F401 - of torch.library.opcheck
 
 import sensibert.ops  # noqa: F401
 
