@@ -1,7 +1,6 @@
 """The real bindings of the kernels with CPU tensors: g++ builds csrc/torch/<op>.cpp with its kernel, and programs and
 tests run in processes of their own in which `tests.native.through_binding` has loaded the result."""
 
-import atexit
 import fcntl
 import json
 import re
@@ -76,10 +75,9 @@ def build(op: str, folder: Path, shared: Path, *defines: str) -> Path:
 
 @cache
 def server() -> subprocess.Popen:
+    """It ends with the process that started it: its input ends."""
     command = [sys.executable, "-m", "tests.native.server"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(process.communicate)  # its input ends, and so it ends
-    return process
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run(binding: Path, code: str, *pytest_arguments: str) -> str:
