@@ -82,9 +82,20 @@ def test_a_broken_compiler_does_not_stop_the_install(checkout):
     assert "the CUDA kernels were not built" in done.stderr and not list(checkout.glob("sensibert/*.so"))
 
 
-def test_the_switch_hides_it_and_the_ops_still_work():
-    program = """
-import torch
+# Runs each program of its arguments in a fork, with torch imported and nothing of sensibert, and leaves what it says.
+FORKS = """
+import os, sys, torch
+assert not any(name.split(".")[0] == "sensibert" for name in sys.modules)
+folder, *programs = sys.argv[1:]
+for number, program in enumerate(programs):
+    if not os.fork():
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        exec(program)
+        sys.exit()
+    assert os.wait()[1] == 0, open(f"{folder}/{number}.err").read()
+"""
+SWITCHED_OFF = """
 from sensibert import _native, ops
 from sensibert.core.grid import Grid
 assert not _native.available
@@ -92,29 +103,44 @@ print(_native.status())
 w = torch.ones(2, 3)
 print(ops.block_sensitivity([w], [w], Grid.tensor())[0].item())
 """
-    done = python("-c", program, SENSIBERT_NO_NATIVE="1")
+WITH_GPUS = "torch.version.cuda, torch.cuda.device_count = '13.0', lambda: {}; import sensibert.ops"
+BROKEN = """
+del os.environ["SENSIBERT_NO_NATIVE"]
+sys.path.insert(0, folder)
+from sensibert import _native
+assert _native.__file__.startswith(folder)
+print(_native.status())
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """What each program writes to standard output and to standard error."""
+    folder = tmp_path_factory.mktemp("said")
+    package = folder / "sensibert"
+    shutil.copytree(ROOT / "sensibert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
+    programs = {"off": SWITCHED_OFF, "gpus 1": WITH_GPUS.format(1), "gpus 0": WITH_GPUS.format(0), "broken": BROKEN}
+    done = python("-c", FORKS, str(folder), *programs.values(), SENSIBERT_NO_NATIVE="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    texts = [tuple((folder / f"{n}.{name}").read_text() for name in ("out", "err")) for n in range(len(programs))]
+    return dict(zip(programs, texts, strict=True))
+
+
+def test_the_switch_hides_it_and_the_ops_still_work(said):
+    assert said["off"][0].splitlines() == [
         "native kernels: none, hidden by SENSIBERT_NO_NATIVE; the PyTorch reference serves every op",
         "6.0",
     ]
 
 
-def test_the_status_has_the_reason_why_a_module_could_not_be_loaded(tmp_path):
-    package = tmp_path / "sensibert"
-    shutil.copytree(ROOT / "sensibert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (package / "_C.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
-    done = python("-c", "from sensibert import _native; print(_native.status())", folder=tmp_path)
-    assert "none, built, but cannot be loaded: libtorch_cuda.so: cannot open" in done.stdout, done.stderr
+def test_the_status_has_the_reason_why_a_module_could_not_be_loaded(said):
+    assert "none, built, but cannot be loaded: libtorch_cuda.so: cannot open" in said["broken"][0]
 
 
 @pytest.mark.parametrize("gpus", [1, 0])
-def test_a_gpu_without_kernels_is_warned_of_once(gpus):
-    program = (
-        f"import torch; torch.version.cuda, torch.cuda.device_count = '13.0', lambda: {gpus}; import sensibert.ops"
-    )
-    done = python("-c", program, SENSIBERT_NO_NATIVE="1")
-    assert done.returncode == 0 and done.stderr.count("native kernels: none") == gpus, done.stderr
+def test_a_gpu_without_kernels_is_warned_of_once(said, gpus):
+    assert said[f"gpus {gpus}"][1].count("native kernels: none") == gpus
 
 
 def test_without_nvcc_the_kernel_check_reports_it(tmp_path):

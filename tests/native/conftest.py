@@ -1,10 +1,21 @@
-"""Kernel programs are built once a session, when a test first asks for them."""
+"""Kernel programs and bindings are built once a session, when a test first asks for them."""
 
+import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from . import runner
+from . import bindings, runner
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that the workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +28,9 @@ def kernel(tmp_path_factory):
         return runner.build(runner.HERE / f"{op}.cpp", kind, folder)
 
     return lambda op, kind="plain": lambda *arrays, **env: runner.run(program(op, kind), *arrays, **env)
+
+
+@pytest.fixture(scope="session")
+def binding(tmp_path_factory, shared):
+    """binding("block_sensitivity") builds the binding and kernel of an op for CPU tensors: the library."""
+    return cache(lambda op, *defines: bindings.build(op, tmp_path_factory.mktemp("binding"), shared, *defines))

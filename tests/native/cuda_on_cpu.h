@@ -7,6 +7,7 @@
 // vectors, bf16 and fp16. Not: tensor cores, TMA, clusters, waiting for a block that comes later, order between blocks
 // beyond what running them backward shows.
 #pragma once
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,6 +33,7 @@
 #define CUDA_ON_CPU_ASAN(...)
 #endif
 #define CUDA_ON_CPU_HIDDEN __attribute__((noinline, no_sanitize_thread))  // the scheduler is not what is under test
+#define CUDA_ON_CPU_UNSEEN __attribute__((noinline, no_sanitize_thread, no_sanitize_address, no_sanitize_undefined))
 
 #define __global__
 #define __device__
@@ -71,15 +73,20 @@ constexpr size_t kStackBytes = 256 << 10, kSharedBytes = 227 << 10;
 
 enum class State { kReady, kAtWarp, kAtBlock, kSpinning, kDone };
 
+using Place = void* [5];  // of __builtin_setjmp
+
 struct Fiber {
-    ucontext_t context;
-    std::vector<unsigned char> stack;
+    unsigned char* stack = nullptr;
+    Place place;  // where it goes on
+    bool begun = false;
     dim3 thread;
     unsigned linear = 0;
     State state = State::kDone;
-    unsigned mask = 0;        // of the warp operation it waits at
-    uint64_t offer = 0;       // its operand there
-    uint64_t seen[kWarp];     // the operands of its warp, once all have arrived
+    unsigned mask = 0;               // of the warp operation it waits at
+    uint64_t offer = 0;              // its operand there
+    uint64_t* seen;                  // the operands of its warp, once all have arrived, until the next operation
+    const uint32_t* word = nullptr;  // what it spins on: it goes on once *word & bits is not `value`
+    uint32_t bits = 0, value = 0;
     unsigned syncs = 0;       // __syncthreads passed
     unsigned warp_syncs = 0;  // __syncwarp passed
     char gate[2];             // of __syncwarp, by parity: a lane may reach the next before all have left the last
@@ -88,8 +95,9 @@ struct Fiber {
 };
 
 struct Machine {
-    std::vector<Fiber> fibers;
-    ucontext_t scheduler;
+    Fiber fibers[1024];
+    uint64_t seen[1024];
+    Place scheduler;
     Fiber* running = nullptr;
     std::function<void()> body;
     std::vector<uint64_t> dynamic_shared;
@@ -106,29 +114,51 @@ inline Machine machine;
 
 CUDA_ON_CPU_HIDDEN inline Fiber& self() { return *machine.running; }
 
+// From one stack to the other, as swapcontext does, but without its two system calls.
+[[noreturn]] CUDA_ON_CPU_UNSEEN inline void go(Place& to) { __builtin_longjmp(to, 1); }
+CUDA_ON_CPU_UNSEEN inline void jump(Place& from, Place& to) {
+    if (!__builtin_setjmp(from)) go(to);
+}
+
 CUDA_ON_CPU_HIDDEN inline void to_scheduler(State state) {
     Fiber& f = self();
     f.state = state;
-    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(state == State::kDone ? nullptr : &f.fake_stack, machine.main_stack,
-                                                    machine.main_stack_bytes);)
+    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(&f.fake_stack, machine.main_stack, machine.main_stack_bytes);)
     CUDA_ON_CPU_TSAN(__tsan_switch_to_fiber(machine.scheduler_tsan, __tsan_switch_to_fiber_no_sync);)
-    swapcontext(&f.context, &machine.scheduler);
+    jump(f.place, machine.scheduler);
     CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);)
 }
 
+// Runs one thread after the other: of each block the one of its place.
 CUDA_ON_CPU_HIDDEN inline void fiber_main() {
     CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(nullptr, &machine.main_stack, &machine.main_stack_bytes);)
-    CUDA_ON_CPU_TSAN(__tsan_acquire(&machine.start_gate);)
-    machine.body();
-    CUDA_ON_CPU_TSAN(__tsan_release(&machine.end_gate);)
-    to_scheduler(State::kDone);
+    for (;;) {
+        CUDA_ON_CPU_TSAN(__tsan_acquire(&machine.start_gate);)
+        machine.body();
+        CUDA_ON_CPU_TSAN(__tsan_release(&machine.end_gate);)
+        to_scheduler(State::kDone);
+    }
+}
+
+CUDA_ON_CPU_UNSEEN inline void begin(Fiber& f, Place& from) {
+    if (__builtin_setjmp(from)) return;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = f.stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, fiber_main, 0);
+    setcontext(&context);
 }
 
 CUDA_ON_CPU_HIDDEN inline void resume(Fiber& f) {
     machine.running = &f;
-    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(&machine.main_fake_stack, f.stack.data(), f.stack.size());)
+    CUDA_ON_CPU_ASAN(__sanitizer_start_switch_fiber(&machine.main_fake_stack, f.stack, kStackBytes);)
     CUDA_ON_CPU_TSAN(__tsan_switch_to_fiber(f.tsan, __tsan_switch_to_fiber_no_sync);)
-    swapcontext(&machine.scheduler, &f.context);
+    if (f.begun)
+        jump(machine.scheduler, f.place);
+    else
+        f.begun = true, begin(f, machine.scheduler);
     CUDA_ON_CPU_ASAN(__sanitizer_finish_switch_fiber(machine.main_fake_stack, nullptr, nullptr);)
 }
 
@@ -153,7 +183,11 @@ CUDA_ON_CPU_HIDDEN inline void run_warp(unsigned first, unsigned last) {
         moved = false;
         for (unsigned i = 0; i < n; ++i) {
             Fiber& f = lanes[machine.backward ? n - 1 - i : i];
-            if (f.state == State::kReady) resume(f), moved = true;
+            if (f.state != State::kReady) continue;
+            if (f.word && (*f.word & f.bits) == f.value)
+                f.state = State::kSpinning;
+            else
+                resume(f), moved = true;
         }
         for (unsigned i = 0; i < n; ++i) {  // release the groups of lanes that are complete
             const unsigned mask = lanes[i].mask;
@@ -164,7 +198,7 @@ CUDA_ON_CPU_HIDDEN inline void run_warp(unsigned first, unsigned last) {
             if (!complete) continue;
             for (unsigned j = 0; j < n; ++j) {
                 if (!(mask >> j & 1)) continue;
-                for (unsigned k = 0; k < n; ++k) lanes[j].seen[k] = lanes[k].offer;
+                lanes[j].seen[j] = lanes[j].offer;
                 lanes[j].state = State::kReady;
             }
             moved = true;
@@ -175,16 +209,17 @@ CUDA_ON_CPU_HIDDEN inline void run_warp(unsigned first, unsigned last) {
 CUDA_ON_CPU_HIDDEN inline void start(Fiber& f, unsigned t) {
     const dim3& d = machine.block_dim;
     f.linear = t;
+    f.seen = machine.seen + t / kWarp * kWarp;
     f.thread = dim3(t % d.x, t / d.x % d.y, t / (d.x * d.y));
     f.state = State::kReady;
     f.syncs = f.warp_syncs = 0;
-    if (f.stack.empty()) f.stack.resize(kStackBytes);
-    CUDA_ON_CPU_TSAN(if (!f.tsan) f.tsan = __tsan_create_fiber(0);)
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
+    f.word = nullptr;
+    if (!f.stack) {  // its memory comes page by page, as it is touched
+        void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stack == MAP_FAILED) abort();
+        f.stack = static_cast<unsigned char*>(stack);
+        CUDA_ON_CPU_TSAN(f.tsan = __tsan_create_fiber(0);)
+    }
 }
 
 CUDA_ON_CPU_HIDDEN inline void run_block(unsigned num_threads) {
@@ -222,7 +257,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     if (num_threads == 0 || num_threads > 1024 || num_blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
         grid.z > 65535 || shared_bytes > kSharedBytes)
         return cudaErrorInvalidConfiguration;
-    if (machine.fibers.size() < num_threads) machine.fibers.resize(num_threads);
     machine.block_dim = block;
     machine.grid_dim = grid;
     machine.body = [&] { kernel(args...); };

@@ -24,7 +24,11 @@ inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7
 
 // Until *word has left `value`. Not the business of ThreadSanitizer: barriers tell it what they order.
 CUDA_ON_CPU_HIDDEN inline void spin_while(const uint32_t* word, uint32_t value, uint32_t bits) {
-    while ((*word & bits) == value) cuda_on_cpu::to_scheduler(cuda_on_cpu::State::kSpinning);
+    if ((*word & bits) != value) return;
+    cuda_on_cpu::Fiber& f = cuda_on_cpu::self();
+    f.word = word, f.bits = bits, f.value = value;
+    cuda_on_cpu::to_scheduler(cuda_on_cpu::State::kSpinning);
+    f.word = nullptr;
 }
 
 // ---- Barriers
@@ -105,24 +109,34 @@ inline void load_bytes(const TensorMap& map, uint32_t box, int32_t col, int32_t 
         *shared_at(box + i) = inside ? map.base[from_row * map.stride + from_col] : 0;
     }
 }
-// f(element in shared memory, element in global memory or null)
+// f(bytes in shared memory, bytes in global memory or null, how many): 8 elements at once, or one where not all 8 are
+// inside. The swizzle keeps 8 together.
 template <class F>
 void each_in_box(const TensorMap& map, uint32_t box, int32_t col, int32_t row, F f) {
     PLAY(box % 1024 == 0);
     for (int r = 0; r < map.box_rows; ++r)
-        for (int c = 0; c < 64; ++c) {
-            const int64_t from_row = int64_t(row) + r, from_col = int64_t(col) + c;
-            const bool inside = from_row >= 0 && from_row < map.num_rows && from_col >= 0 && from_col < map.num_cols;
-            f(reinterpret_cast<uint16_t*>(shared_at(swizzled(box + r * 128 + c * 2))),
-              inside ? reinterpret_cast<uint16_t*>(map.base) + from_row * map.stride + from_col : nullptr);
+        for (int c = 0; c < 64; c += 8) {
+            const int64_t from_row = int64_t(row) + r, first = int64_t(col) + c;
+            const bool row_inside = from_row >= 0 && from_row < map.num_rows;
+            unsigned char* const shared = shared_at(swizzled(box + r * 128 + c * 2));
+            unsigned char* const global = map.base + 2 * (from_row * map.stride + first);
+            if (row_inside && first >= 0 && first + 8 <= map.num_cols) {
+                f(shared, global, std::integral_constant<int, 16>());
+                continue;
+            }
+            for (int i = 0; i < 8; ++i) {
+                const bool inside = row_inside && first + i >= 0 && first + i < map.num_cols;
+                f(shared + 2 * i, inside ? global + 2 * i : nullptr, std::integral_constant<int, 2>());
+            }
         }
 }
 inline void load_box(const TensorMap* map, uint64_t* barrier, void* box, int32_t col, int32_t row) {
     if (map->bytes)
         load_bytes(*map, shared_address(box), col, row);
     else
-        each_in_box(*map, shared_address(box), col, row,
-                    [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
+        each_in_box(*map, shared_address(box), col, row, [](unsigned char* to, const unsigned char* from, auto bytes) {
+            from ? memcpy(to, from, bytes) : memset(to, 0, bytes);
+        });
     barrier_update(barrier, 0, -int64_t(map->box_rows) * (map->bytes ? 16 : 128));
 }
 inline void prefetch_map(const TensorMap*) {}
@@ -139,7 +153,9 @@ CUDA_ON_CPU_HIDDEN inline Begun& mine() { return begun[cuda_on_cpu::self().linea
 inline void store_box(const TensorMap* map, const void* box, int32_t col, int32_t row) {
     PLAY(row < map->num_rows && col < map->num_cols);
     mine().stores.push_back([map = *map, from = shared_address(box), col, row] {
-        each_in_box(map, from, col, row, [](const uint16_t* value, uint16_t* to) { to ? void(*to = *value) : void(); });
+        each_in_box(map, from, col, row, [](const unsigned char* value, unsigned char* to, auto bytes) {
+            if (to) memcpy(to, value, bytes);
+        });
     });
 }
 template <int kPending>
@@ -178,28 +194,45 @@ inline uint64_t operand(const void* p, uint32_t box_bytes) {
     return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(box_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
            uint64_t(1) << 62;
 }
-// Element (i, k) of an operand, i a row or column of d. In boxes [i, k]: groups of 8 rows lie a stride apart, rows in a
+// Elements (i, 0 .. 15) of an operand, i a row or column of d. In boxes [i, k]: groups of 8 rows lie a stride apart, rows in a
 // group 128 bytes. In boxes [k, i]: the same with k as the row, and boxes of 64 i lie the leading stride apart.
 template <typename T>
-T element(uint64_t descriptor, bool by_depth, int i, int k) {
+void elements(float (&x)[16], uint64_t descriptor, bool by_depth, int i) {
     const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
                    stride = (descriptor >> 32 & 0x3fff) << 4;
-    const uint32_t offset =
-        by_depth ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2 : i / 8 * stride + i % 8 * 128 + k * 2;
-    return *reinterpret_cast<const T*>(shared_at(swizzled(start + offset)));
+    T held[8];  // the swizzle keeps 8 together
+    if (by_depth) {
+        for (int k = 0; k < 16; ++k) {
+            const uint32_t offset = i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2;
+            x[k] = to_float(*reinterpret_cast<const T*>(shared_at(swizzled(start + offset))));
+        }
+        return;
+    }
+    for (int k = 0; k < 16; k += 8) {
+        memcpy(held, shared_at(swizzled(start + i / 8 * stride + i % 8 * 128 + k * 2)), sizeof held);
+        for (int j = 0; j < 8; ++j) x[k + j] = to_float(held[j]);
+    }
+}
+template <typename T, int kCols, bool kByDepth>
+void add_products(float* d, const float (&x)[2][16], uint64_t b, int t) {
+    float y[16];
+    for (int c = 0; c < kCols / 8; ++c)
+        for (int i = 0; i < 2; ++i) {
+            elements<T>(y, b, kByDepth, c * 8 + t % 4 * 2 + i);
+            for (int h = 0; h < 2; ++h) {
+                float sum = d[4 * c + 2 * h + i];
+                for (int k = 0; k < 16; ++k) sum += x[h][k] * y[k];
+                d[4 * c + 2 * h + i] = sum;
+            }
+        }
 }
 template <typename T, int kCols, bool kByDepth, bool kAByDepth = false>
 void matmul(float* d, uint64_t a, uint64_t b) {
     PLAY(mine().open && a >> 62 == 1 && b >> 62 == 1);
     mine().products.back().push_back([d, a, b, t = int(threadIdx.x % 128)] {
-        for (int h = 0; h < 2; ++h) {
-            float x[16];
-            for (int k = 0; k < 16; ++k) x[k] = to_float(element<T>(a, kAByDepth, t / 32 * 16 + t % 32 / 4 + h * 8, k));
-            for (int c = 0; c < kCols / 8; ++c)
-                for (int i = 0; i < 2; ++i)
-                    for (int k = 0; k < 16; ++k)
-                        d[4 * c + 2 * h + i] += x[k] * to_float(element<T>(b, kByDepth, c * 8 + t % 4 * 2 + i, k));
-        }
+        float x[2][16];
+        for (int h = 0; h < 2; ++h) elements<T>(x[h], a, kAByDepth, t / 32 * 16 + t % 32 / 4 + h * 8);
+        add_products<T, kCols, kByDepth>(d, x, b, t);
     });
 }
 
@@ -219,12 +252,7 @@ void matmul(float* d, const uint32_t (&a)[4], uint64_t b) {
                     for (int i = 0; i < 2; ++i) x[h][8 * g + 2 * q + i] = to_float(held[h][i]);
             }
         }
-        for (int c = 0; c < kCols / 8; ++c)
-            for (int i = 0; i < 2; ++i)
-                for (int k = 0; k < 16; ++k) {
-                    const float y = to_float(element<T>(b, false, c * 8 + t % 4 * 2 + i, k));
-                    for (int h = 0; h < 2; ++h) d[4 * c + 2 * h + i] += x[h][k] * y;
-                }
+        add_products<T, kCols, false>(d, x, b, t);
     });
 }
 

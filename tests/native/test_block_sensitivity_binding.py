@@ -1,17 +1,10 @@
 """The tests of the op once more, with the binding and the CUDA source in place of the reference, on CPU tensors."""
 
-import pytest
-
-from .runner import build_binding, ops_tests_pass, python
-
-
-@pytest.fixture(scope="module")
-def binding(tmp_path_factory):
-    return build_binding("block_sensitivity", tmp_path_factory.mktemp("binding"))
+from .bindings import ops_tests_pass, passes
 
 
 def test_the_op_passes_its_tests_through_the_binding(binding):
-    ops_tests_pass(binding, "block_sensitivity", "not float64")  # float64 is the reference's alone
+    ops_tests_pass(binding("block_sensitivity"), "block_sensitivity", "not float64")  # float64 is the reference's alone
 
 
 PROGRAM = """
@@ -43,7 +36,7 @@ print("passed")
 
 
 def test_the_binding_refuses_what_would_read_out_of_bounds(binding):
-    assert python(binding, "-c", PROGRAM).endswith("passed\n")
+    passes(binding("block_sensitivity"), PROGRAM)
 
 
 RANDOM = """
@@ -79,4 +72,4 @@ print("passed")
 
 
 def test_random_shapes_grids_dtypes_and_alignments(binding):
-    assert python(binding, "-c", RANDOM).endswith("passed\n")
+    passes(binding("block_sensitivity"), RANDOM)

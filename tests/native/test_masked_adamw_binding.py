@@ -1,29 +1,8 @@
 """The binding of masked_adamw, run without a GPU: built for the CPU machine, registered for CPU tensors in a process of
 its own, and held against the Python reference through the dispatcher. What only a GPU has is replaced in its text."""
 
-import shutil
-import subprocess
-from pathlib import Path
+from .bindings import passes
 
-import pytest
-import torch
-
-from .runner import HERE, ROOT, python
-
-RUNTIME = """
-#pragma once
-#include "cuda_on_cpu.h"
-inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU machine"; }
-"""
-STREAM = """
-#include "../kernels/masked_adamw.cu"
-extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
-"""
-OF_THE_GPU = {
-    "(sensibert, CUDA, m)": "(sensibert, CPU, m)",
-    "t.is_cuda()": "t.is_cpu()",
-    "const torch::stable::accelerator::DeviceGuard guard(lr.get_device_index());": "",
-}
 PROGRAM = """
 import torch
 from sensibert.ops.masked_adamw import reference
@@ -115,31 +94,5 @@ print("passed")
 """
 
 
-def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(tmp_path):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    torch_home = Path(torch.__file__).parent
-    source = (ROOT / "csrc" / "torch" / "masked_adamw.cpp").read_text()
-    for old, new in OF_THE_GPU.items():
-        assert old in source, f"the binding no longer says {old}"
-        source = source.replace(old, new)
-    for folder in ("kernels", "torch"):
-        (tmp_path / "csrc" / folder).mkdir(parents=True)
-        for header in (ROOT / "csrc" / folder).glob("*.h"):
-            shutil.copy(header, tmp_path / "csrc" / folder)
-    shutil.copy(ROOT / "csrc" / "kernels" / "masked_adamw.cu", tmp_path / "csrc" / "kernels")
-    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
-    binding = tmp_path / "csrc" / "torch" / "masked_adamw.cpp"
-    binding.write_text(source + STREAM)
-    stable = ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    first = [f"-include{header}" for header in ("torch/csrc/stable/library.h", "torch/csrc/stable/ops.h")]
-    command = [
-        compiler, "-std=c++20", "-O0", "-shared", "-fPIC", "-DSENSIBERT_CUDA_ON_CPU", *stable, f"-I{tmp_path}",
-        f"-I{HERE}",
-        f"-I{torch_home / 'include'}", *first, str(binding), "-o", str(tmp_path / "binding.so"),
-        f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu",
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-4000:]
-    assert python(tmp_path / "binding.so", "-c", PROGRAM).strip() == "passed"
+def test_the_binding_agrees_with_the_reference_and_refuses_what_would_read_out_of_bounds(binding):
+    passes(binding("masked_adamw"), PROGRAM)

@@ -7,7 +7,8 @@ import torch
 from tests.helpers import DTYPES, dtype_id
 from tests.ops.masked_linear.test_take_columns import expected, kept_columns, places, same
 
-from .runner import BUILDS, build_binding, ops_tests_pass, python
+from .bindings import ops_tests_pass, passes
+from .runner import BUILDS
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHAPES = [(1, 8), (5, 5), (35, 52), (9, 100), (40, 16), (3, 4200), (13, 1096), (2, 300), (130, 1), (0, 8), (4, 0)]
@@ -72,13 +73,8 @@ def test_nothing_behind_the_last_named_column_is_read(kernel):
     check(kernel("take_columns", "asan"), [(torch.randn(7, 64)[:, :10], index, None)])
 
 
-@pytest.fixture(scope="module")
-def binding(tmp_path_factory):
-    return build_binding("take_columns", tmp_path_factory.mktemp("binding"))
-
-
 def test_the_op_passes_its_tests_through_the_binding(binding):
-    ops_tests_pass(binding, "take_columns", "not outside")
+    ops_tests_pass(binding("take_columns"), "take_columns", "not outside")
 
 
 PROGRAM = """
@@ -99,4 +95,4 @@ print("passed")
 
 
 def test_the_binding_refuses_what_would_read_out_of_bounds(binding):
-    assert python(binding, "-c", PROGRAM).endswith("passed\n")
+    passes(binding("take_columns"), PROGRAM)
