@@ -20,7 +20,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torch", "torch.distributed", "transformers.modeling_utils", "transformers.trainer"])
+FORKED.set_forkserver_preload(["torch._dynamo", "torch.distributed", "transformers.trainer", "pytest"])
 
 # First lines of a program in which sensibert cannot be imported.
 WITHOUT = """

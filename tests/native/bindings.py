@@ -2,16 +2,16 @@
 tests run in processes of their own in which `tests.native.through_binding` has loaded the result."""
 
 import fcntl
-import json
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests.fresh import Started
 
 from .runner import HERE, ROOT, compiler
 
@@ -73,25 +73,18 @@ def build(op: str, folder: Path, shared: Path, *defines: str) -> Path:
     return library
 
 
-@cache
-def server() -> subprocess.Popen:
-    """It ends with the process that started it: its input ends."""
-    command = [sys.executable, "-m", "tests.native.server"]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _tested(code: str, pytest_arguments: tuple[str, ...]) -> None:
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
+    sys.exit(pytest.main(list(pytest_arguments)) if pytest_arguments else 0)
 
 
 def run(binding: Path, code: str, *pytest_arguments: str) -> str:
     """What code says that must succeed, in a process in which CPU tensors may go through the binding."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
-        asked = {"binding": str(binding), "code": code, "pytest": pytest_arguments, "said": str(said)}
-        process = server()
-        process.stdin.write(json.dumps(asked) + "\n")
-        process.stdin.flush()
-        status = process.stdout.readline().strip()
-        output = said.read_text() if said.exists() else ""
-        assert status == "0", f"ended with {status or 'its server'}\n{output[-6000:]}"
-        return output
+    started = Started(_tested, code, pytest_arguments, cwd=ROOT, SENSIBERT_TEST_BINDING=str(binding))
+    status, out, err = started.ended()
+    started.kill()
+    assert status == 0, (out[-3000:], err[-3000:])
+    return out
 
 
 def passes(binding: Path, program: str) -> None:
