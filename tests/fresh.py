@@ -1,7 +1,7 @@
 """Code in a process of its own, with or without sensibert (`from tests.fresh import ...`).
 
 Importing torch and transformers takes five seconds, most of what a short program takes. So these processes are forked
-from one that has imported them, and nothing of sensibert. Tests of imports start a real one: subprocess.run.
+from one that has imported them, and nothing of sensibert. Tests of imports ask for a new interpreter.
 """
 
 import json
