@@ -115,6 +115,12 @@ class Processes:
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
 
+    @torch.no_grad()
+    def add_up(self, tensor: Tensor) -> None:
+        """Give all processes the sum of their tensors, in place. `training` tells an error of torch.distributed."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
     def want_same(self, model: nn.Module, when: str, plan: Plan | None = None) -> None:
         """SensibertError naming the processes whose plan or weights differ from those of the first one."""
         if self.count == 1:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sensibert.callback import TrimCallback
 from sensibert.core.config import TrimConfig
@@ -377,10 +378,13 @@ def test_a_gpu_without_enough_memory_is_named_with_what_to_try(tmp_path, monkeyp
         ({"device": torch.device("cuda"), "bf16": True}, None),
         ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type is greedy"),
         ({"n_gpu": 2}, "n_gpu is 2"),
+        ({"world_size": 2}, None),
+        ({"accelerator_config": AcceleratorConfig(even_batches=False)}, None),
+        ({"accelerator_config": AcceleratorConfig(even_batches=False), "world_size": 2}, "even_batches of accelerator"),
     ],
 )
-def test_packing_needs_bf16_on_one_gpu_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
-    usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "device": torch.device("cpu")}
+def test_packing_needs_bf16_on_a_gpu_of_its_own_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
+    usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "world_size": 1, "device": torch.device("cpu")}
     found = why_not_packed(SimpleNamespace(**(usual | changed)))
     assert found == reason if reason is None else found.startswith(reason)
 
