@@ -139,8 +139,8 @@ def why_not_packed(arguments: TrainingArguments) -> str | None:
     if (schedule := SchedulerType(arguments.lr_scheduler_type)) in BY_METRICS:
         return f"lr_scheduler_type is {schedule.value}"
     if arguments.world_size > 1:
-        for name, usual in SHARED.items():
-            if (given := getattr(arguments.accelerator_config, name)) != usual:
+        for name, wanted in SHARED.items():
+            if (given := getattr(arguments.accelerator_config, name)) != wanted:
                 return f"{name} of accelerator_config is {given}"
     for name, usual in UNREAD.items():
         if (value := getattr(arguments, name, usual)) and value != usual:

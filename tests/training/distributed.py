@@ -226,6 +226,70 @@ def commands(training: Training) -> dict:
     return found
 
 
+# Of training on packed batches: what the data are, then what is changed. The last batch of an epoch has one row.
+PACKED: dict[str, dict] = {
+    "classes": {},
+    "tokens": {"kind": "tokens", "head": "TokenClassification"},
+    "accumulated": {"kind": "tokens", "head": "TokenClassification", "gradient_accumulation_steps": 2},
+    "taught": {"kind": "labels", "taught": True},
+    "blocks": {"grid": "block8"},
+    "bf16": {"bf16": True},
+}
+
+
+def packed(training: Training) -> dict:
+    """Trainings on packed batches, and resumes from the checkpoints of one process, before and after the cut."""
+    found = {name: _packed(training, name, **changed) for name, changed in PACKED.items()}
+    if training.count > 1:
+        for step in (2, 8):
+            checkpoint = training.folder.parent / f"alone/saved/checkpoint-{step}"
+            found[f"from {step}"] = _packed(training, f"from {step}", checkpoint=checkpoint)
+    found["saved"] = _packed(training, "saved", save_strategy="steps", save_steps=2)
+    return found
+
+
+def _packed(
+    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, grid="", **changed
+) -> dict:
+    """Two epochs of 41 rows, 8 a step, with a cut after step 4 of 12. Weights go to NAME.pt."""
+    import torch
+
+    from sensibert import TrimCallback, TrimConfig
+    from sensibert.models.modules import weights_digest
+    from sensibert.training.fast_loop import FastTrainer
+    from tests.helpers import tiny_model
+    from tests.training.test_fast_loop import rows, train
+
+    model, teacher = tiny_model(head=head), tiny_model(seed=5, head=head)
+    if not changed.get("bf16"):
+        model, teacher = model.double(), teacher.double()
+    batches = training.count * changed.get("gradient_accumulation_steps", 1)
+    usual = {"per_device_train_batch_size": 8 // batches, "logging_steps": 1}
+    usual |= {"ddp_backend": "gloo", "ddp_timeout": 300} if training.count > 1 else {}
+    usual |= {"teacher": lambda: teacher} if taught else {}
+    config = {"grid": grid} if grid else {"width_multiple": 4}
+    callback = TrimCallback(TrimConfig("50%params", samples=16, **config))
+    data = rows(41, kind)
+    if kind == "tokens":  # most rows have one label; all tokens of the others have one
+        many = torch.rand(41, generator=torch.Generator().manual_seed(3)) < 0.4
+        for row in (~many).nonzero().flatten().tolist():
+            data.per_token["labels"][data.ends[row] + 1 : data.ends[row + 1]] = -100
+    trainer = train(training.folder / name, model, data, "auto", [callback], **(usual | changed))
+    if training.rank == 0:
+        torch.save(model.state_dict(), training.folder / f"{name}.pt")
+    state = trainer.state
+    return {
+        "packed": isinstance(trainer, FastTrainer),
+        "step": state.global_step,
+        "digest": weights_digest(model),
+        "losses": [entry["loss"] for entry in state.log_history if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in state.log_history if "grad_norm" in entry],
+        "tokens": state.num_input_tokens_seen,
+        "wrapped": trainer.model_wrapped is not trainer.model,
+        "flops per token": state.total_flos / trainer.padded_tokens,
+    }
+
+
 RUN = ("--max-steps", 10, "--batch-size", 16, "--learning-rate", 1e-3)
 
 
