@@ -226,32 +226,29 @@ def commands(training: Training) -> dict:
     return found
 
 
-# Of training on packed batches: what the data are, then what is changed. The last batch of an epoch has one row.
+# Trainings on packed batches. Of tokens, the labels that an analysis draws depend on its batches: layer-obs draws none.
+TOKENS = {"kind": "tokens", "head": "TokenClassification", "trim": {"method": "layer-obs"}}
 PACKED: dict[str, dict] = {
-    "classes": {},
-    "tokens": {"kind": "tokens", "head": "TokenClassification"},
-    "accumulated": {"kind": "tokens", "head": "TokenClassification", "gradient_accumulation_steps": 2},
+    "classes": {"save_strategy": "steps", "save_steps": 2},
+    "tokens": TOKENS,
+    "accumulated": TOKENS | {"gradient_accumulation_steps": 2},
     "taught": {"kind": "labels", "taught": True},
-    "blocks": {"grid": "block8"},
+    "blocks": {"trim": {"grid": "block8"}},
     "bf16": {"bf16": True},
 }
 
 
 def packed(training: Training) -> dict:
-    """Trainings on packed batches, and resumes from the checkpoints of one process, before and after the cut."""
-    found = {name: _packed(training, name, **changed) for name, changed in PACKED.items()}
-    if training.count > 1:
-        for step in (2, 8):
-            checkpoint = training.folder.parent / f"alone/saved/checkpoint-{step}"
-            found[f"from {step}"] = _packed(training, f"from {step}", checkpoint=checkpoint)
-    found["saved"] = _packed(training, "saved", save_strategy="steps", save_steps=2)
+    """Trainings on packed batches, and resumes from the checkpoints of one process."""
+    found = {name: pack(training, name, **changed) for name, changed in PACKED.items()}
+    for step in (2, 4) if training.count > 1 else ():
+        checkpoint = training.folder.parent / f"alone/classes/checkpoint-{step}"
+        found[f"from {step}"] = pack(training, f"from {step}", checkpoint=checkpoint)
     return found
 
 
-def _packed(
-    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, grid="", **changed
-) -> dict:
-    """Two epochs of 41 rows, 8 a step, with a cut after step 4 of 12. Weights go to NAME.pt."""
+def pack(training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, **changed) -> dict:
+    """Train 9 steps of 8 rows, with a cut after step 3; step 6 has one row. Weights go to NAME.pt."""
     import torch
 
     from sensibert import TrimCallback, TrimConfig
@@ -264,11 +261,10 @@ def _packed(
     if not changed.get("bf16"):
         model, teacher = model.double(), teacher.double()
     batches = training.count * changed.get("gradient_accumulation_steps", 1)
-    usual = {"per_device_train_batch_size": 8 // batches, "logging_steps": 1}
+    usual = {"per_device_train_batch_size": 8 // batches, "logging_steps": 1, "max_steps": 9}
     usual |= {"ddp_backend": "gloo", "ddp_timeout": 300} if training.count > 1 else {}
     usual |= {"teacher": lambda: teacher} if taught else {}
-    config = {"grid": grid} if grid else {"width_multiple": 4}
-    callback = TrimCallback(TrimConfig("50%params", samples=16, **config))
+    callback = TrimCallback(TrimConfig("50%params", samples=16, **changed.pop("trim", {"width_multiple": 4})))
     data = rows(41, kind)
     if kind == "tokens":  # most rows have one label; all tokens of the others have one
         many = torch.rand(41, generator=torch.Generator().manual_seed(3)) < 0.4
