@@ -70,6 +70,7 @@ def test_the_plan_is_that_of_one_process_and_the_processes_end_with_the_same_bit
     assert all(torch.equal(plans[0][name], plans[1][name]) for name in plans[0].keys() | plans[1].keys())
     for name in ("encoder_params_after", "steps", "cut_step", "samples", "metrics_at_cut", "metrics", "best_step"):
         assert ours[name] == theirs[name], name
+    assert ours["throughput"]["ops_per_step"].keys() == theirs["throughput"]["ops_per_step"].keys()  # packed
     same_model(here / "both", here / "alone")
 
 

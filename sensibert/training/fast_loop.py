@@ -98,7 +98,7 @@ class FastTrainer(TrimTrainer):
         if self._processes.count > 1:
             # A prepared model is not put into DistributedDataParallel, whose work is done here.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
-            self._processes.copy_from_first([*self.model.parameters(), *self.model.buffers()])
+            self._processes.copy_from_first(self.model.parameters())
         setattr(self.state, PACKED, True)
         return super()._prepare_for_training(*args, **kwargs)
 

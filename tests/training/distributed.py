@@ -247,7 +247,10 @@ def packed(training: Training) -> dict:
     return found
 
 
-def pack(training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, **changed) -> dict:
+def pack(
+    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, callbacks=(), checkpoint=None,
+    **changed,
+) -> dict:  # fmt: skip
     """Train 9 steps of 8 rows, with a cut after step 3; step 6 has one row. Weights go to NAME.pt."""
     import torch
 
@@ -270,7 +273,9 @@ def pack(training: Training, name: str, kind="classes", head="SequenceClassifica
         many = torch.rand(41, generator=torch.Generator().manual_seed(3)) < 0.4
         for row in (~many).nonzero().flatten().tolist():
             data.per_token["labels"][data.ends[row] + 1 : data.ends[row + 1]] = -100
-    trainer = train(training.folder / name, model, data, "auto", [callback], **(usual | changed))
+    trainer = train(
+        training.folder / name, model, data, "auto", [*callbacks, callback], checkpoint, **(usual | changed)
+    )
     if training.rank == 0:
         torch.save(model.state_dict(), training.folder / f"{name}.pt")
     state = trainer.state
@@ -284,6 +289,23 @@ def pack(training: Training, name: str, kind="classes", head="SequenceClassifica
         "wrapped": trainer.model_wrapped is not trainer.model,
         "flops per token": state.total_flos / trainer.padded_tokens,
     }
+
+
+def dying_packed(training: Training) -> dict:
+    """The last process is killed after a step; the others wait for its gradients."""
+    from transformers import TrainerCallback
+
+    from sensibert import SensibertError
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and training.rank == training.count - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        return pack(training, "dying", callbacks=[Die()])
+    except SensibertError as error:
+        return {"error": str(error)}
 
 
 RUN = ("--max-steps", 10, "--batch-size", 16, "--learning-rate", 1e-3)

@@ -132,6 +132,11 @@ def test_two_processes_resume_the_checkpoints_of_one_and_one_those_of_two(here, 
         same_weights(here, f"{name}/from {step}", "alone/classes")
 
 
+def test_a_process_that_is_lost_within_a_step_ends_the_others(here):
+    (found,) = run("dying_packed", here / "dying", 2, ending=1)
+    assert "process 0 lost another one, which ended or did not answer" in found["error"]
+
+
 def test_rows_are_divided_into_shares_of_about_as_many_tokens():
     data = rows(200)
     pack, batch = Collator(0).packer(data, 8), list(range(3, 67))
