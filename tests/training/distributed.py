@@ -248,8 +248,8 @@ def packed(training: Training) -> dict:
 
 
 def pack(
-    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, callbacks=(), checkpoint=None,
-    **changed,
+    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, callbacks=(),
+    checkpoint=None, **changed,
 ) -> dict:  # fmt: skip
     """Train 9 steps of 8 rows, with a cut after step 3; step 6 has one row. Weights go to NAME.pt."""
     import torch
