@@ -84,7 +84,7 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
     line is written to standard error, as Python does with warnings. `getLogger("sensibert").setLevel("WARNING")` turns
     it off.
 
-    In several processes the first one analyzes and decides, and the others receive its plan
+    In several processes (DistributedDataParallel) the first one analyzes and decides, and the others receive its plan
     and weights. `choose` runs in the first process, and `sensitivity` is there; `before_cut` runs in all.
 
     The constructor raises SensibertError for invalid settings. Training raises it at the start if trimming cannot work

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from ..core.arguments import checked, one_of
 from ..core.config import PACKING
@@ -21,7 +21,7 @@ from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.packed import pooling_of
 from .fast_loop import FastTrainer
-from .processes import Processes
+from .processes import Processes, sharding
 from .run_memory import was_packed
 from .trainer import ADAMW, TrimTrainer
 
@@ -125,8 +125,6 @@ UNREAD = {
     "dataloader_drop_last": False,
 }  # fmt: skip
 
-SHARED = {"split_batches": False, "even_batches": True}  # by which Trainer counts the steps of several processes
-
 
 def why_not_packed(arguments: TrainingArguments) -> str | None:
     """The argument that keeps a training from running on packed batches; None if none does."""
@@ -138,11 +136,23 @@ def why_not_packed(arguments: TrainingArguments) -> str | None:
         return "the precision is fp32 on a GPU, where packed attention needs bf16"
     if (schedule := SchedulerType(arguments.lr_scheduler_type)) in BY_METRICS:
         return f"lr_scheduler_type is {schedule.value}"
-    if arguments.world_size > 1:
-        for name, wanted in SHARED.items():
-            if (given := getattr(arguments.accelerator_config, name)) != wanted:
-                return f"{name} of accelerator_config is {given}"
+    if arguments.world_size > 1 and (reason := _why_not_shared(arguments)) is not None:
+        return reason
     for name, usual in UNREAD.items():
         if (value := getattr(arguments, name, usual)) and value != usual:
             return f"{name} is {value}"
+    return None
+
+
+def _why_not_shared(arguments: TrainingArguments) -> str | None:
+    """`why_not_packed` for several processes."""
+    if (kind := sharding(arguments)) is not None:
+        return f"training uses {kind}"
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        return f"parallel_mode is {arguments.parallel_mode.value}"
+    if arguments.parallelism_config is not None:
+        return "parallelism_config is set"
+    for name, usual in {"split_batches": False, "even_batches": True}.items():  # Trainer counts the steps by them
+        if (value := getattr(arguments.accelerator_config, name)) != usual:
+            return f"{name} of accelerator_config is {value}"
     return None

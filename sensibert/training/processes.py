@@ -25,13 +25,18 @@ Result = TypeVar("Result")
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType
 
 
-def check_processes(args: TrainingArguments) -> None:
-    """SensibertError for parallel training in which a model cannot be trimmed: anything but DistributedDataParallel."""
+def sharding(args: TrainingArguments) -> str | None:
+    """The way in which training divides tensors among processes; None if it does not."""
     kind = "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else None
     if kind is None and is_initialized():  # accelerate reads the environment too
         used = str(AcceleratorState().distributed_type.value)
         kind = used if used in SHARDED else None
-    if kind is not None:
+    return kind
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """SensibertError for parallel training in which a model cannot be trimmed: anything but DistributedDataParallel."""
+    if (kind := sharding(args)) is not None:
         raise SensibertError(
             f"TrimCallback: training uses {kind}, which divides every tensor among the processes; want "
             "DistributedDataParallel (torchrun, without it), or trim first (sensibert trim) and train the smaller model"

@@ -226,7 +226,7 @@ def commands(training: Training) -> dict:
     return found
 
 
-# Trainings on packed batches. Of tokens, the labels that an analysis draws depend on its batches: layer-obs draws none.
+# Trainings on packed batches. Labels of tokens that an analysis draws depend on its batches; layer-obs draws none.
 TOKENS = {"kind": "tokens", "head": "TokenClassification", "trim": {"method": "layer-obs"}}
 PACKED: dict[str, dict] = {
     "classes": {"save_strategy": "steps", "save_steps": 2},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import ParallelMode
 
 from sensibert.callback import TrimCallback
 from sensibert.core.config import TrimConfig
@@ -409,10 +410,13 @@ def test_a_gpu_without_enough_memory_is_named_with_what_to_try(tmp_path, monkeyp
         ({"world_size": 2}, None),
         ({"accelerator_config": AcceleratorConfig(even_batches=False)}, None),
         ({"accelerator_config": AcceleratorConfig(even_batches=False), "world_size": 2}, "even_batches of accelerator"),
+        ({"fsdp": "full_shard", "world_size": 2}, "training uses fsdp"),
+        ({"parallel_mode": ParallelMode.TPU, "world_size": 2}, "parallel_mode is tpu"),
     ],
 )
 def test_packing_needs_bf16_on_a_gpu_of_its_own_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
     usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "world_size": 1, "device": torch.device("cpu")}
+    usual |= {"parallel_mode": ParallelMode.DISTRIBUTED}
     found = why_not_packed(SimpleNamespace(**(usual | changed)))
     assert found == reason if reason is None else found.startswith(reason)
 
