@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -67,11 +68,12 @@ class Packer:
         or none with a term: its fraction is 0, unless there is no term at all."""
         if count == 1:
             return [(list(rows), 1.0)]
-        order = np.asarray(rows, np.int64)
-        order = order[np.argsort(-self._lengths(order), kind="stable")]
-        turn, place = np.divmod(np.arange(len(order)), count)  # to and fro: nobody gets the longest of all turns
-        owner = np.where(turn % 2, count - 1 - place, place)
-        parts = [order[owner == number].tolist() for number in range(count)]
+        parts: list[list[int]] = [[] for _ in range(count)]
+        least = [(0, number) for number in range(count)]  # heap of (tokens, process)
+        for length, row in sorted(zip((-self._lengths(np.asarray(rows, np.int64))).tolist(), rows, strict=True)):
+            tokens, number = heapq.heappop(least)
+            parts[number].append(row)
+            heapq.heappush(least, (tokens - length, number))
         terms = [self._terms(part) for part in parts]
         total = sum(terms)
         return [(part, share / total if total else 1.0) for part, share in zip(parts, terms, strict=True)]
