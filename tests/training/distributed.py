@@ -260,7 +260,7 @@ def pack(
     from tests.helpers import tiny_model
     from tests.training.test_fast_loop import rows, train
 
-    model, teacher = tiny_model(head=head), tiny_model(seed=5, head=head)
+    model, teacher = tiny_model(seed=training.rank, head=head), tiny_model(seed=5, head=head)  # the first one's counts
     if not changed.get("bf16"):
         model, teacher = model.double(), teacher.double()
     batches = training.count * changed.get("gradient_accumulation_steps", 1)
@@ -287,6 +287,7 @@ def pack(
         "norms": [entry["grad_norm"] for entry in state.log_history if "grad_norm" in entry],
         "tokens": state.num_input_tokens_seen,
         "wrapped": trainer.model_wrapped is not trainer.model,
+        "to wrap": not hasattr(model, "_is_accelerate_prepared"),  # by another Trainer, which would not wrap it then
         "flops per token": state.total_flos / trainer.padded_tokens,
     }
 
