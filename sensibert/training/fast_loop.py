@@ -95,12 +95,15 @@ class FastTrainer(TrimTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None  # a Trainer has one
-        if self._processes.count > 1:
-            # A prepared model is not put into DistributedDataParallel, whose work is done here.
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)
-            self._processes.copy_from_first(self.model.parameters())
+        # evaluation_mode: without DistributedDataParallel, whose work is done here
+        vars(self.accelerator)["prepare_model"] = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        try:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        finally:
+            del vars(self.accelerator)["prepare_model"]
+        self._processes.copy_from_first(self.model.parameters())
         setattr(self.state, PACKED, True)
-        return super()._prepare_for_training(*args, **kwargs)
+        return prepared
 
     def _run_epoch(self, **run: Any) -> None:  # type: ignore[override]  # Trainer passes everything by name
         if self.state.global_step >= self.state.max_steps:
