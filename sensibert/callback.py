@@ -47,7 +47,7 @@ from .training.checkpoints import MEMORY, checkpoint_of, learns_by, refuse_trimm
 from .training.processes import Processes
 from .training.recovery import Recovery
 from .training.reducer import Reducer
-from .training.run_memory import RunMemory, compared
+from .training.run_memory import PACKED, RunMemory, compared
 from .trimming import restructure, trim
 
 SHARE_OF_SAMPLES = 1 / 64  # the analysis reads at most this fraction of the samples that a run trains on
@@ -244,7 +244,8 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
             )
         if self.cuts and state.global_step >= max(self.cuts):
             self.recovery.begin(model, optimizer, self.schedule, self.left())
-        if self.config.trims and args.parallel_mode == ParallelMode.DISTRIBUTED:
+        # The loop on packed batches adds up gradients itself.
+        if self.config.trims and args.parallel_mode == ParallelMode.DISTRIBUTED and not hasattr(state, PACKED):
             self._reducer = Reducer(kwargs["model"])
         self.memory.restart_clock(tokens=state.num_input_tokens_seen)
         self._enter(state, state.global_step + 1)
@@ -390,7 +391,8 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.memory.spend(self.phase, state.num_input_tokens_seen)
-        model, memory = inner_model(kwargs["model"]), self.memory.saved(self._settings(args, state))
+        memory = self.memory.saved(self._settings(args, state), hasattr(state, PACKED))
+        model = inner_model(kwargs["model"])
 
         def completed() -> None:
             folder = checkpoint_of(args, state)

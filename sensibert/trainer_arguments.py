@@ -45,8 +45,6 @@ def _check_processes(options: Options, count: int) -> None:
             f"finetune: the costs of budget {options.trim.budget} are measured {want} one process, or a budget of "
             "params or flops"
         )
-    if options.packing == "on":
-        raise SensibertError(f"finetune: packing is 'on' {want} 'auto': batches are padded in several processes")
     if ":" in options.device:
         raise SensibertError(f"finetune: device is {options.device!r} {want} 'auto' or 'cuda', one GPU for each")
     if rows % count:

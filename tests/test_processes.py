@@ -15,8 +15,6 @@ from sensibert.core.launch import Launch, launched
 from tests import runs
 from tests.training.distributed import RUN, run, start
 
-PADDED = ("--packing", "off")  # as in several processes, whose rows come in the same order
-
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
@@ -32,7 +30,7 @@ def here(tmp_path_factory):
 
 
 def alone(here, *more):
-    given = ("--model", here / "model", "--train-file", here / "train.csv", *RUN, *PADDED)
+    given = ("--model", here / "model", "--train-file", here / "train.csv", *RUN)
     done = runs.command("finetune", *given, *more)
     assert done.code == 0, done.err
     return done
@@ -72,6 +70,7 @@ def test_the_plan_is_that_of_one_process_and_the_processes_end_with_the_same_bit
     assert all(torch.equal(plans[0][name], plans[1][name]) for name in plans[0].keys() | plans[1].keys())
     for name in ("encoder_params_after", "steps", "cut_step", "samples", "metrics_at_cut", "metrics", "best_step"):
         assert ours[name] == theirs[name], name
+    assert ours["throughput"]["ops_per_step"].keys() == theirs["throughput"]["ops_per_step"].keys()  # packed
     same_model(here / "both", here / "alone")
 
 
@@ -90,7 +89,6 @@ def test_an_error_of_all_processes_is_told_once(both):
 def test_sigterm_to_one_process_saves_a_checkpoint_that_one_process_resumes(here, whole, both):
     assert [rank["stopped"]["code"] for rank in both] == [143, 143]
     assert [path.name for path in (here / "stopped.partial").glob("checkpoint-*")] == ["checkpoint-4"]
-    # packed by default; the rows of the checkpoint were padded
     given = ("--model", here / "model", "--train-file", here / "train.csv", *RUN, "--resume", "--output")
     assert runs.command("finetune", *given, here / "stopped").code == 0
     same_model(here / "stopped", whole)
@@ -148,7 +146,6 @@ def two(monkeypatch):
         (("--keep", "99%", "--validation-file", "dev.csv"), "keep is '99%' and 2 processes were started"),
         (("--baseline",), "baseline is True and 2 processes were started"),
         (("--budget", "8ms"), "the costs of budget 8ms are measured and 2 processes were started"),
-        (("--packing", "on"), "packing is 'on' and 2 processes were started; want 'auto'"),
         (("--device", "cuda:0"), "device is 'cuda:0' and 2 processes were started; want 'auto' or 'cuda'"),
         (("--batch-size", "9"), "batch_size is 9 and 2 processes were started; want a multiple of 2"),
         (("--dry-run",), "finetune --dry-run: 2 processes were started, want one"),

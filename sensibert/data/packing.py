@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -54,11 +55,42 @@ class Packer:
     def total(self, tokens: int) -> int:
         return next((total for total in self.totals if total >= tokens), tokens + -tokens % ROUND)
 
+    def tokens(self, rows: Sequence[int]) -> tuple[int, int]:
+        """The tokens of a batch of these rows, without and with its padding."""
+        tokens = int(self._lengths(np.asarray(rows, np.int64)).sum())
+        return tokens, self.total(tokens)
+
+    def shares(self, rows: Sequence[int], count: int) -> list[tuple[list[int], float]]:
+        """Divide a batch among processes: the rows of each, with about as many tokens, and its fraction of the terms of
+        the loss. Those are the rows, or where tokens have labels, the tokens with one.
+
+        The loss of the batch is the sum of the losses of the shares, each times its fraction. A share may have no rows,
+        or none with a term: its fraction is 0, unless there is no term at all."""
+        if count == 1:
+            return [(list(rows), 1.0)]
+        parts: list[list[int]] = [[] for _ in range(count)]
+        least = [(0, number) for number in range(count)]  # heap of (tokens, process)
+        for length, row in sorted(zip((-self._lengths(np.asarray(rows, np.int64))).tolist(), rows, strict=True)):
+            tokens, number = heapq.heappop(least)
+            parts[number].append(row)
+            heapq.heappush(least, (tokens - length, number))
+        terms = [self._terms(part) for part in parts]
+        total = sum(terms)
+        return [(part, share / total if total else 1.0) for part, share in zip(parts, terms, strict=True)]
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.features.ends[1:][rows] - self.features.ends[:-1][rows]
+
+    def _terms(self, rows: Sequence[int]) -> int:
+        labels, ends = self.features.per_token.get("labels"), self.features.ends
+        if labels is None:
+            return len(rows)
+        return sum(int(np.count_nonzero(labels[ends[row] : ends[row + 1]] != -100)) for row in rows)
+
     def __call__(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-        begins, ends = self.features.ends[:-1], self.features.ends[1:]
-        order = np.asarray(rows)
-        order = order[np.argsort(begins[order] - ends[order], kind="stable")]
-        lengths = ends[order] - begins[order]
+        begins, order = self.features.ends[:-1], np.asarray(rows)
+        order = order[np.argsort(-self._lengths(order), kind="stable")]
+        lengths = self._lengths(order)
         tokens, batch = int(lengths.sum()), {}
         place = np.arange(tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         source = np.repeat(begins[order], lengths) + place

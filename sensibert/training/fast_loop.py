@@ -3,6 +3,9 @@
 Logging, evaluation, checkpoints, callbacks and the schedule are Trainer's. Either loop resumes the other's checkpoints,
 then with its own order of the rows. A step is the same number of rows. Nothing is read from the device but at the steps
 that log or save.
+
+Several processes share the rows of every batch. Gradients and loss are those of the whole batch in each of them: the
+loss of a share counts by its fraction of the terms, and `GradientSum` adds up.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ from transformers.trainer_utils import TrainOutput
 from ..models.packed import PackedModel, pooling_of
 from ..nn.packed_attention import Packing
 from ..optim import MaskedAdamW, unwrapped
+from .gradient_sum import GradientSum
 from .lean_step import LeanStep
 from .op_count import OpCount
+from .processes import Processes
+from .run_memory import PACKED
 from .step_graphs import StepGraphs, cuda_capture
 from .trainer import LABELS, TrimTrainer
 
@@ -33,6 +39,8 @@ class Pack(Protocol):
 
     longest: int  # row of the data
 
+    def tokens(self, rows: list[int], /) -> tuple[int, int]: ...  # without and with padding
+    def shares(self, rows: list[int], count: int, /) -> list[tuple[list[int], float]]: ...  # rows, fraction of the loss
     def __call__(self, rows: list[int], /) -> tuple[dict[str, Tensor], list[int]]: ...
 
 
@@ -67,6 +75,8 @@ class FastTrainer(TrimTrainer):
         self._lean: LeanStep | None = None
         self._graphs: StepGraphs | None = None
         self.padded_tokens = 0  # of all batches, with their padding
+        self._processes = Processes.of(self.args)
+        self._sum: GradientSum | None = None  # in several processes
         self._counted = False
         self._parameters = 0  # that take part in a pass
         self._packed_teacher: PackedModel | None = None
@@ -80,6 +90,20 @@ class FastTrainer(TrimTrainer):
             return super().train(*args, **kwargs)
         finally:
             self._end_phase()
+            if self._processes.count > 1:
+                vars(self.model).pop("_is_accelerate_prepared", None)  # another Trainer may have to wrap it
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None  # a Trainer has one
+        # evaluation_mode: without DistributedDataParallel, whose work is done here
+        vars(self.accelerator)["prepare_model"] = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        try:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        finally:
+            del vars(self.accelerator)["prepare_model"]
+        self._processes.copy_from_first(self.model.parameters())
+        setattr(self.state, PACKED, True)
+        return prepared
 
     def _run_epoch(self, **run: Any) -> None:  # type: ignore[override]  # Trainer passes everything by name
         if self.state.global_step >= self.state.max_steps:
@@ -120,17 +144,17 @@ class FastTrainer(TrimTrainer):
         tell()
 
     def _batches(self, epoch: int, skip: int) -> Iterator[list[int]]:
-        """The rows of each batch of an epoch."""
-        sampler, size = self._get_train_sampler(), self.args.train_batch_size
+        """The rows of each batch of an epoch, of all processes together."""
+        sampler, size = self._get_train_sampler(), self.args.train_batch_size * self._processes.count
         sampler.set_epoch(epoch)
         order = list(sampler)
         return (order[i : i + size] for i in range(skip * size, len(order), size))
 
     def _optimizer_step(self, batches: list[list[int]]) -> Tensor:
         """Returns the norm of the gradients."""
-        lean, packed = self._phase(), [self._batch(rows) for rows in batches]
+        lean, packed = self._phase(), [part for rows in batches for part in self._share(rows, 1 / len(batches))]
         if self._graphs is not None and len(packed) == 1 and not lean.optimizer.tracks:
-            loss, norm = self._graphs(*packed[0])
+            loss, norm = self._graphs(*packed[0][:2])
         else:
             loss, norm = self._eager_step(*packed)
         self._note(self._losses, loss)
@@ -139,19 +163,23 @@ class FastTrainer(TrimTrainer):
         lean.zero_grad()
         return norm
 
-    def _eager_step(self, *batches: tuple[dict[str, Tensor], Packing]) -> tuple[Tensor, Tensor]:
-        """Loss and norm of the gradients. Nothing here reads from the device, so it can be captured."""
+    def _eager_step(self, *batches: tuple[dict[str, Tensor], Packing, float]) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the gradients. batches: with the weight of the loss of each. In one process, nothing here
+        reads from the device, so it can be captured."""
         assert self.optimizer is not None and self._lean is not None  # `_phase` has made it
         lean, losses = self._lean, []
-        for batch, packing in batches:
-            losses.append(lean.passes(batch, packing, partial(self._loss, batch, packing, 1 / len(batches))))
+        for batch, packing, weight in batches:
+            losses.append(lean.passes(batch, packing, partial(self._loss, batch, packing, weight)))
+        loss = torch.stack(losses or [torch.zeros((), device=self.args.device)]).sum()
+        if self._sum is not None:
+            loss = self._sum(loss)
         self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
         norm = lean.total_norm()
         if self.args.max_grad_norm > 0:
             lean.optimizer.clip_grad_norm(self.args.max_grad_norm, norm)
         self.optimizer.step()
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
-        return torch.stack(losses).sum(), norm
+        return loss, norm
 
     def _phase(self) -> LeanStep:
         """The passes of the model as it is now."""
@@ -162,7 +190,9 @@ class FastTrainer(TrimTrainer):
             self._end_phase()
             optimizer = unwrapped(self.optimizer)
             assert isinstance(optimizer, MaskedAdamW)  # `finetune` sees to it
-            self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16)
+            alone = self._processes.count == 1
+            self._lean = LeanStep(self.model, self.pooling, optimizer, self.args.bf16, by_row=alone)
+            self._sum = None if alone else GradientSum(self.model.parameters(), self._processes)
             count = getattr(self.model, "num_parameters", None)  # a module around a model may have none
             self._parameters = 0 if count is None else count(exclude_embeddings=True)
             if self._captures():
@@ -173,7 +203,7 @@ class FastTrainer(TrimTrainer):
     def _capturable_step(self, batch: dict[str, Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
         assert self._lean is not None
         self._lean.zero_grad()  # gradients belong to the graph
-        return self._eager_step((batch, packing))
+        return self._eager_step((batch, packing, 1.0))
 
     def _captures(self) -> bool:
         """Whether steps may become CUDA graphs, which do not stop between the passes and the optimizer."""
@@ -182,7 +212,8 @@ class FastTrainer(TrimTrainer):
             for callback in self.callback_handler.callbacks
             for event in ("on_pre_optimizer_step", "on_optimizer_step")
         )
-        return self.graphs and self.args.device.type == "cuda" and not watched
+        alone = self._processes.count == 1  # the sum of several processes is not captured
+        return self.graphs and self.args.device.type == "cuda" and alone and not watched
 
     def _set_rates(self, convert: Callable[[Any], Any]) -> None:
         for group in unwrapped(self.optimizer).param_groups if self.optimizer is not None else ():
@@ -209,15 +240,22 @@ class FastTrainer(TrimTrainer):
             self._set_rates(float)
         if self._lean is not None:
             self._lean.end()
-        self._lean, self._graphs, self._counted = None, None, False
+        self._lean, self._graphs, self._sum, self._counted = None, None, None, False
+
+    def _share(self, rows: list[int], weight: float) -> Iterator[tuple[dict[str, Tensor], Packing, float]]:
+        """This process's part of a batch and the weight of its loss, if any of the batch's loss is there."""
+        shares = self.pack.shares(rows, self._processes.count)
+        self.state.num_input_tokens_seen += self.pack.tokens(rows)[0]
+        self.padded_tokens += sum(self.pack.tokens(some)[1] for some, part in shares if some and part)
+        some, part = shares[self._processes.number]
+        if some and part:
+            yield *self._batch(some), part * weight
 
     def _batch(self, rows: list[int]) -> tuple[dict[str, Tensor], Packing]:
         """The batch on the device. It is copied while the device still computes the step before."""
         batch, lengths = self.pack(rows)
         tokens, device = batch["input_ids"].numel(), self.args.device
-        self.state.num_input_tokens_seen += sum(lengths)
-        self.padded_tokens += tokens
-        self.current_flos += 6 * tokens * self._parameters
+        self.current_flos += 6 * tokens * self._parameters  # Trainer adds up those of all processes
         if device.type == "cuda":
             batch = {name: value.pin_memory() for name, value in batch.items()}
         packing = Packing.of(lengths, tokens, device, None if device.type == "cpu" else self.pack.longest)

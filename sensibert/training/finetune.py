@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from ..core.arguments import checked, one_of
 from ..core.config import PACKING
@@ -21,7 +21,8 @@ from ..core.errors import SensibertError
 from ..core.files import writing
 from ..models.packed import pooling_of
 from .fast_loop import FastTrainer
-from .processes import Processes
+from .processes import Processes, sharding
+from .run_memory import was_packed
 from .trainer import ADAMW, TrimTrainer
 
 
@@ -41,16 +42,13 @@ def finetune(
     """Train a model in place, from a checkpoint of the same run if one is given; return the trainer.
 
     callbacks: they may trim the model between two steps. packing: "auto" packs batches of `Features` where model and
-    arguments allow it, in one process; "on" raises SensibertError where they do not, "off" pads them. graphs: on a GPU
-    packed steps run as CUDA graphs. printed: whether Trainer prints its logs if disable_tqdm is set. trainer_options:
-    lr_shape, teacher, distil and score of `TrimTrainer`, and those of Trainer. SensibertError for a loss that is not
-    finite, a damaged checkpoint, or a batch that the memory of the GPU does not hold."""
+    arguments allow it, unless the run of the checkpoint pads; "on" raises SensibertError where they do not, "off" pads
+    them. graphs: on a GPU the packed steps of one process run as CUDA graphs. printed: whether Trainer prints its logs
+    if disable_tqdm is set. trainer_options: lr_shape, teacher, distil and score of `TrimTrainer`, and those of Trainer.
+    SensibertError for a loss that is not finite, a damaged checkpoint, or a batch that the memory of the GPU does not
+    hold."""
     if packing not in PACKING:
         raise SensibertError(f"finetune: packing is {packing!r}, {one_of(packing, PACKING)}")
-    if arguments.world_size > 1:
-        if packing == "on":
-            raise SensibertError(f"finetune: packing is 'on' and world_size is {arguments.world_size}, want 'auto'")
-        packing = "off"
     if isinstance(train, Sized) and not len(train):
         raise SensibertError("finetune: train is empty, want at least one row")
     if packing == "auto" and checkpoint is not None and _was_padded(Path(checkpoint)):
@@ -72,17 +70,23 @@ def finetune(
             with Processes.of(arguments).training():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError as error:
-            size, batches = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+            count, batches = arguments.world_size, arguments.gradient_accumulation_steps
+            size = arguments.per_device_train_batch_size * count
             raise SensibertError(
                 f"finetune: the GPU is out of memory in step {trainer.state.global_step + 1} with batches of {size} "
-                f"rows; try --batch-size {max(1, size // 2)} --gradient-accumulation {2 * batches}, which takes the "
-                "same steps, --precision bf16, or a smaller --max-length"
+                f"rows; try --batch-size {max(count, size // 2)} --gradient-accumulation {2 * batches}, which takes "
+                "the same steps, --precision bf16, or a smaller --max-length"
             ) from error
     return trainer
 
 
 def _was_padded(checkpoint: Path) -> bool:
-    """Whether the checkpoint is of several processes, or of a version that neither packed nor counted tokens."""
+    """Whether the run of a checkpoint trained on padded batches.
+
+    Where it does not say so, it is of a version that padded in several processes, and at first neither packed nor
+    counted tokens."""
+    if (packed := was_packed(checkpoint)) is not None:
+        return not packed
     if (checkpoint / "rng_state_1.pth").exists():
         return True
     try:
@@ -132,7 +136,23 @@ def why_not_packed(arguments: TrainingArguments) -> str | None:
         return "the precision is fp32 on a GPU, where packed attention needs bf16"
     if (schedule := SchedulerType(arguments.lr_scheduler_type)) in BY_METRICS:
         return f"lr_scheduler_type is {schedule.value}"
+    if arguments.world_size > 1 and (reason := _why_not_shared(arguments)) is not None:
+        return reason
     for name, usual in UNREAD.items():
         if (value := getattr(arguments, name, usual)) and value != usual:
             return f"{name} is {value}"
+    return None
+
+
+def _why_not_shared(arguments: TrainingArguments) -> str | None:
+    """`why_not_packed` for several processes."""
+    if (kind := sharding(arguments)) is not None:
+        return f"training uses {kind}"
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        return f"parallel_mode is {arguments.parallel_mode.value}"
+    if arguments.parallelism_config is not None:
+        return "parallelism_config is set"
+    for name, usual in {"split_batches": False, "even_batches": True}.items():  # Trainer counts the steps by them
+        if (value := getattr(arguments.accelerator_config, name)) != usual:
+            return f"{name} of accelerator_config is {value}"
     return None

@@ -116,9 +116,12 @@ class _Copy:
 class LeanStep:
     """Passes of one model at fixed structure; after a cut another one is needed (`fits` tells).
 
-    pooling: of `PackedModel`. bf16: with working copies, which the optimizer writes until `end`."""
+    pooling: of `PackedModel`. bf16: with working copies, which the optimizer writes until `end`. by_row: whether the
+    gradients of embedding tables are kept by row on a CPU; those that are added up over processes cannot be."""
 
-    def __init__(self, model: nn.Module, pooling: str | None, optimizer: MaskedAdamW, bf16: bool) -> None:
+    def __init__(
+        self, model: nn.Module, pooling: str | None, optimizer: MaskedAdamW, bf16: bool, by_row: bool = True
+    ) -> None:
         self.model, self.packed, self.optimizer = model, PackedModel(model, pooling), optimizer
         self.device = next(self.model.parameters()).device
         self.masked = masks_of(self.model) is not None  # its layers have compact weights of their own
@@ -132,7 +135,7 @@ class LeanStep:
         if self._dtype is not None:
             self._add_working_copies()
         if self.device.type == "cpu":
-            self._add_quick_modules()
+            self._add_quick_modules(by_row)
 
     def _structure(self) -> list[tuple]:
         """Modules and their classes, parameters, which of them are frozen, configs, and dropout."""
@@ -193,12 +196,12 @@ class LeanStep:
         for number, linear in enumerate(linears):
             self._swaps.append((linear.__dict__, "forward", fused.part(number)))
 
-    def _add_quick_modules(self) -> None:
+    def _add_quick_modules(self, by_row: bool) -> None:
         for module in self.model.modules():
             if type(module) is nn.Dropout and not module.inplace and "forward" not in module.__dict__:
                 self._swaps.append((module.__dict__, "forward", partial(_quick_dropout, module)))
         holders = Counter(id(w) for module in self.model.modules() for w in module._parameters.values())
-        for module in embeddings_of(self.model).modules():
+        for module in embeddings_of(self.model).modules() if by_row else ():
             if _Table.fits(module) and holders[id(module.weight)] == 1:  # a tied weight has gradients in other rows
                 self._tables.append(_Table(module))
                 self._swaps.append((module.__dict__, "forward", self._tables[-1]))

@@ -25,13 +25,18 @@ Result = TypeVar("Result")
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType
 
 
-def check_processes(args: TrainingArguments) -> None:
-    """SensibertError for parallel training in which a model cannot be trimmed: anything but DistributedDataParallel."""
+def sharding(args: TrainingArguments) -> str | None:
+    """The way in which training divides tensors among processes; None if it does not."""
     kind = "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else None
     if kind is None and is_initialized():  # accelerate reads the environment too
         used = str(AcceleratorState().distributed_type.value)
         kind = used if used in SHARDED else None
-    if kind is not None:
+    return kind
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """SensibertError for parallel training in which a model cannot be trimmed: anything but DistributedDataParallel."""
+    if (kind := sharding(args)) is not None:
         raise SensibertError(
             f"TrimCallback: training uses {kind}, which divides every tensor among the processes; want "
             "DistributedDataParallel (torchrun, without it), or trim first (sensibert trim) and train the smaller model"
@@ -114,6 +119,12 @@ class Processes:
             with self._all_alive():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
+
+    @torch.no_grad()
+    def add_up(self, tensor: Tensor) -> None:
+        """Give all processes the sum of their tensors, in place. `training` tells an error of torch.distributed."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
 
     def want_same(self, model: nn.Module, when: str, plan: Plan | None = None) -> None:
         """SensibertError naming the processes whose plan or weights differ from those of the first one."""

@@ -20,6 +20,7 @@ from ..core.schedule import Schedule
 from ..core.settings import former_names, settings_of
 from .checkpoints import MEMORY
 
+PACKED = "sensibert_packed"  # attribute of the state of a training in the loop on packed batches
 # Settings that the weights after a cut depend on. `compared` adds budget, scope, grid and method as text.
 COMPARED = ("allocation", "width_multiple", "samples", "micro_batch", "compensate")
 COMPARED_OF_SCHEDULE = ("recovery", "rewarm_ratio", "recover_peak", "recover_dropout")
@@ -66,8 +67,9 @@ class RunMemory:
         seconds = sum(self.seconds.get(phase, 0.0) for phase in phases)
         return tokens / seconds if tokens and seconds else None
 
-    def saved(self, settings: Mapping[str, object]) -> dict[str, object]:
-        """The content of the checkpoint's file. settings: those that its weights depend on."""
+    def saved(self, settings: Mapping[str, object], packed: bool) -> dict[str, object]:
+        """The content of the checkpoint's file. settings: those that its weights depend on. packed: whether the run
+        trains on packed batches, for `was_packed`."""
         known: dict[str, object] = {
             "metrics_at_cut": self.metrics_at_cut,
             "seconds": self.seconds,
@@ -77,7 +79,7 @@ class RunMemory:
             known["table"] = self.table.to_dict()
         if self.size is not None:
             known["size"] = self.size
-        return {"settings": dict(settings), **known, "inputs": self.inputs}
+        return {"settings": dict(settings), "packed": packed, **known, "inputs": self.inputs}
 
     def restore(self, checkpoint: Path) -> dict[str, object]:
         """Read a checkpoint's file. Returns its settings under today's names. SensibertError if it cannot be read."""
@@ -99,6 +101,15 @@ class RunMemory:
             raise SensibertError(
                 f"checkpoint: {checkpoint} is not of a run with a TrimCallback ({MEMORY} is missing or unreadable)"
             ) from None
+
+
+def was_packed(checkpoint: Path) -> bool | None:
+    """Whether the run of a checkpoint trained on packed batches; None if it does not tell."""
+    try:
+        packed = parse_json((checkpoint / MEMORY).read_text()).get("packed")
+    except (OSError, ValueError, AttributeError):  # `check_checkpoint` says what is wrong with it
+        return None
+    return packed if isinstance(packed, bool) else None
 
 
 def compared(config: TrimConfig, chosen: bool, left: float) -> dict[str, object]:

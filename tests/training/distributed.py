@@ -226,6 +226,89 @@ def commands(training: Training) -> dict:
     return found
 
 
+# Trainings on packed batches. Labels of tokens that an analysis draws depend on its batches; layer-obs draws none.
+TOKENS = {"kind": "tokens", "head": "TokenClassification", "trim": {"method": "layer-obs"}}
+PACKED: dict[str, dict] = {
+    "classes": {"save_strategy": "steps", "save_steps": 2},
+    "tokens": TOKENS,
+    "accumulated": TOKENS | {"gradient_accumulation_steps": 2},
+    "taught": {"kind": "labels", "taught": True},
+    "blocks": {"trim": {"grid": "block8"}},
+    "bf16": {"bf16": True},
+}
+
+
+def packed(training: Training) -> dict:
+    """Trainings on packed batches, and resumes from the checkpoints of one process."""
+    found = {name: pack(training, name, **changed) for name, changed in PACKED.items()}
+    for step in (2, 4) if training.count > 1 else ():
+        checkpoint = training.folder.parent / f"alone/classes/checkpoint-{step}"
+        found[f"from {step}"] = pack(training, f"from {step}", checkpoint=checkpoint)
+    return found
+
+
+def pack(
+    training: Training, name: str, kind="classes", head="SequenceClassification", taught=False, callbacks=(),
+    checkpoint=None, **changed,
+) -> dict:  # fmt: skip
+    """Train 9 steps of 8 rows, with a cut after step 3; step 6 has one row. Weights go to NAME.pt."""
+    import torch
+
+    from sensibert import TrimCallback, TrimConfig
+    from sensibert.models.modules import weights_digest
+    from sensibert.training.fast_loop import FastTrainer
+    from tests.helpers import tiny_model
+    from tests.training.test_fast_loop import rows, train
+
+    model, teacher = tiny_model(seed=training.rank, head=head), tiny_model(seed=5, head=head)  # the first one's counts
+    if not changed.get("bf16"):
+        model, teacher = model.double(), teacher.double()
+    batches = training.count * changed.get("gradient_accumulation_steps", 1)
+    usual = {"per_device_train_batch_size": 8 // batches, "logging_steps": 1, "max_steps": 9}
+    usual |= {"ddp_backend": "gloo", "ddp_timeout": 300} if training.count > 1 else {}
+    usual |= {"teacher": lambda: teacher} if taught else {}
+    callback = TrimCallback(TrimConfig("50%params", samples=16, **changed.pop("trim", {"width_multiple": 4})))
+    data = rows(41, kind)
+    if kind == "tokens":  # most rows have one label; all tokens of the others have one
+        many = torch.rand(41, generator=torch.Generator().manual_seed(3)) < 0.4
+        for row in (~many).nonzero().flatten().tolist():
+            data.per_token["labels"][data.ends[row] + 1 : data.ends[row + 1]] = -100
+    trainer = train(
+        training.folder / name, model, data, "auto", [*callbacks, callback], checkpoint, **(usual | changed)
+    )
+    if training.rank == 0:
+        torch.save(model.state_dict(), training.folder / f"{name}.pt")
+    state = trainer.state
+    return {
+        "packed": isinstance(trainer, FastTrainer),
+        "step": state.global_step,
+        "digest": weights_digest(model),
+        "losses": [entry["loss"] for entry in state.log_history if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in state.log_history if "grad_norm" in entry],
+        "tokens": state.num_input_tokens_seen,
+        "wrapped": trainer.model_wrapped is not trainer.model,
+        "to wrap": not hasattr(model, "_is_accelerate_prepared"),  # by another Trainer, which would not wrap it then
+        "flops per token": state.total_flos / trainer.padded_tokens,
+    }
+
+
+def dying_packed(training: Training) -> dict:
+    """The last process is killed after a step; the others wait for its gradients."""
+    from transformers import TrainerCallback
+
+    from sensibert import SensibertError
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and training.rank == training.count - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        return pack(training, "dying", callbacks=[Die()])
+    except SensibertError as error:
+        return {"error": str(error)}
+
+
 RUN = ("--max-steps", 10, "--batch-size", 16, "--learning-rate", 1e-3)
 
 

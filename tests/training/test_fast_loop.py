@@ -1,12 +1,16 @@
 """The loop on packed batches: the same weights as the loop on padded ones, with far less beside the passes."""
 
+import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import ParallelMode
 
 from sensibert.callback import TrimCallback
 from sensibert.core.config import TrimConfig
@@ -20,6 +24,7 @@ from sensibert.training.distillation import Distillation
 from sensibert.training.fast_loop import FastTrainer, ShuffledSampler
 from sensibert.training.finetune import why_not_packed
 from sensibert.training.lean_step import LeanStep
+from sensibert.training.manifest import MEMORY, write_manifest
 from sensibert.training.op_count import OpCount
 from sensibert.training.trainer import TrimTrainer
 from sensibert.trimming.trim import trim
@@ -131,6 +136,31 @@ def test_a_resumed_run_ends_in_the_same_weights_in_both_loops(tmp_path, same_ord
             model = tiny_model(seed=3).double()
             train(tmp_path / packing, model, rows(), packing, [trimming()], tmp_path / "whole" / f"checkpoint-{step}")
             assert_same_weights(model, whole, tolerance=1e-7)
+
+
+def test_a_resumed_run_goes_on_with_the_batches_that_it_began_with(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    for packing in ("off", "on"):
+        train(tmp_path / packing, tiny_model(), rows(), packing, [trimming()], **saved)
+        for step, begun, name in ((2, packing, "second"), (4, "second", "third")):
+            checkpoint = tmp_path / begun / f"checkpoint-{step}"
+            trainer = train(tmp_path / name, tiny_model(), rows(), "auto", [trimming()], checkpoint, **saved)
+            assert isinstance(trainer, FastTrainer) == (packing == "on")
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_padded_batches_if_it_had_several_processes(tmp_path):
+    train(tmp_path / "run", tiny_model(), rows(), "on", [trimming()], save_strategy="steps", save_steps=2, max_steps=4)
+    folder = tmp_path / "run/checkpoint-2"
+    memory = json.loads((folder / MEMORY).read_text())
+    assert memory.pop("packed") is True
+    (folder / MEMORY).write_text(json.dumps(memory))
+    for several in (False, True):
+        if several:
+            (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+            shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+        write_manifest(folder)
+        trainer = train(tmp_path / "on", tiny_model(), rows(), "auto", [trimming()], folder, max_steps=4)
+        assert isinstance(trainer, FastTrainer) == (not several)
 
 
 def test_a_run_with_dropout_resumes_bit_for_bit_before_and_after_the_cut(tmp_path):
@@ -377,10 +407,16 @@ def test_a_gpu_without_enough_memory_is_named_with_what_to_try(tmp_path, monkeyp
         ({"device": torch.device("cuda"), "bf16": True}, None),
         ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type is greedy"),
         ({"n_gpu": 2}, "n_gpu is 2"),
+        ({"world_size": 2}, None),
+        ({"accelerator_config": AcceleratorConfig(even_batches=False)}, None),
+        ({"accelerator_config": AcceleratorConfig(even_batches=False), "world_size": 2}, "even_batches of accelerator"),
+        ({"fsdp": "full_shard", "world_size": 2}, "training uses fsdp"),
+        ({"parallel_mode": ParallelMode.TPU, "world_size": 2}, "parallel_mode is tpu"),
     ],
 )
-def test_packing_needs_bf16_on_one_gpu_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
-    usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "device": torch.device("cpu")}
+def test_packing_needs_bf16_on_a_gpu_of_its_own_and_a_schedule_that_steps_with_the_optimizer(tmp_path, changed, reason):
+    usual = {**vars(arguments(tmp_path)), "n_gpu": 1, "world_size": 1, "device": torch.device("cpu")}
+    usual |= {"parallel_mode": ParallelMode.DISTRIBUTED}
     found = why_not_packed(SimpleNamespace(**(usual | changed)))
     assert found == reason if reason is None else found.startswith(reason)
 

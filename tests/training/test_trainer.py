@@ -216,12 +216,6 @@ def test_a_collator_of_somebody_else_is_left_alone(tmp_path):
     assert trainer.state.global_step == 4
 
 
-def test_packed_batches_are_refused_in_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(SensibertError, match="packing is 'on' and world_size is 2, want 'auto'"):
-        finetune(tiny_model(), Rows(), Collator(0), arguments(tmp_path), packing="on")
-
-
 def test_a_gpu_is_not_asked_for_plans_that_each_new_shape_would_need():
     with quick_attention(torch.device("cuda")):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
