@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from .callback import TrimCallback
-from .core.config import BASELINE, TrimConfig
+from .core.config import BASELINE
 from .core.errors import SensibertError
 from .core.files import make_folder, write_atomically, writing
 from .core.json_text import parse_json
@@ -75,17 +75,6 @@ class WarmUp(TrimCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Without the warning of an unfinished trim."""
-
-
-class Shortened(TrimCallback):
-    """Goes on from the warm-up of a longer run. steps: of that run."""
-
-    def __init__(self, config: TrimConfig, *, steps: int, **more: Any) -> None:
-        super().__init__(config, **more)
-        self._steps = steps
-
-    def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
-        return super()._settings(args, state) | {"steps": self._steps}
 
 
 @dataclass

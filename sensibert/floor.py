@@ -1,9 +1,8 @@
 """The smallest model that keeps a fraction of the baseline's score (`--keep 99%`).
 
-Bisection over budgets, with short recoveries from one warm-up and one analysis, compares them on one half of the
-validation rows with an equally short recovery at 100 %, which isolates what trimming costs from what steps cost. The
-whole recovery of the chosen budget is compared with the baseline on the other half; if it is below the floor, larger
-budgets follow.
+Bisection over budgets, each with a whole recovery from one warm-up and one analysis: a short one says little, since
+what a small model has not relearned yet it may still relearn. Scores on one half of the validation rows choose; the
+chosen model is compared with the baseline on the other half, and if it is below the floor there, larger ones follow.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .branches import Branches, Shortened, Trained, add_baseline, add_seconds
+from .branches import Branches, Trained, add_baseline, add_seconds
 from .core import cost
 from .core.budget import Budget
 from .core.errors import SensibertError
@@ -28,7 +26,7 @@ from .data.tasks import EMBEDDING
 from .family import member
 from .run_options import Options
 
-SHORT = 0.25  # steps of a short recovery, as a fraction of a whole one
+CLOSE = 1.2  # the search ends when the smallest budget that held is less than this times the largest that did not
 # Share of the rows that two models of nearly equal scores answer differently, one right and one wrong.
 CHANGED = 0.05
 LEAST_ROWS = 100
@@ -62,13 +60,14 @@ def _rows(data: TaskData) -> int:
 
 @dataclass
 class Search:
-    """Finds the budget. layout: of the untrimmed model. tried: a row for every model that was trained. The constructor
-    raises SensibertError for what `check_floor` refuses."""
+    """Finds the budget. layout: of the untrimmed model. tried: a row for every comparison with the baseline. The
+    constructor raises SensibertError for what `check_floor` refuses."""
 
     branches: Branches
     data: TaskData
     layout: Layout
     tried: list[dict[str, Any]] = field(default_factory=list)
+    _trained: dict[int, Trained] = field(default_factory=dict)  # percent -> the last model that was trained
 
     def __post_init__(self) -> None:
         options = self.branches.options
@@ -81,15 +80,12 @@ class Search:
         """The model; `keep` in its result tells how it was found. SensibertError if no budget below 100 % holds the
         floor."""
         baseline = self.branches.baseline(self._noted)
-        reference = self._short(100, baseline["steps"])
-        for percent in self._candidates(reference, baseline["steps"]):
-            name, begun = f"whole-{percent}", time.perf_counter()
-            if (known := self.branches.finished(name)) is not None:  # by an interrupted run: it was below the floor
-                self.tried.append(known)
-                continue
-            trained = self.branches.run(name, self._member(percent))
+        for percent in self._candidates(baseline):
+            begun = time.perf_counter()
+            if (trained := self._trained.get(percent)) is None:
+                trained = self.branches.run(_branch(percent), self._member(percent))
             check = self._check(row_sums(self.data, trained.logits), _sums(baseline))
-            self._note(percent, "whole", check["score"], check["of_baseline"], time.perf_counter() - begun)
+            self._note(percent, "checking", check["score"], check["of_baseline"], time.perf_counter() - begun)
             if check["of_baseline"] >= self.floor:
                 add_baseline(trained.result, baseline)
                 trained.result["keep"] = {
@@ -98,29 +94,22 @@ class Search:
                     "tried": self.tried,
                     **check,
                 }
-                searched = reference["seconds"] + sum(row["seconds"] for row in self.tried[:-1])
-                add_seconds(trained.result, "search", searched)
+                others = [row["seconds"] for row in self.tried if row["budget"] != f"{percent}%params"]
+                add_seconds(trained.result, "search", sum(others))
                 return trained
-            self.branches.finish(name, self.tried[-1])
-        whole = [row for row in self.tried if row["recovery"] == "whole"]
-        best = max(whole or self.tried, key=lambda row: row["of_baseline"])
+        best = max(self.tried, key=lambda row: row["of_baseline"])
         raise SensibertError(
             f"keep: no budget below 100 % keeps {100 * self.floor:g} % of the {self.data.main_metric} of the baseline; "
-            f"the best of {len(self.tried)} was {best['budget']} with {100 * best['of_baseline']:.1f} % "
-            f"({best['recovery']} recovery); want a lower floor or more steps"
+            f"the best of {len(self.tried)} was {best['budget']} with {100 * best['of_baseline']:.1f} %; want a lower "
+            "floor or more steps"
         )
 
-    def _candidates(self, reference: dict[str, Any], steps: int) -> Iterator[int]:
-        """Percentages to recover in full, the smallest first: those that held in the search, then halfway to 100, and
-        so on."""
-        low, high, held = self._smallest() - 1, 100, []
-        while high - low > 1:
-            percent = (low + high) // 2
-            found = self._short(percent, steps)
-            score, of = (float(_sums(each).part(self.choosing).score()) for each in (found, reference))
-            ratio = score / of if of else 0.0
-            self._note(percent, "short", score, ratio, found["seconds"])
-            if ratio >= self.floor:
+    def _candidates(self, baseline: dict[str, Any]) -> Iterator[int]:
+        """Percentages to check, the smallest first: those that held in the search, then halfway to 100, and so on."""
+        low, high, held = max(1, self._smallest() - 1), 100, []
+        while high > CLOSE * low and high - low > 1:
+            percent = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+            if self._holds(percent, baseline):
                 high = percent
                 held.append(percent)
             else:
@@ -130,6 +119,21 @@ class Search:
         while last < 99:
             last = (last + 101) // 2
             yield last
+
+    def _holds(self, percent: int, baseline: dict[str, Any]) -> bool:
+        """Whether the model of this size is at the floor or above it on the rows that choose."""
+        begun = time.perf_counter()
+        if (known := self.branches.finished(_branch(percent))) is not None:  # by an interrupted run
+            self.tried.append(known)
+            return known["holds"]
+        trained = self.branches.run(_branch(percent), self._member(percent))
+        parts = (row_sums(self.data, trained.logits), _sums(baseline))
+        score, of = (float(part.part(self.choosing).score()) for part in parts)
+        row = self._note(percent, "choosing", score, score / of if of else 0.0, time.perf_counter() - begun)
+        self.branches.finish(_branch(percent), row)
+        if row["holds"]:
+            self._trained = {percent: trained}
+        return row["holds"]
 
     def _smallest(self) -> int:
         """The least percentage that the model can be trimmed to."""
@@ -145,21 +149,13 @@ class Search:
     def _member(self, percent: int) -> Options:
         return member(self.branches.options, Budget(percent / 100, "params", True, self.branches.options.trim.scope))
 
-    def _short(self, percent: int, steps: int) -> dict[str, Any]:
-        """The outcome of a short recovery. steps: of the whole run."""
-        branch = f"short-{percent}"
-        if (known := self.branches.finished(branch)) is not None:
-            return known
-        begun, short = time.perf_counter(), partial(Shortened, steps=steps)
-        found = self._noted(self.branches.run(branch, shortened(self._member(percent), steps), short))
-        return self.branches.finish(branch, found | {"seconds": time.perf_counter() - begun})
-
     def _noted(self, trained: Trained) -> dict[str, Any]:
         return {"sums": row_sums(self.data, trained.logits).values.tolist()}
 
-    def _note(self, percent: int, recovery: str, score: float, ratio: float, seconds: float) -> None:
-        row = {"budget": f"{percent}%params", "recovery": recovery, "score": score, "of_baseline": ratio}
+    def _note(self, percent: int, rows: str, score: float, ratio: float, seconds: float) -> dict[str, Any]:
+        row = {"budget": f"{percent}%params", "rows": rows, "score": score, "of_baseline": ratio}
         self.tried.append(row | {"holds": ratio >= self.floor, "seconds": round(seconds, 3)})
+        return self.tried[-1]
 
     def _check(self, ours: RowSums, baseline: RowSums) -> dict[str, Any]:
         """Scores on the rows that chose nothing, with 95 % intervals."""
@@ -185,11 +181,5 @@ def _sums(outcome: dict[str, Any]) -> RowSums:
     return RowSums(np.array(outcome["sums"]))
 
 
-def shortened(options: Options, steps: int) -> Options:
-    """The same run with a recovery of SHORT of its steps; the cut is at the same step. steps: of the whole run."""
-    schedule = options.trim.schedule
-    cut = min(schedule.cuts(steps))
-    total = cut + max(1, round(SHORT * (steps - cut)))
-    duration = schedule.trim_duration * steps * (total - cut) / (steps - cut) / total if steps > cut else 0.0
-    trim = replace(options.trim, schedule=replace(schedule, trim_start=cut / total, trim_duration=duration))
-    return replace(options, trim=trim, max_steps=total, save_steps=total, save_before_cut=False)
+def _branch(percent: int) -> str:
+    return f"whole-{percent}"

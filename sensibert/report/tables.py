@@ -95,7 +95,7 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
 def floor_table(kept: Mapping[str, Any]) -> str:
     """How the budget was found that keeps a fraction of the baseline's score. kept: `keep` of result.json."""
     rows = [
-        (row["budget"], row["recovery"], f"{row['score']:.4f}", f"{100 * row['of_baseline']:.1f} %",
+        (row["budget"], row["rows"], f"{row['score']:.4f}", f"{100 * row['of_baseline']:.1f} %",
          "holds" if row["holds"] else "below", f"{row['seconds']:.0f} s")
         for row in kept["tried"]
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def floor_table(kept: Mapping[str, Any]) -> str:
         f"{shown('baseline')}, difference {shown('difference')}; percent of the baseline: "
         f"{shown('of_baseline', 100, 1)}. Intervals: {kept['intervals']}."
     )
-    header = ("tried", "recovery", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
+    header = ("tried", "on the rows", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
     return "\n\n".join([table(header, rows, left=(0, 1)), text])
 
 

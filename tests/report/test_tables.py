@@ -117,10 +117,10 @@ def test_the_summary_has_the_score_of_the_baseline_if_it_was_measured():
 
 
 def test_the_summary_tells_how_a_floor_was_met():
-    row = {"budget": "46%params", "recovery": "whole", "score": 0.7613, "of_baseline": 1.0, "holds": True, "seconds": 7}
+    row = {"budget": "46%params", "rows": "checking", "score": 0.7613, "of_baseline": 1.0, "holds": True, "seconds": 7}
     kept = {"floor": 0.99, "metric": "accuracy", "rows": 863, "intervals": "95 %", "tried": [row]}
     for name, value in (("score", 0.76), ("baseline", 0.76), ("difference", 0.0), ("of_baseline", 1.0)):
         kept |= {name: value, f"{name}_interval": [value - 0.03, value + 0.03]}
     text = summary(RESULT | {"keep": kept})
-    assert "46%params  whole       0.7613          100.0 %       holds      7 s" in text
+    assert "46%params  checking       0.7613          100.0 %       holds      7 s" in text
     assert "percent of the baseline: 100.0 (97.0 to 103.0). Intervals: 95 %." in text
