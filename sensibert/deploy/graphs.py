@@ -209,6 +209,7 @@ def _open_onnx(file: Path, threads: int | None) -> Graph:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads hinder what runs next
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -99,6 +99,7 @@ def _opened(file: Path, facts: Mapping[str, Any], inputs: Sequence[str], vocabul
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = facts["threads"]
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads hinder what runs next
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, values)
 
