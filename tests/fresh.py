@@ -102,7 +102,7 @@ def _enter(function: Callable[..., None], args: tuple, said: Path, cwd: Path, en
 
 def _program(code: str, args: list[str], modules: str, isolated: bool) -> None:
     for module in [*sys.modules.values()]:  # transformers has read its environment already
-        if hasattr(module, "HF_MODULES_CACHE"):
+        if "HF_MODULES_CACHE" in vars(module):  # hasattr would import what is lazy
             module.HF_MODULES_CACHE = modules
     sys.argv = ["-c", *args]
     sys.path[:] = [folder for folder in sys.path if folder and Path(folder).resolve() != ROOT]
