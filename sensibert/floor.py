@@ -97,10 +97,11 @@ class Search:
                 others = [row["seconds"] for row in self.tried if row["budget"] != f"{percent}%params"]
                 add_seconds(trained.result, "search", sum(others))
                 return trained
-        best = max(self.tried, key=lambda row: row["of_baseline"])
+        checked = [row for row in self.tried if row["rows"] == "checking"] or self.tried
+        best = max(checked, key=lambda row: row["of_baseline"])
         raise SensibertError(
             f"keep: no budget below 100 % keeps {100 * self.floor:g} % of the {self.data.main_metric} of the baseline; "
-            f"the best of {len(self.tried)} was {best['budget']} with {100 * best['of_baseline']:.1f} %; want a lower "
+            f"the best of {len(checked)} was {best['budget']} with {100 * best['of_baseline']:.1f} %; want a lower "
             "floor or more steps"
         )
 

@@ -51,6 +51,7 @@ def few_latencies(request, monkeypatch):
     if (bench := sys.modules.get("sensibert.deploy.bench")) is not None:
         monkeypatch.setattr(bench, "ROUNDS", 1)
         monkeypatch.setattr(bench, "LENGTH", 16)
+        monkeypatch.setattr("sensibert.deploy.opened.IDLE_S", 0)
         if "peak_memory" not in request.fixturenames:
             monkeypatch.setattr(bench, "peak_mb", lambda *args: None)
 

@@ -110,7 +110,7 @@ def floor_table(kept: Mapping[str, Any]) -> str:
         f"{shown('baseline')}, difference {shown('difference')}; percent of the baseline: "
         f"{shown('of_baseline', 100, 1)}. Intervals: {kept['intervals']}."
     )
-    header = ("tried", "on the rows", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
+    header = ("tried", "validation rows", kept["metric"], "of the baseline", f"floor {floor}", "seconds")
     return "\n\n".join([table(header, rows, left=(0, 1)), text])
 
 
