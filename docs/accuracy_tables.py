@@ -11,8 +11,8 @@ METHODS += ("layers", "magnitude", "random")
 GRIDS = ("element", "block64")  # masked, not cut
 # What people would use instead, as the README calls them.
 SHOWN = {"ours": "sensibert", "torch-pruning": "Torch-Pruning", "magnitude": "magnitude", "layers": "dropping layers"}
-# Shown by task, but not in the means over tasks: few seeds, budgets and methods so far.
-APART = ("cola",)
+# Shown by task, but not in the means over tasks: few seeds, budgets and methods so far, and on a CPU alone.
+APART = ("cola", "snips_slots")
 BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
 
 
@@ -55,8 +55,11 @@ def _extent(row: dict) -> tuple[bool, int]:
 def scores(rows: list[dict]) -> list[dict]:
     """The accuracy rows, of each task those of its longest runs: the shorter ones are shown with the ablations.
 
-    Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such."""
+    Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such. Of several peak
+    learning rates the one at which the untrimmed model scores best; `learning_rates` shows the others."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
+    best = _best_rates(found)
+    found = [row for row in found if row.get("learning_rate") == best.get(_length(row), row.get("learning_rate"))]
     longest: dict[str, tuple[bool, int]] = {}
     for row in found:
         task = row["case"].split()[0]
@@ -64,6 +67,41 @@ def scores(rows: list[dict]) -> list[dict]:
     chosen = [row for row in found if _extent(row) == longest[row["case"].split()[0]]]
     beside = [row for row in found if longest[row["case"].split()[0]] == (True, _extent(row)[1]) and row not in chosen]
     return chosen + [{**row, "place": "CPU"} for row in beside]
+
+
+def _length(row: dict) -> tuple:
+    """Runs of one task that differ in no more than the learning rate, the budget and the method are alike in this."""
+    names = ("train_rows", "max_steps", "epochs", "precision", "accelerator")
+    return row["case"].split()[0], *(row.get(name) for name in names)
+
+
+def _best_rates(rows: list[dict]) -> dict[tuple, float]:
+    """`_length` -> the peak learning rate at which the untrimmed model scores best."""
+    dense = [row for row in rows if row["case"].endswith(" dense") and row.get("learning_rate") is not None]
+    return {_length(row): row["learning_rate"] for row in sorted(dense, key=lambda row: row["value"])}
+
+
+def learning_rates(rows: list[dict]) -> str:
+    """The untrimmed and the default runs of tasks that were run with several peak learning rates, best rate first."""
+    found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
+    found = [row for row in found if row["case"].split()[-1] in ("dense", "ours") and not own_recovery(row)]
+    rates: dict[tuple, dict[float, list[dict]]] = {}
+    for row in found:
+        rates.setdefault(_length(row), {}).setdefault(row.get("learning_rate"), []).append(row)
+    lines = []
+    for length, of in rates.items():
+        dense = {rate: row for rate, group in of.items() for row in group if row["case"].endswith(" dense")}
+        if len(dense) < 2:
+            continue
+        for rate in sorted(dense, key=lambda rate: -dense[rate]["value"]):
+            ours = {row["case"].split()[1]: _seeds(row) for row in of[rate] if row["case"].endswith(" ours")}
+            lines.append([length[0], number(rate), _seeds(dense[rate])])
+            lines[-1] += [ours.get(budget, "-") for budget in ("50%params", "20%params")]
+    return markdown(["task", "peak learning rate", "untrimmed", "ours at 50 %", "ours at 20 %"], lines)
+
+
+def _seeds(row: dict) -> str:
+    return f"{_score(row)}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
 
 
 def off_budget(row: dict, budget: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
 
-from accuracy_tables import ablation, accuracy, cost, elsewhere, grids, retention, summary  # noqa: E402
+from accuracy_tables import ablation, accuracy, cost, elsewhere, grids, learning_rates, retention, summary  # noqa: E402
 from rows import NOTHING, ROOT, load, markdown, number, on_gpu  # noqa: E402, F401
 
 KERNELS = tuple(
@@ -141,6 +141,7 @@ TABLES = {
     "summary": summary,
     "accuracy": accuracy,
     "elsewhere": elsewhere,
+    "learning_rates": learning_rates,
     "retention": retention,
     "grids": grids,
     "cost": cost,

@@ -222,6 +222,26 @@ def test_cpu_runs_are_listed_with_gpu_runs_and_the_share_kept_is_the_mean_of_all
     ]
 
 
+def test_of_several_learning_rates_the_best_of_the_untrimmed_model_counts(tables, tmp_path):
+    slow, quick, long = ({"epochs": epochs, "learning_rate": rate} for epochs, rate in ((3, 1e-4), (3, 4e-4), (1, 1e-3)))
+    rows = tables.load(
+        write(
+            tmp_path,
+            row("bench_accuracy", "cola 50%params ours", 27, "score", ratio=0.9, seeds=2, **quick),
+            row("bench_accuracy", "cola 50%params ours", 29, "score", ratio=1.2, seeds=1, **slow),
+            row("bench_accuracy", "cola 100%params dense", 30, "score", seeds=2, **quick),
+            row("bench_accuracy", "cola 100%params dense", 24, "score", seeds=1, **slow),
+            row("bench_accuracy", "qnli 100%params dense", 80, "score", seeds=1, **slow),
+            row("bench_accuracy", "qnli 100%params dense", 90, "score", seeds=1, **long),
+        )
+    )
+    assert tables.accuracy(rows).splitlines()[2:] == ["| cola | 50%params | 30.00 | 27.00 (90.0 %) | 2 |"]
+    assert tables.learning_rates(rows).splitlines()[2:] == [
+        "| cola | 0.0004 | 30.00, 2 seeds | 27.00, 2 seeds | - |",
+        "| cola | 0.0001 | 24.00, 1 seed | 29.00, 1 seed | - |",
+    ]
+
+
 def test_the_masked_matmul_is_told_by_median_and_range(tables, tmp_path):
     def one(layer, value, part="fwd", device="NVIDIA H200"):
         case = f"default row:0.5 bert-base.{layer} 4096 {part}"
