@@ -223,7 +223,8 @@ def test_cpu_runs_are_listed_with_gpu_runs_and_the_share_kept_is_the_mean_of_all
 
 
 def test_of_several_learning_rates_the_best_of_the_untrimmed_model_counts(tables, tmp_path):
-    slow, quick, long = ({"epochs": epochs, "learning_rate": rate} for epochs, rate in ((3, 1e-4), (3, 4e-4), (1, 1e-3)))
+    rates = ((3, 1e-4), (3, 4e-4), (1, 1e-3))
+    slow, quick, long = ({"epochs": epochs, "learning_rate": rate} for epochs, rate in rates)
     rows = tables.load(
         write(
             tmp_path,
