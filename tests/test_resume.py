@@ -235,9 +235,16 @@ def begun(here, tmp_path_factory):
     return here, folder / "out.partial"
 
 
-def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
+def finished_again(begun, folder) -> dict:
+    """A copy of the run of `begun` with its checkpoints, in folder/out: its result."""
+    for name in ("out", "out.partial"):
+        shutil.copytree(begun[1].with_name(name), folder / name)
+    return json.loads((folder / "out" / "result.json").read_text())
+
+
+def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path, begun):
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
+    first = finished_again(begun, tmp_path)
     newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (6, 3))
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     os.truncate(newest / "model.safetensors", 100)
@@ -251,10 +258,10 @@ def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"])
-def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(here, tmp_path, name):
+def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(here, tmp_path, begun, name):
     """That is what a power cut can leave."""
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
+    first = finished_again(begun, tmp_path)
     file = tmp_path / "out.partial" / "checkpoint-6" / name
     file.write_bytes(bytes(file.stat().st_size))
     again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
@@ -290,9 +297,9 @@ def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun, 
         finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
 
 
-def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path):
+def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path, begun):
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", **requested))
+    finished_again(begun, tmp_path)
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         file = checkpoint / "optimizer.pt"
         file.write_bytes(bytes(file.stat().st_size))
