@@ -17,7 +17,6 @@ from tests import runs
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command
 
-
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 

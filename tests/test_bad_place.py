@@ -15,7 +15,6 @@ from sensibert.core.output_paths import check_output, is_mount, try_move
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command, tree
 
-
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
