@@ -277,24 +277,19 @@ def test_an_unfinished_run_stays_until_the_inputs_have_been_read(here, tmp_path,
         assert runs.tree(tmp_path / "out.partial") == before
 
 
-@pytest.mark.parametrize("entry", [{"hidden_act": "relu"}, {"layer_norm_eps": 1.0}, {"num_attention_heads": 2}])
-def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun, entry):
+def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun):
     shutil.copytree(begun[1], tmp_path / "out.partial")
     shutil.copytree(here / "model", tmp_path / "model")
-    config = json.loads((here / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"_name_or_path": "moved"}))
-    usual = {
-        "model": str(tmp_path / "model"),
-        "save_steps": 3,
-        "keep_checkpoints": True,
-        "max_steps": 6,
-        "resume": True,
-    }
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_name_or_path": "moved"}))
+    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6, "resume": True}
+    usual["model"] = str(tmp_path / "model")
     finetune_and_trim(options(here, tmp_path / "out", **usual))  # the same in another place
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | entry))
-    ((name, value),) = entry.items()
-    with pytest.raises(SensibertError, match=f"has config.{name} .*, and this run {value}"):
-        finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
+    for name, value in {"hidden_act": "relu", "layer_norm_eps": 1.0, "num_attention_heads": 2}.items():
+        file.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(SensibertError, match=f"has config.{name} .*, and this run {value}"):
+            finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
 
 
 def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path, begun):

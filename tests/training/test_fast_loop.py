@@ -295,7 +295,7 @@ def test_a_cut_changes_the_number_of_ops_by_few():
 def test_a_run_has_few_matrix_shapes(tmp_path):
     model, data = tiny_model(**MINILM), rows(200)
     with Ops() as ops:
-        train(tmp_path, model, data, "on", [trimming()], bf16=True, num_train_epochs=1)
+        train(tmp_path, model, data, "on", [trimming()], bf16=True)
     totals = len(Collator(0).packer(data, 8).totals)
     assert len(ops.shapes) <= totals * (3 * 5 + 3 * 6 * 5) + 100  # and those of the analysis and the head
 
