@@ -44,21 +44,27 @@ def seed() -> int:
     return 0
 
 
-@pytest.fixture(autouse=True)
-def few_latencies(request, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def few_latencies():
     """One measured pass of every model, over a few tokens, where the time does not matter, and no process of its own
-    for the memory that it takes; the test that looks at the memory asks for `peak_memory`."""
-    if (bench := sys.modules.get("sensibert.deploy.bench")) is not None:
-        monkeypatch.setattr(bench, "ROUNDS", 1)
-        monkeypatch.setattr(bench, "LENGTH", 16)
-        monkeypatch.setattr("sensibert.deploy.opened.IDLE_S", 0)
-        if "peak_memory" not in request.fixturenames:
-            monkeypatch.setattr(bench, "peak_mb", lambda *args: None)
+    for the memory that it takes; the test that looks at the memory asks for `peak_memory`. For the session: the runs of
+    module fixtures are timed too, and a test may undo its own patches before its last run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"tests.runs", "sensibert.deploy.bench"}.isdisjoint(sys.modules):  # else nothing is timed
+            from sensibert.deploy import bench, opened
+
+            for module, name, value in ((bench, "ROUNDS", 1), (bench, "LENGTH", 16), (opened, "IDLE_S", 0)):
+                patch.setattr(module, name, value)
+            patch.setattr(bench, "peak_mb", lambda *args: None)
+        yield
 
 
 @pytest.fixture
-def peak_memory():
+def peak_memory(monkeypatch):
     """For a test that needs the memory of a model measured."""
+    from sensibert.deploy.peak_memory import peak_mb
+
+    monkeypatch.setattr("sensibert.deploy.bench.peak_mb", peak_mb)
 
 
 @pytest.fixture
@@ -75,16 +81,20 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
-@pytest.fixture
-def no_pictures(request, monkeypatch):
+@pytest.fixture(scope="module")
+def no_pictures():
     """Drawing takes longer than a tiny run; the tests that look at what is drawn ask for `report`."""
-    if "report" not in request.fixturenames:
-        monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
+        yield
 
 
 @pytest.fixture
-def report():
+def report(monkeypatch):
     """For a test that needs the pictures of a run drawn."""
+    from sensibert.report import write_report
+
+    monkeypatch.setattr("sensibert.run_output.write_report", write_report)
 
 
 @pytest.fixture

@@ -121,11 +121,17 @@ def run(code: str, *args: object, cwd: Path, isolated: bool = False, interpreter
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         status, out, err = done.returncode, done.stdout, done.stderr
     else:
-        started = Started(_program, code, words, str(cwd / "modules"), isolated, cwd=cwd)
-        status, out, err = started.ended()
-        started.kill()
+        status, out, err = forked(code, *args, cwd=cwd, isolated=isolated)
     assert status == 0, (out[-500:], err[-3000:])
     return (out.strip().splitlines() or [""])[-1]
+
+
+def forked(code: str, *args: object, cwd: Path, isolated: bool = False, **environment: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a program in a forked process."""
+    started = Started(_program, code, [*map(str, args)], str(cwd / "modules"), isolated, cwd=cwd, **environment)
+    ended = started.ended()
+    started.kill()
+    return ended
 
 
 def run_each(

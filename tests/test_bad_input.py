@@ -17,12 +17,7 @@ from tests import runs
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,7 @@ from sensibert.core.output_paths import check_output, is_mount, try_move
 from tests.refusals import finetune_arguments, folders, refused, untouched
 from tests.runs import command, tree
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

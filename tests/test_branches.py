@@ -21,6 +21,23 @@ def here(tmp_path_factory):
     return runs.workplace(tmp_path_factory.mktemp("branches"))
 
 
+@pytest.fixture(scope="module")
+def dense(here, tmp_path_factory):
+    """The score of a run of 9 steps that trims nothing."""
+    folder = tmp_path_factory.mktemp("dense")
+    return finetune_and_trim(options(here, folder / "out", method="baseline", max_steps=9))["metrics"]
+
+
+WITH_BASELINE = {"baseline": True, "max_steps": 9, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(here, tmp_path_factory):
+    """The folder of an unbroken run with a baseline, and its result."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, finetune_and_trim(options(here, folder, **WITH_BASELINE))
+
+
 def dies_at(monkeypatch, step, method):
     step_end = TrimCallback.on_step_end
 
@@ -58,25 +75,22 @@ def test_baseline_without_a_warm_up_is_a_whole_run(here, tmp_path, steps):
     assert result["metrics_baseline"] == dense["metrics"]
 
 
-def test_the_run_s_snapshot_does_not_teach_its_baseline(here, tmp_path):
+def test_the_run_s_snapshot_does_not_teach_its_baseline(here, tmp_path, dense):
     result = finetune_and_trim(options(here, tmp_path / "both", baseline=True, teacher="snapshot", max_steps=9))
-    dense = finetune_and_trim(options(here, tmp_path / "dense", method="baseline", max_steps=9))
-    assert result["metrics_baseline"] == dense["metrics"]
+    assert result["metrics_baseline"] == dense
 
 
 @pytest.mark.parametrize("step, method", [(2, "obs"), (6, "baseline"), (6, "obs")])
-def test_a_broken_run_with_a_baseline_resumes(here, tmp_path, monkeypatch, step, method):
-    usual = {"baseline": True, "max_steps": 9, "save_steps": 1}
-    whole = finetune_and_trim(options(here, tmp_path / "whole", **usual))
+def test_a_broken_run_with_a_baseline_resumes(here, tmp_path, monkeypatch, whole, step, method):
     with monkeypatch.context() as patch:
         dies_at(patch, step, method)
         if step == 2:  # in the warm-up, whose callback is another
             patch.setattr(run_training.WarmUp, "on_save", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            finetune_and_trim(options(here, tmp_path / "broken", **usual))
-    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **usual))
-    assert same_weights(tmp_path / "whole", tmp_path / "broken")
-    assert result["metrics_baseline"] == whole["metrics_baseline"]
+            finetune_and_trim(options(here, tmp_path / "broken", **WITH_BASELINE))
+    result = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **WITH_BASELINE))
+    assert same_weights(whole[0], tmp_path / "broken")
+    assert result["metrics_baseline"] == whole[1]["metrics_baseline"]
 
 
 def test_a_run_that_is_past_its_cut_has_no_warm_up_to_branch_from(here, tmp_path, monkeypatch):

@@ -28,14 +28,7 @@ KEYS = {
     "eval": {"task", "model", "encoder_params_after", "total_params_after", "metrics", "seconds"},
     "inspect": (RESULT_KEYS - {"output"}) | {"family", "layers", "tensors", "measured"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than a tiny run; test_report.py and test_recipe.py look at what is drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def finetune_arguments(here, output, train="train.csv", dev="dev.csv", steps=6):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sensibert import _native
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,18 +83,11 @@ def test_a_broken_compiler_does_not_stop_the_install(checkout):
     assert "the CUDA kernels were not built" in done.stderr and not list(checkout.glob("sensibert/*.so"))
 
 
-# Runs each program of its arguments in a fork, with torch imported and nothing of sensibert, and leaves what it says.
-FORKS = """
+# First lines of a program that runs in a forked process, with torch imported and nothing of sensibert.
+FIRST = """
 import os, sys, torch
 assert not any(name.split(".")[0] == "sensibert" for name in sys.modules)
-folder, *programs = sys.argv[1:]
-for number, program in enumerate(programs):
-    if not os.fork():
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{folder}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-        exec(program)
-        sys.exit()
-    assert os.wait()[1] == 0, open(f"{folder}/{number}.err").read()
+folder = sys.argv[1]
 """
 SWITCHED_OFF = """
 from sensibert import _native, ops
@@ -103,6 +97,7 @@ print(_native.status())
 w = torch.ones(2, 3)
 print(ops.block_sensitivity([w], [w], Grid.tensor())[0].item())
 """
+HIDDEN = {"SENSIBERT_NO_NATIVE": "1"}
 WITH_GPUS = "torch.version.cuda, torch.cuda.device_count = '13.0', lambda: {}; import sensibert.ops"
 BROKEN = """
 del os.environ["SENSIBERT_NO_NATIVE"]
@@ -121,10 +116,9 @@ def said(tmp_path_factory) -> dict[str, tuple[str, str]]:
     shutil.copytree(ROOT / "sensibert", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_C.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file')")
     programs = {"off": SWITCHED_OFF, "gpus 1": WITH_GPUS.format(1), "gpus 0": WITH_GPUS.format(0), "broken": BROKEN}
-    done = python("-c", FORKS, str(folder), *programs.values(), SENSIBERT_NO_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    texts = [tuple((folder / f"{n}.{name}").read_text() for name in ("out", "err")) for n in range(len(programs))]
-    return dict(zip(programs, texts, strict=True))
+    ended = {name: fresh.forked(FIRST + code, folder, cwd=ROOT, **HIDDEN) for name, code in programs.items()}
+    assert [status for status, _, _ in ended.values()] == [0] * len(programs), ended
+    return {name: (out, err) for name, (_, out, err) in ended.items()}
 
 
 def test_the_switch_hides_it_and_the_ops_still_work(said):

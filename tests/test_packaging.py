@@ -13,10 +13,20 @@ import pytest
 import torch
 
 import sensibert
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 READ_BY_A_BUILD = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+
+# A program that finds the packages of a folder, in the processes that it starts too.
+INSTALLED = """
+import os, runpy, sys
+folder, program = sys.argv[1:]
+sys.path.insert(0, folder)
+os.environ["PYTHONPATH"] = folder
+runpy.run_path(program, run_name="__main__")
+"""
 
 
 def python(*command: str, cwd: Path, **environment: str) -> str:
@@ -74,7 +84,7 @@ def test_the_wheel_is_pure_and_holds_the_package_and_nothing_else(wheel):
 def test_the_wheel_does_what_the_readme_says(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
-    said = python(str(ROOT / "tests" / "wheel_check.py"), cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()[-1]
+    said = fresh.run(INSTALLED, tmp_path, ROOT / "tests" / "wheel_check.py", cwd=tmp_path, isolated=True)
     assert said == f"sensibert {VERSION} from {tmp_path / 'sensibert'}: equal logits after a reload"
 
 

@@ -2,18 +2,20 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import main as torchrun
 from transformers import AutoModelForSequenceClassification
 
 from sensibert import SensibertError, finetune_and_trim
 from sensibert.core.launch import Launch, launched
 from tests import runs
+from tests.fresh import Started
 from tests.training.distributed import RUN, run, start
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +126,13 @@ def test_an_error_of_one_process_ends_all(here, whole):
 
 
 def test_torchrun(here):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     given = ("--model", "model", "--train-file", "train.csv", "--max-steps", "3", "--batch-size", "16", "--quiet")
-    command = [*launcher, "-m", "sensibert", "finetune", *given, "--output", "launched"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written to launched") == 1
+    command = ["--standalone", "--nproc-per-node", "2", "-m", "sensibert", "finetune", *given, "--output", "launched"]
+    launcher = Started(torchrun, command, cwd=here)
+    status, out, err = launcher.ended()
+    launcher.kill()
+    assert status == 0, err[-3000:]
+    assert out.count("written to launched") == 1
     assert AutoModelForSequenceClassification.from_pretrained(here / "launched").config.sensibert
 
 

@@ -71,7 +71,6 @@ def test_a_broken_run_resumes_to_the_same_weights(here, tmp_path, whole, step, k
     with pytest.raises(Killed):
         finetune_and_trim(options(here, tmp_path / "broken", **short(kind)))
     monkeypatch.undo()
-    monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     assert not (tmp_path / "broken").exists()
     with pytest.raises(SensibertError, match="unfinished run, want --resume or --overwrite"):
         finetune_and_trim(options(here, tmp_path / "broken", **short(kind)))
@@ -236,9 +235,16 @@ def begun(here, tmp_path_factory):
     return here, folder / "out.partial"
 
 
-def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path):
+def finished_again(begun, folder) -> dict:
+    """A copy of the run of `begun` with its checkpoints, in folder/out: its result."""
+    for name in ("out", "out.partial"):
+        shutil.copytree(begun[1].with_name(name), folder / name)
+    return json.loads((folder / "out" / "result.json").read_text())
+
+
+def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_path, begun):
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
+    first = finished_again(begun, tmp_path)
     newest, older = (tmp_path / "out.partial" / f"checkpoint-{n}" for n in (6, 3))
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     os.truncate(newest / "model.safetensors", 100)
@@ -252,10 +258,10 @@ def test_a_damaged_checkpoint_is_skipped_and_if_all_are_it_is_said(here, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"])
-def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(here, tmp_path, name):
+def test_a_checkpoint_with_a_file_of_zeros_is_passed_over(here, tmp_path, begun, name):
     """That is what a power cut can leave."""
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    first = finetune_and_trim(options(here, tmp_path / "out", **requested))
+    first = finished_again(begun, tmp_path)
     file = tmp_path / "out.partial" / "checkpoint-6" / name
     file.write_bytes(bytes(file.stat().st_size))
     again = finetune_and_trim(options(here, tmp_path / "out", resume=True, overwrite=True, **requested))
@@ -271,29 +277,24 @@ def test_an_unfinished_run_stays_until_the_inputs_have_been_read(here, tmp_path,
         assert runs.tree(tmp_path / "out.partial") == before
 
 
-@pytest.mark.parametrize("entry", [{"hidden_act": "relu"}, {"layer_norm_eps": 1.0}, {"num_attention_heads": 2}])
-def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun, entry):
+def test_a_run_resumes_only_with_the_config_of_its_model(here, tmp_path, begun):
     shutil.copytree(begun[1], tmp_path / "out.partial")
     shutil.copytree(here / "model", tmp_path / "model")
-    config = json.loads((here / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"_name_or_path": "moved"}))
-    usual = {
-        "model": str(tmp_path / "model"),
-        "save_steps": 3,
-        "keep_checkpoints": True,
-        "max_steps": 6,
-        "resume": True,
-    }
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_name_or_path": "moved"}))
+    usual = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6, "resume": True}
+    usual["model"] = str(tmp_path / "model")
     finetune_and_trim(options(here, tmp_path / "out", **usual))  # the same in another place
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | entry))
-    ((name, value),) = entry.items()
-    with pytest.raises(SensibertError, match=f"has config.{name} .*, and this run {value}"):
-        finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
+    for name, value in {"hidden_act": "relu", "layer_norm_eps": 1.0, "num_attention_heads": 2}.items():
+        file.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(SensibertError, match=f"has config.{name} .*, and this run {value}"):
+            finetune_and_trim(options(here, tmp_path / "out", overwrite=True, **usual))
 
 
-def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path):
+def test_if_the_optimizer_of_every_checkpoint_is_damaged_it_is_named(here, tmp_path, begun):
     requested = {"save_steps": 3, "keep_checkpoints": True, "max_steps": 6}
-    finetune_and_trim(options(here, tmp_path / "out", **requested))
+    finished_again(begun, tmp_path)
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         file = checkpoint / "optimizer.pt"
         file.write_bytes(bytes(file.stat().st_size))

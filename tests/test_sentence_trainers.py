@@ -130,8 +130,7 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["pairs", "reranker"])
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(kind, step, tmp_path):
+def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(kind, tmp_path):
     """The cuts are after steps 3 to 5."""
     name, columns, loss = KINDS[kind]
     method = "obs" if name == "CrossEncoder" else "layer-obs"
@@ -147,13 +146,13 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(kind, step, t
 
     source = sentence_folder(name, tmp_path)
     whole = run("whole")
-    run("stopped", [Stop(step)])
-    checkpoint = str(tmp_path / "stopped" / f"checkpoint-{step}")
-    resumed = run("stopped", checkpoint=checkpoint)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
-    if step == 6:
-        with pytest.raises(SensibertError, match="want TrimTrainer in place of Trainer .or a subclass of"):
-            run("plain", checkpoint=checkpoint, trainer_class=TRAINERS[name][0])
+    for step in (2, 6):
+        run(f"stopped-{step}", [Stop(step)])
+        checkpoint = str(tmp_path / f"stopped-{step}" / f"checkpoint-{step}")
+        resumed = run(f"stopped-{step}", checkpoint=checkpoint)
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole), step
+    with pytest.raises(SensibertError, match="want TrimTrainer in place of Trainer .or a subclass of"):
+        run("plain", checkpoint=checkpoint, trainer_class=TRAINERS[name][0])
 
 
 def test_weights_of_a_loss_are_trained_in_a_subclass_of_trim_trainer(tmp_path):

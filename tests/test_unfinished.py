@@ -218,7 +218,6 @@ def test_a_run_publishes_nothing_larger_than_its_budget_and_resumes(here, tmp_pa
         finetune_and_trim(options(here, tmp_path / "out", **requested))
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "checkpoint-4").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     result = finetune_and_trim(options(here, tmp_path / "out", resume=True, **requested))
     assert result["encoder_params_after"] <= SIZES[1] and about_the_cut(result) == []
 

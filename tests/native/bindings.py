@@ -1,7 +1,6 @@
 """The real bindings of the kernels with CPU tensors: g++ builds csrc/torch/<op>.cpp with its kernel, and programs and
 tests run in processes of their own in which `tests.native.through_binding` has loaded the result."""
 
-import fcntl
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import torch
 
 from tests.fresh import Started
 
-from .runner import HERE, ROOT, compiler
+from .runner import HERE, ROOT, compiler, precompiled
 
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-O0", "-fPIC", "-DSENSIBERT_CUDA_ON_CPU"]
@@ -33,19 +32,6 @@ inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU
 """
 
 
-def precompiled(shared: Path) -> list[str]:
-    """Flags that include torch's headers first. They are parsed once a session: that takes longer than all the rest."""
-    header = shared / "torch.h"
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not header.exists():
-            header.write_text(FIRST)
-            command = [compiler(), *FLAGS, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-6000:]
-    return ["-include", str(header)]
-
-
 def build(op: str, folder: Path, shared: Path, *defines: str) -> Path:
     """csrc/torch/<op>.cpp with its kernel as a library for torch.ops.load_library that serves CPU tensors."""
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("*.py", "*.md"))
@@ -60,7 +46,7 @@ def build(op: str, folder: Path, shared: Path, *defines: str) -> Path:
     command = [
         compiler(),
         *FLAGS,
-        *precompiled(shared),
+        *precompiled(shared / "torch.h", FIRST, FLAGS),
         *defines,
         f"-I{folder}",
         f"-I{HERE}",

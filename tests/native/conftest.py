@@ -19,13 +19,13 @@ def shared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
+def kernel(tmp_path_factory, shared):
     """kernel("block_sensitivity", "tsan")(*arrays) builds tests/native/block_sensitivity.cpp and runs it."""
     folder = tmp_path_factory.mktemp("kernels")
 
     @cache
     def program(op: str, kind: str):
-        return runner.build(runner.HERE / f"{op}.cpp", kind, folder)
+        return runner.build(runner.HERE / f"{op}.cpp", kind, folder, shared)
 
     return lambda op, kind="plain": lambda *arrays, **env: runner.run(program(op, kind), *arrays, **env)
 

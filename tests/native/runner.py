@@ -1,5 +1,6 @@
 """Runs the real kernel sources on the CPU: g++ builds tests/native/<op>.cpp with cuda_on_cpu.h, plain or sanitized."""
 
+import fcntl
 import os
 import shutil
 import struct
@@ -20,6 +21,8 @@ BUILDS = {
 }
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DSENSIBERT_CUDA_ON_CPU"]
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc' / 'kernels'}"]
+# The headers of the C++ library that every program includes first: half of what a compilation takes.
+FIRST = "".join(f"#include <{name}>\n" for name in ("algorithm", "cmath", "functional", "string", "vector"))
 
 
 class KernelFailed(AssertionError):
@@ -33,9 +36,22 @@ def compiler() -> str:
     return found
 
 
-def build(source: Path, kind: str, folder: Path) -> Path:
-    program = folder / f"{source.stem}-{kind}"
-    command = [compiler(), *FLAGS, *BUILDS[kind], *INCLUDES, str(source), "-o", str(program)]
+def precompiled(header: Path, text: str, flags: list[str]) -> list[str]:
+    """Flags that include a header of this text first. It is parsed once a session: the workers of pytest-xdist share
+    its folder."""
+    with open(header.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not header.exists():
+            header.write_text(text)
+            command = [compiler(), *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+            subprocess.run(command, capture_output=True)  # if it fails, the compilations that include it say why
+    return ["-include", str(header)]
+
+
+def build(source: Path, kind: str, folder: Path, shared: Path) -> Path:
+    program, flags = folder / f"{source.stem}-{kind}", [*FLAGS, *BUILDS[kind]]
+    first = precompiled(shared / f"{kind}.h", FIRST, flags)
+    command = [compiler(), *flags, *first, *INCLUDES, str(source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and kind != "plain" and ("cannot find" in done.stderr or "unsupported" in done.stderr):
         pytest.skip(f"{command[0]} has no {kind}")

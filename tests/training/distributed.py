@@ -188,7 +188,8 @@ def commands(training: Training) -> dict:
     """Commands one after the other, in a folder with models, data, and in begun.partial a checkpoint of one process."""
     from unittest import mock
 
-    from sensibert import TrimCallback, run_training
+    from sensibert import TrimCallback, run_output, run_training
+    from sensibert.deploy import bench
     from sensibert.models.modules import weights_digest
     from tests import runs
 
@@ -213,7 +214,10 @@ def commands(training: Training) -> dict:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trained = run_training.finetune
-    with mock.patch.object(os, "_exit", sys.exit), mock.patch.object(run_training, "finetune", finetune):
+    drawn = mock.patch.object(run_output, "write_report", lambda *args: [])
+    timed = mock.patch.multiple(bench, ROUNDS=1, LENGTH=16, peak_mb=lambda *args: None)
+    exits = mock.patch.object(os, "_exit", sys.exit)
+    with drawn, timed, exits, mock.patch.object(run_training, "finetune", finetune):
         found = {"wrong": command("--label-column", "nowhere", "--output", "wrong")}
         more = ("--teacher", "snapshot", "--eval-steps", 5, "--best", "--json")
         found["done"] = command("--validation-file", "dev.csv", *more, "--output", "both")

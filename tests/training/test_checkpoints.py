@@ -1,11 +1,11 @@
 """Which checkpoints can be trusted, and what a failed run leaves behind."""
 
+import contextlib
 import itertools
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -299,11 +299,16 @@ def test_a_folder_of_a_version_without_markers_is_known_by_its_checkpoints(tmp_p
 
 
 def test_a_second_run_with_the_same_output_is_refused_while_the_first_one_runs(tmp_path, model):
-    holds = "import sys; from sensibert.training.checkpoints import workspace\n"
-    holds += "with workspace(sys.argv[1], False, False): print('running', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", holds, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "running\n"
+    read, write = os.pipe()
+    first = os.fork()
+    if first == 0:  # another process, with the imports of this one
+        with contextlib.suppress(BaseException), workspace(tmp_path / "out", False, False):
+            os.write(write, b"running")
+            signal.pause()
+        os._exit(1)
+    os.close(write)
+    try:
+        assert os.read(read, 7) == b"running"
         saved = sealed(tmp_path / "out.partial", 2, model)
         before = tree(tmp_path)
         for resume, overwrite in ((True, False), (True, True), (False, True)):
@@ -311,7 +316,9 @@ def test_a_second_run_with_the_same_output_is_refused_while_the_first_one_runs(t
                 with workspace(tmp_path / "out", resume, overwrite):
                     pass
         assert tree(tmp_path) == before
-        first.kill()
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     with workspace(tmp_path / "out", resume=True, overwrite=False) as (_, checkpoint):  # a killed run holds no lock
         assert checkpoint == saved
 
