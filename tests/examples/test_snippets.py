@@ -76,14 +76,13 @@ def extras() -> set[str]:
 
 
 PICTURES = "quickstart"  # the page whose runs draw: that takes longer than a tiny run
-GRAPHS = "other-runtimes"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny model under a well-known name, and a file of each kind that pages speak of."""
+    """A tiny model of one layer under a well-known name, and a file of each kind that pages speak of."""
     tmp_path = tmp_path_factory.mktemp("pages")
-    runs.model_folder(tmp_path / "bert-base-uncased")
+    runs.model_folder(tmp_path / "bert-base-uncased", num_hidden_layers=1)
     runs.sentence_file(tmp_path / "train.csv", 96, seed=1)
     runs.sentence_file(tmp_path / "dev.csv", 40, seed=2)
     runs.sentence_file(tmp_path / "reviews.csv", 48, header=("body", "stars"))
@@ -95,7 +94,7 @@ def files(tmp_path_factory):
     runs.tag_file(tmp_path / "tags.jsonl")
     runs.question_file(tmp_path / "squad-train.jsonl")
     runs.question_file(tmp_path / "squad-dev.jsonl", seed=1)
-    runs.embedding_folder(tmp_path / "all-MiniLM-L6-v2")
+    runs.embedding_folder(tmp_path / "all-MiniLM-L6-v2", num_hidden_layers=1)
     runs.text_file(tmp_path / "texts.txt")
     runs.pair_file(tmp_path / "triplets.csv", header=("anchor", "positive", "negative"))
     runs.scored_file(tmp_path / "similar.csv")
@@ -104,13 +103,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def here(request, files, tmp_path, monkeypatch):
-    """The working directory, with a copy of the files. Runs of embedding models, 3,000 steps by default, take 12. On
-    the page that exports graphs the model has one layer."""
+    """The working directory, with a copy of the files. Runs of embedding models, 3,000 steps by default, take 12."""
     page = getattr(getattr(request.node, "callspec", None), "id", "")
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
-    if f"{GRAPHS}.md" in page:
-        request.getfixturevalue("one_table_of_onnx_ops")
-        runs.model_folder(tmp_path / "bert-base-uncased", num_hidden_layers=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sensibert.run_options.STEPS_OF_EMBEDDING", 12)
     monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=forked))
@@ -120,10 +115,10 @@ def here(request, files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_snippets_of_a_page_run_in_order(page, here):
+def test_the_snippets_of_a_page_run_in_order(page, here, one_table_of_onnx_ops):
     if page.stem == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
-    if page.stem == GRAPHS:
+    if page.stem == "other-runtimes":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     namespace = {"__name__": "__main__"}
