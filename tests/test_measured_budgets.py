@@ -82,10 +82,11 @@ def test_the_file_of_the_budget_s_runtime_is_written_too(here, sizes_of_weights,
 def test_a_resumed_run_has_the_costs_of_the_first(here, clock, tmp_path, monkeypatch):
     straight = finetune(here, tmp_path / "straight", "50%latency", "--save-steps", 6, "--keep-checkpoints")
     assert straight.code == 0, straight.err
-    shutil.copytree(tmp_path / "straight.partial", tmp_path / "out.partial")
+    for name in ("straight", "straight.partial"):
+        shutil.copytree(tmp_path / name, tmp_path / name.replace("straight", "out"))
     shutil.rmtree(tmp_path / "out.partial" / "checkpoint-12")
     monkeypatch.setattr(costs, "measure_costs", lambda *_: pytest.fail("measured again"))
-    resumed = finetune(here, tmp_path / "out", "50%latency", "--save-steps", 6, "--resume")
+    resumed = finetune(here, tmp_path / "out", "50%latency", "--save-steps", 6, "--resume", "--overwrite")
     assert resumed.code == 0, resumed.err
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "out")]
     assert weights[0] == weights[1]
