@@ -129,26 +129,6 @@ def run(code: str, *args: object, cwd: Path, isolated: bool = False, interpreter
     return (out.strip().splitlines() or [""])[-1]
 
 
-def forked(command: list[str], check: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
-    """In place of `subprocess.run` of `python -m MODULE ...` or `python FILE ...`, with what it prints as text."""
-    started = Started(_python, command[1:], cwd=Path.cwd())
-    done = subprocess.CompletedProcess(command, *started.ended())
-    started.kill()
-    if check:
-        done.check_returncode()
-    return done
-
-
-def _python(words: list[str]) -> None:
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__")
-    else:
-        sys.argv = words
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
-
-
 def run_each(
     code: str, requested: dict[Any, tuple[object, ...]], here: Path, interpreter: bool = False
 ) -> dict[Any, str]:
@@ -173,3 +153,23 @@ def outputs_of(
     kind = "trust" if trust_remote_code else "import"
     run(first + LOGITS, kind, given, written, cwd=cwd, isolated=trust_remote_code)
     return torch.load(written)
+
+
+def python_in_fork(command: list[str], check: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
+    """In place of `subprocess.run` of `python -m MODULE ...` or `python FILE ...`, with what it prints as text."""
+    started = Started(_python, command[1:], cwd=Path.cwd())
+    done = subprocess.CompletedProcess(command, *started.ended())
+    started.kill()
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")

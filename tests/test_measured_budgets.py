@@ -16,7 +16,7 @@ from sensibert.deploy import costs
 from sensibert.deploy.costs import Target, measure_costs
 from sensibert.models import layout_of
 from tests import runs
-from tests.fresh import forked
+from tests.fresh import python_in_fork
 from tests.helpers import tiny_model
 from tests.test_plain_trainer import arguments, rows
 
@@ -139,7 +139,7 @@ def runs_model(folder):
 
 
 def test_the_command_writes_a_table_that_others_read(here, tmp_path, monkeypatch):
-    monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=forked))
+    monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=python_in_fork))
     done = runs.command(
         "latency", "--model", here / "model", "--save", tmp_path / "table.json", "--latency-shape", "2x8"
     )

@@ -12,7 +12,7 @@ from sensibert.deploy import bench, measure
 from sensibert.models import layout_of
 from sensibert.trimming.trim import trim
 from tests import runs
-from tests.fresh import forked
+from tests.fresh import python_in_fork
 from tests.helpers import tiny_model
 from tests.plans import random_plan
 
@@ -49,7 +49,7 @@ def test_every_file_of_a_folder_is_timed(folders):
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_memory_of_a_model_is_that_of_a_process_of_its_own(folders, peak_memory, number, monkeypatch):
     if number:  # the first one starts python
-        monkeypatch.setattr("sensibert.deploy.peak_memory.subprocess", SimpleNamespace(run=forked))
+        monkeypatch.setattr("sensibert.deploy.peak_memory.subprocess", SimpleNamespace(run=python_in_fork))
     (place, *_) = bench.places_in(folders[number])
     assert bench.peak_mb(place, 8, 1) > 0
 

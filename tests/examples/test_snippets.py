@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from sensibert import cli
 from tests import runs
-from tests.fresh import forked
+from tests.fresh import python_in_fork
 
 try:
     import tomllib
@@ -108,7 +108,7 @@ def here(request, files, tmp_path, monkeypatch):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sensibert.run_options.STEPS_OF_EMBEDDING", 12)
-    monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=forked))
+    monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=python_in_fork))
     if f"{PICTURES}.md" not in page:
         monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     return tmp_path
