@@ -1,5 +1,6 @@
 """Fixtures every test may use. Environment first: torch and transformers read it when they are imported."""
 
+import functools
 import gc
 import logging
 import os
@@ -104,6 +105,19 @@ def sizes_of_weights(monkeypatch):
 
     measured = costs.costs_of
     monkeypatch.setattr(costs, "costs_of", lambda models, target: measured(models, replace(target, runtime="torch")))
+
+
+@pytest.fixture(scope="session")
+def one_table_of_onnx_ops():
+    """torch.onnx reads the sources of 500 functions for each export, a sixth of its time for so small a model."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture

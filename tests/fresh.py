@@ -7,6 +7,7 @@ from one that has imported them, and nothing of sensibert. Tests of imports ask 
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -158,3 +159,23 @@ def outputs_of(
     kind = "trust" if trust_remote_code else "import"
     run(first + LOGITS, kind, given, written, cwd=cwd, isolated=trust_remote_code)
     return torch.load(written)
+
+
+def python_in_fork(command: list[str], check: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
+    """In place of `subprocess.run` of `python -m MODULE ...` or `python FILE ...`, with what it prints as text."""
+    started = Started(_python, command[1:], cwd=Path.cwd())
+    done = subprocess.CompletedProcess(command, *started.ended())
+    started.kill()
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")

@@ -76,10 +76,20 @@ def test_without_validation_data_there_are_models_and_no_scores(here, tmp_path):
     assert (tmp_path / "f" / "50-params" / "model.safetensors").exists()
 
 
+SAVED = {"budgets": BUDGETS, "max_steps": 9, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(here):
+    """A family that was not broken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
+        finetune_and_trim(options(here, here / "whole", **SAVED))
+    return here / "whole"
+
+
 @pytest.mark.parametrize("first", ["70%params", "50%params"])
-def test_a_broken_family_resumes_and_trains_no_model_twice(here, tmp_path, monkeypatch, steps, first):
-    usual = {"budgets": BUDGETS, "max_steps": 9, "save_steps": 1}
-    finetune_and_trim(options(here, tmp_path / "whole", **usual))
+def test_a_broken_family_resumes_and_trains_no_model_twice(here, whole, tmp_path, monkeypatch, steps, first):
     write, written = recipe.write_model, []
 
     def dies(folder, own, trained):
@@ -91,13 +101,13 @@ def test_a_broken_family_resumes_and_trains_no_model_twice(here, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "write_model", dies)
         with pytest.raises(Killed):
-            finetune_and_trim(options(here, tmp_path / "broken", **usual))
+            finetune_and_trim(options(here, tmp_path / "broken", **SAVED))
     steps.clear()
-    family = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **usual))
+    family = finetune_and_trim(options(here, tmp_path / "broken", resume=True, **SAVED))
     assert steps == ([] if first == "50%params" else [*range(3, 10)])
     assert len(family["rows"]) == 2
     for name in ("70-params", "50-params"):
-        assert same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
+        assert same_weights(whole / name, tmp_path / "broken" / name)
 
 
 def test_another_family_in_its_place_leaves_no_model_of_the_old_one(here, tmp_path):

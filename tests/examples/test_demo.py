@@ -4,10 +4,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import sensibert.compare  # noqa: F401  (before the fixtures that make its measurements short)
+from tests.fresh import python_in_fork
 from tests.runs import REST, model_folder
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
@@ -32,6 +34,8 @@ def demo(tmp_path, monkeypatch):
     base = model_folder(tmp_path / "base", head="SequenceClassification", max_position_embeddings=128)
     monkeypatch.setattr(demo, "packaged_model", lambda: base)
     monkeypatch.setattr(docstrings, "sources", lambda: libraries)
+    shown = SimpleNamespace(run=lambda *args, **more: print(python_in_fork(*args, **more).stdout))
+    monkeypatch.setattr(demo, "subprocess", shown)
     yield demo
     for name in ("demo", "demo_embeddings", "docstrings", "multi_label"):
         sys.modules.pop(name, None)

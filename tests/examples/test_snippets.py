@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from sensibert import cli
 from tests import runs
+from tests.fresh import python_in_fork
 
 try:
     import tomllib
@@ -78,9 +80,9 @@ PICTURES = "quickstart"  # the page whose runs draw: that takes longer than a ti
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny model under a well-known name, and a file of each kind that pages speak of."""
+    """A tiny model of one layer under a well-known name, and a file of each kind that pages speak of."""
     tmp_path = tmp_path_factory.mktemp("pages")
-    runs.model_folder(tmp_path / "bert-base-uncased")
+    runs.model_folder(tmp_path / "bert-base-uncased", num_hidden_layers=1)
     runs.sentence_file(tmp_path / "train.csv", 96, seed=1)
     runs.sentence_file(tmp_path / "dev.csv", 40, seed=2)
     runs.sentence_file(tmp_path / "reviews.csv", 48, header=("body", "stars"))
@@ -92,7 +94,7 @@ def files(tmp_path_factory):
     runs.tag_file(tmp_path / "tags.jsonl")
     runs.question_file(tmp_path / "squad-train.jsonl")
     runs.question_file(tmp_path / "squad-dev.jsonl", seed=1)
-    runs.embedding_folder(tmp_path / "all-MiniLM-L6-v2")
+    runs.embedding_folder(tmp_path / "all-MiniLM-L6-v2", num_hidden_layers=1)
     runs.text_file(tmp_path / "texts.txt")
     runs.pair_file(tmp_path / "triplets.csv", header=("anchor", "positive", "negative"))
     runs.scored_file(tmp_path / "similar.csv")
@@ -102,16 +104,18 @@ def files(tmp_path_factory):
 @pytest.fixture
 def here(request, files, tmp_path, monkeypatch):
     """The working directory, with a copy of the files. Runs of embedding models, 3,000 steps by default, take 12."""
+    page = getattr(getattr(request.node, "callspec", None), "id", "")
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sensibert.run_options.STEPS_OF_EMBEDDING", 12)
-    if getattr(request.node, "callspec", None) is None or f"{PICTURES}.md" not in request.node.callspec.id:
+    monkeypatch.setattr("sensibert.deploy.timed_models.subprocess", SimpleNamespace(run=python_in_fork))
+    if f"{PICTURES}.md" not in page:
         monkeypatch.setattr("sensibert.run_output.write_report", lambda *args: [])
     return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_snippets_of_a_page_run_in_order(page, here):
+def test_the_snippets_of_a_page_run_in_order(page, here, one_table_of_onnx_ops):
     if page.stem == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
     if page.stem == "other-runtimes":

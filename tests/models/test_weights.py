@@ -175,7 +175,7 @@ def test_what_ought_to_be_there_is_taken_as_it_is(tmp_path, caplog):
     assert all("lack pooler" in message for message in said(caplog))
 
 
-def test_every_command_refuses_a_file_that_lacks_a_layer_and_reads_one_of_a_wrapper(tmp_path):
+def test_every_command_refuses_a_file_that_lacks_a_layer_and_reads_one_of_a_wrapper(tmp_path, no_pictures):
     runs.sentence_file(tmp_path / "rows.csv", 24)
     files, out = {"--train-file": tmp_path / "rows.csv"}, tmp_path / "out"
     for name, change in (("broken", without("layer.1")), ("wrapped", prefixed("module."))):
