@@ -21,7 +21,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torch._dynamo", "torch.distributed", "transformers.trainer", "pytest"])
+PRELOADED = ["torch._dynamo", "torch.distributed", "transformers.trainer", "pytest", "sentence_transformers"]
+FORKED.set_forkserver_preload(PRELOADED)
 
 # First lines of a program in which sensibert cannot be imported.
 WITHOUT = """
