@@ -16,10 +16,8 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def here(tmp_path_factory):
     """`whole` and `half`, fine-tuned on the same rows."""
     folder = runs.workplace(tmp_path_factory.mktemp("compare"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
-        finetune_and_trim(options(folder, folder / "whole", method="baseline"))
-        finetune_and_trim(options(folder, folder / "half"))
+    finetune_and_trim(options(folder, folder / "whole", method="baseline"))
+    finetune_and_trim(options(folder, folder / "half"))
     return folder
 
 

@@ -82,9 +82,7 @@ SAVED = {"budgets": BUDGETS, "max_steps": 9, "save_steps": 1}
 @pytest.fixture(scope="module")
 def whole(here):
     """A family that was not broken."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sensibert.run_output.write_report", lambda *args: [])
-        finetune_and_trim(options(here, here / "whole", **SAVED))
+    finetune_and_trim(options(here, here / "whole", **SAVED))
     return here / "whole"
 
 
