@@ -150,7 +150,7 @@ def _accuracy(rows: list[dict], shown: Callable[[dict], bool]) -> str:
             controls[task] = text
         if method == "dense" or not shown(row):
             continue
-        text += (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") else "") + off_budget(row, budget)
+        text += (f" ({100 * row['ratio']:.1f} %)" if row.get("ratio") is not None else "") + off_budget(row, budget)
         text += f", {seeds} seed{'s' * (seeds > 1)}" if seeds < most[task, budget] else ""
         cells.setdefault((task, budget), {})[method] = text
     methods = columns_of({name for cell in cells.values() for name in cell})
@@ -213,7 +213,7 @@ def kept(rows: list[dict]) -> dict[str, dict[str, dict[str, dict[str, tuple[floa
         task, budget, method = row["case"].split(maxsplit=2)
         if (
             task not in APART
-            and row.get("ratio")
+            and row.get("ratio") is not None
             and method != "dense"
             and budget != "100%params"
             and not own_recovery(row)
@@ -338,4 +338,4 @@ def _control_label(row: dict, case: str) -> str | None:
 def _cells(values: list[float], spread: float | None, ratio: float | None, usual: list, seeds: int) -> list[str]:
     score = f"{statistics.mean(values):.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
     default = f"{statistics.mean(usual):.2f}" if usual and None not in usual else "-"
-    return [score, f"{100 * ratio:.1f} %" if ratio else "-", default, str(seeds)]
+    return [score, f"{100 * ratio:.1f} %" if ratio is not None else "-", default, str(seeds)]

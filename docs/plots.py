@@ -74,7 +74,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
     for row in scores(rows):
         _, budget, method = row["case"].split(maxsplit=2)
         shown = budget.endswith("%params") and method not in ("dense", *GRIDS) and not own_recovery(row)
-        if shown and row.get("ratio"):
+        if shown and row.get("ratio") is not None:
             task = task_label({**row, "place": None})
             found.setdefault(task, {}).setdefault(method, {}).setdefault(budget, []).append(row)
     return {

@@ -68,6 +68,8 @@ def test_retention_is_the_mean_over_tasks_and_names_the_worst(tables, tmp_path):
         "| --- | --- | --- | --- | --- |",
         "| 50%params | 2, 2 | 99.5 %, qnli 99.0 % | 95.0 % (1 task) | 90.0 % (ours 100.0 %, 1 task) |",
     ]
+    lost = row("bench_accuracy", "qnli 50%params random", 0, "score", ratio=0.0)  # a correlation, say
+    assert tables.retention([*rows, lost]).endswith("| 45.0 % (ours 99.5 %) |")
 
 
 def test_the_readme_compares_scores_at_half_and_the_share_kept_at_every_budget(tables, tmp_path):
