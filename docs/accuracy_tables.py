@@ -56,7 +56,7 @@ def scores(rows: list[dict]) -> list[dict]:
     """The accuracy rows, of each task those of its longest runs: the shorter ones are shown with the ablations.
 
     Of a task that was run on a GPU those, and equally long ones of a CPU beside them, marked as such. Of several peak
-    learning rates the one at which the untrimmed model scores best; `learning_rates` shows the others."""
+    learning rates of trimmed runs the one at which the untrimmed model scores best; `learning_rates` has the others."""
     found = [row for row in rows if row["bench"] == "bench_accuracy" and row["metric"] == "score"]
     best = _best_rates(found)
     found = [row for row in found if row.get("learning_rate") == best.get(_length(row), row.get("learning_rate"))]
@@ -76,9 +76,11 @@ def _length(row: dict) -> tuple:
 
 
 def _best_rates(rows: list[dict]) -> dict[tuple, float]:
-    """`_length` -> the peak learning rate at which the untrimmed model scores best."""
-    dense = [row for row in rows if row["case"].endswith(" dense") and row.get("learning_rate") is not None]
-    return {_length(row): row["learning_rate"] for row in sorted(dense, key=lambda row: row["value"])}
+    """`_length` -> of the peak learning rates of trimmed runs, the one at which the untrimmed model scores best."""
+    trimmed = {(_length(row), row.get("learning_rate")) for row in rows if not row["case"].endswith(" dense")}
+    dense = [row for row in rows if row["case"].endswith(" dense")]
+    dense = [row for row in dense if (_length(row), row.get("learning_rate")) in trimmed]
+    return {_length(row): row.get("learning_rate") for row in sorted(dense, key=lambda row: row["value"])}
 
 
 def learning_rates(rows: list[dict]) -> str:

@@ -225,8 +225,8 @@ def test_cpu_runs_are_listed_with_gpu_runs_and_the_share_kept_is_the_mean_of_all
 
 
 def test_of_several_learning_rates_the_best_of_the_untrimmed_model_counts(tables, tmp_path):
-    rates = ((3, 1e-4), (3, 4e-4), (1, 1e-3))
-    slow, quick, long = ({"epochs": epochs, "learning_rate": rate} for epochs, rate in rates)
+    rates = ((3, 1e-4), (3, 4e-4), (3, 8e-4), (1, 1e-3))
+    slow, quick, alone, long = ({"epochs": epochs, "learning_rate": rate} for epochs, rate in rates)
     rows = tables.load(
         write(
             tmp_path,
@@ -234,12 +234,14 @@ def test_of_several_learning_rates_the_best_of_the_untrimmed_model_counts(tables
             row("bench_accuracy", "cola 50%params ours", 29, "score", ratio=1.2, seeds=1, **slow),
             row("bench_accuracy", "cola 100%params dense", 30, "score", seeds=2, **quick),
             row("bench_accuracy", "cola 100%params dense", 24, "score", seeds=1, **slow),
+            row("bench_accuracy", "cola 100%params dense", 31, "score", seeds=1, **alone),  # nothing was trimmed there
             row("bench_accuracy", "qnli 100%params dense", 80, "score", seeds=1, **slow),
             row("bench_accuracy", "qnli 100%params dense", 90, "score", seeds=1, **long),
         )
     )
     assert tables.accuracy(rows).splitlines()[2:] == ["| cola | 50%params | 30.00 | 27.00 (90.0 %) | 2 |"]
     assert tables.learning_rates(rows).splitlines()[2:] == [
+        "| cola | 0.0008 | 31.00, 1 seed | - | - |",
         "| cola | 0.0004 | 30.00, 2 seeds | 27.00, 2 seeds | - |",
         "| cola | 0.0001 | 24.00, 1 seed | 29.00, 1 seed | - |",
     ]
