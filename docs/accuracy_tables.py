@@ -11,7 +11,7 @@ METHODS += ("layers", "magnitude", "random")
 GRIDS = ("element", "block64")  # masked, not cut
 # What people would use instead, as the README calls them.
 SHOWN = {"ours": "sensibert", "torch-pruning": "Torch-Pruning", "magnitude": "magnitude", "layers": "dropping layers"}
-# Shown by task, but not in the means over tasks: few seeds, budgets and methods so far, and on a CPU alone.
+# Shown by task, but not in the means over tasks: run on a CPU alone, with fewer methods.
 APART = ("cola", "snips_slots")
 BUDGETS = ("100%params", "75%params", "50%params", "50%flops", "30%params", "20%params", "10%params")
 
@@ -70,7 +70,7 @@ def scores(rows: list[dict]) -> list[dict]:
 
 
 def _length(row: dict) -> tuple:
-    """Runs of one task that differ in no more than the learning rate, the budget and the method are alike in this."""
+    """Equal for runs of one task that differ in learning rate, budget, method or recovery alone."""
     names = ("train_rows", "max_steps", "epochs", "precision", "accelerator")
     return row["case"].split()[0], *(row.get(name) for name in names)
 

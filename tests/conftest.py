@@ -53,10 +53,11 @@ def few_latencies():
     with pytest.MonkeyPatch.context() as patch:
         if not {"tests.runs", "sensibert.deploy.bench"}.isdisjoint(sys.modules):  # else nothing is timed
             from sensibert.deploy import bench, opened
+            from tests.helpers import FEW_LATENCIES
 
-            for module, name, value in ((bench, "ROUNDS", 1), (bench, "LENGTH", 16), (opened, "IDLE_S", 0)):
-                patch.setattr(module, name, value)
-            patch.setattr(bench, "peak_mb", lambda *args: None)
+            for name, value in FEW_LATENCIES.items():
+                patch.setattr(bench, name, value)
+            patch.setattr(opened, "IDLE_S", 0)
         yield
 
 

@@ -192,6 +192,7 @@ def commands(training: Training) -> dict:
     from sensibert.deploy import bench
     from sensibert.models.modules import weights_digest
     from tests import runs
+    from tests.helpers import FEW_LATENCIES
 
     os.chdir(training.folder)
     digests: list[str] = []
@@ -215,7 +216,7 @@ def commands(training: Training) -> dict:
 
     trained = run_training.finetune
     drawn = mock.patch.object(run_output, "write_report", lambda *args: [])
-    timed = mock.patch.multiple(bench, ROUNDS=1, LENGTH=16, peak_mb=lambda *args: None)
+    timed = mock.patch.multiple(bench, **FEW_LATENCIES)
     exits = mock.patch.object(os, "_exit", sys.exit)
     with drawn, timed, exits, mock.patch.object(run_training, "finetune", finetune):
         found = {"wrong": command("--label-column", "nowhere", "--output", "wrong")}
