@@ -134,7 +134,7 @@ class SizeChoice:
         with eval_mode(model) as device, torch.no_grad():
             batches = micro_batches(rows, collator, self._number(rows), TOGETHER, self.seed)
             for batch, outputs in passes(model, batches, device):
-                loss = model_loss(outputs)
+                loss = model_loss(outputs, batch)
                 assert loss is not None  # the rows have labels
                 total, number = total + float(loss) * batch_size(batch), number + batch_size(batch)
         return total / number

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.arguments import show
@@ -16,18 +17,38 @@ from ..core.statistics import Statistic
 from ..models import Losses, base_of, eval_mode, quick_attention
 from ..ops import block_sensitivity
 
+ANSWER = ("start_positions", "end_positions")
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch, torch.Generator], Tensor]  # (outputs of the model, batch, generator) -> scalar
 
 
-def model_loss(outputs: object) -> Tensor | None:
-    """The loss that the model computed from the labels in the batch; None if it computed none."""
-    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+def model_loss(outputs: Any, batch: Batch) -> Tensor | None:
+    """The loss that the model computed from the labels in the batch; None if it computed none.
+
+    Of answers, that over the tokens of each row: the softmax of the model's own loss counts the padding of the batch.
+    """
+    loss: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if (
+        loss is None
+        or "attention_mask" not in batch
+        or not set(ANSWER).issubset(batch)
+        or "start_logits" not in outputs
+    ):
+        return loss
+    losses = []
+    for key, name in zip(("start_logits", "end_logits"), ANSWER, strict=True):
+        logits, position = outputs[key], batch[name].flatten()
+        outside = logits.shape[-1]  # a position there is no answer, as in the model's own loss
+        position = position.clamp(0, outside)
+        padding = (batch["attention_mask"] == 0).scatter(1, position.clamp(max=outside - 1)[:, None], False)
+        logits = logits.masked_fill(padding, -torch.inf)
+        losses.append(F.cross_entropy(logits, position, ignore_index=outside))
+    return (losses[0] + losses[1]) / 2
 
 
 def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Tensor:
     """`model_loss`; SensibertError if there is none."""
-    loss = model_loss(outputs)
+    loss = model_loss(outputs, batch)
     if loss is None:
         raise SensibertError(f"analyze: the model returned no loss, want labels in the batch (it has {sorted(batch)})")
     return loss

@@ -45,7 +45,7 @@ from ..core.layout import Layout, Site
 from ..models import Losses, base_of, eval_mode, sites
 from ..models.modules import attribute, is_linear
 from .gradients import Batch, Loss, batch_size, model_loss, passes
-from .sampled_loss import loss_of
+from .sampled_loss import loss_of, terms
 
 DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 # The same for changes of weights. Right after the cut it is as good as 0.1 or 0.01 (71.5 to 71.2 % on banking77 at
@@ -130,6 +130,13 @@ class FisherFactors:
         size = -(-width // PANELS) if width >= PANELS * LEAST else max(width, 1)
         yield from (slice(begin, begin + size) for begin in range(0, width, size))
 
+    def scale(self, loss: Tensor) -> None:
+        """Make the sums those of so many times the losses with drawn labels and with those of the batches."""
+        for total in (self.weight, self.first, self.second, self.output, self.gates):
+            total *= loss.square()
+        for total in (self.bias_slope, self.slope):
+            total *= loss
+
     def complete(self) -> None:
         """Call it after the last token was added: copies the sums above the diagonal to below it."""
         for rows in self._panels():
@@ -198,15 +205,18 @@ def collect_factors(
     """Name of each consuming weight -> its factors. One forward and one backward pass per batch, or two backward passes
     if the batch has labels. The model is not changed. The losses are read from the device after the last batch.
 
-    sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
-    passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
+    How the rows are divided into batches makes no difference but rounding. sampled_loss: (outputs, batch, generator) ->
+    mean loss over the rows of the batch, with drawn labels. None: forward passes only, with equal weights for all
+    tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
     cannot run on, a loss that is not finite, or the layout of another model."""
     if layout.sites != sites(model):
         raise SensibertError("collect_factors: layout is that of another model, want layout_of(model)")
     consumers = {site.consumer.parameter: site for site in reversed(layout.sites)}  # a shared layer has several sites
     groups = _Groups(model, list(consumers.values()))
-    sampled_loss = loss_of(model, sampled_loss)
+    drawn_loss = loss_of(model, sampled_loss)
+    ours = drawn_loss is not sampled_loss  # whose mean may be one over tokens
     handles, losses = [], Losses()
+    tokens: Tensor | int = 0  # of all batches, where the losses are means over tokens
     calls: list[_Call] = []
     for name in consumers:
 
@@ -225,14 +235,15 @@ def collect_factors(
     try:
         with eval_mode(model, autocast) as device, torch.set_grad_enabled(sampled_loss is not None):
             for batch, outputs in passes(model, batches, device):
-                if sampled_loss is None:
+                if drawn_loss is None:
                     groups.add_evenly(calls, batch.get("attention_mask"))
                     losses.samples += batch_size(batch)
                 else:
-                    drawn, given = sampled_loss(outputs, batch, generator), model_loss(outputs)
-                    rows = batch_size(batch)
-                    losses.add(drawn, rows)
-                    groups.add_gradients(calls, drawn * rows, None if given is None else given * rows)
+                    drawn, given = drawn_loss(outputs, batch, generator), model_loss(outputs, batch)
+                    count = terms(outputs, batch) if ours else batch_size(batch)
+                    losses.add(drawn, batch_size(batch))
+                    tokens = tokens + count if isinstance(count, Tensor) else 0
+                    groups.add_gradients(calls, drawn * count, None if given is None else given * count)
                 calls.clear()
     finally:
         for handle in handles:
@@ -240,6 +251,8 @@ def collect_factors(
     if not losses.samples:
         raise SensibertError("analyze: batches is empty, want at least one micro-batch")
     losses.check()
+    if isinstance(tokens, Tensor):
+        groups.scale(losses.samples / tokens.clamp_min(1))
     return groups.factors(losses.samples)
 
 
@@ -277,8 +290,13 @@ class _Groups:
             found[name].samples = samples
         return found
 
+    def scale(self, loss: Tensor) -> None:
+        """Make the sums those of so many times the losses."""
+        for sums, _ in self.groups:
+            sums.scale(loss)
+
     def add_gradients(self, calls: list[_Call], drawn: Tensor, given: Tensor | None) -> None:
-        """drawn, given: sums of the losses over the rows of the batch."""
+        """drawn, given: sums of the losses over the rows of the batch, or its tokens."""
         outputs, inputs = [call.y for call in calls], [call.h for call in calls]
         grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
         slopes = None if given is None else grad(given, outputs, retain_graph=True)

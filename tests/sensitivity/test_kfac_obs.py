@@ -107,6 +107,37 @@ def test_moments_do_not_depend_on_the_size_of_a_batch(family):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def ragged(size, head, count=18):
+    """Rows of 3 to 12 tokens in batches of `size`, each padded to its own longest row."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 13, (count,), generator=generator)
+    ids = torch.randint(5, 64, (count, 12), generator=generator)
+    labels = torch.randint(3, (count, 12), generator=generator)
+    labels[torch.rand(count, 12, generator=generator) < 0.4] = -100
+    for begin in range(0, count, size):
+        rows = slice(begin, begin + size)
+        longest = int(lengths[rows].max())
+        mask = (torch.arange(longest) < lengths[rows, None]).long()
+        batch = {"input_ids": ids[rows, :longest] * mask, "attention_mask": mask}
+        if head == "TokenClassification":
+            batch["labels"] = labels[rows, :longest].masked_fill(mask == 0, -100)
+        elif head == "QuestionAnswering":
+            batch |= {"start_positions": lengths[rows] // 3, "end_positions": lengths[rows] // 2}
+        else:
+            batch["labels"] = labels[rows, 0].clamp(min=0)
+        yield batch
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_no_sum_depends_on_batches_or_padding(head):
+    """Neither do the drawn labels, so processes with smaller batches choose the same units."""
+    model = tiny_model(head=head, num_labels=2 if head == "QuestionAnswering" else 3).double().eval()
+    at_once, by_four = (collect_factors(model, layout_of(model), ragged(n, head), sampled_loss, 3) for n in (18, 4))
+    for name, factors in by_four.items():
+        for actual, expected in zip(factors._sums(), at_once[name]._sums(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
 def test_obs_scores_every_unit_and_can_be_allocated():
     model = tiny_model()
     actual = analyze(model, rows(3), "obs", sampled_loss)

@@ -231,8 +231,8 @@ def commands(training: Training) -> dict:
     return found
 
 
-# Trainings on packed batches. Labels of tokens that an analysis draws depend on its batches; layer-obs draws none.
-TOKENS = {"kind": "tokens", "head": "TokenClassification", "trim": {"method": "layer-obs"}}
+# Trainings on packed batches.
+TOKENS = {"kind": "tokens", "head": "TokenClassification"}
 PACKED: dict[str, dict] = {
     "classes": {"save_strategy": "steps", "save_steps": 2},
     "tokens": TOKENS,
