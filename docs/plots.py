@@ -88,7 +88,7 @@ def _point(group: list[dict]) -> Point:
     budget = float(group[0]["case"].split()[1].removesuffix("%params"))
     left = 100 * group[0]["encoder_share"] if "encoder_share" in group[0] else budget
     runs = [(100 * row["ratio"], row.get("seeds", 1)) for row in group]
-    spreads = [(row.get("std") or 0.0) / row["value"] for row in group]
+    spreads = [(row.get("std") or 0.0) / (row["value"] or 1.0) for row in group]  # nothing is kept of a score of 0
     free = sum(seeds - 1 for _, seeds in runs)
     squares = sum((seeds - 1) * (stays * spread) ** 2 for (stays, seeds), spread in zip(runs, spreads, strict=True))
     return left, pooled(runs), math.sqrt(squares / free) if free else 0.0

@@ -29,6 +29,7 @@ def test_points_stand_at_the_true_share_and_only_scores_of_parameter_budgets_cou
         score("mrpc 50%params ours", 80, std=0.5, ratio=0.96, seeds=2, encoder_share=0.498),
         score("mrpc 30%params ours", 78, std=None, ratio=0.9, encoder_share=0.2991),
         score("mrpc 30%params layers", 70, ratio=0.8, encoder_share=0.3333),
+        score("mrpc 20%params random", 0.0, std=0.0, ratio=0.0, seeds=2),
         score("mrpc 50%flops ours", 79, ratio=0.94, encoder_share=0.45),
         score("mrpc 100%params dense", 81, ratio=1.0),
         row("bench_accuracy", "mrpc 50%params ours", 12, "seconds"),
@@ -39,6 +40,7 @@ def test_points_stand_at_the_true_share_and_only_scores_of_parameter_budgets_cou
     assert actual["mrpc"] == {
         "ours": [pytest.approx((29.91, 90, 0.0)), pytest.approx((49.8, 96, 0.6))],
         "layers": [pytest.approx((33.33, 80, 0.0))],
+        "random": [pytest.approx((20.0, 0, 0.0))],
     }
     assert actual["qnli (100 rows)"] == {"ours": [pytest.approx((50.0, 70, 0.0))]} and len(actual) == 2
 
