@@ -161,7 +161,7 @@ def test_a_place_where_nothing_can_be_written(here, tmp_path):
             refused("cannot write", "analyze", "--model", here / "tuned", "--method", "random", "--output", place)
 
 
-@pytest.mark.parametrize("name, reason", [("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")])
+@pytest.mark.parametrize("name, reason", [("x" * 5000, "File name too long"), ("a\0b", "(lstat: )?embedded null.*")])
 def test_a_name_that_no_file_can_have(here, tmp_path, monkeypatch, name, reason):
     monkeypatch.chdir(tmp_path)
     for call in (

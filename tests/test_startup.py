@@ -33,7 +33,11 @@ def imported(*arguments: object) -> tuple[set[str], int]:
 
 def test_inspect_imports_no_trainer_and_nothing_that_reads_data(tmp_path):
     modules, code = imported("inspect", runs.model_folder(tmp_path / "model", head="SequenceClassification"))
-    assert code == 0 and "transformers" in modules and not OF_TRAINING & modules
+    assert code == 0 and "transformers" in modules
+    if found := OF_TRAINING & modules:  # transformers 5.14 imports scikit-learn and pandas with its models
+        theirs = "import sys; from transformers import BertModel; print(*sys.modules)"
+        found -= set(fresh.run(theirs, cwd=tmp_path, interpreter=True).split())
+    assert not found
 
 
 def test_plan_imports_no_transformers(tmp_path):

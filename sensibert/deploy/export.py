@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.arguments import checked
-from ..core.artifacts import UnitPlan
-from ..core.budget import Budget
 from ..core.errors import SensibertError
 from ..core.export_options import check_export
 from ..core.output_paths import check_output
-from ..models import layout_of
-from ..models.masks import masks_of
 from ..models.modules import copy_of, positions
 from ..models.reloadable import stock_class, stock_config
-from ..models.structure import is_trimmed, structure_of
-from ..models.weights import from_pretrained
-from ..saving.folder import new_folder, zero_filled
+from ..nn import restore
+from ..saving.folder import new_folder
 from ..saving.sentence_transformers import copy_modules, source_of
-from ..trimming.trim import trim
 from .graphs import INT8_FILE, RUNTIMES, Graph, Trace, quantize, random_inputs, trace
 
 HALF_TOLERANCE = 1e-2  # of the outputs with embeddings in fp16, which have 11 bits
@@ -68,7 +61,7 @@ def export_graph(
     runtime.want_packages(to)
     check_output(output, overwrite)
     modules = source_of(model)
-    model = plain(model, runtime.empty_layers)
+    model = plain(model)
     traced = trace(model, tokenizer, runtime.longest)._replace(half_tables=fp16_embeddings)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
@@ -108,25 +101,11 @@ def export_for(
     return export_graph(model, output, to, tokenizer, bool(int8), halved, score=score, max_loss=ANY_LOSS)
 
 
-def plain(model: PreTrainedModel, empty_layers: bool) -> PreTrainedModel:
-    """A copy in fp32 on the CPU, in eval mode, of plain layers that compute the same: without masks, and unless
-    empty_layers with at least one unit of zeros in every sub-layer."""
-    layout = layout_of(model)
-    empty = [site.name for site in layout.sites if not site.units]
-    if masks_of(model) is None and (empty_layers or not empty):
-        return copy_of(model).cpu().float().eval()
-    structure = structure_of(model)
-    with tempfile.TemporaryDirectory() as folder:
-        filled = zero_filled(model)
-        filled.save_pretrained(folder)
-        whole = from_pretrained(type(filled), folder).float()
-    if is_trimmed(model):
-        wide = layout_of(whole)
-        keep = {site.name: torch.zeros(site.units, dtype=torch.bool) for site in wide.sites}
-        for name, kept in structure.items():
-            keep[name][kept if len(kept) else 0] = True
-        trim(whole, UnitPlan(wide, keep, Budget(1.0, "params", True), "export"))
-    return whole.eval()
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in fp32 on the CPU, in eval mode, with zeros in place of masks."""
+    made = restore(copy_of(model).cpu().float()).eval()
+    assert isinstance(made, PreTrainedModel)  # as the model is
+    return made
 
 
 def _with_int8(folder: Path, traced: Trace, metrics: dict | None, score: Score | None, max_loss: float) -> dict:

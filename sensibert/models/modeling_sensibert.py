@@ -22,8 +22,11 @@ class EmptyLinear(torch.nn.Module):
     """In place of an nn.Linear without inputs or outputs, which int8 kernels fail to compute: its bias, or zeros."""
 
     def forward(self, x):  # [..., in] -> [..., out]
-        # DDP waits for gradients of the weight and of the parameters behind x: hence the sums of nothing.
-        zeros = x[..., :0].sum(-1, keepdim=True) + self.weight.sum(1)
+        if torch.is_grad_enabled():  # DDP waits for gradients of the weight and of the parameters behind x
+            zeros = x[..., :0].sum(-1, keepdim=True)
+        else:  # exported graphs leave out what computes x, which some runtimes could not
+            zeros = x.new_zeros((*x.shape[:-1], 1))
+        zeros = zeros + self.weight.sum(1)
         return zeros if self.bias is None else zeros + self.bias
 
 

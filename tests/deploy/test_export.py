@@ -90,7 +90,8 @@ TABLES |= {"roberta"}
 @pytest.mark.parametrize("family", ONE_EACH)
 def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
     """Each layer has its own number of heads and neurons; one of several has no heads, if the family allows it, and one
-    no FFN. `export_graph` compares outputs on three shapes, and raises."""
+    no FFN: the graph has nothing of them, since ONNX Runtime 1.23 and OpenVINO fail on tensors without elements.
+    `export_graph` compares outputs on three shapes, and raises."""
     sizes = OWN_SIZES.get(family, SIZES) | ({} if family in TABLES else {"num_hidden_layers": 1})
     try:
         model = tiny_model(family, initializer_range=0.2, **(ONE_EACH[family] | sizes))
@@ -105,6 +106,10 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
     assert widths.count(0) == len(empty) and len(set(widths)) == len(widths) - (len(empty) > 1)
     facts = export_graph(model, str(tmp_path / "out"), int8=True)
     assert facts["difference"] < 1e-5 and facts["files"].keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    made = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "out/onnx/model.onnx")).graph
+    shapes = [value.type.tensor_type.shape.dim for value in made.value_info]
+    sizes = [dim.dim_value for shape in shapes for dim in shape if dim.HasField("dim_value")]
+    assert sizes and 0 not in {*sizes, *(size for constant in made.initializer for size in constant.dims)}
     inputs = graphs.input_names(model.eval(), None)
     fp32, int8 = (RUNTIMES["onnx"].open(tmp_path / "out" / name, 1) for name in facts["files"])
     for rows, tokens in ((1, 5), (4, 17)):
@@ -112,7 +117,8 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         wanted = model(**batch).logits.detach()
         assert float((wanted - wanted.mean()).abs().max()) > 1e-3, "the outputs are all the same: they prove nothing"
         torch.testing.assert_close(fp32(**batch)["logits"], wanted, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=0.2 * float(wanted.abs().max()))
+        # random weights quantize badly: 0.2 with ONNX Runtime 1.32, 0.3 with 1.23
+        torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=0.35 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("to", RUNTIMES)

@@ -162,6 +162,14 @@ def test_words_without_pieces_are_refused():
         trim_vocabulary(tiny_model(vocab_size=2), old, ["a"])
 
 
+def test_other_embeddings_than_a_table_are_refused():
+    old = tokenizer_of(word_pieces)
+    model = tiny_model(head="", vocab_size=len(old))
+    model.set_input_embeddings(torch.nn.EmbeddingBag(len(old), model.config.hidden_size))
+    with pytest.raises(SensibertError, match=r"the embeddings are .*EmbeddingBag.*, want nn\.Embedding"):
+        trim_vocabulary(model, old, ["good"])
+
+
 def test_the_command_writes_a_folder_that_loads_and_is_trimmed_further(tmp_path):
     model = runs.model_folder(tmp_path / "model", head="SequenceClassification")
     (tmp_path / "texts.txt").write_text("the film was good\nwho wrote it\n")
