@@ -20,7 +20,7 @@ from sensibert.allocation.allocate import allocate
 from sensibert.core.artifacts import Plan, Sensitivity
 from sensibert.core.folder_facts import read_result, want_entry
 from sensibert.core.grid import Grid
-from sensibert.core.json_text import parse_json
+from sensibert.core.json_text import BITS, parse_json
 from sensibert.data import files
 from sensibert.data.files import load_examples
 from sensibert.data.task_data import TaskData, guess_task
@@ -232,6 +232,12 @@ LATER = {  # what later versions note
     "cut_step": 1,
     "metrics_baseline": {"accuracy": 0.5},
 }
+
+
+def with_form(**changed) -> dict:
+    return LATER["size"] | {"forms": [FORM | changed]}
+
+
 RESULT = json.loads((FIXTURES / "unit" / "result.json").read_text()) | LATER
 
 
@@ -274,6 +280,16 @@ def test_a_folder_is_inspected_and_reported_whatever_it_says_of_itself(trimmed, 
         ("result.json", {"seconds": {"total": None}}, r"seconds\['total'\] is None, want a number"),
         ("result.json", {"latency": {"length": 128, "threads": 1, "batch_1_ms": 3}}, "latency: batch_1_ms is 3, want"),
         ("result.json", {"size": LATER["size"] | {"forms": [{}]}}, r"size: forms\[0\] has no weights, want what"),
+        (
+            "result.json",
+            {"size": with_form(loss_alone="low")},
+            r"forms\[0\]: loss_alone is 'low', want a number or None",
+        ),
+        (
+            "config.json",
+            {"sensibert": CONFIG["sensibert"] | {"size": with_form(vocabulary=2**BITS)}},
+            rf"\['vocabulary'\] has more than {BITS} bits",
+        ),
         ("result.json", {"metrics_baseline": {"accuracy": "high"}}, r"metrics_baseline\['accuracy'\] is 'high', want"),
         ("config.json", {"sensibert": CONFIG["sensibert"] | {"ffn": [8, 10**12]}}, "has the size 1000000000000, want"),
         ("config.json", {"sensibert": CONFIG["sensibert"] | {"heads": "all"}}, "heads is 'all', want a list"),

@@ -187,9 +187,6 @@ def _rewritten(
     _renumber(content.get("post_processor"), number)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            if file.name not in (FILE, SETTINGS) and file.suffix in (".txt", ".json", ".model"):
-                file.unlink()  # the old vocabulary in other forms
         settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
         tokens = settings.get("added_tokens_decoder", {})
         if tokens:

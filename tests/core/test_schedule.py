@@ -102,6 +102,10 @@ def test_the_baseline_has_one_line():
     assert [lr(step, 100) for step in (0, 9, 10, 50, 100)] == pytest.approx([0.1, 1, 0.9, 0.5, 0])
 
 
+def test_a_run_too_short_for_a_warm_up_begins_at_the_peak():
+    assert Schedule(warmup_ratio=0.1).lr(baseline=True)(0, 4) == 1.0
+
+
 def test_the_recovery_may_have_a_peak_of_its_own():
     usual, higher = (Schedule(trim_start=0.4, rewarm_ratio=0.05, recover_peak=peak).lr() for peak in (1.0, 1.5))
     assert [higher(step, 100) for step in range(40)] == [usual(step, 100) for step in range(40)]

@@ -7,6 +7,7 @@ import torch
 
 from sensibert.core.artifacts import Sensitivity
 from sensibert.core.grid import Grid
+from sensibert.core.views import MOST_ROWS, _few
 from sensibert.models import layout_of
 from tests.helpers import tiny_model
 from tests.report.small import block_plan, ranked, unit_plan
@@ -50,6 +51,18 @@ def test_the_repr_of_a_sensitivity_has_the_range_of_its_scores(layout):
     assert title == "Sensitivity: bert by fisher, 64 samples, seed 0; with tensors"
     assert table[2].split() == ["layer", "0", "heads", "4", *["1.00e+00"] * 3]
     assert repr(Sensitivity(layout, {}, "random")).splitlines()[0] == "Sensitivity: bert by random, no data"
+
+
+def test_the_first_and_the_last_rows_of_many_are_shown_and_the_others_counted():
+    rows = [[number] for number in range(MOST_ROWS + 3)]
+    half = MOST_ROWS // 2
+    assert _few(rows) == [*rows[:half], [f"... {len(rows) - 2 * half} more"], *rows[-half:]] and half > 2
+    assert _few(rows[:MOST_ROWS]) == rows[:MOST_ROWS]
+
+
+def test_a_site_without_units_has_no_range(layout):
+    scores = Sensitivity(layout, {"layer.0.head": torch.ones(4), "layer.1.head": torch.ones(0)}, "random")
+    assert [row.split()[-3:] for row in repr(scores).splitlines() if "heads" in row][1] == ["-", "-", "-"]
 
 
 class Table(HTMLParser):

@@ -125,6 +125,17 @@ def test_special_tokens_at_the_end_are_renumbered_in_the_config_too(post_process
     assert torch.equal(model(**small).logits, before(**whole).logits)
 
 
+def test_the_unknown_piece_of_unigram_is_renumbered():
+    pieces = ["\u2581", "\u2581good", "\u2581bad", *"goodba", "<unk>"]
+    pieces = list(dict.fromkeys(pieces))
+    made = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=pieces.index("<unk>")))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    old = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    new = trim_vocabulary(tiny_model(head="", vocab_size=len(old)), old, ["good"])
+    assert new.unk_token_id < old.unk_token_id
+    assert new("good 7")["input_ids"][-1] == new.unk_token_id
+
+
 def test_positions_that_count_from_the_padding_token_are_not_moved():
     made, trainer = word_pieces()
     made.train_from_iterator(texts(0, count=400), trainers.WordPieceTrainer(vocab_size=190, special_tokens=["<unk>"]))
