@@ -97,6 +97,8 @@ def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, lon
     except Exception as error:  # of torch.export, which has many
         kind = type(model).__name__
         raise SensibertError(f"export: torch.export has no graph of this {kind} ({described(error)})") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names files of this machine
     return Trace(program, names, outputs, longest=longest)
 
 
@@ -179,6 +181,8 @@ def _write_onnx(traced: Trace, file: Path) -> None:
                 size.dim_param = name
     # Shapes of inner values: quantization takes them for those of the model it has changed, and fails.
     del model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the modules that it is from: 1 KB a node
     if traced.half_tables:
         _halve_tables(model)
     onnx.save(model, file)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +122,14 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=0.35 * float(wanted.abs().max()))
 
 
+def content(file: Path) -> bytes:
+    """What is in a file, or in the files of a zip."""
+    if not zipfile.is_zipfile(file):
+        return file.read_bytes()
+    with zipfile.ZipFile(file) as files:
+        return b"".join(map(files.read, files.namelist()))
+
+
 @pytest.mark.parametrize("to", RUNTIMES)
 @pytest.mark.parametrize(
     "head, outputs",
@@ -135,6 +144,8 @@ def test_outputs_are_those_of_the_head(head, outputs, to, tmp_path):
         pytest.importorskip(package)
     model, tokenizer = load(small(tmp_path, head))
     export_graph(model, str(tmp_path / "out"), to, tokenizer)
+    written = b"".join(map(content, (tmp_path / "out").rglob("*.*")))
+    assert b"site-packages" not in written and b".py" not in written, "it names sources of this machine"
     graph = RUNTIMES[to].open(tmp_path / "out" / RUNTIMES[to].file, 1)
     batch = graphs.random_inputs(graphs.input_names(model, tokenizer), 64, 2, 9, seed=5)
     wanted, found = model(**batch), graph(**batch)
