@@ -274,6 +274,7 @@ def test_a_folder_is_inspected_and_reported_whatever_it_says_of_itself(trimmed, 
     "name, change, message",
     [
         ("result.json", {"metrics": {"accuracy": "high"}}, r"metrics\['accuracy'\] is 'high', want a number"),
+        ("result.json", {"metrics_dense": [1]}, "metrics_dense is a list, want a dict or None"),
         ("result.json", {"metrics": [1]}, "metrics is a list, want a dict or None"),
         ("result.json", {"flops_length": "long"}, "flops_length is 'long', want a whole number"),
         ("result.json", {"scope": "house"}, "scope is 'house', want encoder or model"),

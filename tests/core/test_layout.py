@@ -16,6 +16,7 @@ def test_a_unit_of_a_fused_matrix_owns_a_band_in_every_section():
     member = Member("qkv", 0, span=2, parts=3)  # 4 heads of 2 rows, in q, k and v
     assert member.index(torch.tensor([0, 3]), units=4).tolist() == [0, 1, 6, 7, 8, 9, 14, 15, 16, 17, 22, 23]
     assert member.index(torch.tensor([], dtype=torch.int64), units=4).tolist() == []
+    assert Member("dense", 1).index(torch.tensor([0, 3]), units=4).tolist() == [0, 3]
 
 
 def test_flops_add_up_and_grow_with_batch_and_length():
@@ -42,6 +43,7 @@ def test_a_layout_survives_json():
         (lambda d: d["sites"][0].update(kind="layer"), "Site: layer.0.head is no axis of a layer"),
         (lambda d: d["sites"][0].update(minimum=5), "Site: layer.0.head is no axis of a layer"),
         (lambda d: d["sites"][0]["consumer"].update(span=9), "Site: layer.0.head is no axis of a layer"),
+        (lambda d: d["sites"][0].update(name=3), "Site: name is 3, want text"),
         (lambda d: d["sites"][1]["flops"].update(pair=-1), "Flops: pair is -1, want 0 to"),
         (lambda d: d["sites"][1]["members"][0].update(dim="0"), "Member: dim is '0', want a whole number"),
         (lambda d: d["encoder_rest"].update(token=10**15), "Flops: token is 1000000000000000, want 0 to"),
