@@ -22,12 +22,9 @@ class EmptyLinear(torch.nn.Module):
     """In place of an nn.Linear without inputs or outputs, which int8 kernels fail to compute: its bias, or zeros."""
 
     def forward(self, x):  # [..., in] -> [..., out]
-        if torch.is_grad_enabled():  # DDP waits for gradients of the weight and of the parameters behind x
-            zeros = x[..., :0].sum(-1, keepdim=True)
-        else:  # exported graphs leave out what computes x, which some runtimes could not
-            zeros = x.new_zeros((*x.shape[:-1], 1))
-        zeros = zeros + self.weight.sum(1)
-        return zeros if self.bias is None else zeros + self.bias
+        # DDP waits for gradients of the weight and of what computes x; without gradients, a graph needs no x.
+        zero = x[..., :0].sum(-1, keepdim=True) if torch.is_grad_enabled() else x.new_zeros((*x.shape[:-1], 1))
+        return zero + self.weight.sum(1) + (0 if self.bias is None else self.bias)
 
 
 class PickHeads:
