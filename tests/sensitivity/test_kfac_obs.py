@@ -12,7 +12,7 @@ from sensibert.core.errors import SensibertError
 from sensibert.models import layout_of
 from sensibert.sensitivity import sampled_loss
 from sensibert.sensitivity.analyze import analyze
-from sensibert.sensitivity.gradients import given_loss
+from sensibert.sensitivity.gradients import given_loss, model_loss
 from sensibert.sensitivity.kfac_obs import FisherFactors, collect_factors, inner
 from sensibert.sensitivity.sampled_loss import loss_of
 from tests.helpers import tiny_batch, tiny_model
@@ -136,6 +136,16 @@ def test_no_sum_depends_on_batches_or_padding(head):
     for name, factors in by_four.items():
         for actual, expected in zip(factors._sums(), at_once[name]._sums(), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_an_answer_within_the_padding_is_finite_and_one_outside_does_not_count():
+    start, end = torch.randn(2, 4), torch.randn(2, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    batch = {"attention_mask": mask, "start_positions": torch.tensor([3, 9]), "end_positions": torch.tensor([[1], [2]])}
+    actual = model_loss({"loss": torch.ones(()), "start_logits": start, "end_logits": end}, batch)
+    of_start = start[0, [0, 1, 3]].logsumexp(0) - start[0, 3]
+    of_end = (end[0, :2].logsumexp(0) - end[0, 1] + end[1].logsumexp(0) - end[1, 2]) / 2
+    torch.testing.assert_close(actual, (of_start + of_end) / 2)
 
 
 def test_obs_scores_every_unit_and_can_be_allocated():

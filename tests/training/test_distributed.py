@@ -1,5 +1,6 @@
 """Trimming in several processes, over gloo: the same plan as in one process, the same weights in every process."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -98,6 +99,14 @@ def test_processes_with_other_weights_are_named_before_the_cut(both):
 
 def test_an_error_of_the_first_process_reaches_the_others(both):
     assert [rank["no plan"]["error"] for rank in both] == ["no plan today", "process 0: no plan today"]
+
+
+def test_the_state_of_an_optimizer_loads_on_a_cpu_with_a_number():
+    """As transformers 5.14 asks for it in several processes."""
+    file = io.BytesIO()
+    torch.save({"step": torch.ones(2)}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, map_location=torch.device("cpu:0"))["step"], torch.ones(2))
 
 
 @pytest.mark.parametrize("case", ["dying", "stopping"])
