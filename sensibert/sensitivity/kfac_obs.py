@@ -205,9 +205,10 @@ def collect_factors(
     """Name of each consuming weight -> its factors. One forward and one backward pass per batch, or two backward passes
     if the batch has labels. The model is not changed. The losses are read from the device after the last batch.
 
-    How the rows are divided into batches makes no difference but rounding. sampled_loss: (outputs, batch, generator) ->
-    mean loss over the rows of the batch, with drawn labels. None: forward passes only, with equal weights for all
-    tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
+    With our `sampled_loss` the result does not depend on how rows are batched and padded, beyond rounding.
+
+    sampled_loss: (outputs, batch, generator) -> mean loss over the rows of the batch, with drawn labels. None: forward
+    passes only, with equal weights for all tokens (a_t = 1, G = I). SensibertError for no data, a batch that the model
     cannot run on, a loss that is not finite, or the layout of another model."""
     if layout.sites != sites(model):
         raise SensibertError("collect_factors: layout is that of another model, want layout_of(model)")

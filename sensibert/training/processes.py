@@ -22,11 +22,12 @@ from ..core.launch import launched
 from ..models.modules import weights_digest
 
 Result = TypeVar("Result")
-# On CPUs some versions of transformers (5.14) load the state of the optimizer to "cpu:0", which torch does not know.
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType
+
+# In several processes on CPUs transformers 5.14 loads the state of the optimizer to "cpu:0", which torch does not know.
 torch.serialization.register_package(
     30, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType
 
 
 def sharding(args: TrainingArguments) -> str | None:

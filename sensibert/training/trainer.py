@@ -200,7 +200,7 @@ class TrimTrainer(Trainer):
         self._losses, self._norms, self._tokens, self._best = FirstNonFinite(), FirstNonFinite(), 0, None
         output = super().train(*args, **kwargs)
         self._want_finite()
-        known = self.state.best_model_checkpoint  # of one that was moved the old place, or None (transformers 5.20)
+        known = self.state.best_model_checkpoint  # of one that was moved the old place, or None (transformers 5.23)
         if self._best is not None and (known is None or not Path(known).is_dir()):
             if Path(self._best).name == f"checkpoint-{self.state.best_global_step}":
                 self.state.best_model_checkpoint = self._best

@@ -26,9 +26,7 @@ from tests.helpers import tiny_model
 from tests.models.test_families import FAMILIES, OTHERS
 from tests.plans import random_plan
 
-onnx = pytest.importorskip("onnx")
-for package in ("onnxscript", "onnxruntime"):
-    pytest.importorskip(package)
+onnx, onnxruntime, _ = map(pytest.importorskip, ("onnx", "onnxruntime", "onnxscript"))
 ONE_EACH = {case.values[0]: case.values[1] for case in OTHERS} | dict.fromkeys(FAMILIES, {})
 
 
@@ -109,8 +107,8 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
     assert facts["difference"] < 1e-5 and facts["files"].keys() == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
     made = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "out/onnx/model.onnx")).graph
     shapes = [value.type.tensor_type.shape.dim for value in made.value_info]
-    sizes = [dim.dim_value for shape in shapes for dim in shape if dim.HasField("dim_value")]
-    assert sizes and 0 not in {*sizes, *(size for constant in made.initializer for size in constant.dims)}
+    inner = [dim.dim_value for shape in shapes for dim in shape if dim.HasField("dim_value")]
+    assert inner and 0 not in {*inner, *(size for constant in made.initializer for size in constant.dims)}
     inputs = graphs.input_names(model.eval(), None)
     fp32, int8 = (RUNTIMES["onnx"].open(tmp_path / "out" / name, 1) for name in facts["files"])
     for rows, tokens in ((1, 5), (4, 17)):
@@ -118,8 +116,8 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         wanted = model(**batch).logits.detach()
         assert float((wanted - wanted.mean()).abs().max()) > 1e-3, "the outputs are all the same: they prove nothing"
         torch.testing.assert_close(fp32(**batch)["logits"], wanted, rtol=1e-4, atol=1e-4)
-        # random weights quantize badly: 0.2 with ONNX Runtime 1.32, 0.3 with 1.23
-        torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=0.35 * float(wanted.abs().max()))
+        near = 0.35 if onnxruntime.__version__.startswith("1.23.") else 0.2  # random weights quantize badly there
+        torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=near * float(wanted.abs().max()))
 
 
 def content(file: Path) -> bytes:
