@@ -2,7 +2,7 @@
 
 Bisection over budgets, each with a whole recovery from one warm-up and one analysis: a short one says little, since
 what a small model has not relearned yet it may still relearn. Scores on one half of the validation rows choose; the
-chosen model is compared with the baseline on the other half, and if it is below the floor there, larger ones follow.
+chosen model is compared with the baseline on the other half, and if it keeps too little there, larger ones follow.
 """
 
 from __future__ import annotations
