@@ -54,7 +54,7 @@ def given_loss(outputs: object, batch: Batch, generator: torch.Generator) -> Ten
     return loss
 
 
-def passes(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Any]]:
+def passes(model: Callable[..., Any], batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Any]]:
     """(batch on the device, outputs of the model) of every batch, computed when it is its turn.
 
     SensibertError names a batch that is not a dict of tensors, or that the model cannot run on."""

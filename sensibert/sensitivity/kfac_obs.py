@@ -44,6 +44,7 @@ from ..core.errors import SensibertError
 from ..core.layout import Layout, Site
 from ..models import Losses, base_of, eval_mode, sites
 from ..models.modules import attribute, is_linear
+from ..models.padded_rows import PaddedRows
 from .gradients import Batch, Loss, batch_size, model_loss, passes
 from .sampled_loss import loss_of, terms
 
@@ -53,7 +54,9 @@ DAMP = 1e-2  # added to the diagonal of C, as a fraction of its mean
 DAMP_WEIGHTS = 1.0
 # Products of wide inputs are computed in panels: 4 panels of the triangle take 10/16 of the time of the square.
 PANELS, LEAST = 4, 64
-TOGETHER = 2**27  # inputs of layers that are added up together: 512 MB in fp32
+# Elements of inputs of layers that are added up together: on a GPU 512 MB in fp32, on a CPU few, since copying them
+# together takes longer than the calls that it saves.
+TOGETHER, TOGETHER_ON_CPU = 2**27, 2**20
 TINY = 1e-30  # the least that is added, so that the C of inputs that never change has an inverse
 
 
@@ -96,34 +99,42 @@ class FisherFactors:
     def add(self, h: Tensor, delta: Tensor, given: Tensor | None = None) -> None:
         """Add tokens: h [..., T, K], and the gradients of the loss at the output [..., T, N]: delta with drawn labels,
         given with the labels of the batch."""
+        wide, dtype = h.to(self.second.dtype), h.dtype
         if given is not None:
             self.bias_slope += given.sum(-2, dtype=self.second.dtype)
-            _add_product(self.slope, given, h)
-        self._add(h, delta.to(self.second.dtype).square().sum(-1, keepdim=True))
-        _add_product(self.output, delta, delta)
+            _add_product(self.slope, given.to(wide.dtype), wide, dtype)
+        delta = delta.to(wide.dtype)
+        self._add(wide, delta.square().sum(-1, keepdim=True), dtype)
+        _add_product(self.output, delta, delta, dtype)
 
-    def add_gates(self, h: Tensor, slope: Tensor, columns: Tensor) -> None:
+    def add_gates(self, h: Tensor, slope: Tensor, columns: Tensor, lengths: list[int] | None = None) -> None:
         """Add B samples: h [..., B, S, K], slope: gradient of the loss with drawn labels at h. columns: [units, span],
-        in front of it the layers. If samples are not separated (B = 1), the gradient of their sum is squared: its mean
-        is the same, since labels are drawn."""
-        by_column = (h * slope).sum(-2, dtype=self.gates.dtype)  # [..., B, K]
+        in front of it the layers. lengths: of B samples that stand one after the other in h [..., 1, T, K]. If samples
+        are not separated (B = 1), the gradient of their sum is squared: its mean is the same, since labels are drawn.
+        """
+        products = h * slope
+        if lengths is not None:
+            parts = products.split(lengths, -2)
+            products = torch.cat([part.sum(-2, True, dtype=self.gates.dtype) for part in parts], -3)
+        by_column = products.sum(-2, dtype=self.gates.dtype)  # [..., B, K]
         place = columns.flatten(-2)[..., None, :].expand(*by_column.shape[:-1], -1)
         self.gates += by_column.gather(-1, place).unflatten(-1, columns.shape[-2:]).sum(-1).square().sum(-2)
 
     def add_evenly(self, h: Tensor, mask: Tensor) -> None:
         """Add tokens h [..., T, K] whose mask [..., T] is 1, with equal weights for all tokens and outputs (G = I)."""
         a = mask[..., None].to(self.second.dtype)
-        self._add(h, a)
+        self._add(h.to(self.second.dtype), a, h.dtype)
         self.output.diagonal(dim1=-2, dim2=-1).add_(a.sum((-2, -1))[..., None])
 
-    def _add(self, h: Tensor, a: Tensor) -> None:
+    def _add(self, h: Tensor, a: Tensor, dtype: torch.dtype) -> None:
+        """h: numbers of `dtype`, in the precision of the sums."""
         self.weight += a.sum((-2, -1))
         # The same numbers in both sums, or C may have negative eigenvalues.
         root = a.sqrt()
-        h = (root * h).to(h.dtype)
-        self.first += (root.mT @ h.to(root.dtype)).squeeze(-2)
+        h = (root * h).to(dtype).to(h.dtype)
+        self.first += (root.mT @ h).squeeze(-2)
         for rows in self._panels():
-            _add_product(self.second[..., rows, rows.start :], h[..., rows], h[..., rows.start :])
+            _add_product(self.second[..., rows, rows.start :], h[..., rows], h[..., rows.start :], dtype)
 
     def _panels(self) -> Iterator[slice]:
         width = self.second.shape[-1]
@@ -143,21 +154,21 @@ class FisherFactors:
             self.second[..., rows.stop :, rows] = self.second[..., rows, rows.stop :].mT
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [..., M, N] += left^T right, with left [..., T, M], right [..., T, N]."""
-    with _products_of(left):
-        left, right = left.to(total.dtype), right.to(total.dtype)
-        if total.dim() == 2:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """total [..., M, N] += left^T right, with left [..., T, M], right [..., T, N], whose elements are of `dtype`."""
+    with _products_of(dtype):
+        if total.dim() == 2 or len(total) == 1:  # on a CPU one layer at a time is faster with the product of matrices
+            left, right, total = (x if x.dim() == 2 else x[0] for x in (left, right, total))
             total.addmm_(left.mT, right)
         else:
             total.baddbmm_(left.mT, right)
 
 
 @contextlib.contextmanager
-def _products_of(inputs: Tensor) -> Iterator[None]:
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
     """Products of fp32 matrices whose elements are bf16 numbers multiply in bf16 and add up in fp32, on a CPU."""
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if inputs.dtype != torch.bfloat16 or not hasattr(settings, "fp32_precision"):
+    if dtype != torch.bfloat16 or not hasattr(settings, "fp32_precision"):
         yield
         return
     before = settings.fp32_precision
@@ -216,6 +227,9 @@ def collect_factors(
     groups = _Groups(model, list(consumers.values()))
     drawn_loss = loss_of(model, sampled_loss)
     ours = drawn_loss is not sampled_loss  # whose mean may be one over tokens
+    # In bf16 on a CPU packed attention is faster than that of padded rows; in fp32 it is slower.
+    packs = autocast == torch.bfloat16 and next(model.parameters()).device.type == "cpu"
+    rows = PaddedRows(model) if packs else None
     handles, losses = [], Losses()
     tokens: Tensor | int = 0  # of all batches, where the losses are means over tokens
     calls: list[_Call] = []
@@ -235,16 +249,17 @@ def collect_factors(
     generator = torch.Generator().manual_seed(seed)
     try:
         with eval_mode(model, autocast) as device, torch.set_grad_enabled(sampled_loss is not None):
-            for batch, outputs in passes(model, batches, device):
+            for batch, outputs in passes(rows or model, batches, device):
+                lengths = None if rows is None else rows.lengths
                 if drawn_loss is None:
-                    groups.add_evenly(calls, batch.get("attention_mask"))
+                    groups.add_evenly(calls, None if lengths else batch.get("attention_mask"))
                     losses.samples += batch_size(batch)
                 else:
                     drawn, given = drawn_loss(outputs, batch, generator), model_loss(outputs, batch)
                     count = terms(outputs, batch) if ours else batch_size(batch)
                     losses.add(drawn, batch_size(batch))
                     tokens = tokens + count if isinstance(count, Tensor) else 0
-                    groups.add_gradients(calls, drawn * count, None if given is None else given * count)
+                    groups.add_gradients(calls, drawn * count, None if given is None else given * count, lengths)
                 calls.clear()
     finally:
         for handle in handles:
@@ -296,8 +311,8 @@ class _Groups:
         for sums, _ in self.groups:
             sums.scale(loss)
 
-    def add_gradients(self, calls: list[_Call], drawn: Tensor, given: Tensor | None) -> None:
-        """drawn, given: sums of the losses over the rows of the batch, or its tokens."""
+    def add_gradients(self, calls: list[_Call], drawn: Tensor, given: Tensor | None, lengths: list[int] | None) -> None:
+        """drawn, given: sums of the losses over the rows of the batch, or its tokens. lengths: of packed rows."""
         outputs, inputs = [call.y for call in calls], [call.h for call in calls]
         grad = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
         slopes = None if given is None else grad(given, outputs, retain_graph=True)
@@ -307,7 +322,7 @@ class _Groups:
             h, gate, delta = (_stack(each, numbers) for each in (inputs, gates, deltas))
             slope = None if slopes is None else _stack(slopes, numbers).flatten(1, -2)
             apart = h.dim() == 4  # [L, B, S, K]; else [L, T, K], samples are not separated
-            factors.add_gates(*((h, gate) if apart else (h[:, None], gate[:, None])), columns)
+            factors.add_gates(*((h, gate) if apart else (h[:, None], gate[:, None])), columns, lengths)
             factors.add(h.flatten(1, -2), delta.flatten(1, -2), slope)
 
     def add_evenly(self, calls: list[_Call], mask: Tensor | None) -> None:
@@ -331,7 +346,8 @@ class _Groups:
         for (group, *_), members in turns.items():
             factors, columns = self.groups[group]
             members.sort()
-            most = max(1, TOGETHER // max(1, calls[members[0][1]].h.numel()))
+            h = calls[members[0][1]].h
+            most = max(1, (TOGETHER_ON_CPU if h.is_cpu else TOGETHER) // max(1, h.numel()))
             while members:
                 first = members[0][0]
                 run = [n for place, (member, n) in enumerate(members[:most]) if member == first + place]
@@ -341,7 +357,8 @@ class _Groups:
 
 
 def _stack(tensors: Sequence[Tensor], numbers: list[int]) -> Tensor:
-    return torch.stack([tensors[n].detach() for n in numbers])
+    chosen = [tensors[n].detach() for n in numbers]
+    return chosen[0][None] if len(chosen) == 1 else torch.stack(chosen)
 
 
 def _share(covariance: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
