@@ -132,7 +132,8 @@ class FisherFactors:
         # The same numbers in both sums, or C may have negative eigenvalues.
         root = a.sqrt()
         h = (root * h).to(dtype).to(h.dtype)
-        self.first += (root.mT @ h).squeeze(-2)
+        with torch.autocast(h.device.type, enabled=False):  # which multiplies in bf16
+            self.first += (root.mT @ h).squeeze(-2)
         for rows in self._panels():
             _add_product(self.second[..., rows, rows.start :], h[..., rows], h[..., rows.start :], dtype)
 

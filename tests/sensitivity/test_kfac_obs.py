@@ -190,6 +190,21 @@ def test_sums_of_half_precision_inputs_are_in_single_precision():
     assert torch.linalg.eigvalsh(inner([factors], True, 1e-3)[1][0]).min() > 0
 
 
+def test_means_in_autocast_are_in_single_precision():
+    """In bf16 they would be off by 0.2 %: inputs that hardly vary would then have a C with negative eigenvalues."""
+    generator, factors = torch.Generator().manual_seed(0), FisherFactors(40, 8, torch.device("cpu"))
+    h = (torch.randn(1, 40, generator=generator) + 0.05 * torch.randn(64, 40, generator=generator)).bfloat16()
+    delta = torch.randn(64, 8, generator=generator).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        factors.add(h, delta)
+    factors.complete()
+    root = delta.double().square().sum(1, keepdim=True).sqrt()
+    rounded = (root.float() * h).bfloat16().double()  # as in `second`
+    torch.testing.assert_close(factors.first.double(), (root * rounded).sum(0), rtol=1e-5, atol=1e-5)
+    mean, C = (part[0] for part in inner([factors], True, 0.0))
+    assert torch.linalg.eigvalsh(C).min() > -1e-5 * C.diagonal().max()
+
+
 def counted(function):
     with Counting() as counting:
         function()
