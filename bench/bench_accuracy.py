@@ -51,6 +51,7 @@ AFTER_THE_CUT = {"method", "allocation", "width_multiple", "grid", "samples", "m
 AFTER_THE_CUT |= {"trim_duration", "milestones", "rewarm_ratio", "recover_peak", "recover_dropout", *RECOVERING}
 # The same where the run is its own teacher.
 TEACHING = {"teacher", "distil", "temperature"}
+HALF = ("50%params", "50%flops")
 GIVEN = {"model", "output", "task", "train_file", "validation_file", "budget", "seed", "epochs", "learning_rate"}
 GIVEN |= {"max_steps", "precision", "save_before_cut", "keep_checkpoints", "save_steps", "resume"}
 GIVEN |= {"overwrite", "quiet"}
@@ -104,6 +105,8 @@ def run_key(arguments: argparse.Namespace, budget: str, method: str, seed: int) 
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     optional = ("train_rows", "max_steps", "override", *(RECOVERING if method != "dense" else ()))
     row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name) not in (None, {})}
+    if budget in HALF and method != "dense":  # rows of half without the entry were run when embeddings learned there
+        row.setdefault("freeze_embeddings", True)
     row |= {"precision": arguments.precision} if arguments.precision != Options.precision else {}
     return row | ({"accelerator": DEVICE} if DEVICE != "cpu" else {})
 
@@ -211,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--freeze-embeddings",
         action=argparse.BooleanOptionalAction,
-        help="after the cut, for all methods; default: below a 50 %% budget",
+        help="after the cut, for all methods; default: up to a 50 %% budget",
     )
     parser.add_argument("--train-rows", type=int, help="train on this many rows, the same in every run")
     parser.add_argument("--override", action="append", type=parse_override, metavar="NAME=VALUE", default=[])

@@ -137,7 +137,7 @@ def test_the_checkpoint_before_the_cut_outlives_later_ones(here, tmp_path):
         ({"schedule": "cubic", "milestones": 1}, None),
         ({"schedule": "cubic", "milestones": 2}, r"this run after step 2 \(50 %\), after step 3 \(100 %\)"),
         ({"recovery": "continue"}, "has recovery rewarm, and this run continue"),
-        ({"freeze_embeddings": True}, "has freeze_embeddings False, and this run True"),
+        ({"freeze_embeddings": False}, "has freeze_embeddings True, and this run False"),
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items()))))[:40] if isinstance(value, dict) else "",
 )

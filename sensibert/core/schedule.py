@@ -29,7 +29,7 @@ class Schedule:
     `rewarm` turns dropout off and raises the learning rate again, to 1.6 times its peak; `continue` keeps dropout and
     continues the schedule; below a 50 % budget it raises the rate, more for smaller budgets (`peak`); None: the task's
     default (`for_task`), `rewarm` without a task. recover_peak (times the peak learning rate) and recover_dropout
-    override both. freeze_embeddings: None freezes them after trimming if less than half of the encoder is left.
+    override both. freeze_embeddings: None freezes them after trimming if no more than half of the encoder is left.
     SensibertError names an invalid value."""
 
     shape: str = setting(
@@ -84,7 +84,7 @@ class Schedule:
         None, "Dropout probability after the last cut.", RECOVERY, bound=FRACTION, show_default="from --recovery"
     )
     freeze_embeddings: bool | None = setting(
-        None, "Freeze the embeddings after the last cut.", RECOVERY, show_default="below a 50 % budget"
+        None, "Freeze the embeddings after the last cut.", RECOVERY, show_default="up to a 50 % budget"
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Schedule:
     @checked
     def freezes(self, left: float) -> bool:
         """Whether embeddings are frozen after the last cut. left: fraction of the encoder's cost that is left."""
-        return left < 0.5 if self.freeze_embeddings is None else self.freeze_embeddings
+        return left <= 0.5 if self.freeze_embeddings is None else self.freeze_embeddings
 
     @checked
     def cuts(self, total: int) -> dict[int, float]:

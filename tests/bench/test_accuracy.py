@@ -88,9 +88,10 @@ def test_another_recovery_is_another_run_from_the_same_warm_up_beside_the_same_d
 
 
 def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_dense_one(here, monkeypatch):
-    usual, dense = start(here, monkeypatch, "--methods", "ours", "dense")
-    *_, learns = start(here, monkeypatch, "--methods", "ours", "dense", "--no-freeze-embeddings")
-    *_, frozen = start(here, monkeypatch, "--methods", "ours", "--freeze-embeddings")
+    budget = ("--budgets", "60%params")
+    usual, dense = start(here, monkeypatch, *budget, "--methods", "ours", "dense")
+    *_, learns = start(here, monkeypatch, *budget, "--methods", "ours", "dense", "--no-freeze-embeddings")
+    *_, frozen = start(here, monkeypatch, *budget, "--methods", "ours", "--freeze-embeddings")
     assert "freeze_embeddings" not in usual | dense and len(bench.read(bench.RUNS)) == 4
     for row, requested in ((learns, False), (frozen, True)):
         wanted = {name: row[name] for name in KEY if name in row}
@@ -98,6 +99,14 @@ def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_de
     scores = [row for row in summarize(bench.read(bench.RUNS)) if row["metric"] == "score" and "ours" in row["case"]]
     assert {row.get("freeze_embeddings") for row in scores} == {None, False, True}
     assert {row["rival_value"] for row in scores} == {100 * dense["score"]}
+
+
+def test_a_run_of_half_notes_that_its_embeddings_are_frozen(here, monkeypatch):
+    """Rows of half without a note are from when they learned."""
+    rows = start(here, monkeypatch, "--methods", "ours", "dense")
+    assert [row.get("freeze_embeddings") for row in rows] == [True, None]
+    *_, learns = start(here, monkeypatch, "--methods", "ours", "--no-freeze-embeddings")
+    assert learns["freeze_embeddings"] is False
 
 
 def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
@@ -120,7 +129,7 @@ def test_an_interrupted_layer_run_begins_again_from_the_warm_up(here, monkeypatc
     (whole,) = start(here, monkeypatch, "--methods", "layers")
     requested = {name: whole[name] for name in KEY if name in whole}
     partial = partial_folder(here / "work" / bench.folder_name(requested, {}, "50%params", "layers"))
-    shutil.copytree(here / "work" / bench.folder_name(requested, {}, "warm"), partial)
+    shutil.copytree(here / "work" / bench.folder_name(bench.before_the_cut(requested), {}, "warm"), partial)
     bench.RUNS.unlink()
     (again,) = start(here, monkeypatch, "--methods", "layers")
     assert again["score"] == whole["score"] and not partial.exists()

@@ -64,8 +64,8 @@ def test_a_plain_recovery_goes_on_where_the_rate_was_and_keeps_the_dropout():
     assert own.dropout() == 0.3 and max(own.lr()(step, 90) for step in range(30, 91)) == pytest.approx(1.2)
 
 
-def test_embeddings_freeze_below_half_unless_one_says():
-    assert [Schedule().freezes(left) for left in (1.0, 0.5, 0.49, 0.1)] == [False, False, True, True]
+def test_embeddings_freeze_up_to_half_unless_one_says():
+    assert [Schedule().freezes(left) for left in (1.0, 0.51, 0.5, 0.1)] == [False, False, True, True]
     assert Schedule(freeze_embeddings=True).freezes(1.0) and not Schedule(freeze_embeddings=False).freezes(0.1)
 
 
