@@ -23,7 +23,7 @@ from .modules import attribute, base_of, embeddings_of, family_of
 ATTENTION = "sensibert_packed"
 POOLINGS = ("first", "mean", "max")  # what a head can read of a row
 PROBE = (5, 3, 2)  # tokens of the rows that a model is tried on
-# The largest difference of their logits, as a fraction of the largest logit: in fp32, and in bf16 on a GPU.
+# The largest difference of their logits, as a fraction of the largest logit: in fp32, and in bf16.
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
 ENDS = ("start_logits", "end_logits")
 
@@ -145,28 +145,29 @@ def _split(logits: Tensor, packing: Packing) -> Tensor:
     return split.masked_fill(source >= ends, torch.finfo(logits.dtype).min)
 
 
-def pooling_of(model: nn.Module) -> str | None:
+def pooling_of(model: nn.Module, bf16: bool = False) -> str | None:
     """The pooling that the model's head needs in `PackedModel`, found by trying it on three rows.
 
-    On a GPU they run in bf16: FlashAttention takes no fp32. SensibertError says why the model cannot run on packed
-    batches."""
+    bf16: they run in it, as on a GPU always, where FlashAttention takes no fp32. SensibertError says why the model
+    cannot run on packed batches."""
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     longest = torch.arange(max(PROBE), device=device)
     real = longest < torch.tensor(PROBE, device=device)[:, None]
     vocabulary = attribute(model, "get_input_embeddings")().num_embeddings
     ids = torch.linspace(vocabulary // 2, vocabulary - 1, real.numel(), device=device).long().view(real.shape) * real
     flat = {"input_ids": ids[real][None], "position_ids": longest.expand(real.shape)[real][None]}
-    packing = Packing.of(list(PROBE), sum(PROBE), device)
+    packing, bf16 = Packing.of(list(PROBE), sum(PROBE), device), bf16 or device.type == "cuda"
+    tolerance = TOLERANCE_BF16 if bf16 else TOLERANCE
     reason = "its logits of packed rows are not those of padded ones"
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             expected = model(input_ids=ids, attention_mask=real.long())
             whole = ENDS[0] in expected or expected["logits"].dim() == 3
             if not whole and torch.equal(expected["logits"][0], expected["logits"][1]):
                 raise SensibertError("its logits are the same for all rows")
             for pooling in (None,) if whole else POOLINGS:
-                if _agree(PackedModel(model, pooling)(flat, packing), expected, real):
+                if _agree(PackedModel(model, pooling)(flat, packing), expected, real, tolerance):
                     return pooling
     except (SensibertError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = described(error)
@@ -176,7 +177,7 @@ def pooling_of(model: nn.Module) -> str | None:
     raise SensibertError(f"packing: {type(model).__name__} cannot run on packed rows ({reason}), want packing 'off'")
 
 
-def _agree(actual: Any, expected: Any, real: Tensor) -> bool:
+def _agree(actual: Any, expected: Any, real: Tensor, tolerance: float) -> bool:
     """Whether the logits of all real tokens, or of all rows, are the same."""
     for name in (name for name in (*ENDS, "logits") if name in expected):
         ours, theirs = actual[name], expected[name]
@@ -184,7 +185,6 @@ def _agree(actual: Any, expected: Any, real: Tensor) -> bool:
             ours, theirs = ours[real], theirs[real]
         elif theirs.dim() == 3:
             ours, theirs = ours[0], theirs[real]
-        tolerance = TOLERANCE_BF16 if ours.is_cuda else TOLERANCE
         if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance * theirs.abs().max():
             return False
     return True

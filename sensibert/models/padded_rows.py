@@ -16,11 +16,11 @@ FIELDS = {"input_ids", "attention_mask", "token_type_ids", "labels", "start_posi
 
 
 class PaddedRows:
-    """A model on padded batches, which it runs as packed ones where it can.
+    """A model on padded batches on a CPU, which it runs as packed ones where it can. bf16: they run in it.
 
     lengths: of the rows of the last batch in the order they ran in, the longest first; None if it ran padded."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bf16: bool = False) -> None:
         self.model = model
         self.lengths: list[int] | None = None
         self._packed: PackedModel | None = None
@@ -28,7 +28,7 @@ class PaddedRows:
         if config is None or config.output_hidden_states or config.output_attentions:
             return  # their rows would not be those of the batch
         try:
-            self._packed = PackedModel(model, pooling_of(model))
+            self._packed = PackedModel(model, pooling_of(model, bf16))
         except SensibertError:
             return
 

@@ -230,7 +230,7 @@ def collect_factors(
     ours = drawn_loss is not sampled_loss  # whose mean may be one over tokens
     # In bf16 on a CPU packed attention is faster than that of padded rows; in fp32 it is slower.
     packs = autocast == torch.bfloat16 and next(model.parameters()).device.type == "cpu"
-    rows = PaddedRows(model) if packs else None
+    rows = PaddedRows(model, bf16=True) if packs else None
     handles, losses = [], Losses()
     tokens: Tensor | int = 0  # of all batches, where the losses are means over tokens
     calls: list[_Call] = []
