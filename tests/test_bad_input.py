@@ -218,7 +218,7 @@ def test_a_last_step_that_is_not_finite_is_not_published(here, tmp_path, monkeyp
 
     def poisoned(optimizer, *args, **kwargs):
         if next(count) == 3:
-            optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+            optimizer.param_groups[0]["params"][-1].grad.fill_(float("inf"))  # of the head
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(MaskedAdamW, "step", poisoned)
