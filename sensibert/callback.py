@@ -174,6 +174,13 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
         self.sensitivity = Sensitivity.load(scores) if scores.exists() else None
         self._checkpoint = checkpoint
 
+    def _keep_former_default(self, made_with: Mapping[str, object]) -> None:
+        """In runs of earlier versions the embeddings learned at half. Resumed without a setting of its own, such a run
+        ends as it began."""
+        schedule = self.config.schedule
+        if schedule.freeze_embeddings is None and self.left() == 0.5 and made_with.get("freeze_embeddings") is False:
+            self.config = replace(self.config, schedule=replace(schedule, freeze_embeddings=False))
+
     def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
         """Settings that the weights at this step depend on, saved in every checkpoint. Model, data and teacher are not
         compared."""
@@ -229,6 +236,7 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
             if self._made_with is None and (checkpoint / MEMORY).exists():
                 self._remember(checkpoint)
             if self._made_with:
+                self._keep_former_default(self._made_with)
                 want_same_run(checkpoint, {"processes": 1} | self._made_with, self._settings(args, state))
             if masks_of(model) is None and not is_trimmed(model) and (checkpoint / STRUCTURE).exists():
                 restructure(model, read_structure(checkpoint / STRUCTURE))  # a plain Trainer loads zeros, not masks
