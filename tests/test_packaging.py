@@ -55,7 +55,8 @@ def sdist(tmp_path_factory):
     (archive,) = (here / "dist").iterdir()
     assert archive.name == f"sensibert-{VERSION}.tar.gz"
     with tarfile.open(archive) as file:
-        file.extractall(here / "unpacked", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.11.3 and before
+        file.extractall(here / "unpacked", **safely)
     return here / "unpacked" / f"sensibert-{VERSION}"
 
 
