@@ -177,8 +177,8 @@ class TrimCallback(BudgetOfRun, TrainerCallback):
     def _keep_former_default(self, made_with: Mapping[str, object]) -> None:
         """In runs of earlier versions the embeddings learned at half. Resumed without a setting of its own, such a run
         ends as it began."""
-        schedule = self.config.schedule
-        if schedule.freeze_embeddings is None and self.left() == 0.5 and made_with.get("freeze_embeddings") is False:
+        schedule, learned = self.config.schedule, made_with.get("freeze_embeddings") is False
+        if schedule.freeze_embeddings is None and learned and self.left() == 0.5:
             self.config = replace(self.config, schedule=replace(schedule, freeze_embeddings=False))
 
     def _settings(self, args: TrainingArguments, state: TrainerState) -> dict[str, object]:
