@@ -148,8 +148,8 @@ def _split(logits: Tensor, packing: Packing) -> Tensor:
 def pooling_of(model: nn.Module, bf16: bool = False) -> str | None:
     """The pooling that the model's head needs in `PackedModel`, found by trying it on three rows.
 
-    bf16: they run in it, as on a GPU always, where FlashAttention takes no fp32. SensibertError says why the model
-    cannot run on packed batches."""
+    bf16: whether the model computes in bf16 there. On a GPU it does: FlashAttention takes no fp32. SensibertError says
+    why the model cannot run on packed batches."""
     device, training = next(model.parameters()).device, [module for module in model.modules() if module.training]
     longest = torch.arange(max(PROBE), device=device)
     real = longest < torch.tensor(PROBE, device=device)[:, None]

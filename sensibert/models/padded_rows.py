@@ -12,12 +12,14 @@ from ..core.errors import SensibertError
 from ..nn.packed_attention import Packing
 from .packed import ENDS, PackedModel, pooling_of
 
+# A batch with any other field runs padded.
 FIELDS = {"input_ids", "attention_mask", "token_type_ids", "labels", "start_positions", "end_positions"}
 
 
 class PaddedRows:
-    """A model on padded batches on a CPU, which it runs as packed ones where it can. bf16: they run in it.
+    """A model on padded batches on a CPU, which it runs as packed ones where it can.
 
+    bf16: whether the model computes in bf16, so that its logits are compared less strictly when packing is tried.
     lengths: of the rows of the last batch in the order they ran in, the longest first; None if it ran padded."""
 
     def __init__(self, model: nn.Module, bf16: bool = False) -> None:
