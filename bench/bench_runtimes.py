@@ -4,7 +4,8 @@
 
 FOLDER is MODEL, trimmed to --budget. Without them: BERT-base with random weights, cut uniformly. `torch` is the model
 as it is, `int8` ONNX Runtime with weights of 8 bits. The rival is the untrimmed model in the same runtime; int8 has
-that in fp32 as a second one. Passes alternate, so that a machine whose speed drifts slows all of them.
+that in fp32 as a second one. Models take turns, so that a machine whose speed drifts slows all of them; of two passes
+the second is measured, since the first wakes threads and fills the caches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from sensibert import allocate, analyze, trim
 from sensibert.deploy import RUNTIMES
-from sensibert.deploy.graphs import Trace, quantize, random_inputs, trace
+from sensibert.deploy.graphs import input_names, quantize, random_inputs, trace
 from sensibert.deploy.opened import IDLE_S
 from sensibert.saving.folder import load
 
@@ -37,9 +38,9 @@ def bert_base(budget: str) -> dict[str, PreTrainedModel]:
     return {"model": whole, "trimmed": trim(whole, plan, copy_model=True)}
 
 
-def graphs(model: PreTrainedModel, scratch: Path, names: list[str], threads: int) -> tuple[dict[str, nn.Module], Trace]:
-    """A model in every runtime, and what it is traced with."""
-    traced, found = trace(model.eval(), None), {}
+def graphs(model: PreTrainedModel, scratch: Path, names: list[str], threads: int) -> dict[str, nn.Module]:
+    """A model in every runtime."""
+    model, found = model.eval(), {}
     for name in names:
         if name == "torch":
             found[name] = model
@@ -47,17 +48,18 @@ def graphs(model: PreTrainedModel, scratch: Path, names: list[str], threads: int
         runtime = RUNTIMES["onnx" if name == "int8" else name]
         file = scratch / name / Path(runtime.file).name
         file.parent.mkdir(parents=True)
-        runtime.write(traced, file)
+        runtime.write(trace(model, None, runtime), file)
         if name == "int8":
             quantize(file, file.with_name("int8.onnx"))
             file = file.with_name("int8.onnx")
         found[name] = runtime.open(file, threads)
-    return found, traced
+    return found
 
 
 @torch.inference_mode()
 def seconds(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
     time.sleep(IDLE_S)
+    model(**inputs)  # wakes its threads
     begin = time.perf_counter()
     model(**inputs)
     return time.perf_counter() - begin
@@ -86,9 +88,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         models = {}
         for part, model in both.items():
-            made, traced = graphs(model, Path(scratch) / part, arguments.runtimes, arguments.threads)
+            made = graphs(model, Path(scratch) / part, arguments.runtimes, arguments.threads)
             models |= {(part, runtime): module for runtime, module in made.items()}
-        inputs = random_inputs(traced.inputs, both["model"].config.vocab_size, arguments.batch, arguments.length)
+        whole = both["model"]
+        inputs = random_inputs(input_names(whole, None), whole.config.vocab_size, arguments.batch, arguments.length)
         inputs["attention_mask"].fill_(1)
         times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
         for _ in range(arguments.rounds + 2):

@@ -30,7 +30,8 @@ def measure(
     the largest of BATCHES take, and for each of BATCHES the median, 10th and 90th percentile of the milliseconds of one
     forward pass of rows of `length` tokens.
 
-    Passes of all models take turns, so that a machine whose speed drifts slows all of them. SensibertError for a folder
+    Models take turns, so that a machine whose speed drifts slows all of them, with two passes each: the second one is
+    measured, as in a latency budget, since the first wakes threads and fills the caches. SensibertError for a folder
     without a model."""
     at_least_one(length=length, threads=threads, rounds=rounds)
     before = torch.get_num_threads()
@@ -85,16 +86,15 @@ def side_by_side(models: Mapping[str, PreTrainedModel], limit_s: float = 3) -> d
 
 @torch.inference_mode()
 def _times(entries: list[Entry], rows: int, length: int, rounds: int, limit_s: float = math.inf) -> list[list[float]]:
-    """Milliseconds of the passes of each entry, without a first one that warms up unless it takes all the time."""
-
+    """Milliseconds of the passes of each entry."""
     times: list[list[float]] = [[] for _ in entries]
     end = time.perf_counter() + limit_s
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         if turn and time.perf_counter() > end:
             break
         for taken, entry in zip(times, entries, strict=True):
             taken.append(one_pass(entry, rows, length))
-    return [taken[1:] or taken for taken in times]
+    return times
 
 
 def _spread(milliseconds: list[float]) -> dict[str, float]:

@@ -306,7 +306,7 @@ def _write(model: PreTrainedModel, folder: Path, target: Target) -> Path:
     file = folder / "graph" / Path(runtime.file).name
     file.parent.mkdir()
     halved = target.weights == "fp16" and not target.runtime.endswith("int8")
-    runtime.write(trace(plain(model), None)._replace(half_tables=halved), file)
+    runtime.write(trace(plain(model), None, runtime)._replace(half_tables=halved), file)
     if target.runtime.endswith("int8"):
         quantized = file.with_name(Path(INT8_FILE).name)
         quantize(file, quantized)

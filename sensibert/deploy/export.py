@@ -62,7 +62,7 @@ def export_graph(
     check_output(output, overwrite)
     modules = source_of(model)
     model = plain(model)
-    traced = trace(model, tokenizer, runtime.longest)._replace(half_tables=fp16_embeddings)
+    traced = trace(model, tokenizer, runtime)._replace(half_tables=fp16_embeddings)
     facts: dict[str, Any] = {"to": to, "int8": False}
     with new_folder(Path(output).resolve(), overwrite) as folder:
         (folder / runtime.file).parent.mkdir(exist_ok=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import SensibertError, described
-from ..models.modules import positions
+from ..models.modules import attending, configs_of, positions
 from . import executorch_file
+from .attention import ONNX_ATTENTION
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -75,13 +76,13 @@ class Trace(NamedTuple):
     longest: int | None = None  # tokens of a text, if there is a limit
 
 
-def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, longest: int | None = None) -> Trace:
-    """The graph of a model in eval mode. longest: trace it for one row of at most so many tokens (or the positions of
-    the model, if they are fewer). SensibertError if torch.export cannot make one."""
+def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: Runtime) -> Trace:
+    """The graph of a model in eval mode, for a runtime. SensibertError if torch.export cannot make one."""
     names = input_names(model, tokenizer)
     rows, tokens = EXAMPLE
     known = positions(model)
     free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    longest = runtime.longest
     if longest is not None:
         longest = min(longest, known or longest)
         rows, free = 1, {1: torch.export.Dim("length", max=longest)}
@@ -89,8 +90,10 @@ def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, lon
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     outputs = tuple(name for name in OUTPUTS if name in found)
+    free_to_choose = runtime.attention is not None and model._supports_attention_backend
+    configs = configs_of(model) if free_to_choose else []
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), attending(configs, runtime.attention or ""):
             program = torch.export.export(
                 _Traced(model, names, outputs), tuple(inputs.values()), dynamic_shapes=((free,) * len(names),)
             )
@@ -128,8 +131,9 @@ class Graph(nn.Module):
 
 class Runtime(NamedTuple):
     """file: where the graph lies in an exported folder, as other libraries expect it. tolerance: of its outputs, as a
-    fraction of the largest. extra: of this package, which installs `packages`. longest: tokens of a text, and it
-    then takes one row; None: no limits."""
+    fraction of the largest. extra: of this package, which installs `packages`. attention: transformers' name of the
+    implementation that is traced; None: the model's own. longest: tokens of a text (or the positions of the model, if
+    they are fewer), and it then takes one row; None: no limits."""
 
     file: str
     tolerance: float
@@ -137,6 +141,7 @@ class Runtime(NamedTuple):
     extra: str | None
     write: Callable[[Trace, Path], None]
     open: Callable[[Path, int | None], Graph]
+    attention: str | None = None
     longest: int | None = None
 
     def want_packages(self, name: str) -> None:
@@ -289,9 +294,11 @@ def _open_executorch(file: Path, threads: int | None) -> Graph:
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 RUNTIMES = {
-    "onnx": Runtime("onnx/model.onnx", 1e-4, ONNX, "export", _write_onnx, _open_onnx),
+    "onnx": Runtime("onnx/model.onnx", 1e-4, ONNX, "export", _write_onnx, _open_onnx, ONNX_ATTENTION),
+    # Of other attention softmax is traced with a guard for rows without tokens, which OpenVINO does not fuse.
     "openvino": Runtime(
-        "openvino/openvino_model.xml", 1e-3, (*ONNX, "openvino"), "openvino", _write_openvino, _open_openvino
+        *("openvino/openvino_model.xml", 1e-3, (*ONNX, "openvino"), "openvino", _write_openvino, _open_openvino),
+        attention="eager",
     ),
     "torch": Runtime("torch/model.pt2", 1e-4, (), None, _write_torch, _open_torch),
     "executorch": Runtime(
@@ -309,6 +316,7 @@ def quantize(file: Path, target: Path) -> None:
 
     Weights use 7 bits: with 8, processors without VNNI instructions lose the largest sums, without a word. Those of
     convolutions (deberta-v2 may have one) stay: ONNX Runtime 1.23 has none with int8 weights."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -319,4 +327,5 @@ def quantize(file: Path, target: Path) -> None:
             weight_type=QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what follows ONNX Runtime's own operators
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -121,6 +122,24 @@ def positions(model: nn.Module) -> int | None:
     if not isinstance(table, nn.Embedding):
         return None
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of the model's modules, each once: a layer without heads has its own."""
+    return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
+
+
+@contextlib.contextmanager
+def attending(configs: list[Any], implementation: str) -> Iterator[None]:
+    """Within, modules with these configs compute attention with this implementation of transformers."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = implementation
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 def attribute(root: Any, path: str) -> Any:

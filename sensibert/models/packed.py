@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from ..core.errors import SensibertError, described
 from ..nn.packed_attention import Packing, packed_attention
-from .modules import attribute, base_of, embeddings_of, family_of
+from .modules import attending, attribute, base_of, configs_of, embeddings_of, family_of
 
 ATTENTION = "sensibert_packed"
 POOLINGS = ("first", "mean", "max")  # what a head can read of a row
@@ -67,7 +67,7 @@ class PackedModel:
         encoder, pooler = base.get_submodule(family.encoder), getattr(base, "pooler", None)
         self._pooled = encoder if not isinstance(encoder, nn.ModuleList) else base if pooler is None else pooler
         self._before = self._pooled is pooler
-        self._configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
+        self._configs = configs_of(model)
         self._embeddings, self._outside = embeddings_of(model), next(model.parameters()).dtype
         table = getattr(self._embeddings, "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
@@ -105,19 +105,15 @@ class PackedModel:
             output["last_hidden_state"] = leave(output["last_hidden_state"])
             return output
 
-        before = [config._attn_implementation for config in self._configs]
         handles = [self._embeddings.register_forward_hook(enter)] if self.dtype is not None else []
         if self._before:
             handles.append(self._pooled.register_forward_pre_hook(leave_before))
         else:
             handles.append(self._pooled.register_forward_hook(leave_after))
         try:
-            for config in self._configs:
-                config._attn_implementation = ATTENTION
-            yield
+            with attending(self._configs, ATTENTION):
+                yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
             for handle in handles:
                 handle.remove()
 

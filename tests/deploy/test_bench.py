@@ -82,7 +82,7 @@ def test_a_time_limit_ends_the_rounds_and_one_pass_is_always_measured():
     assert all(value > 0 for value in bench.side_by_side(models, limit_s=0)["batch_32_ms"].values())
 
 
-def test_passes_take_turns(folders, monkeypatch):
+def test_models_take_turns_and_the_second_pass_of_each_is_measured(folders, monkeypatch):
     turns = []
     forward = torch.nn.Module.__call__
 
@@ -92,8 +92,8 @@ def test_passes_take_turns(folders, monkeypatch):
         return forward(module, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "__call__", noted)
-    measure(folders[:2], length=4, rounds=1)
-    one = [("BertForSequenceClassification", (1, 4)), ("Graph", (1, 4)), ("Graph", (1, 4))]
+    measure(folders[:2], length=4, rounds=2)
+    one = [(name, (1, 4)) for name in ("BertForSequenceClassification", "Graph", "Graph") for _ in range(2)]
     assert turns == 2 * one + [(name, (32, 4)) for name, _ in 2 * one]
 
 

@@ -120,6 +120,38 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         torch.testing.assert_close(int8(**batch)["logits"], wanted, rtol=0, atol=near * float(wanted.abs().max()))
 
 
+# Families whose attention is not one of transformers' interchangeable implementations.
+OWN_ATTENTION = {"deberta-v2", "mpnet", "rembert"}
+
+
+@pytest.mark.parametrize("family", sorted(TABLES))
+def test_attention_is_one_operator_of_onnx_runtime(family, tmp_path):
+    """With the heads of each layer, and with the mask of each in ModernBERT, where some layers see a window only."""
+    heads = {"distilbert": {"n_heads": 3, "dim": 48}}.get(family, {"num_attention_heads": 3, "hidden_size": 48})
+    window = {"local_attention": 4, "global_attn_every_n_layers": 2} if family == "modernbert" else {}
+    model = tiny_model(family, initializer_range=0.2, **(ONE_EACH[family] | heads | window))
+    trim(model, random_plan(layout_of(model), seed=1))
+    kept = [site.units for site in layout_of(model).sites if site.kind == "head"]
+    assert len(set(kept)) > 1 or family == "albert", "one number fits all: it proves little"
+    assert export_graph(model, str(tmp_path / "out"))["difference"] < 1e-5
+    nodes = onnx.load(tmp_path / "out/onnx/model.onnx").graph.node
+    fused = [node for node in nodes if node.op_type == "MultiHeadAttention" and node.domain == "com.microsoft"]
+    counts = [attribute.i for node in fused for attribute in node.attribute if attribute.name == "num_heads"]
+    assert set(counts) == (set() if family in OWN_ATTENTION else {*kept} - {0})
+    assert "IsNaN" not in {node.op_type for node in nodes}
+
+
+def test_openvino_gets_attention_that_it_can_fuse_and_the_model_keeps_its_own():
+    model = tiny_model().eval()
+    names = {
+        to: {str(node.target) for node in graphs.trace(model, None, RUNTIMES[to]).program.graph.nodes}
+        for to in ("torch", "openvino")
+    }
+    fused = "aten.scaled_dot_product_attention.default"
+    assert fused in names["torch"] and fused not in names["openvino"]
+    assert model.config._attn_implementation == "sdpa"
+
+
 def content(file: Path) -> bytes:
     """What is in a file, or in the files of a zip."""
     if not zipfile.is_zipfile(file):
