@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 
 ONNX_ATTENTION = "sensibert_onnx"
+
+
+def _mask(*args: Any, mask_function: Callable, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask of padding [B, S] where every token sees all others, else what is added to the scores [B, 1, S, S]."""
+    if mask_function is bidirectional_mask_function:
+        return attention_mask
+    return eager_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
 def _attend(
@@ -21,18 +29,26 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [B, H, S, D], attention_mask [B, 1, S, S], which is added -> [B, S, H, D]; only in a graph."""
+    """query, key, value [B, H, S, D], attention_mask of `_mask` -> [B, S, H, D]; only in a graph."""
     rows, heads, tokens, span = query.shape
     if not heads:
         return query.transpose(1, 2), None
     groups = heads // key.shape[1]
     if groups > 1:  # query heads that share keys and values
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    inputs: list[Tensor | None] = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
+    scaling = span**-0.5 if scaling is None else scaling
+    if attention_mask is not None and attention_mask.dim() == 4:
+        # The operator takes such a mask too, but ONNX Runtime 1.20 then computes something else.
+        shares = (query @ key.mT * scaling + attention_mask).softmax(-1)
+        return (shares @ value).transpose(1, 2), None
     found = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
-        [*inputs, None, None, attention_mask],  # between them bias and key_padding_mask
-        {"num_heads": heads, "scale": float(span**-0.5 if scaling is None else scaling)},
+        [
+            *(x.transpose(1, 2).flatten(2) for x in (query, key, value)),
+            None,  # bias
+            None if attention_mask is None else attention_mask.to(torch.int32),
+        ],
+        {"num_heads": heads, "scale": float(scaling), "mask_filter_value": torch.finfo(query.dtype).min},
         dtype=query.dtype,
         shape=(rows, tokens, heads * span),
         version=1,
@@ -41,4 +57,4 @@ def _attend(
 
 
 AttentionInterface.register(ONNX_ATTENTION, _attend)
-AttentionMaskInterface.register(ONNX_ATTENTION, eager_mask)
+AttentionMaskInterface.register(ONNX_ATTENTION, _mask)

@@ -126,7 +126,7 @@ OWN_ATTENTION = {"deberta-v2", "mpnet", "rembert"}
 
 @pytest.mark.parametrize("family", sorted(TABLES))
 def test_attention_is_one_operator_of_onnx_runtime(family, tmp_path):
-    """With the heads of each layer, and with the mask of each in ModernBERT, where some layers see a window only."""
+    """With the heads of each layer; not in ModernBERT's layers that see a window only."""
     heads = {"distilbert": {"n_heads": 3, "dim": 48}}.get(family, {"num_attention_heads": 3, "hidden_size": 48})
     window = {"local_attention": 4, "global_attn_every_n_layers": 2} if family == "modernbert" else {}
     model = tiny_model(family, initializer_range=0.2, **(ONE_EACH[family] | heads | window))
@@ -137,7 +137,9 @@ def test_attention_is_one_operator_of_onnx_runtime(family, tmp_path):
     nodes = onnx.load(tmp_path / "out/onnx/model.onnx").graph.node
     fused = [node for node in nodes if node.op_type == "MultiHeadAttention" and node.domain == "com.microsoft"]
     counts = [attribute.i for node in fused for attribute in node.attribute if attribute.name == "num_heads"]
-    assert set(counts) == (set() if family in OWN_ATTENTION else {*kept} - {0})
+    whole = kept[::2] if family == "modernbert" else [] if family in OWN_ATTENTION else kept
+    assert set(counts) == {*whole} - {0}
+    assert all(len(node.input) == 5 for node in fused), "older versions of ONNX Runtime misread what comes after"
     assert "IsNaN" not in {node.op_type for node in nodes}
 
 
