@@ -1,4 +1,8 @@
-"""The attention of ONNX Runtime: one operator in the graph where tracing would leave about twelve."""
+"""The attention of ONNX Runtime: one operator in the graph where tracing would leave about twelve.
+
+The reshapes around it stay: without them ONNX Runtime 1.32 fuses sums and layer norms in graphs with int8 weights, and
+its fused kernel is slower on a CPU (half of MiniLM, one text, one thread: 9.4 ms in place of 5.9).
+"""
 
 from __future__ import annotations
 
