@@ -17,11 +17,11 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 ONNX_ATTENTION = "sensibert_onnx"
 
 
-def _mask(*args: Any, mask_function: Callable, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _mask(*, mask_function: Callable, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask of padding [B, S] where every token sees all others, else what is added to the scores [B, 1, S, S]."""
     if mask_function is bidirectional_mask_function:
         return attention_mask
-    return eager_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
 def _attend(
