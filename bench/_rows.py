@@ -43,9 +43,9 @@ def control(row: dict, runs: list[dict]) -> float | None:
 def summarize(runs: list[dict]) -> list[dict]:
     """One row per (task, budget, method): mean and standard deviation over seeds, and the untrimmed runs' mean.
 
-    Runs with an entry `excluded` (the reason) are left out."""
+    Runs with an entry `excluded` (the reason) are left out. A run that was made again counts once, as it was last."""
     groups: dict[tuple, list[dict]] = {}
-    runs = [row for row in runs if "excluded" not in row]
+    runs = list({identity(row): row for row in runs if "excluded" not in row}.values())
     for row in runs:
         groups.setdefault(tuple(row.get(name) for name in ("task", "budget", "method", *SETTING)), []).append(row)
     rows = []

@@ -194,6 +194,12 @@ def test_only_runs_of_one_setting_are_averaged_and_compared():
     assert (row["value"], row["rival_value"], row["ratio"], row["seeds"]) == (50, 80, 0.625, 1)
 
 
+def test_a_run_that_was_made_again_counts_once_as_it_was_last():
+    first, again = run_row(1, score=0.9), run_row(1, score=0.8) | {"commit": "later"}
+    scores = [row for row in summarize([first, run_row(2, score=0.7), again]) if row["metric"] == "score"]
+    assert [(row["value"], row["seeds"]) for row in scores] == [(75.0, 2)]
+
+
 def test_runs_that_are_excluded_with_a_reason_count_nowhere():
     bad = run_row(1, score=0.9) | {"excluded": "its dense run did not learn"}
     (row,) = [r for r in summarize([run_row(), bad]) if r["metric"] == "score"]
