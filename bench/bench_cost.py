@@ -7,8 +7,9 @@
 A run is warm-up, analysis, cut, recovery and saving. Measured are processor seconds (user and system) of the process
 `sensibert finetune`, minus those of a run of one step, since importing, reading and saving take the same time in both.
 Unlike wall time they hardly depend on other processes. What they do depend on, such as the clock of a shared machine,
-changes with time, so on a CPU the runs that are compared run side by side: let OMP_NUM_THREADS be 1. On a GPU, where
-one follows the other, wall time matters, so both are recorded.
+changes with time and from core to core, so on a CPU the runs that are compared run side by side, each on a core of its
+own, and then again with the cores exchanged; the means count. Let OMP_NUM_THREADS be 1. On a GPU, where one follows the
+other, wall time matters, so both are recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,9 +33,9 @@ from sensibert.run_options import PRECISIONS, Options
 
 
 class Run:
-    """A run in a process of its own, which has begun."""
+    """A run in a process of its own, on one core if that is given, which has begun."""
 
-    def __init__(self, arguments: argparse.Namespace, *more: str) -> None:
+    def __init__(self, arguments: argparse.Namespace, *more: str, core: int | None = None) -> None:
         self.more, self.scratch = more, tempfile.TemporaryDirectory()
         self.command = [sys.executable, "-m", "sensibert", "finetune", "--model", arguments.model, "--quiet"]
         self.command += ["--train-file", arguments.train_file, "--output", str(Path(self.scratch.name) / "out")]
@@ -41,6 +43,8 @@ class Run:
         self.command += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
         self.begin = time.perf_counter()
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        if core is not None:
+            os.sched_setaffinity(self.process.pid, {core})
 
     def end(self) -> tuple[float, float]:
         """Processor and wall seconds. Prints the seconds of its phases."""
@@ -54,11 +58,19 @@ class Run:
         return usage.ru_utime + usage.ru_stime, seconds
 
 
-def side_by_side(*runs: Callable[[], Run]) -> list[tuple[float, float]]:
-    """Processor and wall seconds of runs: at the same time on a CPU, one after the other on a GPU."""
+def side_by_side(*runs: Callable[..., Run]) -> list[tuple[float, float]]:
+    """Processor and wall seconds of runs. On a GPU one follows the other. On a CPU they run at the same time, once for
+    each way to exchange their cores, and the means are returned."""
     if DEVICE == "cuda":
         return [begin().end() for begin in runs]
-    return [run.end() for run in [begin() for begin in runs]]
+    cores = sorted(os.sched_getaffinity(0))[: len(runs)]
+    if len(cores) < len(runs):
+        raise SystemExit(f"{len(cores)} core, want {len(runs)}: runs that are compared run side by side")
+    turns = []
+    for first in range(len(runs)):
+        begun = [begin(core=cores[(first + number) % len(runs)]) for number, begin in enumerate(runs)]
+        turns.append([run.end() for run in begun])
+    return [tuple(map(statistics.mean, zip(*of_run, strict=True))) for of_run in zip(*turns, strict=True)]
 
 
 def main() -> None:
