@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 
+from ..models.modules import of_all_heads
+
 ONNX_ATTENTION = "sensibert_onnx"
 
 
@@ -37,9 +39,7 @@ def _attend(
     rows, heads, tokens, span = query.shape
     if not heads:
         return query.transpose(1, 2), None
-    groups = heads // key.shape[1]
-    if groups > 1:  # query heads that share keys and values
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    key, value = of_all_heads(query, key, value)
     scaling = span**-0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.dim() == 4:
         # The operator takes such a mask too, but ONNX Runtime 1.20 then computes something else.

@@ -90,8 +90,7 @@ def trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, run
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     outputs = tuple(name for name in OUTPUTS if name in found)
-    free_to_choose = runtime.attention is not None and model._supports_attention_backend
-    configs = configs_of(model) if free_to_choose else []
+    configs = configs_of(model) if runtime.attention and model._supports_attention_backend else []
     try:
         with _quiet(), torch.no_grad(), attending(configs, runtime.attention or ""):
             program = torch.export.export(

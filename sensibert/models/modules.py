@@ -142,6 +142,12 @@ def attending(configs: list[Any], implementation: str) -> Iterator[None]:
             config._attn_implementation = name
 
 
+def of_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of every query head, where several query heads share one of each; heads are dimension 1 of all."""
+    groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
 def attribute(root: Any, path: str) -> Any:
     """The object at a dotted path of attributes; AttributeError if there is none."""
     for part in path.split("."):

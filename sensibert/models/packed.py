@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from ..core.errors import SensibertError, described
 from ..nn.packed_attention import Packing, packed_attention
-from .modules import attending, attribute, base_of, configs_of, embeddings_of, family_of
+from .modules import attending, attribute, base_of, configs_of, embeddings_of, family_of, of_all_heads
 
 ATTENTION = "sensibert_packed"
 POOLINGS = ("first", "mean", "max")  # what a head can read of a row
@@ -44,9 +44,7 @@ def _attend(
     if packing is None:
         raise SensibertError(f"packing: {type(module).__name__} does not hand on how the batch is packed")
     q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
-    groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    if groups > 1:  # query heads that share keys and values
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    k, v = of_all_heads(q, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return packed_attention(q, k, v, packing, scale, dropout, sliding_window)[None], None
 
