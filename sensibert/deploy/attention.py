@@ -6,24 +6,18 @@ its fused kernel is slower on a CPU (half of MiniLM, one text, one thread: 9.4 m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ..models.modules import of_all_heads
 
 ONNX_ATTENTION = "sensibert_onnx"
-
-
-def _mask(*, mask_function: Callable, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask of padding [B, S] where every token sees all others, else what is added to the scores [B, 1, S, S]."""
-    if mask_function is bidirectional_mask_function:
-        return attention_mask
-    return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+# ONNX Runtime up to 1.20 reads the mask of that operator as something else; it refuses graphs of this opset.
+OPSET = 22
 
 
 def _attend(
@@ -35,24 +29,18 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [B, H, S, D], attention_mask of `_mask` -> [B, S, H, D]; only in a graph."""
+    """query, key, value [B, H, S, D], attention_mask, added to the scores [B, 1, S, S] -> [B, S, H, D]; only in a
+    graph."""
     rows, heads, tokens, span = query.shape
     if not heads:
         return query.transpose(1, 2), None
     key, value = of_all_heads(query, key, value)
     scaling = span**-0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.dim() == 4:
-        # The operator takes such a mask too, but ONNX Runtime 1.20 then computes something else.
-        shares = (query @ key.mT * scaling + attention_mask).softmax(-1)
-        return (shares @ value).transpose(1, 2), None
     found = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
-        [
-            *(x.transpose(1, 2).flatten(2) for x in (query, key, value)),
-            None,  # bias
-            None if attention_mask is None else attention_mask.to(torch.int32),
-        ],
-        {"num_heads": heads, "scale": float(scaling), "mask_filter_value": torch.finfo(query.dtype).min},
+        # None: biases, and a mask of padding, which WebGPU does not take.
+        [*(x.transpose(1, 2).flatten(2) for x in (query, key, value)), None, None, attention_mask],
+        {"num_heads": heads, "scale": float(scaling)},
         dtype=query.dtype,
         shape=(rows, tokens, heads * span),
         version=1,
@@ -61,4 +49,4 @@ def _attend(
 
 
 AttentionInterface.register(ONNX_ATTENTION, _attend)
-AttentionMaskInterface.register(ONNX_ATTENTION, _mask)
+AttentionMaskInterface.register(ONNX_ATTENTION, eager_mask)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.errors import SensibertError, described
 from ..models.modules import attending, configs_of, positions
 from . import executorch_file
-from .attention import ONNX_ATTENTION
+from .attention import ONNX_ATTENTION, OPSET
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -175,8 +175,9 @@ def _write_onnx(traced: Trace, file: Path) -> None:
 
     with _quiet():
         made = torch.onnx.export(
-            traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False
-        )
+            traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False,
+            opset_version=OPSET,
+        )  # fmt: skip
         assert made is not None  # with dynamo
         model = made.model_proto
     for shape in (value.type.tensor_type.shape for value in (*model.graph.input, *model.graph.output)):
