@@ -116,7 +116,7 @@ def test_every_family_has_a_graph_with_free_sizes(family, tmp_path):
         kept = [] if family in OWN_ATTENTION else kept
         fused = [node for node in made.graph.node if node.op_type == "MultiHeadAttention"]
         assert {onnx.helper.get_node_attr_value(node, "num_heads") for node in fused} == {*kept} - {0}
-        assert all(node.input[5] and not any(node.input[3:5]) for node in fused), "WebGPU takes only a mask that is added"
+        assert all(node.input[5] and not any(node.input[3:5]) for node in fused), "WebGPU takes no other mask"
     opset = next(entry.version for entry in made.opset_import if not entry.domain)
     assert opset >= 22, "ONNX Runtime 1.20 misreads that mask, and refuses this opset"
     assert "IsNaN" not in {node.op_type for node in made.graph.node}
