@@ -105,10 +105,17 @@ def run_key(arguments: argparse.Namespace, budget: str, method: str, seed: int) 
     row |= {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     optional = ("train_rows", "max_steps", "override", *(RECOVERING if method != "dense" else ()))
     row |= {name: getattr(arguments, name) for name in optional if getattr(arguments, name) not in (None, {})}
-    if budget in HALF and method != "dense":  # rows of half without the entry were run when embeddings learned there
+    if budget in HALF and method != "dense":
         row.setdefault("freeze_embeddings", True)
     row |= {"precision": arguments.precision} if arguments.precision != Options.precision else {}
     return row | ({"accelerator": DEVICE} if DEVICE != "cpu" else {})
+
+
+def recorded(key: dict) -> dict:
+    """The entries of a run key that its row has: rows of half without `freeze_embeddings` have embeddings that learn,
+    since they did by default there."""
+    learn = key["budget"] in HALF and key.get("freeze_embeddings") is False
+    return {name: value for name, value in key.items() if not (learn and name == "freeze_embeddings")}
 
 
 def before_the_cut(override: dict) -> dict:
@@ -184,7 +191,7 @@ def run(arguments: argparse.Namespace, key: dict, work: Path) -> dict:
     facts = {"metric": metric, "score": scored["metrics"][metric], **{name: result[name] for name in kept}}
     facts["dense_steps"] = dense_steps(options, result)
     shutil.rmtree(output)
-    return {**key, **facts, **machine()}
+    return {**recorded(key), **facts, **machine()}
 
 
 def ablation(row: dict, runs: list[dict]) -> dict:
@@ -231,7 +238,7 @@ def main() -> None:
         cases += [("100%params", "dense")] if "dense" in methods else []  # last: from the warm-up of the others
         for budget, method in cases:
             key = run_key(arguments, budget, method, seed)
-            if any(identity(row) == identity(key) for row in read(RUNS) + read(ABLATION)):
+            if any(identity(row) == identity(recorded(key)) for row in read(RUNS) + read(ABLATION)):
                 continue
             row = run(arguments, key, work)
             if arguments.override:

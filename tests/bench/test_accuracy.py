@@ -102,11 +102,16 @@ def test_embeddings_that_learn_or_not_are_another_run_of_every_method_but_the_de
 
 
 def test_a_run_of_half_notes_that_its_embeddings_are_frozen(here, monkeypatch):
-    """Rows of half without a note are from when they learned."""
+    """Rows of half without a note are those whose embeddings learn, as they all once did."""
     rows = start(here, monkeypatch, "--methods", "ours", "dense")
     assert [row.get("freeze_embeddings") for row in rows] == [True, None]
+    requested = []
+    whole = bench.options_of
+    monkeypatch.setattr(bench, "options_of", lambda key, **usual: requested.append(key) or whole(key, **usual))
     *_, learns = start(here, monkeypatch, "--methods", "ours", "--no-freeze-embeddings")
-    assert learns["freeze_embeddings"] is False
+    assert "freeze_embeddings" not in learns and [key["freeze_embeddings"] for key in requested] == [False]
+    start(here, monkeypatch, "--methods", "ours", "--no-freeze-embeddings")
+    assert len(requested) == 1, "it was run already"
 
 
 def test_a_dense_run_from_the_warm_up_is_the_dense_run(here, monkeypatch):
