@@ -29,8 +29,8 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [B, H, S, D], attention_mask, added to the scores [B, 1, S, S] -> [B, S, H, D]; only in a
-    graph."""
+    """query, key, value [B, H, S, D] -> [B, S, H, D]; only in a graph. attention_mask [B, 1, S, S] is added to the
+    scores."""
     rows, heads, tokens, span = query.shape
     if not heads:
         return query.transpose(1, 2), None
