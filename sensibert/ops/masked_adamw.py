@@ -10,6 +10,7 @@ score = decay * score + scale * finish(sum over the block of reduce(w before the
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -162,12 +163,16 @@ def _listed_extras(
     )
 
 
+_masked_adamw = inspect.unwrap(masked_adamw)  # without the check of its arguments' types
+
+
 class HeldAdamW:
     """masked_adamw for many calls on the same tensors with the same settings. Takes less host time.
 
     `extras`: all keyword arguments of masked_adamw except grad_factor. The first call runs masked_adamw; later calls
     pass only parameters, gradients and learning rates to a kernel. The other arguments are held as tensors, not as
-    addresses, and checked at every call: if one no longer fits, the call runs masked_adamw."""
+    addresses, and checked at every call: if one no longer fits, or there is no kernel, the call runs masked_adamw, but
+    for the types of the arguments, which are known by then."""
 
     def __init__(
         self,
@@ -190,7 +195,8 @@ class HeldAdamW:
         if self._checked and self._run(grads, lr, grad_factor):
             return
         groups, betas, eps, weight_decay = self._settings
-        masked_adamw(
+        step = _masked_adamw if self._checked else masked_adamw
+        step(
             self._params, grads, *self._moments, lr, groups, betas, eps, weight_decay,
             grad_factor=grad_factor, **self._extras,
         )  # fmt: skip

@@ -136,6 +136,8 @@ class LeanStep:
             self._add_working_copies()
         if self.device.type == "cpu":
             self._add_quick_modules(by_row)
+        tables = {id(table.weight) for table in self._tables}
+        self._others = [weight for weight in self.model.parameters() if id(weight) not in tables]
 
     def _structure(self) -> list[tuple]:
         """Modules and their classes, parameters, which of them are frozen, configs, and dropout."""
@@ -248,19 +250,14 @@ class LeanStep:
         for copy, _ in used:
             copy.leaf.grad = None
 
-    def _others(self) -> Iterator[nn.Parameter]:
-        """The parameters that are not tables."""
-        tables = {id(table.weight) for table in self._tables}
-        return (weight for weight in self.model.parameters() if id(weight) not in tables)
-
     def total_norm(self) -> Tensor:
         """The 2-norm of all gradients."""
-        grads = [weight.grad for weight in self._others() if weight.grad is not None]
+        grads = [weight.grad for weight in self._others if weight.grad is not None]
         grads += [table.used() for table in self._tables if table.weight.grad is not None]
         return nn.utils.get_total_norm(grads)
 
     def zero_grad(self) -> None:
-        for weight in self._others():
+        for weight in self._others:
             weight.grad = None
         for table in self._tables:
             table.zero()
