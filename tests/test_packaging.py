@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sensibert
+from sensibert.deploy.graphs import LEAST
 from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,12 @@ def test_the_wheel_does_what_the_readme_says(wheel, tmp_path):
         file.extractall(tmp_path)
     said = fresh.run(INSTALLED, tmp_path, ROOT / "tests" / "wheel_check.py", cwd=tmp_path, isolated=True)
     assert said == f"sensibert {VERSION} from {tmp_path / 'sensibert'}: equal logits after a reload"
+
+
+def test_extras_install_versions_that_can_be_used():
+    written = (ROOT / "pyproject.toml").read_text()
+    for package, least in LEAST.items():
+        assert set(re.findall(rf'"{package}([<>=][^"]*)?"', written)) == {">=" + ".".join(map(str, least))}
 
 
 def test_the_version_is_written_once():

@@ -128,6 +128,9 @@ class Graph(nn.Module):
         return Outputs(zip(self.outputs, self.run(values), strict=True))
 
 
+LEAST = {"onnxruntime": (1, 21)}  # package -> its oldest version that can be used: older ones do not open OPSET
+
+
 class Runtime(NamedTuple):
     """file: where the graph lies in an exported folder, as other libraries expect it. tolerance: of its outputs, as a
     fraction of the largest. extra: of this package, which installs `packages`. attention: transformers' name of the
@@ -145,14 +148,17 @@ class Runtime(NamedTuple):
 
     def want_packages(self, name: str) -> None:
         for package in self.packages:
+            install = f"pip install 'sensibert[{self.extra}]'"
             try:
                 with _quiet():
-                    import_module(package)
+                    module = import_module(package)
             except ImportError:
                 shown = package.partition(".")[0]
-                raise SensibertError(
-                    f"{name} needs the package {shown}: pip install 'sensibert[{self.extra}]'"
-                ) from None
+                raise SensibertError(f"{name} needs the package {shown}: {install}") from None
+            least = LEAST.get(package)
+            if least and tuple(map(int, module.__version__.split(".")[:2])) < least:
+                wanted = ".".join(map(str, least))
+                raise SensibertError(f"{name} needs {package} {wanted} or later, found {module.__version__}: {install}")
 
 
 @contextlib.contextmanager
