@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from ..models.modules import of_all_heads
 
 ONNX_ATTENTION = "sensibert_onnx"
-# ONNX Runtime up to 1.20 reads the mask of that operator as something else; it refuses graphs of this opset.
+# ONNX Runtime 1.20 misreads the mask of that operator, and refuses graphs of this opset.
 OPSET = 22
 
 

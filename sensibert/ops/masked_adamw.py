@@ -171,8 +171,8 @@ class HeldAdamW:
 
     `extras`: all keyword arguments of masked_adamw except grad_factor. The first call runs masked_adamw; later calls
     pass only parameters, gradients and learning rates to a kernel. The other arguments are held as tensors, not as
-    addresses, and checked at every call: if one no longer fits, or there is no kernel, the call runs masked_adamw, but
-    for the types of the arguments, which are known by then."""
+    addresses, and checked at every call: if one no longer fits, the call runs masked_adamw. So do all calls where there
+    is no kernel. Types of arguments are checked by the first call alone."""
 
     def __init__(
         self,
